@@ -1,0 +1,34 @@
+# make train   set everything up and run the main job (ARGS="recipe.yaml --set a.b=c" to pass arguments)
+# make test    set everything up and pass the tests;   make test-slow   the long matrices
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?= -q
+BIN = $(VENV)/bin
+
+.PHONY: install train test test-fast test-slow lint clean
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "error: Python %d.%d found, 3.11 to 3.13 needed: make PYTHON=python3.12 ..." % v)'
+	@echo "installing into $(VENV): several minutes and about 8 GB where PyTorch's wheel carries CUDA"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[demo,dev]'
+	@touch $@
+
+train: install
+	@$(BIN)/python -m pipeline.train $(ARGS)
+
+lint: install
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy --no-error-summary
+
+test: lint
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: install
+	@$(BIN)/python -m pytest -m 'not slow and not cluster' $(ARGS)
+
+test-slow: install
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

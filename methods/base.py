@@ -1,0 +1,158 @@
+"""The contract between a method and the training loop.
+
+A method is a module that lives *after* the pooled features of the trunk: head, losses, graph networks, classifiers, and
+their optimizers. The loop hands it the features of the whole batch, on every rank alike, so a method is written as if
+there were one process, and its result does not depend on how many there are.
+
+A simple method overrides `loss` alone. A demanding one overrides `training_step` and calls, on the context:
+
+    encode -> backward -> step        (as often as it likes, one `encode` with gradient for each `backward`)
+
+What must survive a restart has to be in the module's `state_dict` (parameters, buffers) or in its optimizers; everything
+random has to come from `context.generator` or from (context.seed, context.clock.step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field
+from torch import Tensor, nn
+
+from methods.functional import Head
+from methods.optim import Clock, Frozen, Optimizer, OptimizerConfig, build_optimizer
+from methods.plans import Plan, class_balanced
+
+
+class MethodConfig(Frozen):
+    """What every method can be told."""
+
+    name: str
+    classes_per_batch: int = Field(24, ge=2, description="P: groups of different classes in a batch")
+    samples_per_class: int = Field(4, ge=2, description="K: images of one class in a batch")
+    embedding_dim: int = Field(128, ge=1, description="D")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's plan row, whole, on every rank.
+
+    Attributes:
+        ids: sample of each slot.
+        labels: its class.
+        columns: further columns of the plan row.
+    """
+
+    ids: Int64[Tensor, "batch"]
+    labels: Int64[Tensor, "batch"]
+    columns: Mapping[str, np.ndarray]
+
+
+class Context(Protocol):
+    """What the loop offers to a method, alike on every rank unless said.
+
+    Attributes:
+        labels: class of every training sample, 0..num_classes-1.
+        seed: of the run.
+        clock: steps and epochs done.
+        length: of the run, as `Length`.
+        device, dtype: of features and of the method's parameters.
+        generator: freshly seeded from (seed, step) before each step, from (seed, epoch) before the epoch's hooks.
+        rows: this rank's slots of the batch; a method may compute only these to save work if the result stays the same.
+    """
+
+    labels: Int64[np.ndarray, "samples"]
+    seed: int
+    clock: Clock
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator
+    rows: slice
+
+    def encode(self, role: str | Sequence[str] | None = None) -> Float[Tensor, "batch features"]:
+        """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.
+
+        The trunk runs once a call; a second call before the `backward` of the first is an error (ask for both roles at once).
+        """
+        ...
+
+    def backward(self, loss: Float[Tensor, ""], retain_graph: bool = False) -> None:
+        """Checks on all ranks that the loss is finite, then runs its backward pass; trunk gradients are summed over ranks.
+
+        Raises:
+            RunError: the loss is not finite on some rank. No parameter has been changed by this step then.
+        """
+        ...
+
+    def step(self, optimizer: str) -> None:
+        """Updates the parameters of one optimizer at its scheduled rate and clears its gradients."""
+        ...
+
+    def sweep(self, ids: Int64[np.ndarray, "some"], embed: bool = True) -> Float[Tensor, "some dim"]:
+        """Embeddings (or pooled features) of many training samples without gradient or augmentation, shared by the ranks."""
+        ...
+
+    def load_best(self) -> None:
+        """Puts the weights of the best checkpoint so far into trunk and method; optimizers keep their moments."""
+        ...
+
+
+class Method(nn.Module):
+    """Base of every method: a linear head with L2 norm, class-balanced batches, one optimizer.
+
+    Args:
+        config: of the class's `Config`.
+        features: width F of the pooled features.
+        num_classes: training classes.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    needs: ClassVar[frozenset[str]] = frozenset()  # mining state: of {"dictionary", "table", "index"}
+    plan_is_stored: ClassVar[bool] = False  # True: the plan depends on more than (labels, seed, epoch)
+
+    def __init__(self, config: Any, features: int, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head = Head(features, config.embedding_dim)
+
+    def plan(self, epoch: int, context: Context) -> Plan:
+        """What the epoch is trained on. A pure function of (context.labels, context.seed, epoch) unless `plan_is_stored`."""
+        c = self.config
+        return class_balanced(context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch)
+
+    def optimizers(self, trunk: nn.Module) -> dict[str, Optimizer]:
+        """The optimizers by name, over the trunk's and the method's parameters; made once, before training."""
+        own = {"head": self.head.parameters(), "loss": [p for n, p in self.named_parameters() if not n.startswith("head.")]}
+        return {"main": build_optimizer(self.config.optimizer, {"trunk": trunk.parameters(), **own})}
+
+    def on_epoch_start(self, epoch: int, context: Context) -> None:
+        """Called before the epoch's first step (and before its plan, if `plan_is_stored`).
+
+        Called again when a run resumes within the epoch: what it does has to follow from `epoch` and the state alone.
+        """
+
+    def on_epoch_end(self, epoch: int, context: Context, metrics: Mapping[str, float] | None) -> None:
+        """Called after the epoch's last step and after its evaluation, whose metrics are given if there was one."""
+
+    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
+        """One step on one batch; returns what to log, "loss" among it."""
+        loss = self.loss(self.embed(context.encode()), batch.labels, context)
+        context.backward(loss)
+        context.step("main")
+        return {"loss": float(loss.detach())}
+
+    def loss(
+        self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, "batch"], context: Context
+    ) -> Float[Tensor, ""]:
+        """The loss of a batch: all that a simple method writes."""
+        raise TypeError(f"{type(self).__name__} overrides neither `loss` nor `training_step`")
+
+    def embed(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
+        """Pooled features to embeddings; what retrieval uses."""
+        return self.head(features)

@@ -1,0 +1,175 @@
+"""Optimizers and schedules, as values: a schedule is a pure function of the clock, so resuming needs no scheduler state.
+
+Lengths are written with their unit, "200 steps" or "3 epochs"; an epoch may be fractional ("0.5 epochs").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+
+class Frozen(BaseModel):
+    """Base of every config: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where the run stands before a step: `step` steps done, in all `epoch` (fractional) epochs."""
+
+    step: int = 0
+    epoch: float = 0.0
+
+    def passed(self, unit: str) -> float:
+        return float(self.step) if unit == "steps" else self.epoch
+
+
+class Length(Frozen):
+    """A stretch of training, "200 steps" or "3 epochs"."""
+
+    value: Annotated[float, Field(ge=0)]
+    unit: Literal["steps", "epochs"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if isinstance(value, (dict, Length)):
+            return value
+        words = str(value).split()
+        if len(words) != 2 or words[1] not in ("step", "steps", "epoch", "epochs"):
+            raise ValueError(f"got {value!r}, expected a length with its unit such as '200 steps' or '3 epochs'")
+        try:
+            number = float(words[0])
+        except ValueError:
+            raise ValueError(f"got {value!r}: {words[0]!r} is not a number") from None
+        return {"value": number, "unit": words[1].rstrip("s") + "s"}
+
+    @model_serializer
+    def __str__(self) -> str:
+        return f"{self.value:g} {self.unit}"
+
+    def share(self, clock: Clock) -> float:
+        """Share of this length that has passed, from 0 to 1 (1 for an empty length)."""
+        share = clock.passed(self.unit) / self.value if self.value else 1.0
+        return 1.0 if share > 1 - 1e-9 else share
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """The length in steps, at least 1, for an epoch of `steps_per_epoch` steps."""
+        return max(1, round(self.value * (steps_per_epoch if self.unit == "epochs" else 1)))
+
+
+class ScheduleConfig(Frozen):
+    """Factor on the learning rate over time; any kind may start with a linear warm-up."""
+
+    kind: Literal["constant", "cosine", "step"] = "constant"
+    warmup: Length = Field(Length(value=0, unit="steps"), description="linear from 0 over this length")
+    floor: float = Field(0.0, ge=0, le=1, description="cosine: factor reached at the end of the run")
+    every: Length | None = Field(None, description="step: multiply by gamma each time this length has passed")
+    milestones: tuple[Length, ...] = Field((), description="step: multiply by gamma at these points")
+    gamma: float = Field(0.5, gt=0, le=1, description="step: the factor of one decay")
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if self.kind == "step" and not (self.every or self.milestones):
+            raise ValueError("a step schedule needs `every` or `milestones`, e.g. every: '10 epochs'")
+        if self.every is not None and self.every.value == 0:
+            raise ValueError("`every` must be longer than 0")
+        return self
+
+    def factor(self, clock: Clock, total: Length) -> float:
+        """Factor on the learning rate for the step that starts at `clock` of a run of length `total`."""
+        factor = 1.0
+        if self.kind == "cosine":
+            factor = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * total.share(clock)))
+        elif self.kind == "step":
+            decays = sum(clock.passed(m.unit) >= m.value for m in self.milestones)
+            if self.every is not None:
+                decays += int(clock.passed(self.every.unit) / self.every.value + 1e-9)
+            factor = self.gamma**decays
+        if self.warmup.value:
+            one_step = 1.0 if self.warmup.unit == "steps" else 0.0  # never a first step of rate 0 when counted in steps
+            factor *= min(1.0, (clock.passed(self.warmup.unit) + one_step) / self.warmup.value)
+        return factor
+
+
+class OptimizerConfig(Frozen):
+    """One optimizer over the trunk and the method's modules."""
+
+    name: Literal["adamw", "adam", "sgd", "radam"] = "adamw"
+    lr: float = Field(1e-4, gt=0, description="learning rate of the trunk")
+    head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the head, relative to the trunk's")
+    loss_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the loss's own parameters (proxies)")
+    weight_decay: float = Field(0.0, ge=0)
+    decoupled: bool = Field(False, description="radam: decoupled weight decay (AdamW's always is)")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
+    nesterov: bool = Field(False, description="sgd only")
+    clip_value: float | None = Field(None, gt=0, description="clip every gradient element to this size")
+    clip_norm: float | None = Field(None, gt=0, description="clip the gradient's global norm to this size")
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.name != "sgd" and (self.momentum or self.nesterov):
+            raise ValueError(f"momentum and nesterov belong to sgd, the optimizer is {self.name}")
+        if self.name != "radam" and self.decoupled:
+            raise ValueError(f"decoupled belongs to radam, the optimizer is {self.name}")
+        return self
+
+
+@dataclass
+class Optimizer:
+    """A torch optimizer with its schedule and clipping; what `Method.optimizers` returns by name."""
+
+    torch: torch.optim.Optimizer
+    config: OptimizerConfig
+
+    def step(self, clock: Clock, total: Length) -> None:
+        """Sets the scheduled learning rates, clips as configured, and updates the parameters."""
+        factor = self.config.schedule.factor(clock, total)
+        parameters = [p for group in self.torch.param_groups for p in group["params"]]
+        for group in self.torch.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        if self.config.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, self.config.clip_value)
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        self.torch.step()
+
+
+def build_optimizer(config: OptimizerConfig, groups: Mapping[str, Iterable[torch.nn.Parameter]]) -> Optimizer:
+    """Makes the optimizer over named parameter groups.
+
+    Args:
+        config: what to build.
+        groups: parameters by group name: "trunk", "head" and "loss" take their own learning rate, any other name the
+            trunk's. An empty group is left out.
+    """
+    multiplier = {"head": config.head_lr_multiplier, "loss": config.loss_lr_multiplier}
+    param_groups: list[dict[str, Any]] = []
+    for name, parameters in groups.items():
+        lr = config.lr * multiplier.get(name, 1.0)
+        listed = list(parameters)
+        if listed:
+            param_groups.append({"params": listed, "lr": lr, "initial_lr": lr, "name": name})
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "sgd":
+        built: torch.optim.Optimizer = torch.optim.SGD(
+            param_groups, momentum=config.momentum, nesterov=config.nesterov, **common
+        )
+    elif config.name == "radam":
+        built = torch.optim.RAdam(
+            param_groups, betas=config.betas, eps=config.eps, decoupled_weight_decay=config.decoupled, **common
+        )
+    else:
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
+        built = kind(param_groups, betas=config.betas, eps=config.eps, **common)
+    return Optimizer(built, config)

@@ -1,0 +1,162 @@
+"""Plans say what is trained on: which sample stands in which slot of which step. Pure numpy, no torch, no Ray.
+
+A plan is drawn from (labels, seed, epoch) alone, so any process can recompute it, and ranks take contiguous slices of
+the slots. Samples are numbered by their position in the training set, 0..N-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Int64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The samples of one epoch.
+
+    Attributes:
+        ids: sample of every slot, [steps, slots]; every step has the same number of slots.
+        columns: what a slot needs beside its sample (role, group, kind ...), each [steps, slots].
+    """
+
+    ids: Int64[np.ndarray, "steps slots"]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.ids.size == 0:
+            raise ValueError(f"a plan needs ids of shape [steps, slots] with at least one slot, got {self.ids.shape}")
+        for name, column in self.columns.items():
+            if column.shape != self.ids.shape:
+                raise ValueError(f"plan column {name!r} has shape {column.shape}, ids have {self.ids.shape}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def class_balanced(
+    labels: Int64[np.ndarray, "samples"], classes_per_batch: int, samples_per_class: int, seed: int, epoch: int
+) -> Plan:
+    """P×K batches: P groups a step, each of K samples of one class; no class twice in a step.
+
+    Every sample is used at least once an epoch. A class whose size is no multiple of K fills its last group with further
+    samples of its own (with repeats only if it has fewer than K). Classes of a single image cannot form a positive pair:
+    K of them share a group, each once, and so serve as negatives (a group with room left takes single images of classes
+    absent from its step). Steps that would be short are filled with groups of absent classes: nothing is dropped.
+
+    Args:
+        labels: contiguous class numbers 0..C-1 of the training samples.
+        classes_per_batch: P.
+        samples_per_class: K, at least 2.
+        seed: of the run.
+        epoch: the plan differs from epoch to epoch.
+
+    Raises:
+        ValueError: there are fewer groups of distinct classes than P.
+
+    Cost: O(N log N + steps·P).
+    """
+    random = np.random.default_rng([seed, epoch, 0x9A7])
+    groups, owners = _groups(labels, samples_per_class, random)
+    counts = np.bincount(owners)
+    if len(counts) < classes_per_batch:
+        singles = int((np.bincount(labels) == 1).sum())
+        shared = f" ({singles} classes of one image share groups of {samples_per_class})" if singles else ""
+        raise ValueError(
+            f"classes_per_batch is {classes_per_batch}, but the training set can fill only {len(counts)} groups of "
+            f"different classes{shared}: lower classes_per_batch, or train on more classes"
+        )
+    steps = max(-(-len(groups) // classes_per_batch), int(counts.max()))
+    table = _deal(owners, counts, steps, classes_per_batch, random)
+    _fill(table, groups, owners, counts, random)
+    ids = np.stack(groups)[table].reshape(steps, classes_per_batch * samples_per_class)
+    _complete(ids, labels, random)
+    return Plan(ids)
+
+
+def _groups(labels: np.ndarray, size: int, random: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+    """Cuts every class into groups of `size` samples; returns them with the (dense) number of the class that owns each."""
+    shuffled = random.permutation(len(labels))
+    order = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    members = np.split(order, np.cumsum(np.bincount(labels))[:-1])
+    groups: list[np.ndarray] = []
+    owners: list[int] = []
+    singles: list[int] = []
+    owner = 0
+    for ids in members:
+        if len(ids) == 1:
+            singles.append(int(ids[0]))
+        if len(ids) < 2:
+            continue
+        short = -len(ids) % size
+        if short:  # the last group takes samples of the earlier groups first, repeats only when the class is too small
+            earlier = ids[: len(ids) - (size - short)]
+            extra = random.permutation(earlier)[:short]
+            if len(extra) < short:
+                extra = np.concatenate([extra, random.choice(ids, short - len(extra))])
+            ids = np.concatenate([ids, extra])
+        groups += list(ids.reshape(-1, size))
+        owners += [owner] * (len(ids) // size)
+        owner += 1
+    mixed = random.permutation(np.array(singles, dtype=np.int64))
+    for start in range(0, len(mixed), size):
+        group = np.full(size, -1, dtype=np.int64)  # what stays empty here is filled once its step is known
+        group[: len(mixed[start : start + size])] = mixed[start : start + size]
+        groups.append(group)
+        owners.append(owner)
+        owner += 1
+    return groups, np.array(owners, dtype=np.int64)
+
+
+def _deal(
+    owners: np.ndarray, counts: np.ndarray, steps: int, classes: int, random: np.random.Generator
+) -> Int64[np.ndarray, "steps classes"]:
+    """Gives every group a step, no class twice in one; returns group numbers, -1 where a step is still short.
+
+    Classes in random order take consecutive entries of a chain of random permutations of the steps. Only the class that
+    spans two permutations could meet a step twice; the second permutation is then reordered.
+    """
+    start = np.concatenate([[0], np.cumsum(counts)])
+    by_class = np.argsort(owners, kind="stable")
+    sequence = np.concatenate([random.permutation(by_class[start[c] : start[c + 1]]) for c in random.permutation(len(counts))])
+    run_owner = owners[sequence]
+    table = np.full((steps, classes), -1, dtype=np.int64)
+    before = np.empty(0, dtype=np.int64)
+    for column in range(classes):
+        low, high = column * steps, min((column + 1) * steps, len(sequence))
+        if low >= high:
+            break
+        turn = random.permutation(steps)
+        if column and run_owner[low] == run_owner[low - 1]:  # a class continues from the permutation before
+            owner = run_owner[low]
+            used = before[run_owner[low - steps : low] == owner]
+            need = int((run_owner[low:high] == owner).sum())
+            free = turn[~np.isin(turn, used)]
+            turn = np.concatenate([free[:need], random.permutation(np.concatenate([free[need:], used]))])
+        table[turn[: high - low], column] = sequence[low:high]
+        before = turn
+    return table[random.permutation(steps)]
+
+
+def _fill(
+    table: np.ndarray, groups: list[np.ndarray], owners: np.ndarray, counts: np.ndarray, random: np.random.Generator
+) -> None:
+    """Fills short steps, in place, with groups of classes that the step does not have yet."""
+    by_class = np.split(np.argsort(owners, kind="stable"), np.cumsum(counts)[:-1])
+    for step in np.flatnonzero((table < 0).any(axis=1)):
+        row = table[step]
+        present = owners[row[row >= 0]]
+        absent = np.setdiff1d(np.arange(len(counts)), present, assume_unique=False)
+        missing = np.flatnonzero(row < 0)
+        for slot, owner in zip(missing, random.choice(absent, len(missing), replace=False), strict=True):
+            row[slot] = random.choice(by_class[owner])
+
+
+def _complete(ids: np.ndarray, labels: np.ndarray, random: np.random.Generator) -> None:
+    """Fills empty slots, in place, with one image each of classes absent from the step (any class if none is)."""
+    for step, slot in zip(*np.nonzero(ids < 0), strict=True):
+        row = ids[step]
+        present = np.isin(labels, labels[row[row >= 0]])
+        row[slot] = random.choice(np.flatnonzero(~present) if not present.all() else len(labels))

@@ -1,0 +1,1 @@
+"""The Ray program: prepare, train, evaluate."""

@@ -1,0 +1,188 @@
+"""Checkpoints: all that a run needs to continue to the same weights, as one value, written whole or not at all.
+
+    checkpoints/step-00000077/
+        trunk.safetensors, method.safetensors   weights and buffers
+        optimizers.pt                           moments (tensors only, read with weights_only=True)
+        checkpoint.json                         position, plans, metrics, checksums; written last: without it, no checkpoint
+    best/step-00000077/                         the weights that validated best, in the same form
+
+A run folder belongs to one incarnation of the run at a time: whoever starts later writes `incarnation`, and an older
+process that still lives finds so and stops before it writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from methods.optim import Optimizer
+from methods.plans import Plan
+from pipeline.errors import RunError, UserError
+from pipeline.storage import Folder
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside its tensors.
+
+    Attributes:
+        step: steps done.
+        epoch: epoch that the next step belongs to.
+        step_in_epoch: steps done of that epoch.
+        seconds: spent in training steps, over all incarnations.
+        waited_s: of these, waiting for data.
+        images: trained on.
+        frozen: metrics of the untrained trunk on the test classes.
+        best_step, best_metrics: of the best validation so far; -1 and empty before the first.
+        finished: the run has reached its length.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    images: int = 0
+    frozen: dict[str, float] = field(default_factory=dict)
+    best_step: int = -1
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    finished: bool = False
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+class Checkpoints:
+    """Reads and writes the checkpoints of one run folder.
+
+    Args:
+        run: the run folder.
+        keep: how many resumable checkpoints stay.
+        incarnation: of this process group; 0 for readers.
+    """
+
+    def __init__(self, run: Folder, keep: int = 2, incarnation: int = 0) -> None:
+        self.run = run
+        self.keep = keep
+        self.incarnation = incarnation
+
+    def begin(self) -> int:
+        """Takes over the run folder and returns the new incarnation."""
+        self.incarnation = self._current() + 1
+        self.run.write_json("incarnation", self.incarnation)
+        return self.incarnation
+
+    def _current(self) -> int:
+        return int(self.run.read_json("incarnation")) if self.run.exists("incarnation") else 0
+
+    def steps(self, kind: str = "checkpoints") -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = [n for n in self.run.names(kind) if n.startswith("step-")]
+        return [int(n[5:]) for n in names if self.run.exists(f"{kind}/{n}/checkpoint.json")]
+
+    def save(
+        self,
+        kind: str,
+        progress: Progress,
+        trunk: nn.Module,
+        method: nn.Module,
+        optimizers: Mapping[str, Optimizer],
+        plan: Plan | None = None,
+    ) -> None:
+        """Writes a checkpoint of `progress.step` below `kind` ("checkpoints" or "best"), then removes what is not kept.
+
+        Raises:
+            RunError: another process has taken the run over.
+        """
+        current = self._current()
+        if current != self.incarnation:
+            raise RunError(f"run {self.run} has been taken over by another process (start {current} of the run): this one stops")
+        base = f"{kind}/{_name(progress.step)}"
+        buffer = io.BytesIO()
+        state = {"optimizers": {name: o.torch.state_dict() for name, o in optimizers.items()}}
+        if plan is not None:
+            columns = {name: torch.from_numpy(column) for name, column in plan.columns.items()}
+            state["plan"] = {"ids": torch.from_numpy(plan.ids), "columns": columns}
+        torch.save(state, buffer)
+        files = {
+            "trunk.safetensors": save_safetensors(_contiguous(trunk)),
+            "method.safetensors": save_safetensors(_contiguous(method)),
+            "optimizers.pt": buffer.getvalue(),
+        }
+        if self.run.exists(f"{base}/checkpoint.json"):  # the same step again, after a resume: never a mixture of two
+            self.run.remove(f"{base}/checkpoint.json")
+        for name, data in files.items():
+            self.run.write(f"{base}/{name}", data)
+        checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        record = {"progress": asdict(progress), "incarnation": self.incarnation, "sha256": checksums}
+        self.run.write_json(f"{base}/checkpoint.json", record)
+        if kind == "checkpoints":
+            self._prune(progress)
+
+    def _prune(self, progress: Progress) -> None:
+        for step in self.steps()[: -self.keep]:
+            self.run.remove(f"checkpoints/{_name(step)}")
+        for step in self.steps("best"):
+            if step != progress.best_step and step < progress.step:
+                self.run.remove(f"best/{_name(step)}")
+
+    def latest(self) -> Progress | None:
+        """Progress of the newest complete checkpoint."""
+        steps = self.steps()
+        return self.progress("checkpoints", steps[-1]) if steps else None
+
+    def progress(self, kind: str, step: int) -> Progress:
+        record = self.run.read_json(f"{kind}/{_name(step)}/checkpoint.json")
+        return Progress(**record["progress"])
+
+    def load(
+        self,
+        kind: str,
+        step: int,
+        trunk: nn.Module,
+        method: nn.Module | None,
+        optimizers: Mapping[str, Optimizer] | None = None,
+    ) -> Plan | None:
+        """Puts a checkpoint's tensors into place; returns its stored plan.
+
+        Raises:
+            UserError: a file is damaged (named), or the tensors do not fit.
+        """
+        base = f"{kind}/{_name(step)}"
+        checksums = self.run.read_json(f"{base}/checkpoint.json")["sha256"]
+
+        def read(name: str) -> bytes:
+            data = self.run.read(f"{base}/{name}")
+            if hashlib.sha256(data).hexdigest() != checksums[name]:
+                raise UserError(f"{self.run}/{base}/{name} is damaged (checksum): remove {base} to resume from the one before")
+            return data
+
+        try:
+            trunk.load_state_dict(load_safetensors(read("trunk.safetensors")))
+            if method is not None:
+                method.load_state_dict(load_safetensors(read("method.safetensors")))
+        except RuntimeError as error:
+            raise UserError(f"{self.run}/{base} does not fit the configured model: {' '.join(str(error).split())}") from error
+        if optimizers is None:
+            return None
+        state = torch.load(io.BytesIO(read("optimizers.pt")), map_location="cpu", weights_only=True)
+        for name, optimizer in optimizers.items():
+            optimizer.torch.load_state_dict(state["optimizers"][name])
+        if "plan" not in state:
+            return None
+        columns: dict[str, np.ndarray] = {n: c.numpy() for n, c in state["plan"]["columns"].items()}
+        return Plan(state["plan"]["ids"].numpy(), columns)
+
+
+def _contiguous(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}

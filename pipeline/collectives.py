@@ -1,0 +1,149 @@
+"""What ranks say to each other: gathered features with gradient, synchronised batch statistics, agreement.
+
+The rule behind all of it: everything after the pooled features is replicated, so every rank holds the same loss. The
+backward pass of `gather` sums over the ranks and keeps its own rows; with DDP's mean over ranks the trunk then receives
+exactly the gradient of one process on the whole batch. No other scale factor exists anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the workers."""
+
+    rank: int = 0
+    world: int = 1
+
+    def slice(self, total: int, rank: int | None = None) -> slice:
+        """The contiguous share of `total` slots of a rank; shares differ by at most one, and may be empty."""
+        rank = self.rank if rank is None else rank
+        return slice(total * rank // self.world, total * (rank + 1) // self.world)
+
+    def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
+        """True on every rank if the flag is set on one."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(float(flag), device=device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value (any small picklable object) on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value (any picklable object), in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        box: list[Any] = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks in rank order, by an all-reduce of the zero-padded local rows."""
+
+    @staticmethod
+    def forward(local: Tensor, start: int, total: int) -> Tensor:
+        whole = local.new_zeros((total, *local.shape[1:]))
+        whole[start : start + len(local)] = local
+        dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        local, ctx.start, ctx.total = inputs
+        ctx.count = len(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[ctx.start : ctx.start + ctx.count], None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+        return _Gather.forward(tangent, ctx.start, ctx.total)
+
+
+def gather(
+    local: Float[Tensor, "rows features"], start: int, total: int, ranks: Ranks
+) -> Float[Tensor, "total features"]:
+    """Rows of all ranks, with gradient (and forward-mode derivative).
+
+    Args:
+        local: this rank's rows; may be empty.
+        start: their place among the rows of all ranks.
+        total: rows of all ranks together.
+        ranks: who takes part; the rows of all ranks cover 0..total without overlap.
+    """
+    return local if ranks.world == 1 else _Gather.apply(local, start, total)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over ranks; its gradient is the sum over ranks as well."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        out = value.clone()
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _Sum.forward(grad.contiguous())
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation over the images of all ranks, on any device and backend, empty shards included.
+
+    Mean from count-weighted sums, variance from squared deviations in a second sum (not E[x²] - E[x]²), at least in
+    float32; gradients flow through both. PyTorch's own SyncBatchNorm refuses the CPU.
+    """
+
+    ranks = Ranks()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        x = input if input.dtype == torch.float64 else input.float()
+        count = self._sum(torch.full((), x.numel() // max(1, x.shape[1]), dtype=x.dtype, device=x.device))
+        count = count.clamp(min=1)
+        mean = self._sum(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = self._sum((centred * centred).sum((0, 2, 3))) / count
+        with torch.no_grad():
+            if self.track_running_stats and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                share = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+                unbiased = variance * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)  # type: ignore[union-attr]
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)  # type: ignore[union-attr]
+        out = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        if self.affine:
+            out = out * self.weight[:, None, None] + self.bias[:, None, None]
+        return out.to(input.dtype)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        return value if self.ranks.world == 1 else _Sum.apply(value)

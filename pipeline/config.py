@@ -1,0 +1,284 @@
+"""The configuration of a run: typed, frozen, and checked before any cluster time is spent.
+
+Precedence: defaults < preset < recipe file < `--set a.b=c`. Keys marked *runtime* may change when a run is resumed; all
+others make it another run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from methods import METHODS, MethodConfig
+from methods.optim import Frozen, Length
+from pipeline.data.transforms import TransformConfig
+from pipeline.errors import UserError
+from pipeline.model import ModelConfig
+from pipeline.storage import home
+
+PRESETS = Path(__file__).parent / "presets"
+DEFAULT_PRESET = "baseline/emoji"
+RUNTIME = {"runtime": True}
+
+
+class DataConfig(Frozen):
+    """What is trained and evaluated on."""
+
+    source: str = Field("emoji", description="emoji, or the folder or s3:// URI of a store made by pipeline.prepare")
+    validation_fold: int | None = Field(
+        0, ge=0, description="fold of the training classes held out for every choice; none: train on all, last checkpoint"
+    )
+    transforms: TransformConfig = TransformConfig()
+
+
+class EvaluationConfig(Frozen):
+    """What is measured, and which checkpoint the final figures come from."""
+
+    every: Length = Field(Length(value=1, unit="epochs"), description="how often to evaluate on the validation fold")
+    recall_at: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1)
+    metric: str = Field("map@r", description="chooses the best checkpoint: map@r, r_precision, or recall@K of recall_at")
+    checkpoint: Literal["best", "last"] = Field("best", description="of which the final figures are")
+    clustering: bool = Field(True, description="NMI and AMI, at the end only")
+    batch_size: int = Field(256, ge=1, description="images a forward pass", json_schema_extra=RUNTIME)
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        if any(k < 1 for k in self.recall_at):
+            raise ValueError(f"recall_at is {self.recall_at}, every K has to be at least 1")
+        known = ["map@r", "r_precision", *(f"recall@{k}" for k in self.recall_at)]
+        if self.metric not in known:
+            raise ValueError(f"metric is {self.metric!r}, expected one of {known}")
+        return self
+
+
+class CheckpointConfig(Frozen):
+    """How often the state is saved, and how many are kept beside the best."""
+
+    every: Length = Length(value=1, unit="epochs")
+    keep: int = Field(2, ge=1)
+
+
+class RuntimeConfig(Frozen):
+    """Where and how fast; nothing here changes what is computed (beyond rounding, where the number of workers changes)."""
+
+    workers: int = Field(1, ge=0, description="Ray Train workers; 0: this process, without Ray Train")
+    cpus_per_worker: int | None = Field(None, ge=1, description="threads of a worker (none: the machine's cores shared out; 2 on a cluster)")
+    gpus_per_worker: float = Field(0, ge=0, description="0 trains on the CPU")
+    loader: Literal["ray", "in_process"] = Field("ray", description="Ray Data pipeline, or a thread of the worker")
+    loader_cpus: int = Field(1, ge=1, description="of each worker's Ray Data pipeline")
+    max_failures: int = Field(3, ge=0, description="restarts of the workers after a crash")
+    cache: str | None = Field(None, description="this node's copies of training splits (none: STORAGE/cache or ~/raydml/cache)")
+    cache_bytes: int = Field(100 * 2**30, ge=0, description="larger training splits are read from the store instead")
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
+    deterministic: bool = Field(True, description="ask torch for repeatable kernels")
+
+
+class Config(Frozen):
+    """A run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run's folder below storage/runs")
+    storage: str = Field("", description="absolute path or s3:// URI (default $RAYDML_HOME, else ~/raydml)", json_schema_extra=RUNTIME)
+    seed: int = Field(0, ge=0)
+    protocol: Literal["fair", "paper"] = Field(
+        "fair", description="fair: choices on the validation fold, test classes once; paper: choices on the test classes, said so"
+    )
+    length: Length = Field(Length(value=10, unit="epochs"), description="of the run; may grow", json_schema_extra=RUNTIME)
+    precision: Literal["float64", "float32", "bf16"] = Field("float32", description="bf16: autocast of the trunk")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    method: SerializeAsAny[MethodConfig] = METHODS["baseline"].Config(name="baseline")
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), json_schema_extra=RUNTIME)
+    runtime: RuntimeConfig = Field(RuntimeConfig(), json_schema_extra=RUNTIME)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Any:
+        if isinstance(value, MethodConfig):
+            return value
+        name = dict(value).get("name", "baseline") if isinstance(value, Mapping) else value
+        if name not in METHODS:
+            near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.4)
+            raise ValueError(f"method {name!r} is unknown: " + (f"did you mean {near[0]!r}?" if near else f"known: {sorted(METHODS)}"))
+        return METHODS[name].Config.model_validate(dict(value) | {"name": name})
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.length.value == 0:
+            raise ValueError("length is 0: give the run a length such as '3 epochs'")
+        if self.protocol == "paper" and self.data.validation_fold is not None:
+            raise ValueError("the paper protocol chooses on the test classes and trains on all others: set data.validation_fold to null")
+        if self.evaluation.checkpoint == "best" and not self.validates:
+            raise ValueError("evaluation.checkpoint is 'best', but without data.validation_fold there is nothing to choose on: set 'last'")
+        if self.runtime.gpus_per_worker and self.precision == "float64":
+            raise ValueError("precision float64 is for the CPU; use float32 or bf16 on a GPU")
+        return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether anything is evaluated during training: the held-out fold, or (paper protocol) the test classes."""
+        return self.data.validation_fold is not None or self.protocol == "paper"
+
+    @property
+    def root(self) -> str:
+        return self.storage or home()
+
+
+def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe and applies overrides.
+
+    Args:
+        recipe: a YAML file or the name of a preset ("baseline/emoji"); the default preset if None. A file may build on a
+            preset with the key `preset`.
+        overrides: "a.b=c" each; c is read as YAML.
+
+    Raises:
+        UserError: one line a problem, naming the key, what was got and what was expected.
+    """
+    values = _preset(DEFAULT_PRESET) if recipe is None else _recipe(recipe)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {override!r}: expected KEY=VALUE, for example --set method.optimizer.lr=1e-4")
+        _assign(values, key.split("."), _scalar(text, override))
+    return build_config(values)
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """Validates a mapping; a pydantic error becomes one line a problem."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(problem, values) for problem in error.errors()]
+        raise UserError("; ".join(lines)) from None
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], runtime: bool) -> list[str]:
+    """Keys in which two dumped configs differ, as "key: old -> new"; the runtime keys, or all others."""
+    marked = set(_runtime_keys(Config))
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    out = []
+    for key in sorted({*before, *after}):
+        is_runtime = any(key == m or key.startswith(m + ".") for m in marked)
+        if is_runtime == runtime and before.get(key) != after.get(key):
+            out.append(f"{key}: {before.get(key)} -> {after.get(key)}")
+    return out
+
+
+def _recipe(recipe: str) -> dict[str, Any]:
+    if (PRESETS / f"{recipe}.yaml").is_file():
+        return _preset(recipe)
+    if not os.path.isfile(recipe):
+        near = difflib.get_close_matches(recipe, preset_names(), n=1, cutoff=0.4)
+        hint = f"did you mean the preset {near[0]!r}?" if near else f"presets: {', '.join(preset_names())}"
+        raise UserError(f"recipe {recipe!r} is neither a file nor a preset; {hint}")
+    values = _yaml(Path(recipe))
+    base = _preset(values.pop("preset")) if "preset" in values else {}
+    return _merge(base, values)
+
+
+def preset_names() -> list[str]:
+    return sorted(str(p.relative_to(PRESETS).with_suffix("")) for p in PRESETS.rglob("*.yaml"))
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in preset_names():
+        raise UserError(f"preset {name!r} does not exist; presets: {', '.join(preset_names())}")
+    return _yaml(PRESETS / f"{name}.yaml")
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, expected keys and values")
+    return values
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings are merged; another method name drops the base's method section."""
+    out = dict(base)
+    for key, value in top.items():
+        old = out.get(key)
+        other_method = key == "method" and isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("name", old.get("name")) != old.get("name")
+        out[key] = _merge(dict(old), value) if isinstance(old, Mapping) and isinstance(value, Mapping) and not other_method else value
+    return out
+
+
+def _scalar(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value) if value.lower() not in ("nan", "inf", "infinity") else value
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.get(key)
+        values[key] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+        values = inner
+    values[keys[-1]] = value
+
+
+def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """One line for one pydantic problem; names the nearest key for an unknown one."""
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, name = [str(part) for part in problem["loc"]]
+        fields = _fields(parents, values)
+        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+        hint = f"did you mean {'.'.join([*parents, near[0]])!r}?" if near else f"known here: {', '.join(fields)}"
+        return f"unknown key {location!r}: {hint}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{location}: {message}" if location else message
+    return f"{location}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _fields(parents: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """Field names of the model that refused a key."""
+    model: Any = Config
+    for part in parents:
+        if part == "method":
+            model = METHODS[dict(values["method"]).get("name", "baseline")].Config
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _runtime_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("runtime"):
+            yield prefix + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _runtime_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

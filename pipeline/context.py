@@ -1,0 +1,141 @@
+"""What a method sees of the run (`methods.base.Context`), made of trunk, ranks, optimizers, clock and loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from methods import Batch, Method
+from methods.optim import Clock, Length, Optimizer
+from methods.plans import Plan
+from pipeline.collectives import Ranks, gather
+from pipeline.data.store import Samples
+from pipeline.errors import RunError
+from pipeline.evaluation import Embedder, trunk_features
+from pipeline.model import Trunk
+
+
+def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
+    """A generator whose stream depends on the key alone."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed) >> 1)
+
+
+class RunContext:
+    """The context of one worker; see `methods.base.Context` for what a method may use.
+
+    Args:
+        samples: the training set.
+        seed, length: of the run.
+        precision: float64, float32 or bf16.
+        device: of trunk and method.
+        ranks: this worker's place.
+        trunk: the bare trunk; wrapped in DDP here if there are several ranks.
+        method: the method, on the device.
+        embedder: for sweeps.
+        load_best: puts the best weights into trunk and method.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        seed: int,
+        length: Length,
+        precision: str,
+        device: torch.device,
+        ranks: Ranks,
+        trunk: Trunk,
+        method: Method,
+        embedder: Embedder,
+        load_best: Callable[[], None],
+    ) -> None:
+        self.samples, self.labels = samples, samples.labels
+        self.seed, self.length, self.precision = seed, length, precision
+        self.device, self.ranks = device, ranks
+        self.dtype = torch.float64 if precision == "float64" else torch.float32
+        self.trunk, self.method, self.embedder, self.load_best = trunk, method, embedder, load_best
+        self.optimizers: Mapping[str, Optimizer] = method.optimizers(trunk)
+        self.ddp: nn.Module = trunk
+        if ranks.world > 1:
+            # find_unused_parameters: buckets are then never rebuilt after the first step, which would make a resumed run
+            # differ in the last digits, and parameters may be frozen and thawed after wrapping.
+            # broadcast_buffers: only `local` statistics differ between ranks.
+            self.ddp = nn.parallel.DistributedDataParallel(
+                trunk, find_unused_parameters=True, broadcast_buffers=trunk.config.batch_norm == "local"
+            )
+        self.clock = Clock()
+        self.generator = seeded_generator(device, seed)
+        self.rows = slice(0, 0)
+        self._plan_row: tuple[Plan, int] | None = None
+        self._pixels: Tensor | None = None
+        self._awaits_backward = False
+
+    def begin_epoch(self, clock: Clock, epoch: int) -> None:
+        self.clock = clock
+        self.generator = seeded_generator(self.device, self.seed, epoch, 1)
+
+    def begin_step(self, clock: Clock, plan: Plan, row: int, pixels: Tensor) -> Batch:
+        """Sets up one step and returns its batch; `pixels` are those of this rank's slots."""
+        self.clock = clock
+        self.generator = seeded_generator(self.device, self.seed, clock.step, 2)
+        torch.manual_seed(self.generator.initial_seed())  # dropout inside a backbone: the same after a resume
+        self.rows = self.ranks.slice(plan.ids.shape[1])
+        self._plan_row, self._pixels, self._awaits_backward = (plan, row), pixels.to(self.device, non_blocking=True), False
+        self.trunk.set_mode(True, self.ranks)
+        self.method.train()
+        ids = torch.from_numpy(plan.ids[row]).to(self.device)
+        labels = torch.from_numpy(self.labels[plan.ids[row]]).to(self.device)
+        return Batch(ids, labels, {name: column[row] for name, column in plan.columns.items()})
+
+    def encode(self, role: str | Sequence[str] | None = None) -> Float[Tensor, "batch features"]:
+        if self._plan_row is None or self._pixels is None:
+            raise RuntimeError("encode is for training_step: there is no batch outside a step (use sweep)")
+        if self._awaits_backward:
+            raise RuntimeError("a second encode before backward: ask for all roles in one call")
+        plan, row = self._plan_row
+        slots = np.arange(plan.ids.shape[1])
+        if role is not None:
+            if "role" not in plan.columns:
+                raise RuntimeError(f"encode({role!r}), but the plan has no column 'role'")
+            slots = np.flatnonzero(np.isin(plan.columns["role"][row], [role] if isinstance(role, str) else list(role)))
+        own = slots[(slots >= self.rows.start) & (slots < self.rows.stop)]
+        pixels = self._pixels if role is None else self._pixels[torch.from_numpy(own - self.rows.start).to(self.device)]
+        local = trunk_features(self.ddp, pixels, self.precision)
+        self._awaits_backward = torch.is_grad_enabled() and local.requires_grad
+        return gather(local, int((slots < self.rows.start).sum()), len(slots), self.ranks)
+
+    def backward(self, loss: Float[Tensor, ""], retain_graph: bool = False) -> None:
+        if self.ranks.any(not bool(torch.isfinite(loss.detach()).all()), self.device):
+            raise RunError(
+                f"the loss is not finite at step {self.clock.step} (got {float(loss.detach())} on rank {self.ranks.rank}); "
+                f"no parameter was changed by this step. Lower the learning rate, or look at its images: {self._sources()}"
+            )
+        loss.backward(retain_graph=retain_graph)
+        self._awaits_backward = False
+
+    def _sources(self) -> str:
+        if self._plan_row is None:
+            return "none"
+        plan, row = self._plan_row
+        return "sample ids " + ", ".join(str(int(i)) for i in self.samples.ids[plan.ids[row]][:8]) + " ..."
+
+    def step(self, optimizer: str) -> None:
+        chosen = self.optimizers[optimizer]
+        chosen.step(self.clock, self.length)
+        chosen.torch.zero_grad(set_to_none=True)
+
+    def sweep(self, ids: Int64[np.ndarray, "some"], embed: bool = True) -> Float[Tensor, "some dim"]:
+        out = self.embedder(self.samples.ids[ids], self.trunk, self.method if embed else None)
+        self.trunk.set_mode(True, self.ranks)
+        self.method.train()
+        return out
+
+
+def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
+    """Current rate of each optimizer's first group."""
+    return {f"lr/{name}": o.torch.param_groups[0]["lr"] for name, o in optimizers.items()}

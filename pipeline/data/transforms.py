@@ -1,0 +1,128 @@
+"""Encoded bytes to a uint8 tensor [3, S, S]: decode, augment or crop, resize. Normalisation happens on the device.
+
+Random draws come from a generator keyed by (seed, epoch, step, slot): the pixels of a slot depend on nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import torch
+import torchvision
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from pydantic import Field, model_validator
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from methods.optim import Frozen
+
+
+class TransformConfig(Frozen):
+    """Pixels for training and for evaluation."""
+
+    size: int = Field(224, ge=8, description="side of the square that the network sees, pixels")
+    resize: int | None = Field(None, ge=8, description="evaluation: shorter side before the centre crop (none: size)")
+    squash: bool = Field(False, description="evaluation: resize both sides to `size`, ignoring the aspect ratio")
+    crop_scale: tuple[float, float] = Field((0.16, 1.0), description="training: share of the area that a crop covers")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="training: width / height of a crop")
+    pad: float = Field(0.0, ge=0, le=1, description="training: white border added first, relative to the side")
+    rotate: float = Field(0.0, ge=0, le=180, description="training: rotation by up to this many degrees, on white")
+    flip: float = Field(0.5, ge=0, le=1, description="training: probability of a horizontal flip")
+    jitter: float = Field(0.0, ge=0, lt=1, description="training: brightness, contrast, saturation by 1 ± this")
+    hue: float = Field(0.0, ge=0, le=0.5, description="training: hue turned by up to this share of the circle")
+    grey: float = Field(0.0, ge=0, le=1, description="training: probability of dropping colour")
+
+    @model_validator(mode="after")
+    def _check(self) -> TransformConfig:
+        for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is {low, high}, expected 0 < low <= high")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale goes up to {self.crop_scale[1]}, at most 1: use pad to zoom out")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize is {self.resize}, smaller than size {self.size}")
+        return self
+
+
+def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
+    """Decodes what `normalise` has let into a store."""
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torchvision.io.decode_image(buffer, mode=torchvision.io.ImageReadMode.RGB)
+
+
+def normalise(data: bytes, max_side: int | None = None) -> bytes:
+    """Bytes of a plain RGB or grey JPEG or PNG: the input itself where it is one, else re-encoded.
+
+    Transparency is composited on white, EXIF orientation applied, other colour spaces and formats converted (to PNG where
+    the source is lossless, to JPEG of quality 95 else), and a longer side than `max_side` reduced.
+
+    Raises:
+        OSError, ValueError, SyntaxError: the bytes are not an image that can be decoded whole.
+    """
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    lossy = image.format in ("JPEG", "MPO")
+    keep = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and "transparency" not in image.info
+    if image.getexif().get(0x0112, 1) != 1:
+        image, keep = ImageOps.exif_transpose(image), False
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if max_side is not None and max(image.size) > max_side:
+        image, keep = image.convert("RGB"), False
+        image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    if keep:
+        decode(data)  # the very decoder that training uses must read it
+        return data
+    out = io.BytesIO()
+    if lossy:
+        image.convert("RGB").save(out, "JPEG", quality=95)
+    else:
+        image.convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+def evaluation_pixels(image: UInt8[Tensor, "3 h w"], config: TransformConfig) -> UInt8[Tensor, "3 size size"]:
+    """Resize and centre crop, without randomness."""
+    size = [config.size, config.size]
+    if config.squash or image.shape[-1] == image.shape[-2] and config.resize in (None, config.size):
+        return F.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    image = F.resize(image, [config.resize or config.size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return F.center_crop(image, size)
+
+
+def training_pixels(
+    image: UInt8[Tensor, "3 h w"], config: TransformConfig, random: np.random.Generator
+) -> UInt8[Tensor, "3 size size"]:
+    """Random rotation, padding, crop and flip, then colour; each only where configured."""
+    if config.rotate:
+        angle = float(random.uniform(-config.rotate, config.rotate))
+        image = F.rotate(image, angle, interpolation=InterpolationMode.BILINEAR, fill=255)
+    if config.pad:
+        image = F.pad(image, [round(config.pad * max(image.shape[-2:]))], fill=255)
+    top, left, height, width = _crop(image.shape[-2], image.shape[-1], config, random)
+    image = F.resized_crop(image, top, left, height, width, [config.size, config.size], antialias=True)
+    if random.random() < config.flip:
+        image = F.horizontal_flip(image)
+    if config.jitter:
+        brightness, contrast, saturation = random.uniform(1 - config.jitter, 1 + config.jitter, 3).tolist()
+        image = F.adjust_contrast(F.adjust_brightness(image, brightness), contrast)
+        image = F.adjust_saturation(image, saturation)
+    if config.hue:
+        image = F.adjust_hue(image, float(random.uniform(-config.hue, config.hue)))
+    if random.random() < config.grey:
+        image = F.rgb_to_grayscale(image, num_output_channels=3)
+    return image
+
+
+def _crop(height: int, width: int, config: TransformConfig, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a random crop: area and aspect ratio as configured, cut to the image."""
+    area = height * width * random.uniform(*config.crop_scale)
+    ratio = math.exp(random.uniform(math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1])))
+    w = min(width, max(1, round(math.sqrt(area * ratio))))
+    h = min(height, max(1, round(math.sqrt(area / ratio))))
+    return int(random.integers(0, height - h + 1)), int(random.integers(0, width - w + 1)), h, w

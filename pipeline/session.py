@@ -1,0 +1,135 @@
+"""Ray for the length of a command: a cluster that is already there (a submitted job), or one of our own on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.config import Config, RuntimeConfig
+from pipeline.errors import UserError
+from pipeline.storage import Folder
+
+# Ray Train polls its workers this often; `report` waits for a poll.
+POLL_S = "0.3"
+OBJECT_STORE_BYTES = 1 << 30
+
+
+def on_cluster() -> bool:
+    """Whether a Ray cluster was named to us, as `ray job submit` does for the job's driver."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def resolve(runtime: RuntimeConfig) -> RuntimeConfig:
+    """Fills in what depends on the machine: threads of a worker."""
+    if runtime.cpus_per_worker is not None:
+        return runtime
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = 2 if on_cluster() else max(1, cores // max(1, runtime.workers))
+    return runtime.model_copy(update={"cpus_per_worker": share})
+
+
+def needed_cpus(runtime: RuntimeConfig) -> int:
+    """Logical CPUs of workers and loaders."""
+    loaders = runtime.loader_cpus if runtime.loader == "ray" else 0
+    return max(1, runtime.workers) * ((runtime.cpus_per_worker or 1) + loaders)
+
+
+@contextlib.contextmanager
+def ray_session(cpus: int) -> Iterator[Any]:
+    """Connects to the named cluster, or starts Ray here with `cpus` logical CPUs; shuts down at the end.
+
+    Raises:
+        UserError: the named cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other busy program nearly stop a run
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the future default; silences a warning
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if ray.is_initialized():  # a caller's own session: used, not ended
+        yield ray
+        return
+    if on_cluster():
+        try:
+            ray.init(**common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be reached: {error}") from error
+    else:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def check_machine(config: Config) -> list[str]:
+    """Without a cluster: an error for GPUs that are not there, a warning for threads beyond the cores."""
+    runtime = config.runtime
+    import torch
+
+    if runtime.gpus_per_worker and not on_cluster():
+        wanted = runtime.gpus_per_worker * max(1, runtime.workers)
+        if wanted > torch.cuda.device_count():
+            raise UserError(
+                f"{wanted:g} GPUs wanted (runtime.workers × gpus_per_worker), this machine has {torch.cuda.device_count()}: "
+                "lower them, or submit the run to a cluster"
+            )
+    cores, threads = os.cpu_count() or 1, max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
+    if not on_cluster() and threads > 4 * cores:
+        raise UserError(f"{threads} threads wanted (runtime.workers × cpus_per_worker), this machine has {cores} cores: lower them")
+    if not on_cluster() and threads > cores:
+        return [f"warning: {threads} threads on {cores} cores (runtime.workers × cpus_per_worker): steps will be slower"]
+    return []
+
+
+def check_cluster(config: Config, ray: Any) -> None:
+    """On a cluster: resources beyond what it can ever have, or storage that not all nodes see, are errors at once."""
+    if not on_cluster() or config.runtime.workers == 0:
+        return
+    runtime = config.runtime
+    limits = _cluster_maximum(ray)
+    wanted = {"CPU": float(needed_cpus(runtime)), "GPU": runtime.gpus_per_worker * runtime.workers}
+    for resource, amount in wanted.items():
+        if amount > limits.get(resource, 0.0):
+            raise UserError(
+                f"the run wants {amount:g} {resource} ({runtime.workers} workers and their loaders), the cluster has at most "
+                f"{limits.get(resource, 0.0):g}: lower runtime.workers or cpus_per_worker, or enlarge the cluster"
+            )
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    folder = Folder(config.root)
+    if len(nodes) > 1 and folder.is_local:
+        probe = f".visible-{uuid.uuid4().hex}"
+        folder.write(probe, b"")
+        try:
+            blind = [n["NodeManagerAddress"] for n in nodes if not _sees(ray, n["NodeID"], folder.path(probe))]
+        finally:
+            folder.remove(probe)
+        if blind:
+            raise UserError(
+                f"storage {folder} is not visible on the nodes {', '.join(blind)}: "
+                "set storage to s3://... or to a folder that all nodes mount"
+            )
+
+
+def _cluster_maximum(ray: Any) -> dict[str, float]:
+    """Resources of the cluster at its largest, autoscaling counted."""
+    from ray._private.state import state
+
+    with contextlib.suppress(AttributeError):
+        maximum = state.get_max_resources_from_cluster_config()
+        if maximum:
+            return {k: float(v) for k, v in maximum.items()}
+    return {k: float(v) for k, v in ray.cluster_resources().items()}
+
+
+def _sees(ray: Any, node: str, path: str) -> bool:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(os.path.exists)
+    return bool(ray.get(look.remote(path)))

@@ -1,0 +1,125 @@
+"""Files by URI, the same calls for a local path and for object storage ("s3://bucket/..."), through fsspec and s3fs.
+
+Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.errors import UserError
+
+
+class Folder:
+    """A folder on any file system; all paths given to its methods are relative to it.
+
+    Args:
+        uri: a local path (made absolute) or a URI such as "s3://bucket/prefix".
+    """
+
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        text = os.fspath(uri)
+        self.is_local = "://" not in text or text.startswith("file://")
+        if self.is_local:
+            text = os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
+        self.uri = text.rstrip("/") or "/"
+        self._fs: Any = None
+
+    def __reduce__(self) -> Any:
+        return Folder, (self.uri,)
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(f"{self.uri}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def fs(self) -> Any:
+        if self._fs is None:
+            try:
+                options = {} if self.is_local else {"use_listings_cache": False}
+                self._fs = fsspec.core.url_to_fs(self.uri, **options)[0]
+            except (ImportError, ValueError) as error:
+                raise UserError(f"storage {self.uri!r} cannot be opened: {error}") from error
+        return self._fs
+
+    def path(self, name: str = "") -> str:
+        """The path that the file system's own calls (and pyarrow's) take."""
+        bare = self.uri if self.is_local else self.uri.split("://", 1)[1]
+        return posixpath.join(bare, name) if name else bare
+
+    def exists(self, name: str = "") -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
+    def names(self, name: str = "") -> list[str]:
+        """Names of the entries of a subfolder, sorted; empty if there is none."""
+        try:
+            return sorted(posixpath.basename(p.rstrip("/")) for p in self.fs.ls(self.path(name), detail=False))
+        except FileNotFoundError:
+            return []
+
+    def size(self, name: str) -> int:
+        return int(self.fs.size(self.path(name)))
+
+    def read(self, name: str) -> bytes:
+        return bytes(self.fs.cat_file(self.path(name)))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file whole: a reader sees the old one or the new one, never a part."""
+        target = self.path(name)
+        if not self.is_local:
+            self.fs.pipe_file(target, data)
+            return
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        part = f"{target}.{uuid.uuid4().hex}.part"
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        finally:
+            Path(part).unlink(missing_ok=True)
+
+    def read_json(self, name: str) -> Any:
+        try:
+            return json.loads(self.read(name))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.uri}/{name} is not valid JSON ({error}): restore it or start over") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def remove(self, name: str = "") -> None:
+        """Removes a file or a subfolder with all it holds; nothing happens if there is none."""
+        if self.is_local:
+            path = Path(self.path(name))
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        elif self.exists(name):
+            self.fs.rm(self.path(name), recursive=True)
+
+    def check_writable(self) -> None:
+        """Raises UserError in one line unless a file can be written and removed here."""
+        probe = f".write-test-{uuid.uuid4().hex}"
+        try:
+            self.write(probe, b"")
+            self.remove(probe)
+        except Exception as error:  # every file system has its own errors for "not allowed"
+            raise UserError(f"storage {self.uri!r} is not writable ({type(error).__name__}: {error})") from error
+
+
+def home() -> str:
+    """Where runs and prepared data live unless told otherwise: $RAYDML_HOME, else ~/raydml."""
+    return os.environ.get("RAYDML_HOME") or os.path.expanduser("~/raydml")

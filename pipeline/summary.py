@@ -1,0 +1,77 @@
+"""What a run comes to: summary.json, and the protocol that stands beside its figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.checkpoint import Progress
+from pipeline.config import Config
+from pipeline.data.store import Store
+from pipeline.storage import Folder
+
+# A resumed run in which one of these changed is not the run that a fresh start would repeat.
+TOUCHES_RESULT = ("length", "runtime.workers", "runtime.cpus_per_worker", "runtime.gpus_per_worker", "runtime.deterministic")
+
+
+def run_folder(config: Config) -> Folder:
+    return Folder(config.root) / "runs" / config.name
+
+
+def read_changes(run: Folder) -> list[dict[str, Any]]:
+    """Changes of runtime keys between starts of a run: {"step": ..., "changes": ["key: old -> new", ...]}."""
+    text = run.read("changes.jsonl").decode() if run.exists("changes.jsonl") else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def protocol(config: Config, store: Store) -> dict[str, Any]:
+    """Under which conditions the figures were obtained."""
+    c, t = config, config.data.transforms
+    fold = c.data.validation_fold
+    crop = f"squash to {t.size}" if t.squash else f"resize {t.resize or t.size}, centre crop {t.size}"
+    choice = {"fair": "validation fold of the training classes" if c.validates else "no choice made", "paper": "TEST classes"}
+    return {
+        "profile": c.protocol,
+        "dataset": f"{store.name} ({store.fingerprint})",
+        "classes": "disjoint: test classes are never trained on",
+        "trained_on": "all training classes" if fold is None else f"training classes without fold {fold}",
+        "checkpoint": f"{c.evaluation.checkpoint}" + (f" by {c.evaluation.metric} on the {choice[c.protocol]}" if c.evaluation.checkpoint == "best" else ""),
+        "method": c.method.name,
+        "backbone": c.model.backbone,
+        "weights": c.model.weights,
+        "pooling": c.model.pooling,
+        "batch_norm": c.model.batch_norm,
+        "embedding_dim": c.method.embedding_dim,
+        "test_pixels": crop,
+        "batch": f"{c.method.classes_per_batch} x {c.method.samples_per_class}",
+        "length": str(c.length),
+        "precision": c.precision,
+        "seed": c.seed,
+    }
+
+
+def summarise(
+    config: Config, store: Store, progress: Progress, metrics: dict[str, float], changes: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of summary.json; metrics in percent, `seconds` spent in training steps."""
+    touched = sorted({c.split(":")[0] for change in changes for c in change["changes"]} & set(TOUCHES_RESULT))
+    return {
+        "name": config.name,
+        "frozen": _rounded(progress.frozen),
+        "final": _rounded(metrics),
+        "validation": _rounded(progress.best_metrics),
+        "step": progress.step,
+        "epochs": round(progress.epoch, 3),
+        "images": progress.images,
+        "seconds": round(progress.seconds, 2),
+        "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 2),
+        "waiting_for_data": round(progress.waited_s / max(progress.seconds, 1e-9), 4),
+        "protocol": protocol(config, store),
+        "reproducible": config.runtime.deterministic and not touched,
+        "changed_while_running": touched,
+    }
+
+
+def _rounded(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in metrics.items()}

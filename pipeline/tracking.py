@@ -1,0 +1,86 @@
+"""What a run leaves behind to look at: metrics.jsonl, TensorBoard events, summary.json.
+
+Rank 0 writes. A local run folder is written in place; for object storage the files grow in a temporary folder and are
+copied whole at every `sync`. Lines of steps after the checkpoint that a run resumes from are cut off first, so a killed
+run's log reads like that of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from pipeline.storage import Folder
+
+
+class Tracker:
+    """Writes the metrics of one run.
+
+    Args:
+        run: the run folder.
+        step: step that the run starts or resumes at.
+    """
+
+    def __init__(self, run: Folder, step: int) -> None:
+        self.run = run
+        self._temporary = None if run.is_local else tempfile.TemporaryDirectory(prefix="raydml-")
+        self.local = run.path() if self._temporary is None else self._temporary.name
+        old = run.read("metrics.jsonl").decode() if run.exists("metrics.jsonl") else ""
+        kept = [line for line in old.splitlines() if _complete(line) and json.loads(line)["step"] <= step]
+        run.write("metrics.jsonl", "".join(line + "\n" for line in kept).encode())
+        self._path = os.path.join(self.local, "metrics.jsonl")
+        if self._temporary is not None:
+            with open(self._path, "w") as file:
+                file.writelines(line + "\n" for line in kept)
+        self._events = SummaryWriter(os.path.join(self.local, "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """Appends one line; `kind` is train, validation or test.
+
+        Args:
+            step: steps done.
+            kind: what was measured.
+            values: numbers by name.
+        """
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Makes everything logged so far visible in the run folder."""
+        self._events.flush()
+        if self._temporary is None:
+            return
+        for folder, _, files in os.walk(self.local):
+            for name in files:
+                path = os.path.join(folder, name)
+                with open(path, "rb") as file:
+                    self.run.write(os.path.relpath(path, self.local), file.read())
+
+    def close(self) -> None:
+        self.sync()
+        self._events.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def _complete(line: str) -> bool:
+    """False for a last line that a killed process left unfinished."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def read_metrics(run: Folder) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    text = run.read("metrics.jsonl").decode() if run.exists("metrics.jsonl") else ""
+    return [json.loads(line) for line in text.splitlines() if _complete(line)]
