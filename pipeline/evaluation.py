@@ -125,9 +125,7 @@ def evaluate(
     labels = torch.from_numpy(task.queries.labels)
     gallery_labels = None if task.gallery is None else torch.from_numpy(task.gallery.labels)
     ranks = embedder.ranks
-    part = retrieve(
-        queries, labels, gallery=gallery, gallery_labels=gallery_labels, queries=ranks.slice(len(labels)), recall_at=recall_at
-    )
+    part = retrieve(queries, labels, gallery=gallery, gallery_labels=gallery_labels, queries=ranks.slice(len(labels)))
     whole = Retrieval.concatenate(ranks.collect(part))
     metrics: dict[str, Any] = whole.summary(recall_at)
     if cluster:

@@ -149,8 +149,9 @@ def clustering(
 ) -> dict[str, float]:
     """NMI and AMI, in percent, of a k-means clustering into as many clusters as there are classes.
 
-    Time: `iterations` float32 matrix products of N x C x D. The rows are made length one; none are left out; faiss on
-    the CPU. The same seed and number of threads give the same result.
+    faiss on the CPU, from a random start, on rows of length one, none left out. A local optimum: even classes that
+    lie perfectly apart score 85 to 100. The same seed and number of threads give the same result. Time: `iterations`
+    float32 matrix products N x C x D.
 
     Raises:
         ValueError: fewer than two classes, or no two rows of one class, where both measures are undefined; or a row of

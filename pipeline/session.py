@@ -50,7 +50,10 @@ def ray_session(cpus: int) -> Iterator[Any]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the future default; silences a warning
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    import ray.data
 
+    for name in ("ray.data", "ray.train"):  # their notes on every start; errors still show
+        logging.getLogger(name).setLevel(logging.ERROR)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if ray.is_initialized():  # a caller's own session: used, not ended
         yield ray

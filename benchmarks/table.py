@@ -1,0 +1,47 @@
+"""The table every benchmark prints, and its JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure. What it is, with its unit; ours; the other side's and their ratio, if there is another side;
+    what we promise, if anything; and whether that is kept."""
+
+    what: str
+    ours: float
+    other: float | None = None
+    ratio: float | None = None
+    promised: str = ""
+    ok: bool = True
+
+
+def finish(rows: Sequence[Row], json_path: str | Path | None = None) -> int:
+    """Prints the rows, writes them with the machine they were measured on, and returns 1 if a promise is broken, else 0."""
+    header = ("what", "ours", "the other", "ratio", "promised", "")
+    cells = [header] + [
+        (row.what, *map(_number, (row.ours, row.other, row.ratio)), row.promised, "" if row.ok else "BROKEN")
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    for line in cells:
+        texts = [
+            text.ljust(width) if i in (0, 4) else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(texts).rstrip())
+    if json_path:
+        machine = {"processor": platform.processor(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
+        Path(json_path).write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2))
+    return int(not all(row.ok for row in rows))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,210 @@
+"""Starts the workers of a run, in one of three ways, and carries progress and stop requests between them and the driver.
+
+    Ray Train    runtime.workers >= 1: DDP workers, restarted after a crash, on this machine or a cluster
+    one process  runtime.workers == 0
+    torchrun     when torchrun's environment is found: this process is one of the workers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.board import Board, RemoteBoard
+from pipeline.collectives import Ranks
+from pipeline.config import Config, build_config
+from pipeline.errors import RunError, UserError, first_line
+from pipeline.storage import Folder
+from pipeline.worker import Worker
+
+Show = Callable[[dict[str, Any]], None]
+STOPPED_AFTER_S = 120  # a stop request that is not obeyed by then ends the driver, and with it the workers
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+class Signals:
+    """Turns SIGTERM and Ctrl-C into a stop request; the second Ctrl-C interrupts at once.
+
+    Attributes:
+        received: number of the first signal, or None.
+    """
+
+    def __init__(self, on_stop: Callable[[], None]) -> None:
+        self.on_stop = on_stop
+        self.received: int | None = None
+
+    def __enter__(self) -> Signals:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        self.on_stop()
+
+
+def device_of(config: Config) -> torch.device:
+    if not config.runtime.gpus_per_worker:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
+    """Trains in this process (one of torchrun's, or the only one); returns the signal that stopped it, if any.
+
+    Raises:
+        RunError, UserError: the run cannot go on.
+    """
+    torch.set_num_threads(config.runtime.cpus_per_worker or 1)
+    device = device_of(config)
+    ranks = Ranks()
+    if under_torchrun():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    board = Board()
+    try:
+        with Signals(board.stop) as signals, showing(board.read, show if ranks.rank == 0 else lambda _: None):
+            Worker(config, store_uri, ranks, device, board)()
+    finally:
+        if ranks.world > 1:
+            dist.destroy_process_group()
+    return signals.received
+
+
+@contextlib.contextmanager
+def showing(read: Callable[[int], dict[str, Any]], show: Show, every_s: float = 0.3) -> Iterator[None]:
+    """Shows a board from a thread while the block runs, and a last time at its end."""
+    done = threading.Event()
+    seen = 0
+
+    def once() -> None:
+        nonlocal seen
+        state = read(seen)
+        seen += len(state["notices"])
+        show(state)
+
+    def watch() -> None:
+        while not done.wait(every_s):
+            once()
+
+    thread = threading.Thread(target=watch, daemon=True, name="show")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        once()
+
+
+def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | None:
+    """Trains with Ray Train; returns the signal that stopped the run, if any.
+
+    Raises:
+        RunError: a worker failed more often than `runtime.max_failures`, or the run cannot go on.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    actor = ray.remote(num_cpus=0, max_concurrency=4)(Board).remote()
+    runtime = config.runtime
+    resources = {"CPU": float(runtime.cpus_per_worker or 1)}
+    if runtime.gpus_per_worker:
+        resources["GPU"] = runtime.gpus_per_worker
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "store": store_uri, "board": actor},
+        torch_config=TorchConfig(backend="nccl" if runtime.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=runtime.workers, use_gpu=bool(runtime.gpus_per_worker), resources_per_worker=resources
+        ),
+        # Only Ray Train's own notes go here: checkpoints are ours, and are found by whoever resumes the run.
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=(Folder(config.root) / "ray").uri,
+            failure_config=FailureConfig(max_failures=runtime.max_failures),
+        ),
+    )
+    outcome: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="fit")
+    stop_since: list[float] = []
+
+    def stop() -> None:
+        stop_since.append(time.monotonic())
+        actor.stop.remote()
+
+    with Signals(stop) as signals, showing(lambda seen: ray.get(actor.read.remote(seen)), show):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+            if stop_since and time.monotonic() - stop_since[0] > STOPPED_AFTER_S:
+                raise RunError(f"the workers did not stop within {STOPPED_AFTER_S} s; the newest checkpoint is kept")
+    error = ray.get(actor.failed.remote())
+    if error is not None:
+        raise RunError(error)
+    if outcome:
+        raise RunError(f"training failed: {root_cause(outcome[0])}")
+    return signals.received
+
+
+def train_worker(loop: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+
+    config = build_config(loop["config"])
+    board = RemoteBoard(loop["board"])
+    context = ray.train.get_context()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    torch.set_num_threads(config.runtime.cpus_per_worker or 1)
+    if board.failed() is not None:
+        return
+    try:
+        Worker(config, loop["store"], ranks, ray.train.torch.get_device(), board, report=ray.train.report)()
+    except (RunError, UserError) as error:
+        board.fail(first_line(error))  # a restart would fail again: end instead, and let the other ranks see it
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except Exception:
+        if board.failed() is None:
+            raise
+
+
+def root_cause(error: BaseException) -> str:
+    """One line for what went wrong first, out of Ray's wrappings."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

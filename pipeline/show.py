@@ -1,0 +1,79 @@
+"""What a user sees in the terminal: a progress bar, or plain lines where there is no terminal, and the final table."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+LINE_EVERY_S = 15.0
+
+
+class Display:
+    """Shows the states of a board.
+
+    Args:
+        console: a terminal gets a live bar, anything else a line every 15 s and at every change of phase.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task: TaskID = self.bar.add_task("starting workers", total=None, note="")
+        self.phase, self.printed = "starting workers", 0.0
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        if self.bar.disable:
+            self.console.print(self.phase)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        for notice in state["notices"]:
+            self.console.print(notice, highlight=False)
+        progress = state["progress"]
+        if not progress:
+            return
+        phase, note = progress["phase"], _note(progress)
+        if "step" in progress:
+            self.bar.update(self.task, description=phase, completed=progress["step"], total=progress["total"], note=note)
+        else:
+            self.bar.update(self.task, description=phase, note="")
+        now = time.monotonic()
+        changed = phase != self.phase
+        if self.bar.disable and (changed or (note and now - self.printed > LINE_EVERY_S)):
+            self.console.print(f"{phase} {note}".strip(), highlight=False)
+            self.printed = now
+        self.phase = phase
+
+
+def _note(progress: dict[str, Any]) -> str:
+    if "step" not in progress:
+        return ""
+    step, total, speed = progress["step"], progress["total"], progress["images_per_second"]
+    loss = f" loss {progress['loss']:.4f}" if "loss" in progress else ""
+    return f"{step}/{total}{loss} {speed:.0f} images/s, {progress['waiting']:.1%} waiting for data"
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Frozen trunk beside the trained embedding, in percent."""
+    table = Table(title=f"{summary['name']}: retrieval on unseen classes, %")
+    for column, justify in (("", "left"), ("frozen", "right"), ("trained", "right"), ("gain", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    frozen, final = summary["frozen"], summary["final"]
+    for name, value in final.items():
+        if name in ("queries", "queries_without_positive"):
+            continue
+        before = frozen.get(name)
+        gain = "" if before is None else f"{value - before:+.2f}"
+        table.add_row(name, "" if before is None else f"{before:.2f}", f"{value:.2f}", gain)
+    queries, lonely = final.get("queries", 0), final.get("queries_without_positive", 0)
+    table.caption = f"{queries:,.0f} queries" + (f", {lonely:,.0f} more without a positive left out" if lonely else "")
+    return table
