@@ -55,14 +55,14 @@ class RemoteBoard:
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
-        self._published = 0.0
+        self._published, self._phase = 0.0, None
         self._asked: Any = None
         self._stop = False
 
     def publish(self, progress: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if now - self._published >= self.PUBLISH_EVERY_S:
-            self._published = now
+        now, phase = time.monotonic(), progress.get("phase")
+        if phase != self._phase or now - self._published >= self.PUBLISH_EVERY_S:
+            self._published, self._phase = now, phase
             self.actor.publish.remote(progress)
 
     def notice(self, text: str) -> None:

@@ -1,1 +1,448 @@
-def write_report(run, store): ...
+"""`python -m pipeline.report RUN_FOLDER`: report.html of a finished run, one file that needs no network and no script.
+
+Every image that the gallery shows is embedded once, as the background of a CSS class. A full gallery (36 queries with 8
+neighbours each) takes 1 to 2 MB; pure noise, the worst case for JPEG, would take 3.3 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import yaml
+from jaxtyping import Float, Int64
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from pipeline.data.reader import open_reader
+from pipeline.data.store import Store
+from pipeline.errors import RunError, UserError, first_line
+from pipeline.storage import Folder
+from pipeline.summary import read_changes
+from pipeline.tracking import read_metrics
+
+Lines = Sequence[Mapping[str, Any]]
+Groups = Mapping[str, Sequence["Retrieved"]]
+
+COUNTS = ("queries", "queries_without_positive")  # among the metrics, but not in percent
+QUERIES_PER_GROUP = 12
+NEIGHBOURS_SHOWN = 8
+THUMBNAIL = 96  # pixels, longer side
+FEW_POINTS = 40  # a curve of fewer points shows each of them
+GROUPS = {
+    "worst": "Worst: lowest average precision",
+    "random": "Random: what to expect (drawn with a fixed seed)",
+    "best": "Best: highest average precision",
+}
+HOW_TO_READ = (
+    "At the left a query, then its nearest test images, nearest first. Green with ✓: of the query's class. Red with ✗: of "
+    "another class, named below. AP@R: the query's term of MAP@R, from 0 to 1. R: how many images of its class there are."
+)
+
+INK = "#010203"  # stands for the page's text colour in a chart, whatever the reader's colour scheme
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+COLOURS = ("#3b82d0", "#d97f1f", "#2a9d74", "#a667c9", "#d0577f", "#8a8f2c", "#2aa3b8", "#8b6f5c")
+CHART_STYLE: dict[str, Any] = {
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.grid": True, "grid.color": INK, "grid.alpha": 0.15, "grid.linewidth": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "font.size": 9, "legend.fontsize": 8.5, "legend.frameon": False, "lines.linewidth": 1.6,
+    "svg.fonttype": "none", "svg.hashsalt": "raydml", "text.parse_math": False,
+}  # fmt: skip
+
+# Whatever a class name or a config value holds, the browser loads nothing and runs nothing.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{name} – raydml</title>
+<style>
+{css}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def write_report(run: Folder, store: Store) -> None:
+    """Writes report.html into the folder of a finished run.
+
+    Reads summary.json, config.yaml, metrics.jsonl, changes.jsonl, and test_neighbours.npz where there is one; of the
+    dataset it reads only the images that are shown.
+
+    Args:
+        run: the run folder.
+        store: the dataset of the run.
+
+    Raises:
+        UserError: the run has not finished, or its neighbours are not samples of this dataset.
+        RunError: a shard of the dataset is damaged.
+    """
+    if not run.exists("summary.json"):
+        raise UserError(f"{run} holds no finished run (no summary.json): finish it with `python -m pipeline.train`")
+    summary = run.read_json("summary.json")
+    config = run.read("config.yaml").decode()
+    metric = yaml.safe_load(config)["evaluation"]["metric"]
+    groups = _choose(run, store)
+    body = [
+        _header(summary),
+        _metrics(summary, read_changes(run)),
+        _curves(read_metrics(run), summary, metric),
+        _gallery(groups, store),
+        f'<section id="config">\n<h2>Configuration</h2>\n<details><summary>The resolved config</summary>'
+        f"<pre>{escape(config)}</pre></details>\n</section>",
+    ]
+    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8") + _thumbnails(groups, store)
+    page = PAGE.format(policy=POLICY, name=escape(summary["name"]), css=css, body="\n".join(body))
+    run.write("report.html", page.encode())
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def _header(summary: Mapping[str, Any]) -> str:
+    p = summary["protocol"]
+    lines = [
+        '<header>\n<p class="eyebrow">raydml · deep metric learning · run report</p>',
+        f"<h1>{escape(summary['name'])}</h1>",
+        f'<p class="key">{_key_sentence(summary)}</p>',
+    ]
+    if p["profile"] == "paper":
+        lines.append(
+            '<p class="warning">Paper protocol: choices were made on the test classes themselves, '
+            "so these figures are higher than new classes would give.</p>"
+        )
+    lines.append(
+        f'<p class="note">{escape(p["method"])} on {escape(p["backbone"])}, dataset {escape(p["dataset"])}: '
+        f"{summary['step']:,} steps, {summary['epochs']:g} epochs, {summary['images']:,} images "
+        f"in {summary['seconds']:,.0f} s ({summary['images_per_second']:,.1f} images/s, "
+        f"{summary['waiting_for_data']:.1%} of the time waiting for data)</p>\n</header>"
+    )
+    return "\n".join(lines)
+
+
+def _key_sentence(summary: Mapping[str, Any]) -> str:
+    frozen, final = summary["frozen"], summary["final"]
+    name = next((n for n in ("recall@1", *final) if n in final and n not in COUNTS), None)
+    if name is None:
+        return "This dataset has no test images: nothing was measured on classes never seen in training."
+    short = escape(_title(name).replace("Recall@", "R@"))
+    before = f"goes from {frozen[name]:.1f} % (frozen backbone) to" if name in frozen else "is"
+    return (
+        f"On classes never seen in training, {short} {before} <strong>{final[name]:.1f} %</strong> (trained), "
+        f"measured with {final['queries']:,.0f} queries."
+    )
+
+
+def _title(metric: str) -> str:
+    known = {"map@r": "MAP@R", "r_precision": "R-Precision", "nmi": "NMI", "ami": "AMI"}
+    return known.get(metric, metric.replace("recall@", "Recall@").replace("_", " "))
+
+
+def _metrics(summary: Mapping[str, Any], changes: Lines) -> str:
+    """The section of metrics: tables at the left, the protocol at the right."""
+    tables = []
+    final, frozen = summary["final"], summary["frozen"]
+    if final:
+        lonely = final.get("queries_without_positive", 0)
+        left_out = f"; {lonely:,.0f} more left out, alone in their class" if lonely else ""
+        caption = f"Test classes, never seen in training: %, {final['queries']:,.0f} queries{left_out}"
+        rows = [(n, _number(frozen.get(n)), _number(v), _gain(frozen.get(n), v)) for n, v in final.items()]
+        tables.append(_table(caption, ("frozen", "trained", "gain"), rows))
+    validation = summary["validation"]
+    if validation:
+        where = "test classes" if summary["protocol"]["profile"] == "paper" else "held-out training classes"
+        caption = f"Best validation ({where}): %, {validation.get('queries', 0):,.0f} queries"
+        rows = [(n, _number(v)) for n, v in validation.items()]
+        tables.append(_table(caption, ("trained",), rows))
+    protocol = [(key.replace("_", " "), escape(str(value))) for key, value in summary["protocol"].items()]
+    protocol += [("reproducible", _reproducible(summary)), ("changes while running", _changes(changes))]
+    terms = "\n".join(f"<dt>{escape(key)}</dt><dd>{value}</dd>" for key, value in protocol)
+    return f"""<section id="metrics">
+<h2>Retrieval on unseen classes</h2>
+<div class="beside">
+<div>
+{"".join(tables) or "<p>No test images and no validation fold: nothing was measured.</p>"}
+<p class="note">Frozen: pooled features of the pretrained backbone. Gain: percentage points. Recall@K: share of queries
+with an image of their class among their K nearest. R-Precision: share of right images among the R nearest, where R is
+how many there are; MAP@R also counts how early they come. NMI, AMI: agreement of k-means clusters with the classes.</p>
+</div>
+<div>
+<dl class="protocol">
+{terms}
+</dl>
+</div>
+</div>
+</section>"""
+
+
+def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    lines = [f'<table>\n<caption>{escape(caption)}</caption>\n<tr><th scope="col">metric</th>{head}</tr>']
+    for metric, *values in (row for row in rows if row[0] not in COUNTS):
+        cells = "".join(f"<td>{value}</td>" for value in values)
+        lines.append(f'<tr data-metric="{escape(metric)}"><th scope="row">{escape(_title(metric))}</th>{cells}</tr>')
+    return "\n".join([*lines, "</table>\n"])
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _gain(before: float | None, after: float) -> str:
+    return "–" if before is None else f"{after - before:+.2f}".replace("-", "−")
+
+
+def _reproducible(summary: Mapping[str, Any]) -> str:
+    if summary["reproducible"]:
+        return "yes: deterministic kernels asked for, and nothing that touches the result changed while running"
+    touched = summary["changed_while_running"]
+    return escape(f"no: changed while running: {', '.join(touched)}" if touched else "no: runtime.deterministic is off")
+
+
+def _changes(changes: Lines) -> str:
+    items = [f"<li>step {int(line['step']):,}: {escape(change)}</li>" for line in changes for change in line["changes"]]
+    return f"<ul>{''.join(items)}</ul>" if items else "none"
+
+
+# ---- curves ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: which logged quantities it shows, and how.
+
+    Attributes:
+        title, unit: of the chart, and of its vertical axis.
+        kind, names: which lines of metrics.jsonl, and which of their values.
+        smooth: draw a running mean over thin raw values.
+        from_zero: start the vertical axis at 0.
+        best: the quantity whose first maximum is marked.
+    """
+
+    title: str
+    unit: str
+    kind: str
+    names: Sequence[str]
+    smooth: bool = False
+    from_zero: bool = False
+    best: str | None = None
+
+
+def _curves(lines: Lines, summary: Mapping[str, Any], metric: str) -> str:
+    """The section of curves; `metric` chooses the best validation. What was never logged has no chart."""
+    names = _names(lines, "train")
+    rates = [n for n in names if n.startswith("lr/")]
+    own = [n for n in names if n not in ("loss", "images_per_second", "waiting", *rates)]
+    where = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
+    panels = [
+        Panel("Training loss", "loss", "train", ["loss"], smooth=True),
+        Panel(f"Validation on {where} classes", "%", "validation", _names(lines, "validation"), best=metric),
+        Panel("Learning rate", "learning rate (first group)", "train", rates, from_zero=True),
+        Panel("Throughput, mean since the start", "images/s", "train", ["images_per_second"], from_zero=True),
+        Panel("Waiting for data, mean since the start", "share of step time", "train", ["waiting"], from_zero=True),
+        *(Panel(name, name, "train", [name], smooth=True) for name in own),
+    ]
+    charts = "".join(_chart(panel, lines) for panel in panels if set(panel.names) & set(_names(lines, panel.kind)))
+    content = f'<div class="charts">\n{charts}</div>' if charts else "<p>Nothing was logged during training.</p>"
+    return f'<section id="curves">\n<h2>Training</h2>\n{content}\n</section>'
+
+
+def _names(lines: Lines, kind: str) -> list[str]:
+    """Names of the numbers that lines of a kind hold, in the order of their first appearance."""
+    names = {n: None for line in lines if line["kind"] == kind for n, v in line.items() if isinstance(v, (int, float))}
+    return [n for n in names if n not in ("step", "epoch", *COUNTS)]
+
+
+def _chart(panel: Panel, lines: Lines) -> str:
+    """A chart over the steps as inline SVG, whose text takes the page's font and colour."""
+    with matplotlib.rc_context(CHART_STYLE):
+        figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel=panel.unit)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        for name in panel.names:
+            _draw(axes, panel, name, [line for line in lines if line["kind"] == panel.kind and name in line])
+        if panel.from_zero:
+            axes.set_ylim(bottom=0)
+            axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=3)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata=NO_METADATA)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    # HTML knows these namespaces, and ids of groups would repeat from chart to chart.
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg)
+    title = escape(panel.title)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return f'<figure class="chart">\n<figcaption>{title}</figcaption>\n{svg}</figure>\n'
+
+
+def _draw(axes: Axes, panel: Panel, name: str, lines: Lines) -> None:
+    """Draws one quantity; values that are not finite are left out."""
+    steps, values = (np.array([line[key] for line in lines], np.float64) for key in ("step", name))
+    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+    if panel.smooth and len(values) >= FEW_POINTS:
+        window = np.ones(len(values) // 15 | 1)  # centred; shorter at both ends
+        mean = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+        axes.plot(steps, values, linewidth=0.6, alpha=0.45, color=COLOURS[0], label="as logged")
+        axes.plot(steps, mean, linewidth=2, color=COLOURS[0], label=f"mean of {len(window)}")
+        return
+    label = _title(name.removeprefix("lr/")) if len(panel.names) > 1 else None
+    axes.plot(steps, values, marker="o" if len(values) < FEW_POINTS else None, markersize=3, label=label)
+    if name == panel.best and len(values):
+        best = int(np.argmax(values))  # the first of equals, as the run chooses
+        label = f"best {_title(name)}: {values[best]:.1f} % at step {steps[best]:,.0f}"
+        axes.plot(steps[best], values[best], "*", markersize=13, color=INK, label=label, zorder=3)
+
+
+# ---- gallery -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """A query and what it found, as store ids, nearest first."""
+
+    query: int
+    neighbours: tuple[int, ...]
+    average_precision: float
+    relevant: int
+
+
+def _choose(run: Folder, store: Store) -> dict[str, list[Retrieved]]:
+    """Worst, random and best queries, by group, among those that have anything to find.
+
+    Raises:
+        UserError: an id is not in the store.
+    """
+    if not run.exists("test_neighbours.npz"):
+        return {}
+    with np.load(io.BytesIO(run.read("test_neighbours.npz"))) as file:
+        query, neighbours, precision = (
+            file["query"],
+            file["neighbours"][:, :NEIGHBOURS_SHOWN],
+            file["average_precision"],
+        )
+        relevant = file["relevant"]
+    if not np.isin(np.append(query, neighbours[neighbours >= 0]), store.sample_id).all():
+        raise UserError(f"{run} found images that {store.folder} does not hold: it was trained on another dataset")
+    # Shuffled first, with a fixed seed: among equals, a stable sort then takes images of any class.
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(relevant > 0))
+    orders = {
+        "worst": np.argsort(precision[rows], kind="stable"),
+        "random": np.arange(len(rows)),
+        "best": np.argsort(-precision[rows], kind="stable"),
+    }
+    return {
+        name: [
+            Retrieved(
+                int(query[i]), tuple(neighbours[i][neighbours[i] >= 0].tolist()), float(precision[i]), int(relevant[i])
+            )
+            for i in rows[order[:QUERIES_PER_GROUP]]
+        ]
+        for name, order in orders.items()
+        if len(rows)
+    }
+
+
+def _shown(groups: Groups) -> Int64[np.ndarray, " images"]:
+    """Store ids of the distinct images that are shown, ascending."""
+    ids = {sample for group in groups.values() for r in group for sample in (r.query, *r.neighbours)}
+    return np.array(sorted(ids), np.int64)
+
+
+def _gallery(groups: Groups, store: Store) -> str:
+    """The section of queries with what they found."""
+    if not groups:
+        content = "<p>No test query has an image of its own class to find.</p>"
+    else:
+        content = f'<p class="note">{HOW_TO_READ}</p>\n'
+    shown = _shown(groups)
+    labels = store.label[np.searchsorted(store.sample_id, shown)]
+    label_of = dict(zip(shown.tolist(), labels.tolist(), strict=True))
+    for name, group in groups.items():
+        rows = "".join(_row(retrieved, label_of, store.class_name_of) for retrieved in group)
+        content += f'<div class="group" id="{name}">\n<h3>{GROUPS[name]}</h3>\n{rows}</div>\n'
+    return f'<section id="gallery">\n<h2>What queries find</h2>\n{content}</section>'
+
+
+def _row(retrieved: Retrieved, label_of: Mapping[int, int], name_of: Mapping[int, str]) -> str:
+    """A query with its neighbours, framed by whether their class is the query's."""
+    wanted = label_of[retrieved.query]
+    neighbours = ""
+    for sample in retrieved.neighbours:
+        name, right = escape(name_of[label_of[sample]]), label_of[sample] == wanted
+        verdict = "right" if right else "wrong"
+        neighbours += (
+            f'<figure class="neighbour {verdict}" data-sample="{sample}" title="{name}">'
+            f'<span class="thumb s{sample}" role="img" aria-label="{verdict}: {name}"></span>'
+            f'<span class="mark" aria-hidden="true">{"✓" if right else "✗"}</span>'
+            f"{'' if right else f'<figcaption>{name}</figcaption>'}</figure>\n"
+        )
+    name = escape(name_of[wanted])
+    return (
+        f'<div class="row">\n<figure class="query" data-sample="{retrieved.query}" title="{name}">'
+        f'<span class="thumb s{retrieved.query}" role="img" aria-label="query: {name}"></span>'
+        f'<figcaption><span class="name">{name}</span>'
+        f"<small>AP@R {retrieved.average_precision:.2f}, R = {retrieved.relevant:,}</small></figcaption></figure>\n"
+        f'<div class="neighbours">\n{neighbours}</div>\n</div>\n'
+    )
+
+
+def _thumbnails(groups: Groups, store: Store) -> str:
+    """CSS that holds a small JPEG of each distinct image that is shown."""
+    ids = _shown(groups)
+    images = open_reader(store.folder.uri, store.fingerprint, None).read(ids)  # ascending: each row group is read once
+    rules = []
+    for sample, data in zip(ids.tolist(), images, strict=True):
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=85, optimize=True)
+        encoded = base64.b64encode(out.getvalue()).decode()
+        rules.append(f".s{sample}{{background-image:url(data:image/jpeg;base64,{encoded})}}\n")
+    return "".join(rules)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 written, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=__doc__)
+    parser.add_argument("run", metavar="RUN_FOLDER", help="folder or s3:// URI of a finished run")
+    run = Folder(parser.parse_args(arguments).run)
+    try:
+        if not run.exists("run.json"):
+            raise UserError(f"{run} is not a run folder (no run.json): expected STORAGE/runs/NAME")
+        recorded = run.read_json("run.json")
+        store = Store(Folder(recorded["dataset"]))
+        if store.fingerprint != recorded["fingerprint"]:
+            raise UserError(
+                f"{store.folder} has fingerprint {store.fingerprint}, the run was trained on one of "
+                f"{recorded['fingerprint']}: restore that dataset"
+            )
+        write_report(run, store)
+    except (UserError, RunError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 2
+    print(f"report: {run}/report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

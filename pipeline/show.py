@@ -64,16 +64,21 @@ def _note(progress: dict[str, Any]) -> str:
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """Frozen trunk beside the trained embedding, in percent."""
-    table = Table(title=f"{summary['name']}: retrieval on unseen classes, %")
-    for column, justify in (("", "left"), ("frozen", "right"), ("trained", "right"), ("gain", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    frozen, final = summary["frozen"], summary["final"]
-    for name, value in final.items():
+    return metrics_table(summary["final"], summary["frozen"])
+
+
+def metrics_table(metrics: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
+    """Metrics in percent, with those of the frozen trunk before them if given."""
+    table = Table(caption_justify="left")
+    table.add_column("%")
+    for column in ("frozen", "trained", "gain") if before else ("value",):
+        table.add_column(column, justify="right")
+    for name, value in metrics.items():
         if name in ("queries", "queries_without_positive"):
             continue
-        before = frozen.get(name)
-        gain = "" if before is None else f"{value - before:+.2f}"
-        table.add_row(name, "" if before is None else f"{before:.2f}", f"{value:.2f}", gain)
-    queries, lonely = final.get("queries", 0), final.get("queries_without_positive", 0)
+        old = (before or {}).get(name)
+        gain = (f"{old:.2f}", f"{value:.2f}", f"{value - old:+.2f}") if old is not None else ("", f"{value:.2f}", "")
+        table.add_row(name, *(gain if before else (f"{value:.2f}",)))
+    queries, lonely = metrics.get("queries", 0), metrics.get("queries_without_positive", 0)
     table.caption = f"{queries:,.0f} queries" + (f", {lonely:,.0f} more without a positive left out" if lonely else "")
     return table

@@ -196,6 +196,7 @@ def _finished(config: Config, folder: Folder) -> bool:
 def _show_summary(folder: Folder) -> None:
     summary = folder.read_json("summary.json")
     out = Console()
+    out.print(f"{summary['name']}: retrieval on classes never seen in training", highlight=False, soft_wrap=True)
     out.print(summary_table(summary))
     out.print(f"{summary['images']:,} images in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s; "
               f"protocol: {summary['protocol']['profile']}, {summary['protocol']['checkpoint']} checkpoint", highlight=False)
