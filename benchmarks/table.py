@@ -24,7 +24,7 @@ class Row:
 
 
 def finish(rows: Sequence[Row], json_path: str | Path | None = None) -> int:
-    """Prints the rows, writes them with the machine they were measured on, and returns 1 if a promise is broken, else 0."""
+    """Prints the rows, writes them as JSON with the machine's load; returns 1 if a promise is broken, else 0."""
     header = ("what", "ours", "the other", "ratio", "promised", "")
     cells = [header] + [
         (row.what, *map(_number, (row.ours, row.other, row.ratio)), row.promised, "" if row.ok else "BROKEN")

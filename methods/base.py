@@ -49,8 +49,8 @@ class Batch:
         columns: further columns of the plan row.
     """
 
-    ids: Int64[Tensor, "batch"]
-    labels: Int64[Tensor, "batch"]
+    ids: Int64[Tensor, batch]
+    labels: Int64[Tensor, batch]
     columns: Mapping[str, np.ndarray]
 
 
@@ -67,7 +67,7 @@ class Context(Protocol):
         rows: this rank's slots of the batch; a method may compute only these to save work if the result stays the same.
     """
 
-    labels: Int64[np.ndarray, "samples"]
+    labels: Int64[np.ndarray, samples]
     seed: int
     clock: Clock
     device: torch.device
@@ -94,7 +94,7 @@ class Context(Protocol):
         """Updates the parameters of one optimizer at its scheduled rate and clears its gradients."""
         ...
 
-    def sweep(self, ids: Int64[np.ndarray, "some"], embed: bool = True) -> Float[Tensor, "some dim"]:
+    def sweep(self, ids: Int64[np.ndarray, some], embed: bool = True) -> Float[Tensor, "some dim"]:
         """Embeddings (or pooled features) of many training samples without gradient or augmentation, shared by the ranks."""
         ...
 
@@ -128,7 +128,10 @@ class Method(nn.Module):
 
     def optimizers(self, trunk: nn.Module) -> dict[str, Optimizer]:
         """The optimizers by name, over the trunk's and the method's parameters; made once, before training."""
-        own = {"head": self.head.parameters(), "loss": [p for n, p in self.named_parameters() if not n.startswith("head.")]}
+        own = {
+            "head": self.head.parameters(),
+            "loss": [p for n, p in self.named_parameters() if not n.startswith("head.")],
+        }
         return {"main": build_optimizer(self.config.optimizer, {"trunk": trunk.parameters(), **own})}
 
     def on_epoch_start(self, epoch: int, context: Context) -> None:
@@ -148,7 +151,7 @@ class Method(nn.Module):
         return {"loss": float(loss.detach())}
 
     def loss(
-        self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, "batch"], context: Context
+        self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, batch], context: Context
     ) -> Float[Tensor, ""]:
         """The loss of a batch: all that a simple method writes."""
         raise TypeError(f"{type(self).__name__} overrides neither `loss` nor `training_step`")

@@ -42,18 +42,24 @@ MINERS = _candidates(miners, miners.BaseMiner, ())
 def _find(kind: str, name: str, known: Mapping[str, type]) -> type:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        raise ValueError(f"{kind} {name!r} is unknown" + (f": did you mean {near[0]!r}?" if near else f", known: {sorted(known)}"))
+        raise ValueError(
+            f"{kind} {name!r} is unknown" + (f": did you mean {near[0]!r}?" if near else f", known: {sorted(known)}")
+        )
     return known[name]
 
 
-def _build(kind: str, name: str, arguments: Mapping[str, Any], known: Mapping[str, type], given: Mapping[str, int]) -> Any:
+def _build(
+    kind: str, name: str, arguments: Mapping[str, Any], known: Mapping[str, type], given: Mapping[str, int]
+) -> Any:
     """Makes a loss or miner; every argument is checked against the signatures of the class and its bases."""
     cls = _find(kind, name, known)
     accepted: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base) and base is not nn.Module and base is not object:
             parameters = inspect.signature(base).parameters
-            accepted |= {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL}
+            accepted |= {
+                n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL
+            }
     for argument in arguments:
         if argument in GIVEN:
             raise ValueError(f"{kind}_args.{argument} follows from the data and the head: leave it out")
@@ -70,9 +76,9 @@ def _build(kind: str, name: str, arguments: Mapping[str, Any], known: Mapping[st
 class BaselineConfig(MethodConfig):
     name: Literal["baseline"] = "baseline"
     loss: str = Field("MultiSimilarityLoss", description="class of pytorch_metric_learning.losses")
-    loss_args: dict[str, Any] = {}
+    loss_args: dict[str, Any] = Field(default_factory=dict)
     miner: str | None = Field(None, description="class of pytorch_metric_learning.miners")
-    miner_args: dict[str, Any] = {}
+    miner_args: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> BaselineConfig:
@@ -94,7 +100,7 @@ class Baseline(Method):
         self.miner = _build("miner", config.miner, config.miner_args, MINERS, {}) if config.miner else None
 
     def loss(
-        self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, "batch"], context: Context
+        self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, batch], context: Context
     ) -> Float[Tensor, ""]:
         with global_generators(context.seed, context.clock.step):
             tuples = self.miner(embeddings, labels) if self.miner is not None else None

@@ -37,7 +37,7 @@ class Plan:
 
 
 def class_balanced(
-    labels: Int64[np.ndarray, "samples"], classes_per_batch: int, samples_per_class: int, seed: int, epoch: int
+    labels: Int64[np.ndarray, samples], classes_per_batch: int, samples_per_class: int, seed: int, epoch: int
 ) -> Plan:
     """P×K batches: P groups a step, each of K samples of one class; no class twice in a step.
 
@@ -120,7 +120,9 @@ def _deal(
     """
     start = np.concatenate([[0], np.cumsum(counts)])
     by_class = np.argsort(owners, kind="stable")
-    sequence = np.concatenate([random.permutation(by_class[start[c] : start[c + 1]]) for c in random.permutation(len(counts))])
+    sequence = np.concatenate(
+        [random.permutation(by_class[start[c] : start[c + 1]]) for c in random.permutation(len(counts))]
+    )
     run_owner = owners[sequence]
     table = np.full((steps, classes), -1, dtype=np.int64)
     before = np.empty(0, dtype=np.int64)

@@ -106,10 +106,12 @@ class Checkpoints:
         """
         current = self._current()
         if current != self.incarnation:
-            raise RunError(f"run {self.run} has been taken over by another process (start {current} of the run): this one stops")
+            raise RunError(
+                f"run {self.run} has been taken over by another process (start {current} of the run): this one stops"
+            )
         base = f"{kind}/{_name(progress.step)}"
         buffer = io.BytesIO()
-        state = {"optimizers": {name: o.torch.state_dict() for name, o in optimizers.items()}}
+        state: dict[str, Any] = {"optimizers": {name: o.torch.state_dict() for name, o in optimizers.items()}}
         if plan is not None:
             columns = {name: torch.from_numpy(column) for name, column in plan.columns.items()}
             state["plan"] = {"ids": torch.from_numpy(plan.ids), "columns": columns}
@@ -164,7 +166,9 @@ class Checkpoints:
         def read(name: str) -> bytes:
             data = self.run.read(f"{base}/{name}")
             if hashlib.sha256(data).hexdigest() != checksums[name]:
-                raise UserError(f"{self.run}/{base}/{name} is damaged (checksum): remove {base} to resume from the one before")
+                raise UserError(
+                    f"{self.run}/{base}/{name} is damaged (checksum): remove {base} to resume from the one before"
+                )
             return data
 
         try:
@@ -172,7 +176,9 @@ class Checkpoints:
             if method is not None:
                 method.load_state_dict(load_safetensors(read("method.safetensors")))
         except RuntimeError as error:
-            raise UserError(f"{self.run}/{base} does not fit the configured model: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"{self.run}/{base} does not fit the configured model: {' '.join(str(error).split())}"
+            ) from error
         if optimizers is None:
             return None
         state = torch.load(io.BytesIO(read("optimizers.pt")), map_location="cpu", weights_only=True)

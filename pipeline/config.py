@@ -24,7 +24,7 @@ from pipeline.storage import home
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "baseline/emoji"
-RUNTIME = {"runtime": True}
+RUNTIME: dict[str, Any] = {"runtime": True}
 
 
 class DataConfig(Frozen):
@@ -32,7 +32,9 @@ class DataConfig(Frozen):
 
     source: str = Field("emoji", description="emoji, or the folder or s3:// URI of a store made by pipeline.prepare")
     validation_fold: int | None = Field(
-        0, ge=0, description="fold of the training classes held out for every choice; none: train on all, last checkpoint"
+        0,
+        ge=0,
+        description="fold of the training classes held out for every choice; none: train on all, last checkpoint",
     )
     transforms: TransformConfig = TransformConfig()
 
@@ -42,7 +44,9 @@ class EvaluationConfig(Frozen):
 
     every: Length = Field(Length(value=1, unit="epochs"), description="how often to evaluate on the validation fold")
     recall_at: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1)
-    metric: str = Field("map@r", description="chooses the best checkpoint: map@r, r_precision, or recall@K of recall_at")
+    metric: str = Field(
+        "map@r", description="chooses the best checkpoint: map@r, r_precision, or recall@K of recall_at"
+    )
     checkpoint: Literal["best", "last"] = Field("best", description="of which the final figures are")
     clustering: bool = Field(True, description="NMI and AMI, at the end only")
     batch_size: int = Field(256, ge=1, description="images a forward pass", json_schema_extra=RUNTIME)
@@ -68,12 +72,16 @@ class RuntimeConfig(Frozen):
     """Where and how fast; nothing here changes what is computed (beyond rounding, where the number of workers changes)."""
 
     workers: int = Field(1, ge=0, description="Ray Train workers; 0: this process, without Ray Train")
-    cpus_per_worker: int | None = Field(None, ge=1, description="threads of a worker (none: the machine's cores shared out; 2 on a cluster)")
+    cpus_per_worker: int | None = Field(
+        None, ge=1, description="threads of a worker (none: the machine's cores shared out; 2 on a cluster)"
+    )
     gpus_per_worker: float = Field(0, ge=0, description="0 trains on the CPU")
     loader: Literal["ray", "in_process"] = Field("ray", description="Ray Data pipeline, or a thread of the worker")
     loader_cpus: int = Field(1, ge=1, description="of each worker's Ray Data pipeline")
     max_failures: int = Field(3, ge=0, description="restarts of the workers after a crash")
-    cache: str | None = Field(None, description="this node's copies of training splits (none: STORAGE/cache or ~/raydml/cache)")
+    cache: str | None = Field(
+        None, description="this node's copies of training splits (none: STORAGE/cache or ~/raydml/cache)"
+    )
     cache_bytes: int = Field(100 * 2**30, ge=0, description="larger training splits are read from the store instead")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
     deterministic: bool = Field(True, description="ask torch for repeatable kernels")
@@ -82,13 +90,20 @@ class RuntimeConfig(Frozen):
 class Config(Frozen):
     """A run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run's folder below storage/runs")
-    storage: str = Field("", description="absolute path or s3:// URI (default $RAYDML_HOME, else ~/raydml)", json_schema_extra=RUNTIME)
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run's folder below storage/runs"
+    )
+    storage: str = Field(
+        "", description="absolute path or s3:// URI (default $RAYDML_HOME, else ~/raydml)", json_schema_extra=RUNTIME
+    )
     seed: int = Field(0, ge=0)
     protocol: Literal["fair", "paper"] = Field(
-        "fair", description="fair: choices on the validation fold, test classes once; paper: choices on the test classes, said so"
+        "fair",
+        description="fair: choices on the validation fold, test classes once; paper: choices on the test classes, said so",
     )
-    length: Length = Field(Length(value=10, unit="epochs"), description="of the run; may grow", json_schema_extra=RUNTIME)
+    length: Length = Field(
+        Length(value=10, unit="epochs"), description="of the run; may grow", json_schema_extra=RUNTIME
+    )
     precision: Literal["float64", "float32", "bf16"] = Field("float32", description="bf16: autocast of the trunk")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -105,7 +120,10 @@ class Config(Frozen):
         name = dict(value).get("name", "baseline") if isinstance(value, Mapping) else value
         if name not in METHODS:
             near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.4)
-            raise ValueError(f"method {name!r} is unknown: " + (f"did you mean {near[0]!r}?" if near else f"known: {sorted(METHODS)}"))
+            raise ValueError(
+                f"method {name!r} is unknown: "
+                + (f"did you mean {near[0]!r}?" if near else f"known: {sorted(METHODS)}")
+            )
         return METHODS[name].Config.model_validate(dict(value) | {"name": name})
 
     @model_validator(mode="after")
@@ -113,9 +131,13 @@ class Config(Frozen):
         if self.length.value == 0:
             raise ValueError("length is 0: give the run a length such as '3 epochs'")
         if self.protocol == "paper" and self.data.validation_fold is not None:
-            raise ValueError("the paper protocol chooses on the test classes and trains on all others: set data.validation_fold to null")
+            raise ValueError(
+                "the paper protocol chooses on the test classes and trains on all others: set data.validation_fold to null"
+            )
         if self.evaluation.checkpoint == "best" and not self.validates:
-            raise ValueError("evaluation.checkpoint is 'best', but without data.validation_fold there is nothing to choose on: set 'last'")
+            raise ValueError(
+                "evaluation.checkpoint is 'best', but without data.validation_fold there is nothing to choose on: set 'last'"
+            )
         if self.runtime.gpus_per_worker and self.precision == "float64":
             raise ValueError("precision float64 is for the CPU; use float32 or bf16 on a GPU")
         return self
@@ -212,8 +234,17 @@ def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in top.items():
         old = out.get(key)
-        other_method = key == "method" and isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("name", old.get("name")) != old.get("name")
-        out[key] = _merge(dict(old), value) if isinstance(old, Mapping) and isinstance(value, Mapping) and not other_method else value
+        other_method = (
+            key == "method"
+            and isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("name", old.get("name")) != old.get("name")
+        )
+        out[key] = (
+            _merge(dict(old), value)
+            if isinstance(old, Mapping) and isinstance(value, Mapping) and not other_method
+            else value
+        )
     return out
 
 

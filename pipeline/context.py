@@ -85,7 +85,11 @@ class RunContext:
         self.generator = seeded_generator(self.device, self.seed, clock.step, 2)
         torch.manual_seed(self.generator.initial_seed())  # dropout inside a backbone: the same after a resume
         self.rows = self.ranks.slice(plan.ids.shape[1])
-        self._plan_row, self._pixels, self._awaits_backward = (plan, row), pixels.to(self.device, non_blocking=True), False
+        self._plan_row, self._pixels, self._awaits_backward = (
+            (plan, row),
+            pixels.to(self.device, non_blocking=True),
+            False,
+        )
         self.trunk.set_mode(True, self.ranks)
         self.method.train()
         ids = torch.from_numpy(plan.ids[row]).to(self.device)
@@ -129,7 +133,7 @@ class RunContext:
         chosen.step(self.clock, self.length)
         chosen.torch.zero_grad(set_to_none=True)
 
-    def sweep(self, ids: Int64[np.ndarray, "some"], embed: bool = True) -> Float[Tensor, "some dim"]:
+    def sweep(self, ids: Int64[np.ndarray, some], embed: bool = True) -> Float[Tensor, "some dim"]:
         out = self.embedder(self.samples.ids[ids], self.trunk, self.method if embed else None)
         self.trunk.set_mode(True, self.ranks)
         self.method.train()

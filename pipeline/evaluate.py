@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m pipeline.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", nargs="+", metavar="RUN | EMBEDDINGS.npy LABELS.npy")
-    parser.add_argument("--gallery", nargs=2, metavar=("EMBEDDINGS", "LABELS"), help="search here instead of leave-one-out")
+    parser.add_argument(
+        "--gallery", nargs=2, metavar=("EMBEDDINGS", "LABELS"), help="search here instead of leave-one-out"
+    )
     parser.add_argument("--recall-at", nargs="+", type=int, help="every K of Recall@K (default: the run's, or 1 2 4 8)")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="of a run: which classes")
     parser.add_argument("--checkpoint", help="of a run: best, last, or a step (default: as the run's protocol says)")
@@ -117,7 +119,10 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     task = validation_task(config, store) if options.split == "validation" else test_task(store)
     if task is None:
         raise UserError(f"the run has no {options.split} images to evaluate")
-    ranks, device = Ranks(), torch.device("cuda" if torch.cuda.is_available() and config.runtime.gpus_per_worker else "cpu")
+    ranks, device = (
+        Ranks(),
+        torch.device("cuda" if torch.cuda.is_available() and config.runtime.gpus_per_worker else "cpu"),
+    )
     torch.set_num_threads(os.cpu_count() or 1)
     trunk = build_trunk(config.model.model_copy(update={"weights": "none"}), config.data.transforms.size)
     samples = store.select(["train"], without_fold=config.data.validation_fold)

@@ -41,7 +41,9 @@ class Embedder:
     ranks: Ranks
 
     @torch.no_grad()
-    def __call__(self, ids: Int64[np.ndarray, "images"], trunk: Trunk, method: Method | None) -> Float[Tensor, "images dim"]:
+    def __call__(
+        self, ids: Int64[np.ndarray, images], trunk: Trunk, method: Method | None
+    ) -> Float[Tensor, "images dim"]:
         """Embeddings of the given store ids (pooled features if there is no method), on every rank.
 
         Leaves trunk and method in evaluation mode.
@@ -56,7 +58,11 @@ class Embedder:
             features = trunk_features(trunk, pixels.to(self.device), self.precision)
             parts.append(features if method is None else method.embed(features))
         if not parts:  # more ranks than images
-            empty = trunk_features(trunk, torch.zeros(0, 3, *[self.source.transforms.size] * 2, dtype=torch.uint8).to(self.device), self.precision)
+            empty = trunk_features(
+                trunk,
+                torch.zeros(0, 3, *[self.source.transforms.size] * 2, dtype=torch.uint8).to(self.device),
+                self.precision,
+            )
             parts.append(empty if method is None else method.embed(empty))
         return gather(torch.cat(parts), own.start, len(ids), self.ranks)
 

@@ -1,8 +1,8 @@
 """Starts the workers of a run, in one of three ways, and carries progress and stop requests between them and the driver.
 
-    Ray Train    runtime.workers >= 1: DDP workers, restarted after a crash, on this machine or a cluster
-    one process  runtime.workers == 0
-    torchrun     when torchrun's environment is found: this process is one of the workers
+Ray Train    runtime.workers >= 1: DDP workers, restarted after a crash, on this machine or a cluster
+one process  runtime.workers == 0
+torchrun     when torchrun's environment is found: this process is one of the workers
 """
 
 from __future__ import annotations

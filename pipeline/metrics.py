@@ -9,8 +9,7 @@ Distinctive:
   order of summation gives the same bits, so BLAS may do it. Embeddings that collapsed to (nearly) one point, of which
   float32 can order nothing, cost about 4 times the usual time.
 - **Recall at any k.** The rank of the first positive is counted, not searched, so its cost does not grow with k.
-- **Classes of any number and size.** Labels are sorted once, O(N log N); a class of thousands among singletons makes
-  only its own queries deep.
+- **Classes of any number and size.** Labels are sorted once; a class of thousands makes only its own queries deep.
 
 The similarity is the cosine. MAP@R and R-Precision are those of Musgrave et al., "A Metric Learning Reality Check",
 ECCV 2020, arXiv 2003.08505. For a query with R relevant gallery rows:
@@ -144,13 +143,12 @@ def clustering(
 ) -> dict[str, float]:
     """NMI and AMI, in percent, of a k-means clustering into as many clusters as there are classes.
 
-    faiss on the CPU, from a random start, on rows of length one, none left out. A local optimum: even classes that
-    lie perfectly apart score 85 to 100. The same seed and number of threads give the same result. Time: `iterations`
-    float32 matrix products N x C x D.
+    faiss on the CPU, from a random start, on rows of length one, none left out. It finds a local optimum: 12 classes
+    perfectly apart scored an NMI of 85 to 97. The same seed and number of threads give the same result. Time:
+    `iterations` float32 matrix products N x C x D.
 
     Raises:
-        ValueError: fewer than two classes, or no two rows of one class, where both measures are undefined; or a row of
-            length zero or with a NaN or infinity.
+        ValueError: as `retrieve`; or fewer than two classes or no two rows of one, where the measures are undefined.
     """
     vectors = _Vectors.of(embeddings, labels, "embeddings")
     _, classes = np.unique(labels.cpu().numpy(), return_inverse=True)
@@ -169,8 +167,8 @@ def clustering(
 def _adjusted_mutual_info(classes: np.ndarray, clusters: np.ndarray) -> float:
     """scikit-learn's `adjusted_mutual_info_score`, for two partitions that are not both trivial, in milliseconds.
 
-    The expectation is a sum over all pairs of class and cluster, whose terms depend on the two sizes only. scikit-learn
-    visits each pair (2 minutes for 11,316 x 11,316), we each pair of *distinct* sizes: at most sqrt(2N) on either side.
+    Its expectation sums over all pairs of class and cluster, for 11,316 x 11,316 in 40 s. The terms depend on the two
+    sizes only, so we visit pairs of *distinct* sizes, of which N rows allow at most sqrt(2N) on either side.
     """
     sizes_a, sizes_b = (np.unique(partition, return_counts=True)[1] for partition in (classes, clusters))
     mean_entropy = -sum(float((p * np.log(p)).sum()) for p in (sizes_a / len(classes), sizes_b / len(classes))) / 2
@@ -204,11 +202,11 @@ class _Vectors:
 
     @staticmethod
     def of(embeddings: Tensor, labels: Tensor, name: str) -> _Vectors:
+        got = f"got {name} {embeddings.dtype} {tuple(embeddings.shape)} with labels {tuple(labels.shape)}"
         if embeddings.dtype not in (torch.float32, torch.float64) or embeddings.ndim != 2 or not embeddings.numel():
-            got = f"{embeddings.dtype} {tuple(embeddings.shape)}"
-            raise ValueError(f"got {name} {got}: expected float32 or float64 [rows, dim], not empty")
+            raise ValueError(f"{got}: expected float32 or float64 [rows, dim], not empty")
         if labels.shape != embeddings.shape[:1]:
-            raise ValueError(f"got {len(embeddings)} {name} rows with labels {tuple(labels.shape)}: expected one a row")
+            raise ValueError(f"{got}: expected one label a row")
         rows = embeddings.detach().cpu().contiguous().numpy()
         norms, unit32 = np.empty(len(rows)), np.empty(rows.shape, np.float32)
         chunks = list(_slices(len(rows), _CHUNK_ELEMENTS // rows.shape[1]))
@@ -227,7 +225,7 @@ class _Vectors:
 
         A product of two highs is a multiple of 2^-52, and by Cauchy-Schwarz all partial sums of high . high' are below
         2, which is 2^53 such steps: float64 holds them exactly, whatever the order, fused or not. So it does those of
-        high . low' + low . high', as |low| <= 2^-27. Only low . low', at most D 2^-54, is left out of the similarity.
+        high . low' + low . high', as |low| <= 2^-27. With low . low' left out, the cosine is right to D 2^-50.
         """
         low = self.rows[ids] / self.norms[ids, None]
         high = _round(low.copy(), 2.0**26)
@@ -274,16 +272,15 @@ class _Search:
 
     @property
     def margin(self) -> float:
-        """Twice the largest possible error of a float32 similarity, whatever the order of summation.
+        """Twice the largest error of a float32 similarity: gamma_n = n u / (1 - n u), u = 2^-24 (Higham 2002, 3.1).
 
-        gamma_n = n u / (1 - n u) with u = 2^-24 bounds the sum of D products of unit vectors for n = D (Higham 2002,
-        section 3.1). Two more for rounding both vectors, the rest for comparing with a rounded bound.
+        n = D for the sum in any order, two more for rounding both vectors, the rest for comparing with a rounded bound.
         """
         rounding = (self.gallery.rows.shape[1] + 8) * 2.0**-24
         return 2 * rounding / (1 - rounding)
 
     def rank(self, query_ids: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest `depth` gallery rows, nearest first, int64 [queries, depth], and the rank of the first positive."""
+        """The nearest `depth` gallery rows, nearest first, [queries, depth], and the rank of the first positive."""
         ids, first_hit, undecided = self._rank_by_float32(query_ids, depth)
         for part in _slices(len(undecided), self.rows_per_block(24)):
             chosen = undecided[part]
@@ -322,9 +319,9 @@ class _Search:
         return ids, first_hit, np.flatnonzero(undecided)
 
     def _sorted(self, query_ids: np.ndarray, rows: np.ndarray, ids: np.ndarray, similarity: np.ndarray) -> np.ndarray:
-        """The gallery rows `ids` of each row (both ascending), by exact similarity downwards, ties by gallery row.
+        """The `ids` of each row (both ascending) by exact similarity, highest first, ties by the smaller id.
 
-        Float32 values that differ by more than the margin are in the right order; only runs of nearer ones are compared.
+        Float32 values more than the margin apart are in the right order; only runs of nearer ones are compared.
         """
         order = np.lexsort((-similarity, rows))
         ids, similarity = ids[order], similarity[order]

@@ -1,6 +1,6 @@
 """The trunk: any timm or torchvision backbone, its pooling, and what its batch normalisation does.
 
-    uint8 [B, 3, S, S] -> normalise on the device -> backbone -> pooled features [B, F]
+uint8 [B, 3, S, S] -> normalise on the device -> backbone -> pooled features [B, F]
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ class ModelConfig(Frozen):
     """The trunk."""
 
     backbone: str = Field("resnet50", description="a timm model, or torchvision/NAME")
-    weights: str = Field("pretrained", description=f"pretrained (downloads) | none | {LITE0} | a .pth or .safetensors file")
+    weights: str = Field(
+        "pretrained", description=f"pretrained (downloads) | none | {LITE0} | a .pth or .safetensors file"
+    )
     pooling: Literal["avg", "max", "avg+max", "native"] = Field(
-        "avg", description="global pooling of the last feature map; native: what the backbone does itself (ViT: its token)"
+        "avg",
+        description="global pooling of the last feature map; native: what the backbone does itself (ViT: its token)",
     )
     batch_norm: Literal["frozen", "sync", "local"] = Field(
         "frozen", description="frozen running statistics | statistics over all ranks | statistics of each rank's images"
@@ -138,9 +141,11 @@ def build_trunk(config: ModelConfig, size: int) -> Trunk:
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SyncBatchNorm2d  # keeps parameters and their names
             elif type(module) is BatchNormAct2d:
-                module.__class__ = SyncBatchNormAct2d
+                module.__class__ = SyncBatchNormAct2d  # type: ignore[assignment]
             elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm2d):
-                raise UserError(f"batch_norm: sync does not know {type(module).__name__} of {config.backbone}: use frozen or local")
+                raise UserError(
+                    f"batch_norm: sync does not know {type(module).__name__} of {config.backbone}: use frozen or local"
+                )
     return trunk
 
 
@@ -152,9 +157,10 @@ def _backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
             net, mean, std = _torchvision(config, download)
         else:
             check_timm(config.backbone)
-            pool = {} if config.pooling == "native" else {"global_pool": ""}
+            pool: dict[str, Any] = {} if config.pooling == "native" else {"global_pool": ""}
             net = timm.create_model(config.backbone, pretrained=download, num_classes=0, **pool)
-            mean, std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
+            pretrained: Any = net.pretrained_cfg
+            mean, std = pretrained["mean"], pretrained["std"]
     except UserError:
         raise
     except Exception as error:
@@ -189,11 +195,17 @@ def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, A
         net.aux_logits, net.aux1, net.aux2, net.AuxLogits = False, None, None, None
     if config.pooling != "native":
         if not isinstance(getattr(net, "avgpool", None), nn.Module):
-            raise UserError(f"{config.backbone} has no pooling layer to replace: set model.pooling to native, or use timm's")
+            raise UserError(
+                f"{config.backbone} has no pooling layer to replace: set model.pooling to native, or use timm's"
+            )
         net.avgpool = Pool(config.pooling)
     for classifier in ("fc", "classifier", "heads", "head"):
         if isinstance(getattr(net, classifier, None), nn.Module):
-            setattr(net, classifier, nn.Identity() if config.pooling != "native" or classifier != "classifier" else nn.Flatten())
+            setattr(
+                net,
+                classifier,
+                nn.Identity() if config.pooling != "native" or classifier != "classifier" else nn.Flatten(),
+            )
             break
     return net, IMAGENET_MEAN, IMAGENET_STD
 
@@ -216,7 +228,11 @@ def _load_weights(net: nn.Module, weights: str) -> None:
     if not os.path.isfile(path):
         raise UserError(f"weights {weights!r}: no such file (other choices: pretrained, none, {LITE0})")
     try:
-        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = (
+            load_file(path)
+            if path.endswith(".safetensors")
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:
         raise UserError(f"weights {weights!r} cannot be read as tensors ({type(error).__name__}: {error})") from error
     state = state.get("state_dict", state.get("model", state))

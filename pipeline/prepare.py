@@ -38,7 +38,13 @@ def run_on_ray(function: Callable[[Shard], dict[str, Any]], shards: list[Shard])
 
     blocks = [pa.table({"index": [i]}) for i in range(len(shards))]
     dataset = ray.data.from_arrow(blocks).map_batches(work, batch_size=None, batch_format="pyarrow", num_cpus=1)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("preparing", total=sum(len(s.entries) for s in shards))
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -85,7 +91,9 @@ def describe(store: Store) -> list[str]:
     folds = store.manifest["folds"]
     lines.append(f"  validation folds of the training classes: {', '.join(str(f['classes']) for f in folds)} classes")
     if store.manifest["rejected"]:
-        lines.append(f"  rejected: {store.manifest['rejected']:,} images that cannot be read, see {store.folder}/rejected.csv")
+        lines.append(
+            f"  rejected: {store.manifest['rejected']:,} images that cannot be read, see {store.folder}/rejected.csv"
+        )
     return lines
 
 
@@ -125,14 +133,19 @@ def _run(options: argparse.Namespace) -> None:
     if options.kind == "emoji":
         entries, target = catalog.emoji(options.skin_tones), emoji_store(home(), options.skin_tones)
     elif options.kind == "folder":
-        entries, target = catalog.folder(options.root), Folder(home()) / "data" / Folder(options.root).uri.rsplit("/", 1)[1]
+        entries, target = (
+            catalog.folder(options.root),
+            Folder(home()) / "data" / Folder(options.root).uri.rsplit("/", 1)[1],
+        )
     else:
         stem = os.path.splitext(os.path.basename(options.file))[0]
         entries, target = catalog.table(options.file), Folder(home()) / "data" / stem
     target = Folder(options.out) if options.out else target
     training = {e.group or e.class_name for e in entries if e.split == "train"}
     if len(training) < options.folds:
-        raise UserError(f"{len(training)} training classes cannot be dealt into {options.folds} validation folds: lower --folds")
+        raise UserError(
+            f"{len(training)} training classes cannot be dealt into {options.folds} validation folds: lower --folds"
+        )
     with ray_session(options.cpus or os.cpu_count() or 1):
         prepare(
             options.name or target.uri.rsplit("/", 1)[1],

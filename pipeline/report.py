@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import yaml
-from jaxtyping import Float, Int64
+from jaxtyping import Float64, Int64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -33,10 +33,11 @@ from pipeline.storage import Folder
 from pipeline.summary import read_changes
 from pipeline.tracking import read_metrics
 
-Lines = Sequence[Mapping[str, Any]]
+Curve = Float64[np.ndarray, "2 points"]  # steps and values
 Groups = Mapping[str, Sequence["Retrieved"]]
 
 COUNTS = ("queries", "queries_without_positive")  # among the metrics, but not in percent
+NOT_CURVES = ("step", "epoch", *COUNTS)
 QUERIES_PER_GROUP = 12
 NEIGHBOURS_SHOWN = 8
 THUMBNAIL = 96  # pixels, longer side
@@ -47,12 +48,12 @@ GROUPS = {
     "best": "Best: highest average precision",
 }
 HOW_TO_READ = (
-    "At the left a query, then its nearest test images, nearest first. Green with ✓: of the query's class. Red with ✗: of "
-    "another class, named below. AP@R: the query's term of MAP@R, from 0 to 1. R: how many images of its class there are."
+    "At the left a query, then its nearest test images, nearest first. Green with ✓: of the query's class. Red with ✗: "
+    "of another class, named below. AP@R: the query's term of MAP@R, from 0 to 1. R: images of its class to be found."
 )
+NOTHING_TO_FIND = "No test query has an image of its own class to find."
 
 INK = "#010203"  # stands for the page's text colour in a chart, whatever the reader's colour scheme
-NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 COLOURS = ("#3b82d0", "#d97f1f", "#2a9d74", "#a667c9", "#d0577f", "#8a8f2c", "#2aa3b8", "#8b6f5c")
 CHART_STYLE: dict[str, Any] = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
@@ -156,22 +157,18 @@ def _title(metric: str) -> str:
     return known.get(metric, metric.replace("recall@", "Recall@").replace("_", " "))
 
 
-def _metrics(summary: Mapping[str, Any], changes: Lines) -> str:
+def _metrics(summary: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> str:
     """The section of metrics: tables at the left, the protocol at the right."""
-    tables = []
-    final, frozen = summary["final"], summary["frozen"]
+    final, validation = summary["final"], summary["validation"]
+    tables = ""
     if final:
         lonely = final.get("queries_without_positive", 0)
         left_out = f"; {lonely:,.0f} more left out, alone in their class" if lonely else ""
         caption = f"Test classes, never seen in training: %, {final['queries']:,.0f} queries{left_out}"
-        rows = [(n, _number(frozen.get(n)), _number(v), _gain(frozen.get(n), v)) for n, v in final.items()]
-        tables.append(_table(caption, ("frozen", "trained", "gain"), rows))
-    validation = summary["validation"]
+        tables += _table(caption, final, summary["frozen"])
     if validation:
-        where = "test classes" if summary["protocol"]["profile"] == "paper" else "held-out training classes"
-        caption = f"Best validation ({where}): %, {validation.get('queries', 0):,.0f} queries"
-        rows = [(n, _number(v)) for n, v in validation.items()]
-        tables.append(_table(caption, ("trained",), rows))
+        where = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
+        tables += _table(f"Best validation, on {where} classes: %, {validation['queries']:,.0f} queries", validation)
     protocol = [(key.replace("_", " "), escape(str(value))) for key, value in summary["protocol"].items()]
     protocol += [("reproducible", _reproducible(summary)), ("changes while running", _changes(changes))]
     terms = "\n".join(f"<dt>{escape(key)}</dt><dd>{value}</dd>" for key, value in protocol)
@@ -179,7 +176,7 @@ def _metrics(summary: Mapping[str, Any], changes: Lines) -> str:
 <h2>Retrieval on unseen classes</h2>
 <div class="beside">
 <div>
-{"".join(tables) or "<p>No test images and no validation fold: nothing was measured.</p>"}
+{tables or "<p>No test images and no validation fold: nothing was measured.</p>"}
 <p class="note">Frozen: pooled features of the pretrained backbone. Gain: percentage points. Recall@K: share of queries
 with an image of their class among their K nearest. R-Precision: share of right images among the R nearest, where R is
 how many there are; MAP@R also counts how early they come. NMI, AMI: agreement of k-means clusters with the classes.</p>
@@ -193,21 +190,21 @@ how many there are; MAP@R also counts how early they come. NMI, AMI: agreement o
 </section>"""
 
 
-def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    lines = [f'<table>\n<caption>{escape(caption)}</caption>\n<tr><th scope="col">metric</th>{head}</tr>']
-    for metric, *values in (row for row in rows if row[0] not in COUNTS):
-        cells = "".join(f"<td>{value}</td>" for value in values)
-        lines.append(f'<tr data-metric="{escape(metric)}"><th scope="row">{escape(_title(metric))}</th>{cells}</tr>')
+def _table(caption: str, trained: Mapping[str, float], frozen: Mapping[str, float] | None = None) -> str:
+    """A row for each metric; frozen and gain only where frozen metrics are given, and "–" where one of them is missing."""
+    columns = ("trained",) if frozen is None else ("frozen", "trained", "gain")
+    head = "".join(f'<th scope="col">{column}</th>' for column in ("metric", *columns))
+    lines = [f"<table>\n<caption>{escape(caption)}</caption>\n<tr>{head}</tr>"]
+    for name, value in trained.items():
+        if name in COUNTS:
+            continue
+        cells = [f"{value:.2f}"]
+        if frozen is not None:
+            before = frozen.get(name)
+            cells = ["–", *cells, "–"] if before is None else [f"{before:.2f}", *cells, f"{value - before:+.2f}"]
+        data = "".join(f"<td>{cell}</td>" for cell in cells)
+        lines.append(f'<tr data-metric="{escape(name)}"><th scope="row">{escape(_title(name))}</th>{data}</tr>')
     return "\n".join([*lines, "</table>\n"])
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _gain(before: float | None, after: float) -> str:
-    return "–" if before is None else f"{after - before:+.2f}".replace("-", "−")
 
 
 def _reproducible(summary: Mapping[str, Any]) -> str:
@@ -217,7 +214,7 @@ def _reproducible(summary: Mapping[str, Any]) -> str:
     return escape(f"no: changed while running: {', '.join(touched)}" if touched else "no: runtime.deterministic is off")
 
 
-def _changes(changes: Lines) -> str:
+def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
     items = [f"<li>step {int(line['step']):,}: {escape(change)}</li>" for line in changes for change in line["changes"]]
     return f"<ul>{''.join(items)}</ul>" if items else "none"
 
@@ -225,109 +222,100 @@ def _changes(changes: Lines) -> str:
 # ---- curves ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One chart: which logged quantities it shows, and how.
-
-    Attributes:
-        title, unit: of the chart, and of its vertical axis.
-        kind, names: which lines of metrics.jsonl, and which of their values.
-        smooth: draw a running mean over thin raw values.
-        from_zero: start the vertical axis at 0.
-        best: the quantity whose first maximum is marked.
-    """
-
-    title: str
-    unit: str
-    kind: str
-    names: Sequence[str]
-    smooth: bool = False
-    from_zero: bool = False
-    best: str | None = None
-
-
-def _curves(lines: Lines, summary: Mapping[str, Any], metric: str) -> str:
+def _curves(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], metric: str) -> str:
     """The section of curves; `metric` chooses the best validation. What was never logged has no chart."""
-    names = _names(lines, "train")
-    rates = [n for n in names if n.startswith("lr/")]
-    own = [n for n in names if n not in ("loss", "images_per_second", "waiting", *rates)]
+    train, validation = _read(lines, "train"), _read(lines, "validation")
+    loss, speed, waiting = ({n: train.pop(n)} if n in train else {} for n in ("loss", "images_per_second", "waiting"))
+    rates = {n: train.pop(n) for n in list(train) if n.startswith("lr/")}
     where = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
-    panels = [
-        Panel("Training loss", "loss", "train", ["loss"], smooth=True),
-        Panel(f"Validation on {where} classes", "%", "validation", _names(lines, "validation"), best=metric),
-        Panel("Learning rate", "learning rate (first group)", "train", rates, from_zero=True),
-        Panel("Throughput, mean since the start", "images/s", "train", ["images_per_second"], from_zero=True),
-        Panel("Waiting for data, mean since the start", "share of step time", "train", ["waiting"], from_zero=True),
-        *(Panel(name, name, "train", [name], smooth=True) for name in own),
+    charts = [
+        _chart("Training loss", "loss", loss, smooth=True),
+        _chart(f"Validation on {where} classes", "%", validation, best=metric),
+        _chart("Learning rate", "learning rate (first group)", rates, from_zero=True),
+        _chart("Throughput, mean since the start", "images/s", speed, from_zero=True),
+        _chart("Waiting for data, mean since the start", "share of step time", waiting, from_zero=True),
+        *(_chart(name, name, {name: curve}, smooth=True) for name, curve in train.items()),  # the method's own
     ]
-    charts = "".join(_chart(panel, lines) for panel in panels if set(panel.names) & set(_names(lines, panel.kind)))
-    content = f'<div class="charts">\n{charts}</div>' if charts else "<p>Nothing was logged during training.</p>"
+    content = f'<div class="charts">\n{"".join(charts)}</div>' if any(charts) else "<p>Nothing was logged.</p>"
     return f'<section id="curves">\n<h2>Training</h2>\n{content}\n</section>'
 
 
-def _names(lines: Lines, kind: str) -> list[str]:
-    """Names of the numbers that lines of a kind hold, in the order of their first appearance."""
-    names = {n: None for line in lines if line["kind"] == kind for n, v in line.items() if isinstance(v, (int, float))}
-    return [n for n in names if n not in ("step", "epoch", *COUNTS)]
+def _read(lines: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Curve]:
+    """The curve of every quantity that lines of a kind hold; values that are not finite are left out."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in (line for line in lines if line["kind"] == kind):
+        for name, value in line.items():
+            if name not in NOT_CURVES and isinstance(value, int | float) and math.isfinite(value):
+                points.setdefault(name, []).append((line["step"], value))
+    return {name: np.array(pairs, np.float64).T for name, pairs in points.items()}
 
 
-def _chart(panel: Panel, lines: Lines) -> str:
-    """A chart over the steps as inline SVG, whose text takes the page's font and colour."""
+def _chart(
+    title: str, unit: str, curves: Mapping[str, Curve], smooth: bool = False, from_zero: bool = False, best: str = ""
+) -> str:
+    """A chart over the steps as inline SVG, whose text takes the page's font and colour; "" without curves.
+
+    Args:
+        title: of the chart.
+        unit: of the vertical axis.
+        curves: by name.
+        smooth: draw a running mean over the values as logged.
+        from_zero: start the vertical axis at 0.
+        best: the curve whose first maximum is marked.
+    """
+    if not curves:
+        return ""
     with matplotlib.rc_context(CHART_STYLE):
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel=panel.unit)
+        axes = figure.add_subplot(xlabel="step", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        for name in panel.names:
-            _draw(axes, panel, name, [line for line in lines if line["kind"] == panel.kind and name in line])
-        if panel.from_zero:
-            axes.set_ylim(bottom=0)
+        for name in sorted(curves, key=lambda name: name == best):  # the marked one on top
+            _draw(axes, _title(name.removeprefix("lr/")) if len(curves) > 1 else "", curves[name], smooth, name == best)
+        axes.set_xlim(left=0)
+        if from_zero:
+            axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
             axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=3)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata=NO_METADATA)
+        figure.savefig(out, format="svg", transparent=True)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # HTML knows these namespaces, and ids of groups would repeat from chart to chart.
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg)
-    title = escape(panel.title)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-    return f'<figure class="chart">\n<figcaption>{title}</figcaption>\n{svg}</figure>\n'
+    # HTML knows the namespaces, and ids of groups would repeat from chart to chart.
+    svg = re.sub(r'<metadata>.*?</metadata>| xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg, flags=re.DOTALL)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    return f'<figure class="chart">\n<figcaption>{escape(title)}</figcaption>\n{svg}</figure>\n'
 
 
-def _draw(axes: Axes, panel: Panel, name: str, lines: Lines) -> None:
-    """Draws one quantity; values that are not finite are left out."""
-    steps, values = (np.array([line[key] for line in lines], np.float64) for key in ("step", name))
-    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-    if panel.smooth and len(values) >= FEW_POINTS:
+def _draw(axes: Axes, label: str, curve: Curve, smooth: bool, mark_best: bool) -> None:
+    steps, values = curve
+    if smooth and len(values) >= FEW_POINTS:
         window = np.ones(len(values) // 15 | 1)  # centred; shorter at both ends
         mean = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-        axes.plot(steps, values, linewidth=0.6, alpha=0.45, color=COLOURS[0], label="as logged")
+        axes.plot(steps, values, linewidth=0.6, alpha=0.5, color=COLOURS[0], label="as logged")
         axes.plot(steps, mean, linewidth=2, color=COLOURS[0], label=f"mean of {len(window)}")
         return
-    label = _title(name.removeprefix("lr/")) if len(panel.names) > 1 else None
     axes.plot(steps, values, marker="o" if len(values) < FEW_POINTS else None, markersize=3, label=label)
-    if name == panel.best and len(values):
+    if mark_best:
         best = int(np.argmax(values))  # the first of equals, as the run chooses
-        label = f"best {_title(name)}: {values[best]:.1f} % at step {steps[best]:,.0f}"
-        axes.plot(steps[best], values[best], "*", markersize=13, color=INK, label=label, zorder=3)
+        where = f"best {label}: {values[best]:.1f} % at step {steps[best]:,.0f}"
+        axes.plot(steps[best], values[best], "*", markersize=12, color=INK, label=where, zorder=3)
 
 
 # ---- gallery -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Retrieved:
-    """A query and what it found, as store ids, nearest first."""
+class Retrieved(NamedTuple):
+    """A query and what it found, as store ids, nearest first; -1 where the gallery is smaller than that."""
 
     query: int
-    neighbours: tuple[int, ...]
+    neighbours: Int64[np.ndarray, " keep"]
     average_precision: float
     relevant: int
 
 
-def _choose(run: Folder, store: Store) -> dict[str, list[Retrieved]]:
-    """Worst, random and best queries, by group, among those that have anything to find.
+def _choose(run: Folder, store: Store) -> Groups:
+    """Worst, random and best queries among those that have anything to find; empty if there are none.
 
     Raises:
         UserError: an id is not in the store.
@@ -335,45 +323,32 @@ def _choose(run: Folder, store: Store) -> dict[str, list[Retrieved]]:
     if not run.exists("test_neighbours.npz"):
         return {}
     with np.load(io.BytesIO(run.read("test_neighbours.npz"))) as file:
-        query, neighbours, precision = (
-            file["query"],
-            file["neighbours"][:, :NEIGHBOURS_SHOWN],
-            file["average_precision"],
-        )
-        relevant = file["relevant"]
-    if not np.isin(np.append(query, neighbours[neighbours >= 0]), store.sample_id).all():
+        kept = {name: file[name] for name in Retrieved._fields}
+    kept["neighbours"] = kept["neighbours"][:, :NEIGHBOURS_SHOWN]
+    ids = np.append(kept["query"], kept["neighbours"])
+    if not np.isin(ids[ids >= 0], store.sample_id).all():
         raise UserError(f"{run} found images that {store.folder} does not hold: it was trained on another dataset")
     # Shuffled first, with a fixed seed: among equals, a stable sort then takes images of any class.
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(relevant > 0))
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(kept["relevant"] > 0))
+    precision = kept["average_precision"][rows]
     orders = {
-        "worst": np.argsort(precision[rows], kind="stable"),
-        "random": np.arange(len(rows)),
-        "best": np.argsort(-precision[rows], kind="stable"),
+        "worst": np.argsort(precision, kind="stable"),
+        "random": ...,
+        "best": np.argsort(-precision, kind="stable"),
     }
-    return {
-        name: [
-            Retrieved(
-                int(query[i]), tuple(neighbours[i][neighbours[i] >= 0].tolist()), float(precision[i]), int(relevant[i])
-            )
-            for i in rows[order[:QUERIES_PER_GROUP]]
-        ]
-        for name, order in orders.items()
-        if len(rows)
-    }
+    chosen = {name: rows[order][:QUERIES_PER_GROUP] for name, order in orders.items() if len(rows)}
+    return {name: [Retrieved(*(column[i] for column in kept.values())) for i in some] for name, some in chosen.items()}
 
 
 def _shown(groups: Groups) -> Int64[np.ndarray, " images"]:
     """Store ids of the distinct images that are shown, ascending."""
-    ids = {sample for group in groups.values() for r in group for sample in (r.query, *r.neighbours)}
-    return np.array(sorted(ids), np.int64)
+    ids = [sample for group in groups.values() for r in group for sample in (r.query, *r.neighbours) if sample >= 0]
+    return np.unique(np.array(ids, np.int64))
 
 
 def _gallery(groups: Groups, store: Store) -> str:
     """The section of queries with what they found."""
-    if not groups:
-        content = "<p>No test query has an image of its own class to find.</p>"
-    else:
-        content = f'<p class="note">{HOW_TO_READ}</p>\n'
+    content = f'<p class="note">{HOW_TO_READ}</p>\n' if groups else f"<p>{NOTHING_TO_FIND}</p>\n"
     shown = _shown(groups)
     labels = store.label[np.searchsorted(store.sample_id, shown)]
     label_of = dict(zip(shown.tolist(), labels.tolist(), strict=True))
@@ -387,7 +362,7 @@ def _row(retrieved: Retrieved, label_of: Mapping[int, int], name_of: Mapping[int
     """A query with its neighbours, framed by whether their class is the query's."""
     wanted = label_of[retrieved.query]
     neighbours = ""
-    for sample in retrieved.neighbours:
+    for sample in retrieved.neighbours[retrieved.neighbours >= 0].tolist():
         name, right = escape(name_of[label_of[sample]]), label_of[sample] == wanted
         verdict = "right" if right else "wrong"
         neighbours += (

@@ -62,9 +62,13 @@ def ray_session(cpus: int) -> Iterator[Any]:
         try:
             ray.init(**common)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be reached: {error}") from error
+            raise UserError(
+                f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be reached: {error}"
+            ) from error
     else:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common
+        )
     try:
         yield ray
     finally:
@@ -85,9 +89,13 @@ def check_machine(config: Config) -> list[str]:
             )
     cores, threads = os.cpu_count() or 1, max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
     if not on_cluster() and threads > 4 * cores:
-        raise UserError(f"{threads} threads wanted (runtime.workers × cpus_per_worker), this machine has {cores} cores: lower them")
+        raise UserError(
+            f"{threads} threads wanted (runtime.workers × cpus_per_worker), this machine has {cores} cores: lower them"
+        )
     if not on_cluster() and threads > cores:
-        return [f"warning: {threads} threads on {cores} cores (runtime.workers × cpus_per_worker): steps will be slower"]
+        return [
+            f"warning: {threads} threads on {cores} cores (runtime.workers × cpus_per_worker): steps will be slower"
+        ]
     return []
 
 

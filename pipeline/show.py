@@ -21,7 +21,12 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task: TaskID = self.bar.add_task("starting workers", total=None, note="")
         self.phase, self.printed = "starting workers", 0.0
@@ -43,7 +48,9 @@ class Display:
             return
         phase, note = progress["phase"], _note(progress)
         if "step" in progress:
-            self.bar.update(self.task, description=phase, completed=progress["step"], total=progress["total"], note=note)
+            self.bar.update(
+                self.task, description=phase, completed=progress["step"], total=progress["total"], note=note
+            )
         else:
             self.bar.update(self.task, description=phase, note="")
         now = time.monotonic()

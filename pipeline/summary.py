@@ -12,7 +12,13 @@ from pipeline.data.store import Store
 from pipeline.storage import Folder
 
 # A resumed run in which one of these changed is not the run that a fresh start would repeat.
-TOUCHES_RESULT = ("length", "runtime.workers", "runtime.cpus_per_worker", "runtime.gpus_per_worker", "runtime.deterministic")
+TOUCHES_RESULT = (
+    "length",
+    "runtime.workers",
+    "runtime.cpus_per_worker",
+    "runtime.gpus_per_worker",
+    "runtime.deterministic",
+)
 
 
 def run_folder(config: Config) -> Folder:
@@ -30,13 +36,17 @@ def protocol(config: Config, store: Store) -> dict[str, Any]:
     c, t = config, config.data.transforms
     fold = c.data.validation_fold
     crop = f"squash to {t.size}" if t.squash else f"resize {t.resize or t.size}, centre crop {t.size}"
-    choice = {"fair": "validation fold of the training classes" if c.validates else "no choice made", "paper": "TEST classes"}
+    choice = {
+        "fair": "validation fold of the training classes" if c.validates else "no choice made",
+        "paper": "TEST classes",
+    }
     return {
         "profile": c.protocol,
         "dataset": f"{store.name} ({store.fingerprint})",
         "classes": "disjoint: test classes are never trained on",
         "trained_on": "all training classes" if fold is None else f"training classes without fold {fold}",
-        "checkpoint": f"{c.evaluation.checkpoint}" + (f" by {c.evaluation.metric} on the {choice[c.protocol]}" if c.evaluation.checkpoint == "best" else ""),
+        "checkpoint": f"{c.evaluation.checkpoint}"
+        + (f" by {c.evaluation.metric} on the {choice[c.protocol]}" if c.evaluation.checkpoint == "best" else ""),
         "method": c.method.name,
         "backbone": c.model.backbone,
         "weights": c.model.weights,

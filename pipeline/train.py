@@ -143,7 +143,9 @@ def _check_run(config: Config, folder: Folder, store: Store) -> None:
         sizes[label] += 1
     single = [samples.class_names[label] for label, size in sizes.items() if size == 1]
     if single:
-        console.print(f"{len(single):,} training classes have one image each (first: {single[0]}): used as negatives only")
+        console.print(
+            f"{len(single):,} training classes have one image each (first: {single[0]}): used as negatives only"
+        )
     recorded = folder.read_json("run.json")["fingerprint"] if folder.exists("run.json") else store.fingerprint
     if recorded != store.fingerprint:
         raise UserError(
@@ -170,7 +172,9 @@ def _continue(config: Config, folder: Folder) -> tuple[Config, list[str]]:
         )
     before = build_config(old)
     if before.length.unit != config.length.unit or config.length.value < before.length.value:
-        raise UserError(f"run {folder} has length {before.length}, now {config.length}: it may only grow, in the same unit")
+        raise UserError(
+            f"run {folder} has length {before.length}, now {config.length}: it may only grow, in the same unit"
+        )
     return config, differences(old, new, runtime=True)
 
 
@@ -198,8 +202,11 @@ def _show_summary(folder: Folder) -> None:
     out = Console()
     out.print(f"{summary['name']}: retrieval on classes never seen in training", highlight=False, soft_wrap=True)
     out.print(summary_table(summary))
-    out.print(f"{summary['images']:,} images in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s; "
-              f"protocol: {summary['protocol']['profile']}, {summary['protocol']['checkpoint']} checkpoint", highlight=False)
+    out.print(
+        f"{summary['images']:,} images in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s; "
+        f"protocol: {summary['protocol']['profile']}, {summary['protocol']['checkpoint']} checkpoint",
+        highlight=False,
+    )
     out.print(f"report: {folder}/report.html", highlight=False, soft_wrap=True)
 
 

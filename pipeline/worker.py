@@ -119,9 +119,10 @@ class Worker:
         if self.ranks.rank == 0:
             self.checkpoints.begin()
         self.checkpoints.incarnation = self.ranks.broadcast(self.checkpoints.incarnation)
-        step = self.ranks.broadcast((self.checkpoints.steps() or [None])[-1] if self.ranks.rank == 0 else None)
-        if step is None:
+        steps = self.ranks.broadcast(self.checkpoints.steps() if self.ranks.rank == 0 else None)
+        if not steps:
             return
+        step = steps[-1]
         self.progress = self.checkpoints.progress("checkpoints", step)
         self.plan = self.checkpoints.load("checkpoints", step, self.trunk, self.method, self.context.optimizers)
         if self.ranks.rank == 0 and step:
@@ -157,7 +158,9 @@ class Worker:
                 self._log(logs, after, plan)
                 # evaluate, save
                 last = self.config.length.share(after) >= 1
-                metrics = self._validate(after) if self._due(self.config.evaluation.every, before, after) or last else None
+                metrics = (
+                    self._validate(after) if self._due(self.config.evaluation.every, before, after) or last else None
+                )
                 if row + 1 == len(plan):
                     self.plan = None
                     self.method.on_epoch_end(epoch, self.context, metrics)
@@ -244,7 +247,9 @@ class Worker:
         if self.validation is None:
             return None
         self._say({"phase": "validating"})
-        metrics = evaluate(self.validation, self.embedder, self.trunk, self.method, self.config.evaluation.recall_at).metrics
+        metrics = evaluate(
+            self.validation, self.embedder, self.trunk, self.method, self.config.evaluation.recall_at
+        ).metrics
         p, name = self.progress, self.config.evaluation.metric
         if self.tracker is not None:
             self.tracker.log(p.step, "validation", {"epoch": round(clock.epoch, 4), **metrics})
@@ -297,7 +302,9 @@ class Worker:
         p = self.progress
         speed, share = p.images / max(p.seconds, 1e-9), p.waited_s / max(p.seconds, 1e-9)
         total = self.config.length.steps(len(plan))
-        self._say({"phase": "training", "step": p.step, "total": total, "images_per_second": speed, "waiting": share, **logs})
+        self._say(
+            {"phase": "training", "step": p.step, "total": total, "images_per_second": speed, "waiting": share, **logs}
+        )
         if p.step % self.config.runtime.log_every == 0 or p.step == 1:
             values = {"epoch": round(clock.epoch, 4), **logs, **learning_rates(self.context.optimizers)}
             self.tracker.log(p.step, "train", values | {"images_per_second": speed, "waiting": share})

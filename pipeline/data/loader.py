@@ -53,7 +53,7 @@ class Item:
         key: (epoch, step, first slot) of an augmented training item; None for evaluation pixels.
     """
 
-    ids: Int64[np.ndarray, "images"]
+    ids: Int64[np.ndarray, images]
     key: tuple[int, int, int] | None = None
 
 
@@ -126,7 +126,9 @@ def _load_ray(source: PixelSource, items: Sequence[Item], loader_cpus: int) -> I
     table = pa.table(
         {
             "ids": pa.array([item.ids for item in items], pa.list_(pa.int64())),
-            **{name: pa.array([key[i] for key in keys], pa.int64()) for i, name in enumerate(("epoch", "step", "slot"))},
+            **{
+                name: pa.array([key[i] for key in keys], pa.int64()) for i, name in enumerate(("epoch", "step", "slot"))
+            },
         }
     )
     size = source.transforms.size

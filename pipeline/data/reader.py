@@ -25,7 +25,7 @@ from pipeline.storage import Folder
 
 
 class Reader(Protocol):
-    def read(self, ids: Int64[np.ndarray, "some"]) -> list[bytes]:
+    def read(self, ids: Int64[np.ndarray, some]) -> list[bytes]:
         """Encoded images of these sample ids, in order."""
         ...
 
@@ -55,7 +55,9 @@ def make_cache(store: Store, cache: str, split: str) -> Path:
         shards = [s for s in store.manifest["shards"] if s["file"].startswith(f"shards/{split}-")]
         need, free = sum(s["bytes"] for s in shards), shutil.disk_usage(path.parent).free
         if need > free:
-            raise RunError(f"{path.parent} has {free >> 20} MiB free, the copy of {split} needs {need >> 20}: set runtime.cache")
+            raise RunError(
+                f"{path.parent} has {free >> 20} MiB free, the copy of {split} needs {need >> 20}: set runtime.cache"
+            )
         part = path.with_suffix(f".{os.getpid()}.part")
         schema = pa.schema([("sample_id", pa.int64()), ("image", pa.large_binary())])
         try:
@@ -79,7 +81,7 @@ class MappedReader:
         self.starts = np.cumsum([0, *(len(b) for b in batches)])
         self.images = [b.column(1) for b in batches]
 
-    def read(self, ids: Int64[np.ndarray, "some"]) -> list[bytes]:
+    def read(self, ids: Int64[np.ndarray, some]) -> list[bytes]:
         rows = np.searchsorted(self.ids, ids)
         parts = np.searchsorted(self.starts, rows, side="right") - 1
         return [self.images[p][int(r - self.starts[p])].as_py() for p, r in zip(parts, rows, strict=True)]
@@ -110,17 +112,20 @@ class RowGroupReader:
                     self.files[shard] = pq.ParquetFile(source, page_checksum_verification=True)
                 self.groups[key] = self.files[shard].read_row_group(group, columns=["image"])["image"]
             except (OSError, pa.ArrowException) as error:
-                raise RunError(f"shard {self.store.folder}/{name} cannot be read ({error}): copy or prepare it again") from error
+                raise RunError(
+                    f"shard {self.store.folder}/{name} cannot be read ({error}): copy or prepare it again"
+                ) from error
             if len(self.groups) > self.KEPT:
                 self.groups.popitem(last=False)
         return self.groups[key]
 
-    def read(self, ids: Int64[np.ndarray, "some"]) -> list[bytes]:
+    def read(self, ids: Int64[np.ndarray, some]) -> list[bytes]:
         rows = np.searchsorted(self.store.sample_id, ids)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         within = rows - self.starts[shards]
         return [
-            self._group(int(s), int(w) // ROW_GROUP)[int(w) % ROW_GROUP].as_py() for s, w in zip(shards, within, strict=True)
+            self._group(int(s), int(w) // ROW_GROUP)[int(w) % ROW_GROUP].as_py()
+            for s, w in zip(shards, within, strict=True)
         ]
 
 
@@ -135,7 +140,9 @@ def open_reader(uri: str, fingerprint: str, cached: str | None) -> Reader:
     """
     store = Store(Folder(uri))
     if store.fingerprint != fingerprint:
-        raise RunError(f"dataset {uri} changed while it was in use: fingerprint {store.fingerprint}, expected {fingerprint}")
+        raise RunError(
+            f"dataset {uri} changed while it was in use: fingerprint {store.fingerprint}, expected {fingerprint}"
+        )
     return MappedReader(make_cache(store, cached, "train")) if cached else RowGroupReader(store)
 
 

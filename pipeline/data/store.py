@@ -161,14 +161,17 @@ def write_store(
         {
             "format": FORMAT,
             "name": name,
-            "fingerprint": hashlib.sha256("".join([checksum, *(r["sha256"] for r in records)]).encode()).hexdigest()[:16],
+            "fingerprint": hashlib.sha256("".join([checksum, *(r["sha256"] for r in records)]).encode()).hexdigest()[
+                :16
+            ],
             "splits": {
                 s: {"images": int((splits == s).sum()), "classes": len(np.unique(labels[splits == s]))}
                 for s in SPLITS
                 if (splits == s).any()
             },
             "folds": [
-                {"images": int((folds == f).sum()), "classes": len(np.unique(labels[folds == f]))} for f in range(num_folds)
+                {"images": int((folds == f).sum()), "classes": len(np.unique(labels[folds == f]))}
+                for f in range(num_folds)
             ],
             "rejected": len(rejected),
             "catalog": {"file": "catalog.parquet", "sha256": checksum},
@@ -182,8 +185,8 @@ def write_store(
 class Samples:
     """A selection of images: their store ids, and their classes renumbered 0..C-1."""
 
-    ids: Int64[np.ndarray, "samples"]
-    labels: Int64[np.ndarray, "samples"]
+    ids: Int64[np.ndarray, samples]
+    labels: Int64[np.ndarray, samples]
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -246,7 +249,9 @@ class Store:
         if without_fold is not None:
             mask &= self.fold != without_fold
         classes, labels = np.unique(self.label[mask], return_inverse=True)
-        return Samples(self.sample_id[mask], labels.astype(np.int64), tuple(self.class_name_of[int(c)] for c in classes))
+        return Samples(
+            self.sample_id[mask], labels.astype(np.int64), tuple(self.class_name_of[int(c)] for c in classes)
+        )
 
     def shard_table(self, record: dict[str, Any]) -> pa.Table:
         """Reads one shard whole and compares its checksum.

@@ -63,7 +63,7 @@ def normalise(data: bytes, max_side: int | None = None) -> bytes:
     Raises:
         OSError, ValueError, SyntaxError: the bytes are not an image that can be decoded whole.
     """
-    image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data))
     image.load()
     lossy = image.format in ("JPEG", "MPO")
     keep = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and "transparency" not in image.info
@@ -89,7 +89,7 @@ def normalise(data: bytes, max_side: int | None = None) -> bytes:
 def evaluation_pixels(image: UInt8[Tensor, "3 h w"], config: TransformConfig) -> UInt8[Tensor, "3 size size"]:
     """Resize and centre crop, without randomness."""
     size = [config.size, config.size]
-    if config.squash or image.shape[-1] == image.shape[-2] and config.resize in (None, config.size):
+    if config.squash or (image.shape[-1] == image.shape[-2] and config.resize in (None, config.size)):
         return F.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
     image = F.resize(image, [config.resize or config.size], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return F.center_crop(image, size)
