@@ -76,7 +76,7 @@ def peak_mib(reset: bool = False) -> float:
 
 def product_size_rows() -> list[Row]:
     command = [sys.executable, "-m", "benchmarks.evaluation", "--measure"]
-    figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     rows = [
         Row(f"SOP size: {name}, %", figures[name])
         for name in (*(f"recall@{k}" for k in RECALL_AT), "map@r", "r_precision", "nmi", "ami")

@@ -12,8 +12,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """One measured figure. What it is, with its unit; ours; the other side's and their ratio, if there is another side;
-    what we promise, if anything; and whether that is kept."""
+    """One measured figure.
+
+    Attributes:
+        what: what was measured, with its unit.
+        ours: our figure.
+        other: the other side's, if there is one.
+        ratio: ours to theirs.
+        promised: what we promise of it, in words; empty if nothing.
+        ok: whether the promise is kept.
+    """
 
     what: str
     ours: float
@@ -38,7 +46,7 @@ def finish(rows: Sequence[Row], json_path: str | Path | None = None) -> int:
         ]
         print("  ".join(texts).rstrip())
     if json_path:
-        machine = {"processor": platform.processor(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
+        machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
         Path(json_path).write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2))
     return int(not all(row.ok for row in rows))
 

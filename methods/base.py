@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -49,11 +49,12 @@ class Batch:
         columns: further columns of the plan row.
     """
 
-    ids: Int64[Tensor, batch]
-    labels: Int64[Tensor, batch]
+    ids: Int64[Tensor, " batch"]
+    labels: Int64[Tensor, " batch"]
     columns: Mapping[str, np.ndarray]
 
 
+@runtime_checkable
 class Context(Protocol):
     """What the loop offers to a method, alike on every rank unless said.
 
@@ -67,7 +68,7 @@ class Context(Protocol):
         rows: this rank's slots of the batch; a method may compute only these to save work if the result stays the same.
     """
 
-    labels: Int64[np.ndarray, samples]
+    labels: Int64[np.ndarray, " samples"]
     seed: int
     clock: Clock
     device: torch.device
@@ -94,7 +95,7 @@ class Context(Protocol):
         """Updates the parameters of one optimizer at its scheduled rate and clears its gradients."""
         ...
 
-    def sweep(self, ids: Int64[np.ndarray, some], embed: bool = True) -> Float[Tensor, "some dim"]:
+    def sweep(self, ids: Int64[np.ndarray, " some"], embed: bool = True) -> Float[Tensor, "some dim"]:
         """Embeddings (or pooled features) of many training samples without gradient or augmentation, shared by the ranks."""
         ...
 
@@ -151,7 +152,7 @@ class Method(nn.Module):
         return {"loss": float(loss.detach())}
 
     def loss(
-        self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, batch], context: Context
+        self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"], context: Context
     ) -> Float[Tensor, ""]:
         """The loss of a batch: all that a simple method writes."""
         raise TypeError(f"{type(self).__name__} overrides neither `loss` nor `training_step`")

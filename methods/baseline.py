@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from pytorch_metric_learning import losses, miners
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from methods.base import Context, Method, MethodConfig
 from methods.functional import global_generators
 
-GIVEN = {"num_classes", "embedding_size"}  # arguments that follow from the data and the head
+GIVEN = {"num_classes", "embedding_size", "descriptors_dim"}  # arguments that follow from the data and the head
 
 
 def _candidates(module: Any, base: type, without: tuple[str, ...]) -> dict[str, type]:
@@ -32,11 +33,9 @@ def _candidates(module: Any, base: type, without: tuple[str, ...]) -> dict[str, 
     return {n: c for n, c in found.items() if not n.startswith("Base") and n not in without}
 
 
-# Left out: wrappers around another loss, and losses that are not a function of (embeddings, labels).
-LOSSES = _candidates(
-    losses, losses.BaseMetricLossFunction, ("GenericPairLoss", "WeightRegularizerMixin", "VICRegLoss", "MultipleLosses")
-)
-MINERS = _candidates(miners, miners.BaseMiner, ())
+# Left out: wrappers around another loss, and what is not a function of (embeddings, labels).
+LOSSES = _candidates(losses, losses.BaseMetricLossFunction, ("GenericPairLoss", "VICRegLoss", "ManifoldLoss"))
+MINERS = _candidates(miners, miners.BaseMiner, ("EmbeddingsAlreadyPackagedAsTriplets",))
 
 
 def _find(kind: str, name: str, known: Mapping[str, type]) -> type:
@@ -69,8 +68,16 @@ def _build(
             raise ValueError(f"{name} takes no argument {argument!r}: {hint}")
     try:
         return cls(**{**{n: v for n, v in given.items() if n in accepted}, **arguments})
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{name} refuses {dict(arguments)}: {error}") from None
+    except Exception as error:  # whatever a third party's constructor raises
+        raise ValueError(f"{name} refuses {dict(arguments)}: {_first_line(error)}") from None
+
+
+def _given(num_classes: int, dim: int) -> dict[str, int]:
+    return {"num_classes": num_classes, "embedding_size": dim, "descriptors_dim": dim}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class BaselineConfig(MethodConfig):
@@ -82,12 +89,22 @@ class BaselineConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _check(self) -> BaselineConfig:
-        _build("loss", self.loss, self.loss_args, LOSSES, {"num_classes": 2, "embedding_size": self.embedding_dim})
-        if self.miner is not None:
-            _build("miner", self.miner, self.miner_args, MINERS, {})
-        elif self.miner_args:
+        if self.miner is None and self.miner_args:
             raise ValueError("miner_args are given, but no miner")
+        with global_generators(0):
+            loss = _build("loss", self.loss, self.loss_args, LOSSES, _given(2, self.embedding_dim))
+            miner = _build("miner", self.miner, self.miner_args, MINERS, {}) if self.miner else None
+            self._try(loss, miner)
         return self
+
+    def _try(self, loss: Any, miner: Any) -> None:
+        """Runs them once: a value of the wrong type is often noticed in the call only, which would be the first step."""
+        embeddings, labels = torch.randn(8, self.embedding_dim), torch.arange(8) // 4
+        try:
+            loss(embeddings, labels, miner(embeddings, labels) if miner is not None else None)
+        except Exception as error:
+            used = f"{self.loss} with {self.loss_args}" + (f", {self.miner} with {self.miner_args}" if miner is not None else "")
+            raise ValueError(f"{used} fails on a batch of random embeddings: {_first_line(error)}") from None
 
 
 class Baseline(Method):
@@ -95,13 +112,19 @@ class Baseline(Method):
 
     def __init__(self, config: BaselineConfig, features: int, num_classes: int) -> None:
         super().__init__(config, features, num_classes)
-        given = {"num_classes": num_classes, "embedding_size": config.embedding_dim}
+        given = _given(num_classes, config.embedding_dim)
         self.loss_function = _build("loss", config.loss, config.loss_args, LOSSES, given)
         self.miner = _build("miner", config.miner, config.miner_args, MINERS, {}) if config.miner else None
+        for module in self.loss_function.modules():  # running statistics in plain tensors: into the state dict
+            for name in [n for n, value in vars(module).items() if isinstance(value, Tensor)]:
+                value = vars(module).pop(name)
+                module.register_buffer(name, value)
 
     def loss(
-        self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, batch], context: Context
+        self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"], context: Context
     ) -> Float[Tensor, ""]:
+        for statistic in self.loss_function.buffers():
+            statistic.detach_()  # some keep the graph of the step before
         with global_generators(context.seed, context.clock.step):
             tuples = self.miner(embeddings, labels) if self.miner is not None else None
             return self.loss_function(embeddings, labels, tuples).reshape(())

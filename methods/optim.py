@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 
 
 class Frozen(BaseModel):
-    """Base of every config: immutable, and an unknown key is an error."""
+    """Base of every config: immutable; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Length(Frozen):
 
     @model_serializer
     def __str__(self) -> str:
-        return f"{self.value:g} {self.unit}"
+        number = int(self.value) if self.value.is_integer() else self.value  # all digits: it has to read back equal
+        return f"{number} {self.unit}"
 
     def share(self, clock: Clock) -> float:
         """Share of this length that has passed, from 0 to 1 (1 for an empty length)."""
@@ -79,6 +80,8 @@ class ScheduleConfig(Frozen):
     def _check(self) -> ScheduleConfig:
         if self.kind == "step" and not (self.every or self.milestones):
             raise ValueError("a step schedule needs `every` or `milestones`, e.g. every: '10 epochs'")
+        if self.kind != "step" and (self.every or self.milestones):
+            raise ValueError(f"`every` and `milestones` belong to kind: step, the kind is {self.kind}")
         if self.every is not None and self.every.value == 0:
             raise ValueError("`every` must be longer than 0")
         return self
@@ -122,6 +125,10 @@ class OptimizerConfig(Frozen):
             raise ValueError(f"momentum and nesterov belong to sgd, the optimizer is {self.name}")
         if self.name != "radam" and self.decoupled:
             raise ValueError(f"decoupled belongs to radam, the optimizer is {self.name}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}, expected 0 <= beta < 1")
         return self
 
 

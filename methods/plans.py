@@ -37,14 +37,15 @@ class Plan:
 
 
 def class_balanced(
-    labels: Int64[np.ndarray, samples], classes_per_batch: int, samples_per_class: int, seed: int, epoch: int
+    labels: Int64[np.ndarray, " samples"], classes_per_batch: int, samples_per_class: int, seed: int, epoch: int
 ) -> Plan:
     """P×K batches: P groups a step, each of K samples of one class; no class twice in a step.
 
     Every sample is used at least once an epoch. A class whose size is no multiple of K fills its last group with further
     samples of its own (with repeats only if it has fewer than K). Classes of a single image cannot form a positive pair:
     K of them share a group, each once, and so serve as negatives (a group with room left takes single images of classes
-    absent from its step). Steps that would be short are filled with groups of absent classes: nothing is dropped.
+    absent from its step; of larger classes if none is absent). Steps that would be short are filled with groups of absent
+    classes: nothing is dropped.
 
     Args:
         labels: contiguous class numbers 0..C-1 of the training samples.
@@ -54,15 +55,18 @@ def class_balanced(
         epoch: the plan differs from epoch to epoch.
 
     Raises:
-        ValueError: there are fewer groups of distinct classes than P.
+        ValueError: there are fewer groups of distinct classes than P, or no class has two images.
 
     Cost: O(N log N + steps·P).
     """
     random = np.random.default_rng([seed, epoch, 0x9A7])
+    sizes = np.bincount(labels)
+    if sizes.max() < 2:
+        raise ValueError(f"none of the {len(sizes)} training classes has two images: there is no positive pair to train on")
     groups, owners = _groups(labels, samples_per_class, random)
     counts = np.bincount(owners)
     if len(counts) < classes_per_batch:
-        singles = int((np.bincount(labels) == 1).sum())
+        singles = int((sizes == 1).sum())
         shared = f" ({singles} classes of one image share groups of {samples_per_class})" if singles else ""
         raise ValueError(
             f"classes_per_batch is {classes_per_batch}, but the training set can fill only {len(counts)} groups of "
@@ -157,8 +161,12 @@ def _fill(
 
 
 def _complete(ids: np.ndarray, labels: np.ndarray, random: np.random.Generator) -> None:
-    """Fills empty slots, in place, with one image each of classes absent from the step (any class if none is)."""
+    """Fills empty slots, in place, with one image each of classes absent from the step.
+
+    Where no class is absent, with images of classes that have several: a single image never stands beside itself.
+    """
+    several = np.bincount(labels)[labels] > 1
     for step, slot in zip(*np.nonzero(ids < 0), strict=True):
         row = ids[step]
         present = np.isin(labels, labels[row[row >= 0]])
-        row[slot] = random.choice(np.flatnonzero(~present) if not present.all() else len(labels))
+        row[slot] = random.choice(np.flatnonzero(several if present.all() else ~present))

@@ -3,7 +3,8 @@
     checkpoints/step-00000077/
         trunk.safetensors, method.safetensors   weights and buffers
         optimizers.pt                           moments (tensors only, read with weights_only=True)
-        checkpoint.json                         position, plans, metrics, checksums; written last: without it, no checkpoint
+        plan.npz                                the current epoch's plan, where it cannot be recomputed
+        checkpoint.json                         position, metrics, checksums; written last: without it, no checkpoint
     best/step-00000077/                         the weights that validated best, in the same form
 
 A run folder belongs to one incarnation of the run at a time: whoever starts later writes `incarnation`, and an older
@@ -112,15 +113,14 @@ class Checkpoints:
         base = f"{kind}/{_name(progress.step)}"
         buffer = io.BytesIO()
         state: dict[str, Any] = {"optimizers": {name: o.torch.state_dict() for name, o in optimizers.items()}}
-        if plan is not None:
-            columns = {name: torch.from_numpy(column) for name, column in plan.columns.items()}
-            state["plan"] = {"ids": torch.from_numpy(plan.ids), "columns": columns}
         torch.save(state, buffer)
         files = {
             "trunk.safetensors": save_safetensors(_contiguous(trunk)),
             "method.safetensors": save_safetensors(_contiguous(method)),
             "optimizers.pt": buffer.getvalue(),
         }
+        if plan is not None:
+            files["plan.npz"] = _pack(plan)
         if self.run.exists(f"{base}/checkpoint.json"):  # the same step again, after a resume: never a mixture of two
             self.run.remove(f"{base}/checkpoint.json")
         for name, data in files.items():
@@ -161,7 +161,7 @@ class Checkpoints:
             UserError: a file is damaged (named), or the tensors do not fit.
         """
         base = f"{kind}/{_name(step)}"
-        checksums = self.run.read_json(f"{base}/checkpoint.json")["sha256"]
+        checksums: dict[str, str] = self.run.read_json(f"{base}/checkpoint.json")["sha256"]
 
         def read(name: str) -> bytes:
             data = self.run.read(f"{base}/{name}")
@@ -184,11 +184,21 @@ class Checkpoints:
         state = torch.load(io.BytesIO(read("optimizers.pt")), map_location="cpu", weights_only=True)
         for name, optimizer in optimizers.items():
             optimizer.torch.load_state_dict(state["optimizers"][name])
-        if "plan" not in state:
-            return None
-        columns: dict[str, np.ndarray] = {n: c.numpy() for n, c in state["plan"]["columns"].items()}
-        return Plan(state["plan"]["ids"].numpy(), columns)
+        return _unpack(read("plan.npz")) if "plan.npz" in checksums else None
 
 
 def _contiguous(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+
+
+def _pack(plan: Plan) -> bytes:
+    """A plan as npz: its columns may hold text, which tensors cannot."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, ids=plan.ids, **{f"column.{name}": column for name, column in plan.columns.items()})
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> Plan:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        columns = {n.removeprefix("column."): arrays[n] for n in arrays.files if n != "ids"}
+        return Plan(arrays["ids"], columns)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -96,7 +97,7 @@ class Config(Frozen):
     storage: str = Field(
         "", description="absolute path or s3:// URI (default $RAYDML_HOME, else ~/raydml)", json_schema_extra=RUNTIME
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     protocol: Literal["fair", "paper"] = Field(
         "fair",
         description="fair: choices on the validation fold, test classes once; paper: choices on the test classes, said so",
@@ -117,14 +118,12 @@ class Config(Frozen):
     def _method(cls, value: Any) -> Any:
         if isinstance(value, MethodConfig):
             return value
-        name = dict(value).get("name", "baseline") if isinstance(value, Mapping) else value
-        if name not in METHODS:
+        section = value if isinstance(value, Mapping) else {"name": value}
+        name = section.get("name", "baseline")
+        if not isinstance(name, str) or name not in METHODS:
             near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.4)
-            raise ValueError(
-                f"method {name!r} is unknown: "
-                + (f"did you mean {near[0]!r}?" if near else f"known: {sorted(METHODS)}")
-            )
-        return METHODS[name].Config.model_validate(dict(value) | {"name": name})
+            raise ValueError(f"method {name!r} is unknown: " + (f"did you mean {near[0]!r}?" if near else f"known: {sorted(METHODS)}"))
+        return METHODS[name].Config.model_validate(dict(section) | {"name": name})
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -164,11 +163,17 @@ def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Con
         UserError: one line a problem, naming the key, what was got and what was expected.
     """
     values = _preset(DEFAULT_PRESET) if recipe is None else _recipe(recipe)
+    changes: list[tuple[str, Any]] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"--set {override!r}: expected KEY=VALUE, for example --set method.optimizer.lr=1e-4")
-        _assign(values, key.split("."), _scalar(text, override))
+        changes.append((key, _scalar(text, override)))
+    for key, value in changes:
+        if key == "method.name":  # first: another method drops the recipe's method section
+            values = _merge(values, {"method": {"name": value}})
+    for key, value in changes:
+        _assign(values, key.split("."), value)
     return build_config(values)
 
 
@@ -197,6 +202,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], runtime: bool) -
     return out
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 does; YAML 1.1 takes it for text."""
+
+
+_EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
 def _recipe(recipe: str) -> dict[str, Any]:
     if (PRESETS / f"{recipe}.yaml").is_file():
         return _preset(recipe)
@@ -205,7 +218,7 @@ def _recipe(recipe: str) -> dict[str, Any]:
         hint = f"did you mean the preset {near[0]!r}?" if near else f"presets: {', '.join(preset_names())}"
         raise UserError(f"recipe {recipe!r} is neither a file nor a preset; {hint}")
     values = _yaml(Path(recipe))
-    base = _preset(values.pop("preset")) if "preset" in values else {}
+    base = _preset(str(values.pop("preset"))) if "preset" in values else {}
     return _merge(base, values)
 
 
@@ -221,44 +234,35 @@ def _preset(name: str) -> dict[str, Any]:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, expected keys and values")
+    for key in values:
+        if not isinstance(key, str):
+            raise UserError(f"{path}: key {key!r} is {type(key).__name__}, expected a name")
     return values
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings are merged; another method name drops the base's method section."""
+    """Sections are merged; arguments (`loss_args`) are one value, and another method name drops the base's section."""
     out = dict(base)
     for key, value in top.items():
         old = out.get(key)
-        other_method = (
-            key == "method"
-            and isinstance(value, Mapping)
-            and isinstance(old, Mapping)
-            and value.get("name", old.get("name")) != old.get("name")
-        )
-        out[key] = (
-            _merge(dict(old), value)
-            if isinstance(old, Mapping) and isinstance(value, Mapping) and not other_method
-            else value
-        )
+        sections = isinstance(old, Mapping) and isinstance(value, Mapping) and not key.endswith("_args")
+        if sections and not (key == "method" and value.get("name", old.get("name")) != old.get("name")):
+            out[key] = _merge(dict(old), value)
+        else:
+            out[key] = value
     return out
 
 
 def _scalar(text: str, override: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            return float(value) if value.lower() not in ("nan", "inf", "infinity") else value
-        except ValueError:
-            return value
-    return value
 
 
 def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
@@ -291,11 +295,21 @@ def _fields(parents: Sequence[str], values: Mapping[str, Any]) -> list[str]:
         if part == "method":
             model = METHODS[dict(values["method"]).get("name", "baseline")].Config
             continue
+        if part.isdigit():  # an item of a list
+            continue
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        found = [t for t in (annotation, *_arguments(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not found:
             return []
-        model = annotation
+        model = found[0]
     return list(model.model_fields)
+
+
+def _arguments(annotation: Any) -> Iterator[Any]:
+    """Types inside an annotation such as `Length | None`."""
+    for inner in get_args(annotation):
+        yield inner
+        yield from _arguments(inner)
 
 
 def _runtime_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -133,7 +133,7 @@ class RunContext:
         chosen.step(self.clock, self.length)
         chosen.torch.zero_grad(set_to_none=True)
 
-    def sweep(self, ids: Int64[np.ndarray, some], embed: bool = True) -> Float[Tensor, "some dim"]:
+    def sweep(self, ids: Int64[np.ndarray, " some"], embed: bool = True) -> Float[Tensor, "some dim"]:
         out = self.embedder(self.samples.ids[ids], self.trunk, self.method if embed else None)
         self.trunk.set_mode(True, self.ranks)
         self.method.train()

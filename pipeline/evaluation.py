@@ -42,7 +42,7 @@ class Embedder:
 
     @torch.no_grad()
     def __call__(
-        self, ids: Int64[np.ndarray, images], trunk: Trunk, method: Method | None
+        self, ids: Int64[np.ndarray, " images"], trunk: Trunk, method: Method | None
     ) -> Float[Tensor, "images dim"]:
         """Embeddings of the given store ids (pooled features if there is no method), on every rank.
 

@@ -7,7 +7,7 @@ Distinctive:
   the queries are shared among ranks, or on the number of threads.
 - **Exact sums, not careful ones.** The float64 similarity is a sum of integers in disguise (`_Vectors.split`): every
   order of summation gives the same bits, so BLAS may do it. Embeddings that collapsed to (nearly) one point, of which
-  float32 can order nothing, cost about 4 times the usual time.
+  float32 can order nothing, cost about 7 times the usual time.
 - **Recall at any k.** The rank of the first positive is counted, not searched, so its cost does not grow with k.
 - **Classes of any number and size.** Labels are sorted once; a class of thousands makes only its own queries deep.
 
@@ -99,7 +99,7 @@ def retrieve(
 
     Without a gallery every row is a query against all the others; it is left out by its index, so that its duplicates
     count. Time: a float32 matrix product Q x N x D and about ten passes over its Q x N values (60,502 rows, D = 64:
-    30 s on one core). Memory: a float32 copy of the rows and about `memory_bytes`.
+    40 s on one core). Memory: a float32 copy of the rows and about `memory_bytes`.
 
     Args:
         embeddings: float32 or float64, of any length but zero; float64 is compared as float64.
@@ -296,14 +296,13 @@ class _Search:
         the two sets is certainly nearer than the best positive, and only counted.
         """
         similarity = np.matmul(self.queries.unit32[query_ids], self.gallery.unit32.T)
-        self._set_self(similarity, query_ids, -np.inf)
+        self._exclude_self(similarity, query_ids)
         positive = self.are_positive(query_ids, slice(None))
         best = similarity.max(axis=1, where=positive, initial=-np.inf, keepdims=True)
         near = similarity >= np.partition(similarity, -depth, axis=1)[:, -depth, None] - self.margin
         ahead = similarity > best + self.margin
         first_hit = np.count_nonzero(ahead & ~near, axis=1)
         near |= (similarity >= best - self.margin) & ~ahead
-        self._set_self(near, query_ids, False)
         undecided = np.count_nonzero(near, axis=1) > len(self.gallery.rows) // _PAIR_COST
         near[undecided] = False
 
@@ -366,12 +365,12 @@ class _Search:
         for part in _slices(similarity.shape[1], _CHUNK_ELEMENTS // high.shape[1]):
             gallery_high, gallery_low = self.gallery.split(part)
             similarity[:, part] = high @ gallery_high.T + (high @ gallery_low.T + low @ gallery_high.T)
-        self._set_self(similarity, query_ids, -np.inf)
+        self._exclude_self(similarity, query_ids)
         return similarity
 
-    def _set_self(self, values: np.ndarray, query_ids: np.ndarray, value: float | bool) -> None:
+    def _exclude_self(self, similarity: np.ndarray, query_ids: np.ndarray) -> None:
         if self.leave_one_out:
-            values[np.arange(len(query_ids)), query_ids] = value
+            similarity[np.arange(len(query_ids)), query_ids] = -np.inf
 
     def are_positive(self, query_ids: np.ndarray, gallery_ids: np.ndarray | slice) -> np.ndarray:
         """Whether of the query's class, bool [queries, ids]. The query itself is, too: its similarity is -inf."""

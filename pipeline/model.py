@@ -15,7 +15,7 @@ import timm
 import torch
 import torchvision
 from jaxtyping import Float, UInt8
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -44,7 +44,9 @@ class ModelConfig(Frozen):
         "frozen", description="frozen running statistics | statistics over all ranks | statistics of each rank's images"
     )
     mean: tuple[float, float, float] | None = Field(None, description="of the pixels in 0..1 (none: the backbone's)")
-    std: tuple[float, float, float] | None = Field(None, description="of the pixels in 0..1 (none: the backbone's)")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
+        None, description="of the pixels in 0..1 (none: the backbone's)"
+    )
     channels_last: bool = Field(True, description="memory layout; about twice as fast on CPUs for depthwise networks")
 
 

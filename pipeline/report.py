@@ -49,16 +49,16 @@ GROUPS = {
 }
 HOW_TO_READ = (
     "At the left a query, then its nearest test images, nearest first. Green with ✓: of the query's class. Red with ✗: "
-    "of another class, named below. AP@R: the query's term of MAP@R, from 0 to 1. R: images of its class to be found."
+    "of another class, named below. AP@R: the query's term of MAP@R, from 0 to 1. R: how many images of its class there "
+    f"are to find; where R is below {NEIGHBOURS_SHOWN}, the others shown can only be red."
 )
-NOTHING_TO_FIND = "No test query has an image of its own class to find."
 
 INK = "#010203"  # stands for the page's text colour in a chart, whatever the reader's colour scheme
 COLOURS = ("#3b82d0", "#d97f1f", "#2a9d74", "#a667c9", "#d0577f", "#8a8f2c", "#2aa3b8", "#8b6f5c")
-CHART_STYLE: dict[str, Any] = {
+CHART_STYLE: Any = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.grid": True, "grid.color": INK, "grid.alpha": 0.15, "grid.linewidth": 0.6,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.top": False, "axes.spines.right": False,
     "font.size": 9, "legend.fontsize": 8.5, "legend.frameon": False, "lines.linewidth": 1.6,
     "svg.fonttype": "none", "svg.hashsalt": "raydml", "text.parse_math": False,
 }  # fmt: skip
@@ -72,12 +72,9 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{name} – raydml</title>
-<style>
-{css}</style>
+<style>{css}</style>
 </head>
-<body>
-{body}
-</body>
+<body>{body}</body>
 </html>
 """
 
@@ -120,23 +117,17 @@ def write_report(run: Folder, store: Store) -> None:
 
 def _header(summary: Mapping[str, Any]) -> str:
     p = summary["protocol"]
-    lines = [
-        '<header>\n<p class="eyebrow">raydml · deep metric learning · run report</p>',
-        f"<h1>{escape(summary['name'])}</h1>",
-        f'<p class="key">{_key_sentence(summary)}</p>',
-    ]
-    if p["profile"] == "paper":
-        lines.append(
-            '<p class="warning">Paper protocol: choices were made on the test classes themselves, '
-            "so these figures are higher than new classes would give.</p>"
-        )
-    lines.append(
-        f'<p class="note">{escape(p["method"])} on {escape(p["backbone"])}, dataset {escape(p["dataset"])}: '
-        f"{summary['step']:,} steps, {summary['epochs']:g} epochs, {summary['images']:,} images "
-        f"in {summary['seconds']:,.0f} s ({summary['images_per_second']:,.1f} images/s, "
-        f"{summary['waiting_for_data']:.1%} of the time waiting for data)</p>\n</header>"
-    )
-    return "\n".join(lines)
+    warning = "choices were made on the test classes themselves, so the figures are higher than new classes would give"
+    return f"""<header>
+<p class="eyebrow">raydml · deep metric learning · run report</p>
+<h1>{escape(summary["name"])}</h1>
+<p class="key">{_key_sentence(summary)}</p>
+{f'<p class="warning">Paper protocol: {warning}.</p>' if p["profile"] == "paper" else ""}
+<p class="note">{escape(p["method"])} on {escape(p["backbone"])}, dataset
+{escape(p["dataset"])}: {summary["step"]:,} steps, {summary["epochs"]:g} epochs, {summary["images"]:,} images in
+{summary["seconds"]:,.0f} s ({summary["images_per_second"]:,.1f} images/s, {summary["waiting_for_data"]:.1%} of the time
+waiting for data)</p>
+</header>"""
 
 
 def _key_sentence(summary: Mapping[str, Any]) -> str:
@@ -163,7 +154,7 @@ def _metrics(summary: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -
     tables = ""
     if final:
         lonely = final.get("queries_without_positive", 0)
-        left_out = f"; {lonely:,.0f} more left out, alone in their class" if lonely else ""
+        left_out = f"; {lonely:,.0f} more left out, with none of their class to find" if lonely else ""
         caption = f"Test classes, never seen in training: %, {final['queries']:,.0f} queries{left_out}"
         tables += _table(caption, final, summary["frozen"])
     if validation:
@@ -175,23 +166,18 @@ def _metrics(summary: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -
     return f"""<section id="metrics">
 <h2>Retrieval on unseen classes</h2>
 <div class="beside">
-<div>
-{tables or "<p>No test images and no validation fold: nothing was measured.</p>"}
+<div>{tables or "<p>No test images and no validation fold: nothing was measured.</p>"}
 <p class="note">Frozen: pooled features of the pretrained backbone. Gain: percentage points. Recall@K: share of queries
 with an image of their class among their K nearest. R-Precision: share of right images among the R nearest, where R is
 how many there are; MAP@R also counts how early they come. NMI, AMI: agreement of k-means clusters with the classes.</p>
 </div>
-<div>
-<dl class="protocol">
-{terms}
-</dl>
-</div>
+<dl class="protocol">{terms}</dl>
 </div>
 </section>"""
 
 
 def _table(caption: str, trained: Mapping[str, float], frozen: Mapping[str, float] | None = None) -> str:
-    """A row for each metric; frozen and gain only where frozen metrics are given, and "–" where one of them is missing."""
+    """A row for each metric; with the columns frozen and gain if `frozen` is given, "–" for what it lacks."""
     columns = ("trained",) if frozen is None else ("frozen", "trained", "gain")
     head = "".join(f'<th scope="col">{column}</th>' for column in ("metric", *columns))
     lines = [f"<table>\n<caption>{escape(caption)}</caption>\n<tr>{head}</tr>"]
@@ -225,15 +211,17 @@ def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
 def _curves(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], metric: str) -> str:
     """The section of curves; `metric` chooses the best validation. What was never logged has no chart."""
     train, validation = _read(lines, "train"), _read(lines, "validation")
-    loss, speed, waiting = ({n: train.pop(n)} if n in train else {} for n in ("loss", "images_per_second", "waiting"))
-    rates = {n: train.pop(n) for n in list(train) if n.startswith("lr/")}
+
+    def take(key: str) -> dict[str, Curve]:
+        return {name: train.pop(name) for name in list(train) if name == key or name.startswith(f"{key}/")}
+
     where = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
     charts = [
-        _chart("Training loss", "loss", loss, smooth=True),
+        _chart("Training loss", "loss", take("loss"), smooth=True),
         _chart(f"Validation on {where} classes", "%", validation, best=metric),
-        _chart("Learning rate", "learning rate (first group)", rates, from_zero=True),
-        _chart("Throughput, mean since the start", "images/s", speed, from_zero=True),
-        _chart("Waiting for data, mean since the start", "share of step time", waiting, from_zero=True),
+        _chart("Learning rate", "learning rate (first group)", take("lr"), from_zero=True),
+        _chart("Throughput, mean since the start", "images/s", take("images_per_second"), from_zero=True),
+        _chart("Waiting for data, mean since the start", "share of step time", take("waiting"), from_zero=True),
         *(_chart(name, name, {name: curve}, smooth=True) for name, curve in train.items()),  # the method's own
     ]
     content = f'<div class="charts">\n{"".join(charts)}</div>' if any(charts) else "<p>Nothing was logged.</p>"
@@ -253,24 +241,24 @@ def _read(lines: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Curve]:
 def _chart(
     title: str, unit: str, curves: Mapping[str, Curve], smooth: bool = False, from_zero: bool = False, best: str = ""
 ) -> str:
-    """A chart over the steps as inline SVG, whose text takes the page's font and colour; "" without curves.
+    """A chart over the steps as inline SVG, in the page's font and colour; "" without curves.
 
-    Args:
-        title: of the chart.
-        unit: of the vertical axis.
-        curves: by name.
-        smooth: draw a running mean over the values as logged.
-        from_zero: start the vertical axis at 0.
-        best: the curve whose first maximum is marked.
+    `smooth` draws a running mean over the values as logged, `from_zero` starts the vertical axis at 0, `best` names the
+    curve whose maximum is marked, in percent.
     """
     if not curves:
         return ""
     with matplotlib.rc_context(CHART_STYLE):
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel=unit)
+        axes.set_prop_cycle(color=COLOURS)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        for name in sorted(curves, key=lambda name: name == best):  # the marked one on top
-            _draw(axes, _title(name.removeprefix("lr/")) if len(curves) > 1 else "", curves[name], smooth, name == best)
+        for name, curve in curves.items():
+            _draw(axes, curve, smooth, _title(name.removeprefix("lr/")) if len(curves) > 1 else "")
+        if best in curves:
+            step, value = max(curves[best].T, key=lambda point: point[1])  # the first of equals, as the run chooses
+            label = f"best {_title(best)}: {value:.1f} % at step {step:,.0f}"
+            axes.plot(step, value, "*", markersize=12, color=INK, label=label, zorder=3)
         axes.set_xlim(left=0)
         if from_zero:
             axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
@@ -279,27 +267,25 @@ def _chart(
             figure.legend(loc="outside lower center", ncols=3)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = out.getvalue().replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :]
     # HTML knows the namespaces, and ids of groups would repeat from chart to chart.
     svg = re.sub(r'<metadata>.*?</metadata>| xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg, flags=re.DOTALL)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
     return f'<figure class="chart">\n<figcaption>{escape(title)}</figcaption>\n{svg}</figure>\n'
 
 
-def _draw(axes: Axes, label: str, curve: Curve, smooth: bool, mark_best: bool) -> None:
+def _draw(axes: Axes, curve: Curve, smooth: bool, label: str) -> None:
     steps, values = curve
-    if smooth and len(values) >= FEW_POINTS:
+    if len(values) < FEW_POINTS:
+        axes.plot(steps, values, marker="o", markersize=3, label=label)
+    elif not smooth:
+        axes.plot(steps, values, label=label)
+    else:
         window = np.ones(len(values) // 15 | 1)  # centred; shorter at both ends
         mean = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-        axes.plot(steps, values, linewidth=0.6, alpha=0.5, color=COLOURS[0], label="as logged")
-        axes.plot(steps, mean, linewidth=2, color=COLOURS[0], label=f"mean of {len(window)}")
-        return
-    axes.plot(steps, values, marker="o" if len(values) < FEW_POINTS else None, markersize=3, label=label)
-    if mark_best:
-        best = int(np.argmax(values))  # the first of equals, as the run chooses
-        where = f"best {label}: {values[best]:.1f} % at step {steps[best]:,.0f}"
-        axes.plot(steps[best], values[best], "*", markersize=12, color=INK, label=where, zorder=3)
+        (raw,) = axes.plot(steps, values, linewidth=0.9, alpha=0.5, label="" if label else "as logged")
+        axes.plot(steps, mean, linewidth=2, color=raw.get_color(), label=label or f"mean of {len(window)}")
 
 
 # ---- gallery -----------------------------------------------------------------------------------------------------
@@ -331,12 +317,8 @@ def _choose(run: Folder, store: Store) -> Groups:
     # Shuffled first, with a fixed seed: among equals, a stable sort then takes images of any class.
     rows = np.random.default_rng(0).permutation(np.flatnonzero(kept["relevant"] > 0))
     precision = kept["average_precision"][rows]
-    orders = {
-        "worst": np.argsort(precision, kind="stable"),
-        "random": ...,
-        "best": np.argsort(-precision, kind="stable"),
-    }
-    chosen = {name: rows[order][:QUERIES_PER_GROUP] for name, order in orders.items() if len(rows)}
+    keys = {"worst": precision, "random": np.zeros(len(rows)), "best": -precision}
+    chosen = {name: rows[np.argsort(key, kind="stable")][:QUERIES_PER_GROUP] for name, key in keys.items() if len(rows)}
     return {name: [Retrieved(*(column[i] for column in kept.values())) for i in some] for name, some in chosen.items()}
 
 
@@ -348,7 +330,8 @@ def _shown(groups: Groups) -> Int64[np.ndarray, " images"]:
 
 def _gallery(groups: Groups, store: Store) -> str:
     """The section of queries with what they found."""
-    content = f'<p class="note">{HOW_TO_READ}</p>\n' if groups else f"<p>{NOTHING_TO_FIND}</p>\n"
+    note = HOW_TO_READ if groups else "No test query has an image of its own class to find."
+    content = f'<p class="note">{note}</p>\n'
     shown = _shown(groups)
     labels = store.label[np.searchsorted(store.sample_id, shown)]
     label_of = dict(zip(shown.tolist(), labels.tolist(), strict=True))
@@ -407,10 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
         recorded = run.read_json("run.json")
         store = Store(Folder(recorded["dataset"]))
         if store.fingerprint != recorded["fingerprint"]:
-            raise UserError(
-                f"{store.folder} has fingerprint {store.fingerprint}, the run was trained on one of "
-                f"{recorded['fingerprint']}: restore that dataset"
-            )
+            got = f"{store.folder} has fingerprint {store.fingerprint}"
+            raise UserError(f"{got}, the run was trained on {recorded['fingerprint']}: restore that dataset")
         write_report(run, store)
     except (UserError, RunError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)

@@ -87,6 +87,8 @@ def check_machine(config: Config) -> list[str]:
                 f"{wanted:g} GPUs wanted (runtime.workers × gpus_per_worker), this machine has {torch.cuda.device_count()}: "
                 "lower them, or submit the run to a cluster"
             )
+    if "TORCHELASTIC_RUN_ID" in os.environ and runtime.loader == "ray":
+        raise UserError("under torchrun there is no Ray: set runtime.loader to in_process")
     cores, threads = os.cpu_count() or 1, max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
     if not on_cluster() and threads > 4 * cores:
         raise UserError(

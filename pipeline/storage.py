@@ -93,7 +93,7 @@ class Folder:
     def read_json(self, name: str) -> Any:
         try:
             return json.loads(self.read(name))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not even text
             raise UserError(f"{self.uri}/{name} is not valid JSON ({error}): restore it or start over") from error
 
     def write_json(self, name: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from methods import METHODS
+from methods import METHODS, Context
 from methods.optim import Clock
 from pipeline import prepare as preparing
 from pipeline.checkpoint import Checkpoints
@@ -114,6 +114,8 @@ def _dataset(config: Config) -> Store:
     else:
         target = preparing.emoji_store(config.root)
         if _must_prepare(config):
+            if under_torchrun():
+                raise UserError("the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun")
             preparing.prepare("emoji", catalog.emoji(), target)
         store = Store(target)
     store.check_shards()
@@ -133,7 +135,7 @@ def _check_run(config: Config, folder: Folder, store: Store) -> None:
         raise UserError("the paper protocol chooses on test classes, but the dataset has none")
     method = METHODS[config.method.name](config.method, 8, int(samples.labels.max()) + 1)
     if not method.plan_is_stored:
-        context: Any = type("PlanContext", (), {"labels": samples.labels, "seed": config.seed, "clock": Clock()})()
+        context: Any = type("PlanContext", (Context,), {"labels": samples.labels, "seed": config.seed, "clock": Clock()})()
         try:
             method.plan(0, context)
         except ValueError as error:

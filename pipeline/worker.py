@@ -188,10 +188,14 @@ class Worker:
                 self.plan = method.plan(epoch, self.context)
             return [(epoch, self.plan)]
         plans: list[tuple[int, Plan]] = []
-        while sum(len(plan) for _, plan in plans) < SEGMENT_STEPS:
+        known, wanted = -self.progress.step_in_epoch, float(SEGMENT_STEPS)
+        if self.config.length.unit == "steps":
+            wanted = min(wanted, self.config.length.value - self.progress.step)
+        while known < wanted:
             if self.config.length.unit == "epochs" and epoch >= self.config.length.value:
                 break
             plans.append((epoch, method.plan(epoch, self.context)))
+            known += len(plans[-1][1])
             epoch += 1
         return plans
 

@@ -53,7 +53,7 @@ class Item:
         key: (epoch, step, first slot) of an augmented training item; None for evaluation pixels.
     """
 
-    ids: Int64[np.ndarray, images]
+    ids: Int64[np.ndarray, " images"]
     key: tuple[int, int, int] | None = None
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import OrderedDict
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,9 @@ from pipeline.errors import RunError
 from pipeline.storage import Folder
 
 
+@runtime_checkable
 class Reader(Protocol):
-    def read(self, ids: Int64[np.ndarray, some]) -> list[bytes]:
+    def read(self, ids: Int64[np.ndarray, " some"]) -> list[bytes]:
         """Encoded images of these sample ids, in order."""
         ...
 
@@ -81,7 +82,7 @@ class MappedReader:
         self.starts = np.cumsum([0, *(len(b) for b in batches)])
         self.images = [b.column(1) for b in batches]
 
-    def read(self, ids: Int64[np.ndarray, some]) -> list[bytes]:
+    def read(self, ids: Int64[np.ndarray, " some"]) -> list[bytes]:
         rows = np.searchsorted(self.ids, ids)
         parts = np.searchsorted(self.starts, rows, side="right") - 1
         return [self.images[p][int(r - self.starts[p])].as_py() for p, r in zip(parts, rows, strict=True)]
@@ -119,7 +120,7 @@ class RowGroupReader:
                 self.groups.popitem(last=False)
         return self.groups[key]
 
-    def read(self, ids: Int64[np.ndarray, some]) -> list[bytes]:
+    def read(self, ids: Int64[np.ndarray, " some"]) -> list[bytes]:
         rows = np.searchsorted(self.store.sample_id, ids)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         within = rows - self.starts[shards]

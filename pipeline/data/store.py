@@ -185,8 +185,8 @@ def write_store(
 class Samples:
     """A selection of images: their store ids, and their classes renumbered 0..C-1."""
 
-    ids: Int64[np.ndarray, samples]
-    labels: Int64[np.ndarray, samples]
+    ids: Int64[np.ndarray, " samples"]
+    labels: Int64[np.ndarray, " samples"]
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:

@@ -252,19 +252,19 @@ def test_split_sums_are_exact(dim):
             assert abs(float(sum(sums)) - cosine) < 1e-13
 
 
-@pytest.mark.parametrize("dim", [2, 16, 1024])
+@pytest.mark.parametrize("dim", [100, 1000])
 def test_margin_covers_the_float32_error(dim):
+    """Equal terms after a large first one are all rounded the same way, when added one after the other."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.rand(60, dim, generator=generator) + 0.1  # of one sign, so that rounding errors add up
-    labels = torch.zeros(60, dtype=torch.int64)
-    search = metrics._Search.of(rows, labels, None, None, 2**20)
+    rows = torch.rand(60, 1, generator=generator).expand(60, dim) + 0.1
+    rows[:, 0] = 30 * torch.rand(60, generator=generator)
+    search = metrics._Search.of(rows, torch.arange(60), None, None, 2**20)
     unit, exact = search.queries.unit32, search._compare_all(np.arange(60))
     worst = 0.0
-    for i in range(60):
-        for j in set(range(60)) - {i}:
-            in_order = np.cumsum(unit[i] * unit[j], dtype=np.float32)[-1]  # the worst order: one term after the other
-            worst = max(worst, abs(float(in_order) - exact[i, j]))
-    assert 2.0**-26 < worst < search.margin / 2
+    for i, j in itertools.combinations(range(60), 2):
+        in_order = np.cumsum(unit[i] * unit[j], dtype=np.float32)[-1]
+        worst = max(worst, abs(float(in_order) - exact[i, j]))
+    assert search.margin / 5 < worst < search.margin / 2
 
 
 def test_summary_is_in_percent_and_leaves_out_queries_without_positive():

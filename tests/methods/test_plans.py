@@ -1,0 +1,142 @@
+"""Class-balanced plans over random class sizes: what the docstring promises, sample by sample."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from methods.plans import Plan, class_balanced
+
+
+def labels_of(sizes: list[int], seed: int = 0) -> np.ndarray:
+    """Labels of classes with these sizes, shuffled."""
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int64)
+
+
+def groups_of(sizes: list[int], k: int) -> tuple[list[int], int]:
+    """Groups of every class of two or more images, and groups of single images."""
+    return [-(-s // k) for s in sizes if s > 1], -(-sizes.count(1) // k)
+
+
+@st.composite
+def datasets(draw: st.DrawFn) -> tuple[list[int], int, int]:
+    """Class sizes (many singles, few large classes), P and K for which a plan exists."""
+    sizes = draw(st.lists(st.one_of(st.just(1), st.integers(1, 7), st.integers(1, 40)), min_size=1, max_size=25))
+    k = draw(st.integers(2, 5))
+    own, mixed = groups_of(sizes, k)
+    assume(own and len(own) + mixed >= 2)
+    return sizes, draw(st.integers(2, min(8, len(own) + mixed))), k
+
+
+@settings(max_examples=150, deadline=None)
+@given(datasets(), st.integers(0, 2**40), st.integers(0, 1000))
+def test_every_promise_on_random_datasets(dataset: tuple, seed: int, epoch: int) -> None:
+    sizes, p, k = dataset
+    labels = labels_of(sizes)
+    plan = class_balanced(labels, p, k, seed, epoch)
+    own, mixed = groups_of(sizes, k)
+    total = sum(own) + mixed
+    assert plan.ids.shape == (max(-(-total // p), max(own)), p * k), "no more steps than the groups need"
+    assert plan.ids.dtype == np.int64
+    assert set(plan.ids.ravel().tolist()) == set(range(len(labels))), "every sample at least once, and nothing else"
+    size_of = np.bincount(labels)[labels]
+    for row in plan.ids:
+        singles = row[size_of[row] == 1]
+        assert len(set(singles.tolist())) == len(singles), "a single image never stands beside itself"
+        pure = []
+        for group in row.reshape(p, k):
+            classes = set(labels[group].tolist())
+            if len(classes) == 1:
+                pure.append(classes.pop())
+                if sizes[pure[-1]] >= k:
+                    assert len(set(group.tolist())) == k, "repeats only where the class is too small"
+            else:
+                assert (size_of[group] == 1).any(), "only single images share a group"
+        assert len(set(pure)) == len(pure), "no class twice in a step"
+        if len(set(labels[row].tolist())) < len(sizes):  # classes are left over: nobody had to come twice
+            strangers = [c for g in row.reshape(p, k) if len(set(labels[g].tolist())) > 1 for c in labels[g].tolist()]
+            assert len(set(strangers)) == len(strangers) and not set(strangers) & set(pure)
+    again = class_balanced(labels.copy(), p, k, seed, epoch)
+    np.testing.assert_array_equal(plan.ids, again.ids, err_msg="a pure function of its arguments")
+
+
+def test_seed_and_epoch_change_the_plan_and_the_global_generator_does_not() -> None:
+    labels = labels_of([5] * 40)
+    np.random.seed(1)
+    state = np.random.get_state()[1].copy()
+    first = class_balanced(labels, 8, 4, 3, 0).ids
+    np.testing.assert_array_equal(np.random.get_state()[1], state, err_msg="the global generator is left alone")
+    np.random.seed(2)
+    np.testing.assert_array_equal(first, class_balanced(labels, 8, 4, 3, 0).ids)
+    for seed, epoch in ((3, 1), (4, 0), (0, 3)):
+        other = class_balanced(labels, 8, 4, seed, epoch).ids
+        assert (other != first).mean() > 0.9, (seed, epoch)
+
+
+def test_classes_meet_in_changing_company() -> None:
+    """Which classes share a step is drawn anew: over 60 epochs every pair of 12 classes meets."""
+    labels = labels_of([4] * 12)
+    met = np.zeros((12, 12), dtype=int)
+    for epoch in range(60):
+        for row in class_balanced(labels, 4, 4, 0, epoch).ids:
+            classes = np.unique(labels[row])
+            met[np.ix_(classes, classes)] += 1
+    expected = 60 * 3 / 11
+    others = met[~np.eye(12, dtype=bool)]
+    assert others.min() > expected / 4 and others.max() < expected * 2.5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "p", "k", "numbers"),
+    [
+        ([5, 5, 5], 4, 4, ("4", "3")),
+        ([5, 5, *[1] * 9], 6, 4, ("6", "5", "9 classes of one image")),  # 9 single images share 3 groups
+        ([100], 2, 2, ("2", "1")),
+    ],
+)
+def test_more_classes_per_batch_than_groups(sizes: list[int], p: int, k: int, numbers: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="classes_per_batch") as caught:
+        class_balanced(labels_of(sizes), p, k, 0, 0)
+    message = str(caught.value)
+    assert "\n" not in message and "lower classes_per_batch" in message
+    for number in numbers:
+        assert re.search(rf"\b{number}\b", message), message
+
+
+def test_only_single_images_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"none of the 9 .*two images"):
+        class_balanced(labels_of([1] * 9), 2, 4, 0, 0)
+
+
+def test_single_image_is_not_repeated_when_every_class_is_present() -> None:
+    """One class and one single image: the room beside the single image goes to the class, not to itself again."""
+    labels = labels_of([6, 1])
+    single = int(np.flatnonzero(np.bincount(labels)[labels] == 1)[0])
+    for seed in range(20):
+        plan = class_balanced(labels, 2, 4, seed, 0)
+        assert ((plan.ids == single).sum(1) <= 1).all()
+
+
+def test_large_catalogue_takes_under_three_seconds() -> None:
+    """60,000 images of 11,000 classes, the shape of Stanford Online Products; CPU time, so a busy machine does not matter."""
+    random = np.random.default_rng(0)
+    sizes = random.multinomial(60_000 - 11_000, np.ones(11_000) / 11_000) + 1
+    labels = labels_of(sizes.tolist())
+    started = time.process_time()
+    plan = class_balanced(labels, 24, 4, 0, 0)
+    assert time.process_time() - started < 3
+    assert len(np.unique(plan.ids)) == 60_000
+
+
+def test_plan_checks_its_shape() -> None:
+    ids = np.zeros((2, 3), dtype=np.int64)
+    assert len(Plan(ids)) == 2
+    with pytest.raises(ValueError, match="at least one slot"):
+        Plan(np.zeros((0, 3), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"'role' has shape \(2, 2\), ids have \(2, 3\)"):
+        Plan(ids, {"role": np.zeros((2, 2))})

@@ -1,0 +1,48 @@
+"""Object storage for the tests of the pipeline: a real S3 server in this process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
+from pipeline.storage import Folder
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket's URI; credentials and endpoint are in the environment, where the product looks for them."""
+    for key, value in {
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # instances remember the endpoint they were made with
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    fs.mkdir("bucket")
+    yield "s3://bucket"
+    fs.rm("bucket", recursive=True)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest) -> Folder:
+    """An empty folder on this machine, and one in object storage."""
+    if request.param == "local":
+        return Folder(request.getfixturevalue("tmp_path") / "folder")
+    return Folder(request.getfixturevalue("bucket")) / "some" / "folder"

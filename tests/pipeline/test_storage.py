@@ -1,0 +1,130 @@
+"""The same calls for a local folder and for object storage."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.storage import Folder
+
+
+def test_files_and_folders(folder: Folder) -> None:
+    assert not folder.exists() and not folder.exists("a.txt") and folder.names() == []
+    folder.write("b/c/d.bin", b"123")
+    folder.write("b/a.txt", b"")
+    folder.write("b/c/d.bin", b"12345")  # replaces
+    assert folder.exists() and folder.exists("b") and folder.exists("b/c/d.bin") and not folder.exists("b/x")
+    assert folder.names() == ["b"] and folder.names("b") == ["a.txt", "c"] and folder.names("nothing") == []
+    assert folder.read("b/c/d.bin") == b"12345" and folder.size("b/c/d.bin") == 5 and folder.size("b/a.txt") == 0
+    assert (folder / "b" / "c").read("d.bin") == b"12345"
+    with pytest.raises(FileNotFoundError):
+        folder.read("b/nothing")
+    again = pickle.loads(pickle.dumps(folder))
+    assert again.uri == folder.uri == str(folder) and again.read("b/c/d.bin") == b"12345"
+
+
+def test_remove(folder: Folder) -> None:
+    for name in ("keep", "file", "sub/x", "sub/deep/y"):
+        folder.write(name, b"1")
+    folder.remove("nothing")
+    folder.remove("file")
+    folder.remove("sub")
+    assert folder.names() == ["keep"] and not folder.exists("sub/deep/y")
+    folder.remove()
+    assert not folder.exists() and folder.names() == []
+    folder.remove()
+
+
+def test_what_another_process_wrote_is_seen_at_once(folder: Folder) -> None:
+    """No listing is remembered: a resumed run looks for checkpoints that someone else wrote."""
+    assert folder.names("checkpoints") == []
+    Folder(folder.uri).write("checkpoints/step-1/x", b"1")
+    assert folder.names("checkpoints") == ["step-1"] and folder.exists("checkpoints/step-1")
+    Folder(folder.uri).remove("checkpoints/step-1")
+    assert not folder.exists("checkpoints/step-1/x")
+
+
+def test_json(folder: Folder) -> None:
+    value = {"a": [1, 2.5, None], "b": {"ü": "x"}}
+    folder.write_json("x.json", value)
+    assert folder.read_json("x.json") == value
+    for damaged in (b'{"a": ', b"", b'{"a": "\xff"}'):
+        folder.write("x.json", damaged)
+        with pytest.raises(UserError, match=r"x\.json is not valid JSON .*restore it or start over") as caught:
+            folder.read_json("x.json")
+        assert "\n" not in str(caught.value)
+
+
+def test_check_writable_leaves_nothing(folder: Folder) -> None:
+    folder.check_writable()
+    assert folder.names() == []
+
+
+@pytest.mark.parametrize("kind", ["below a file", "missing bucket", "unknown protocol", "no server"])
+def test_unwritable_storage_is_one_line(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    uri = {"below a file": f"{tmp_path}/file/runs", "missing bucket": "s3://no-such-bucket/runs", "unknown protocol": "s4://b/runs",
+           "no server": "s3://bucket/runs"}[kind]  # fmt: skip
+    if kind in ("missing bucket", "no server"):
+        request.getfixturevalue("bucket")
+    if kind == "no server":
+        patch = request.getfixturevalue("monkeypatch")
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError) as caught:
+        Folder(uri).check_writable()
+    assert uri in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_local_uris_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/house")
+    assert Folder("a/../b/").uri == f"{tmp_path}/b"
+    assert Folder("~/x").uri == "/house/x"
+    assert Folder(f"file://{tmp_path}/y").path("z") == f"{tmp_path}/y/z"
+    assert Folder("/").uri == "/" and Folder("/").path("x") == "/x"
+    assert Folder("s3://b/c/").uri == "s3://b/c" and Folder("s3://b/c").path("d") == "b/c/d" and not Folder("s3://b").is_local
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path)
+    folder.write("x", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        folder.write("x", b"new, longer")
+    assert folder.read("x") == b"old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    versions = [bytes([i]) * 300_000 for i in range(2)]
+    folder.write("x", versions[0])
+    stop = threading.Event()
+
+    def write() -> None:
+        i = 0
+        while not stop.is_set():
+            i += 1
+            folder.write("x", versions[i % 2])
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for thread in writers:
+        thread.start()
+    try:
+        seen = {folder.read("x") for _ in range(300)}
+    finally:
+        stop.set()
+        for thread in writers:
+            thread.join()
+    assert seen <= set(versions)

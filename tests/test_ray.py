@@ -1,0 +1,306 @@
+"""The parts that need Ray, against real Ray: one start for most tests, own processes where the driver or a job is the subject."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pipeline import prepare
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import DEFAULT_PRESET, Config
+from pipeline.data import catalog
+from pipeline.data.loader import Item, load
+from pipeline.data.store import Store
+from pipeline.errors import RunError
+from pipeline.launch import run_in_process, run_on_ray
+from pipeline.storage import Folder
+from pipeline.summary import run_folder
+from pipeline.worker import pixel_source
+from tests.conftest import write_images
+from tests.stubs import tiny_values
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[Any]:
+    """One Ray for the module, with more logical CPUs than cores."""
+    from pipeline.session import ray_session
+
+    with ray_session(6) as ray:
+        yield ray
+
+
+def silent(_: dict[str, Any]) -> None:
+    pass
+
+
+def tensors(config: Config) -> dict[str, torch.Tensor]:
+    """Weights of a run's newest checkpoint, by file and name."""
+    from safetensors.torch import load as load_tensors
+
+    folder = run_folder(config)
+    base = f"checkpoints/step-{Checkpoints(folder).steps()[-1]:08d}"
+    names = ("trunk.safetensors", "method.safetensors")
+    return {f"{n}/{k}": v for n in names for k, v in load_tensors(folder.read(f"{base}/{n}")).items()}
+
+
+def on_ray(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update={"workers": 2, **changes})})
+
+
+def test_prepare_is_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {f"class{i}": 2 + i % 3 for i in range(10)}, seed=1)
+    (tmp_path / "images" / "class3" / "broken.png").write_bytes(b"no image")
+    entries = catalog.folder(str(tmp_path / "images"))
+    options: dict[str, Any] = {"images_per_shard": 6, "max_rejected": 0.1}
+    here = prepare.prepare("x", entries, Folder(tmp_path / "here"), prepare.run_here, **options)
+    there = prepare.prepare("x", entries, Folder(tmp_path / "there"), prepare.run_on_ray, **options)
+    assert there.manifest == here.manifest
+    assert len(there.manifest["shards"]) > 3
+    assert "broken.png" in (tmp_path / "there" / "rejected.csv").read_text()
+
+
+def test_both_loaders_give_the_same_pixels_in_the_same_order(
+    ray_here: Any, store: Store, make_config: Callable[..., Config]
+) -> None:
+    config = make_config()
+    source = pixel_source(config, store)
+    random = np.random.default_rng(0)
+    ids = store.select(["train"]).ids
+    items = [Item(random.choice(ids, 5), (0, step, 3)) for step in range(21)] + [Item(ids[:3]), Item(ids[3:10])]
+    ours = list(load(source, items, "ray", loader_cpus=2))
+    for mine, theirs in zip(ours, load(source, items, "in_process"), strict=True):
+        assert torch.equal(mine, theirs)
+    assert [len(p) for p in ours] == [5] * 21 + [3, 7]
+
+
+def test_two_ray_workers_give_the_weights_of_one_process(ray_here: Any, make_config: Callable[..., Config], store: Store) -> None:
+    """Law 1 through the real launcher, with the Ray Data loader."""
+    alone, two = make_config({"length": "1 epochs"}, name="alone"), make_config({"length": "1 epochs"}, name="two")
+    run_in_process(alone, store.folder.uri, silent)
+    run_on_ray(on_ray(two, loader="ray"), store.folder.uri, silent, ray_here)
+    one, other = tensors(alone), tensors(two)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
+    ray_here: Any, make_config: Callable[..., Config], store: Store
+) -> None:
+    """SIGKILL of a worker process at a random step; Ray Train starts the group again, from the newest checkpoint."""
+    changes = {"length": "6 epochs", "checkpoint.every": "3 steps"}
+    whole = on_ray(make_config(changes, name="whole"), loader="in_process")
+    killed = on_ray(make_config(changes, name="killed"), loader="in_process")
+    run_on_ray(whole, store.folder.uri, silent, ray_here)
+    wanted = int(np.random.default_rng().integers(4, 12))
+    victims: list[int] = []
+    seen: list[str] = []
+
+    def kill(state: dict[str, Any]) -> None:
+        seen.extend(state["notices"])
+        if not victims and state["progress"].get("step", 0) >= wanted:
+            victims.extend(train_workers())
+            os.kill(victims[0], signal.SIGKILL)
+
+    assert run_on_ray(killed, store.folder.uri, kill, ray_here) is None
+    assert len(victims) == 2, "the kill never happened"
+    assert any("resumed at step" in notice for notice in seen)
+    one, other = tensors(whole), tensors(killed)
+    for name, value in one.items():
+        assert torch.equal(other[name], value), name
+
+
+def train_workers() -> list[int]:
+    """Process ids of this machine's Ray Train workers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if b"RayTrainWorker" in title or b"train_worker" in title:
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_run_that_cannot_go_on_ends_at_once_with_its_own_words(
+    ray_here: Any, make_config: Callable[..., Config], store: Store
+) -> None:
+    """A loss that is not finite: no restart, although restarts are allowed; the last good state is kept."""
+    config = make_config({"method.optimizer.name": "sgd", "method.optimizer.lr": 1e200, "checkpoint.every": "1 steps"})
+    starts: list[str] = []
+    with pytest.raises(RunError, match="not finite at step"):
+        run_on_ray(on_ray(config, loader="in_process", max_failures=3), store.folder.uri, lambda s: starts.extend(s["notices"]), ray_here)
+    assert not any("resumed" in notice for notice in starts)
+    assert run_folder(config).read_json("incarnation") == 1
+
+
+def test_a_request_beyond_the_cluster_is_refused(ray_here: Any, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.errors import UserError
+    from pipeline.session import check_cluster
+
+    monkeypatch.setenv("RAY_ADDRESS", "here")
+    with pytest.raises(UserError, match="wants 808 CPU .* at most 6"):
+        check_cluster(on_ray(make_config(), workers=101, cpus_per_worker=8, loader="in_process"), ray_here)
+    check_cluster(on_ray(make_config(), loader="in_process"), ray_here)
+
+
+# ---- own processes ---------------------------------------------------------------------------------------------------
+
+
+def command(recipe: Path, *settings: str) -> list[str]:
+    out = [sys.executable, "-m", "pipeline.train", str(recipe)]
+    for setting in settings:
+        out += ["--set", setting]
+    return out
+
+
+def write_recipe(tmp_path: Path, store: Store, **changes: Any) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(str(tmp_path), store.folder.uri, changes)))
+    return path
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.05)
+
+
+def logged_steps(path: Path) -> int:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(store: Store, tmp_path: Path) -> None:
+    """SIGKILL of the driver, then SIGTERM (saved, status 143), then the same command to the end: as if nothing had been."""
+    settings = ["runtime.workers=2", "length=8 epochs", "checkpoint.every=2 steps"]
+    recipe = write_recipe(tmp_path, store)
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    first = subprocess.Popen(command(recipe, *settings), cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(lambda: logged_steps(metrics) >= 4, 120, "step 4")
+    first.kill()
+    first.wait()
+    before = logged_steps(metrics)
+    second = subprocess.Popen(command(recipe, *settings), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: logged_steps(metrics) > before + 3, 120, "progress after the kill")
+    second.terminate()
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 143, errors
+    assert "the same command continues" in errors
+    saved = Checkpoints(Folder(tmp_path / "runs" / "tiny")).latest()
+    assert saved is not None and 0 < saved.step and not saved.finished
+    done = subprocess.run(command(recipe, *settings), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {saved.step}" in done.stderr
+    subprocess.run(command(recipe, *settings, "name=whole"), cwd=ROOT, check=True, capture_output=True)
+    whole, broken = (json.loads((tmp_path / "runs" / n / "summary.json").read_text()) for n in ("whole", "tiny"))
+    assert whole["final"] == broken["final"] and whole["step"] == broken["step"]
+    from safetensors.torch import load_file
+
+    for name in ("trunk", "method"):
+        path = f"checkpoints/step-{whole['step']:08d}/{name}.safetensors"
+        one, other = load_file(tmp_path / "runs" / "whole" / path), load_file(tmp_path / "runs" / "tiny" / path)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A head node of its own, with token authentication and its own HOME; gives the environment that reaches it."""
+    home, port, dashboard = tmp_path / "home", free_port(), free_port()
+    home.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYDML_"))}
+    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": f"/tmp/h{port}",
+                    "RAYDML_HOME": str(tmp_path / "storage"), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    ray = str(Path(sys.executable).parent / "ray")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
+    start = [ray, "start", "--head", "--block", "--num-cpus=5", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+             "--include-dashboard=true", "--disable-usage-stats", f"--temp-dir=/tmp/h{port}"]  # fmt: skip
+    node = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for(lambda: reachable(dashboard), 60, "the head's dashboard")
+        yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        os.killpg(node.pid, signal.SIGTERM)
+        node.wait(timeout=60)
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    ray = str(Path(sys.executable).parent / "ray")
+    job = [ray, "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, "-m", "pipeline.train", *arguments]
+    return subprocess.run(job, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head: dict[str, str]) -> None:
+    """The submitted job trains on the cluster; its status and last line are the run's own; results are in the storage."""
+    recipe = write_recipe(tmp_path, store, **{"storage": "", "runtime.workers": 2, "length": "1 epochs", "runtime.loader": "ray"})
+    done = submit(head, str(recipe))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "starting Ray on the cluster" in done.stdout
+    run = tmp_path / "storage" / "runs" / "tiny"
+    assert json.loads((run / "summary.json").read_text())["step"] > 0
+    assert (run / "report.html").exists()
+    shipped = next(Path(head["RAY_TMPDIR"]).glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*/pipeline")).parent
+    names = {p.name for p in shipped.iterdir()}
+    assert {"methods", "pipeline"} <= names and not {".venv", ".git", "tests", "runs"} & names
+    assert sum(p.stat().st_size for p in shipped.rglob("*") if p.is_file()) < 3 << 20
+
+    wrong = submit(head, str(recipe), "--set", "method.optimizer.lrr=1")
+    assert wrong.returncode != 0
+    ours = [line for line in wrong.stdout.splitlines() if line.startswith("error:")]
+    assert ours == ["error: unknown key 'method.optimizer.lrr': did you mean 'method.optimizer.lr'?"]
+
+    greedy = submit(head, str(recipe), "--set", "name=greedy", "--set", "runtime.workers=50")
+    assert greedy.returncode != 0
+    assert "the cluster has at most 5" in greedy.stdout + greedy.stderr
+
+
+def test_the_real_command_on_real_emoji(tmp_path: Path) -> None:
+    """Two workers, a few steps, the shipped preset, real drawings and weights; then the report in a real browser."""
+    environment = os.environ | {"RAYDML_HOME": str(tmp_path)}
+    drawings = [e for e in catalog.emoji() if e.class_name < "1f33"]
+    data = prepare.prepare("emoji", drawings, Folder(tmp_path / "subset"), prepare.run_here)
+    settings = [f"data.source={data.folder}", "length=4 steps", "runtime.workers=2", "runtime.cpus_per_worker=1", "method.classes_per_batch=12"]
+    arguments = [sys.executable, "-m", "pipeline.train", DEFAULT_PRESET]
+    for setting in settings:
+        arguments += ["--set", setting]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "frozen" in done.stdout and "report:" in done.stdout
+    summary = json.loads((tmp_path / "runs" / "emoji" / "summary.json").read_text())
+    assert summary["step"] == 4 and summary["frozen"]["recall@1"] > 30
+    assert {"recall@1", "map@r", "r_precision", "nmi", "ami"} <= set(summary["final"])
+    from tests.browser import gallery_colours
+
+    right, wrong = gallery_colours(tmp_path / "runs" / "emoji" / "report.html", tmp_path)
+    assert right > 500 and wrong > 500
