@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -32,12 +33,10 @@ def run_on_ray(function: Callable[[Shard], dict[str, Any]], shards: list[Shard])
     context.print_on_execution_start = False
     context.execution_options.preserve_order = False
 
-    def work(block: pa.Table) -> pa.Table:
-        record = function(shards[block["index"][0].as_py()])
-        return pa.table({"record": pa.array([_pack(record)], pa.large_binary())})
-
-    blocks = [pa.table({"index": [i]}) for i in range(len(shards))]
-    dataset = ray.data.from_arrow(blocks).map_batches(work, batch_size=None, batch_format="pyarrow", num_cpus=1)
+    blocks = [pa.table({"shard": pa.array([cloudpickle.dumps(shard)], pa.large_binary())}) for shard in shards]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        functools.partial(_work, function=function), batch_size=None, batch_format="pyarrow", num_cpus=1
+    )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,7 +48,7 @@ def run_on_ray(function: Callable[[Shard], dict[str, Any]], shards: list[Shard])
         task = bar.add_task("preparing", total=sum(len(s.entries) for s in shards))
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             for value in batch["record"]:
-                record = _unpack(value.as_py())
+                record = cloudpickle.loads(value.as_py())
                 bar.advance(task, record["rows"] + len(record["rejected"]))
                 yield record
 
@@ -59,14 +58,10 @@ def run_here(function: Callable[[Shard], dict[str, Any]], shards: list[Shard]) -
     return map(function, shards)
 
 
-def _pack(record: dict[str, Any]) -> bytes:
-
-    return cloudpickle.dumps(record)
-
-
-def _unpack(data: bytes) -> dict[str, Any]:
-
-    return cloudpickle.loads(data)
+def _work(block: pa.Table, function: Callable[[Shard], dict[str, Any]]) -> pa.Table:
+    """One task of the pipeline: one shard in, its record out."""
+    record = function(cloudpickle.loads(block["shard"][0].as_py()))
+    return pa.table({"record": pa.array([cloudpickle.dumps(record)], pa.large_binary())})
 
 
 def prepare(

@@ -49,8 +49,8 @@ GROUPS = {
 }
 HOW_TO_READ = (
     "At the left a query, then its nearest test images, nearest first. Green with ✓: of the query's class. Red with ✗: "
-    "of another class, named below. AP@R: the query's term of MAP@R, from 0 to 1. R: how many images of its class there "
-    f"are to find; where R is below {NEIGHBOURS_SHOWN}, the others shown can only be red."
+    "of another class, named below. AP@R: the query's term of MAP@R, from 0 to 1. R: how many images of its class can "
+    f"be found; where R is below {NEIGHBOURS_SHOWN}, the others shown can only be red."
 )
 
 INK = "#010203"  # stands for the page's text colour in a chart, whatever the reader's colour scheme

@@ -136,8 +136,9 @@ class Program:
 
     Args:
         arguments: of the command line.
-        log: file that takes its output.
-        kill_at_write: SIGKILL itself at this file write of the run (0 is the first); `after` it rather than before.
+        log: file that takes its output; `log.writes` lists the files it writes, in order.
+        kill_at_write: SIGKILL itself at this file write (0 is the first).
+        after: kill just after that write, not just before it.
     """
 
     def __init__(self, arguments: list[str], log: str, kill_at_write: int | None = None, after: bool = False) -> None:
@@ -180,19 +181,20 @@ def _program(arguments: list[str], log: str, kill_at_write: int | None, after: b
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    write, count = Folder.write, 0
+    write = Folder.write
+    written: list[str] = []
 
     def counted(self: Folder, name: str, data: bytes) -> None:
-        nonlocal count
-        if count == kill_at_write and not after:
+        if len(written) == kill_at_write and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, name, data)
-        if count == kill_at_write:
+        if len(written) == kill_at_write:
             os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
+        written.append(name)
+        writes.write(f"{name}\n")
 
     Folder.write = counted  # type: ignore[method-assign]
-    with registered():
+    with open(f"{log}.writes", "w") as writes, registered():
         status = train.main(arguments)
     sys.stdout.flush()
     sys.exit(status)

@@ -7,7 +7,9 @@ compares every gradient just before every optimizer step, every parameter after 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +19,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import collectives, evaluation
+from pipeline import collectives
 from pipeline.board import Board
 from pipeline.collectives import Ranks
 from pipeline.config import Config
 from pipeline.data.loader import Item, fetch
 from pipeline.data.store import Samples, Store
+from pipeline.errors import RunError
 from pipeline.evaluation import Task, evaluate
+from pipeline.storage import Folder
 from pipeline.summary import run_folder
 from pipeline.tracking import read_metrics
-from pipeline.worker import Worker
+from pipeline.worker import Worker, pixel_source
 from tests.pool import Pool
-from tests.stubs import registered, tiny_config, tiny_values
+from tests.stubs import registered, tiny_values
 
 TOLERANCE = 1e-9  # relative to the largest element of a tensor
 EVEN, UNEVEN, EMPTY = ((6, 6), (4, 4, 4)), ((7, 5), (5, 4, 3)), ((12, 0), (6, 6, 0))
@@ -141,9 +145,11 @@ METHOD_CASES: dict[str, dict[str, Any]] = {
     "two_optimizers": {"method.name": "two_optimizers"},
     "swept_plan": {"method.name": "swept_plan", "method.load_best_at": 1},
 }
-OPTIMIZERS: dict[str, dict[str, Any]] = {  # SGD shows a wrong scale of the gradient in the parameters, AdamW hides it
-    "sgd": {"method.optimizer.name": "sgd", "method.optimizer.lr": 0.1, "method.optimizer.momentum": 0.9},
-    "adamw": {"method.optimizer.name": "adamw", "method.optimizer.lr": 0.003, "method.optimizer.weight_decay": 0.01},
+# SGD shows a wrong scale of the gradient in the parameters, AdamW hides it. AdamW's eps: where the gradient is zero by
+# construction it divides rounding by eps, and the default of 1e-8 would make a step of it.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+    "adamw": {"name": "adamw", "lr": 0.003, "weight_decay": 0.01, "eps": 1e-6},
 }
 # Zero by construction: a constant added before a 1×1 convolution whose batch normalisation subtracts the mean again.
 ZERO_GRADIENT = {
@@ -157,8 +163,8 @@ def case(method: str, optimizer: str, batch_norm: str) -> dict[str, Any]:
         "length": "5 steps",
         "evaluation.every": "2 steps",
         "model.batch_norm": batch_norm,
+        **{f"method.optimizer.{key}": value for key, value in OPTIMIZERS[optimizer].items()},
         **METHOD_CASES[method],
-        **OPTIMIZERS[optimizer],
     }
 
 
@@ -202,37 +208,39 @@ def check(got: list[Seen], expected: Seen, zero: set[str]) -> None:
         assert all(torch.equal(other.after[n], v) for n, v in first.after.items())
 
 
-def moved(seen: Seen) -> dict[str, float]:
-    return {n: error(v.double(), seen.before[n].double()) for n, v in seen.after.items()}
+SHARES = [shares for group in (EVEN, UNEVEN, EMPTY) for shares in group]
+OTHERS = [("adamw", "sync", (7, 5)), ("adamw", "frozen", (5, 4, 3))]
 
 
-@pytest.mark.parametrize("shares", [s for group in (EVEN, UNEVEN, EMPTY) for s in group], ids=lambda s: "+".join(map(str, s)))
-@pytest.mark.parametrize("method", METHOD_CASES)
+@pytest.mark.parametrize("shares", SHARES, ids=lambda s: "+".join(map(str, s)))
+@pytest.mark.parametrize("method", ["multi_similarity", "proxies", "two_optimizers", "swept_plan"])
 def test_any_shares_train_the_same(runs: Runs, method: str, shares: tuple[int, ...]) -> None:
     check(runs(method, "sgd", "sync", shares), runs.single(method, "sgd", "sync"), ZERO_GRADIENT["sync"])
 
 
-@pytest.mark.parametrize(("optimizer", "batch_norm"), [("adamw", "sync"), ("adamw", "frozen"), ("sgd", "frozen")])
+@pytest.mark.parametrize(("optimizer", "batch_norm", "shares"), OTHERS)
 @pytest.mark.parametrize("method", METHOD_CASES)
-def test_any_optimizer_and_normalisation_train_the_same(runs: Runs, method: str, optimizer: str, batch_norm: str) -> None:
-    shares = (7, 5) if batch_norm == "sync" else (5, 4, 3)
+def test_any_optimizer_trains_the_same(
+    runs: Runs, method: str, optimizer: str, batch_norm: str, shares: tuple[int, ...]
+) -> None:
     check(runs(method, optimizer, batch_norm, shares), runs.single(method, optimizer, batch_norm), ZERO_GRADIENT[batch_norm])
 
 
-@pytest.mark.parametrize("batch_norm", ["sync", "frozen"])
-@pytest.mark.parametrize("method", METHOD_CASES)
-def test_the_comparison_means_something(runs: Runs, method: str, batch_norm: str) -> None:
-    """Every gradient but the named ones is far from zero, and SGD moves every parameter far more than the tolerance."""
-    seen = runs.single(method, "sgd", batch_norm)
+@pytest.mark.parametrize(("optimizer", "batch_norm"), [("sgd", "sync"), ("adamw", "frozen")])
+@pytest.mark.parametrize("method", ["multi_similarity", "proxies", "two_optimizers", "swept_plan"])
+def test_the_comparison_means_something(runs: Runs, method: str, optimizer: str, batch_norm: str) -> None:
+    """Every parameter but the named ones has a gradient and moves, both by far more than the tolerance."""
+    seen, zero = runs.single(method, optimizer, batch_norm), ZERO_GRADIENT[batch_norm]
     largest: dict[str, float] = {}
     for gradients in seen.gradients:
         for name, gradient in gradients.items():
             largest[name] = max(largest.get(name, 0.0), float(gradient.abs().max()))
-    statistics = {n for n in seen.after if "running" in n or "num_batches" in n or "epochs_done" in n}
-    assert set(largest) == set(seen.after) - statistics  # every parameter has a gradient
-    assert {name for name, value in largest.items() if value < 1e-7} == ZERO_GRADIENT[batch_norm], largest
-    assert max(largest[name] for name in ZERO_GRADIENT[batch_norm] | {""} if name) < 1e-12 if batch_norm == "sync" else True
-    assert all(value > 1e-5 for name, value in moved(seen).items() if name in set(largest) - ZERO_GRADIENT[batch_norm])
+    buffers = {n for n in seen.after if n.rsplit(".", 1)[1].startswith(("running", "num_batches", "epochs_done"))}
+    assert set(largest) == set(seen.after) - buffers
+    assert {name for name, value in largest.items() if value < 1e-6} == zero
+    assert all(largest[name] < 1e-13 for name in zero)
+    moved = {n: error(seen.after[n], seen.before[n]) for n in set(largest) - zero}
+    assert min(moved.values()) > 1e4 * TOLERANCE, min(moved, key=moved.__getitem__)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +256,131 @@ def test_a_wrong_gradient_would_be_seen(runs: Runs, defect: str) -> None:
     expected = runs.single("multi_similarity", "sgd", "sync")
     got = runs("multi_similarity", "sgd", "sync", (7, 5), defect)
     wrong = {n: error(got[0].after[n].double(), v.double()) for n, v in expected.after.items() if n.startswith("trunk.")}
-    assert max(wrong.values()) > 1e-4 > 1e5 * TOLERANCE
+    assert max(wrong.values()) > 1e5 * TOLERANCE
     with pytest.raises(AssertionError):
         check(got, expected, ZERO_GRADIENT["sync"])
+
+
+def train_on_a_bad_loss(rank: int, world: int, values: dict[str, Any], shares: tuple[int, ...]) -> tuple[str, float]:
+    worker = make_worker(Config.model_validate(values), rank, shares)
+    loss, before = worker.method.loss, state(worker)
+
+    def bad(*arguments: Any) -> Tensor:
+        return loss(*arguments) * (float("nan") if rank == 1 and worker.progress.step == 0 else 1.0)
+
+    worker.method.loss = bad  # type: ignore[method-assign]
+    try:
+        worker()
+    except RunError as failure:
+        changed = [error(v.double(), before[n].double()) for n, v in state(worker).items() if "num_batches" not in n]
+        return str(failure), max(changed)
+    return "", 0.0
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_they_move(
+    pool: Pool, make_config: Callable[..., Config]
+) -> None:
+    values = make_config({"model.batch_norm": "frozen"}).model_dump(mode="json")
+    for message, changed in pool(train_on_a_bad_loss, 2, values, (6, 6)):
+        assert "the loss is not finite at step 0" in message and "sample ids" in message
+        assert changed == 0
+
+
+# ---- figures: exactly equal for equal embeddings --------------------------------------------------------------------
+
+
+@dataclass
+class FixedEmbedder:
+    """Stands for an `Embedder`: the same embeddings on any number of ranks, with ties and near ties."""
+
+    ranks: Ranks
+
+    def __call__(self, ids: np.ndarray, trunk: None, method: None) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        table = torch.randn(20, 6, generator=generator)[torch.randint(20, (101,), generator=generator)]
+        table += 1e-4 * torch.randn(101, 6, generator=generator) * (torch.rand(101, 1, generator=generator) > 0.5)
+        return table[torch.from_numpy(ids)]
+
+
+def measure(rank: int, world: int, shares: tuple[int, ...], with_gallery: bool) -> dict[str, Any]:
+    ids = np.arange(101)
+    samples = Samples(ids, np.random.default_rng(0).integers(0, 25, 101), ())
+    sides = [Samples(ids[i::2], samples.labels[i::2], ()) for i in (0, 1)]
+    task = Task(*sides) if with_gallery else Task(samples)
+    result = evaluate(task, FixedEmbedder(FixedRanks(rank, world, shares)), None, None, (1, 2, 4), cluster=True)  # type: ignore[arg-type]
+    return {"metrics": result.metrics, **{n: v.tolist() for n, v in vars(result.retrieval).items()}}
+
+
+@pytest.mark.parametrize("with_gallery", [False, True])
+def test_figures_are_exactly_those_of_one_process(pool: Pool, with_gallery: bool) -> None:
+    expected = pool(measure, 1, (1,), with_gallery)[0]
+    assert 0 < expected["metrics"]["recall@1"] < 100 and 0 < expected["metrics"]["nmi"] < 100
+    for shares in SHARES:
+        assert pool(measure, len(shares), shares, with_gallery) == [expected] * len(shares)
+
+
+# ---- law 2: what a slot shows follows from (seed, epoch, step, global slot) ------------------------------------------
+
+
+def load_pixels(rank: int, world: int, values: dict[str, Any], shares: tuple[int, ...], start: int) -> list[Tensor]:
+    """Pixels of this rank's slots from step `start` to step 8, over the border of an epoch."""
+    worker = make_worker(Config.model_validate(values), rank, shares)
+    steps = len(worker.method.plan(0, worker.context))
+    worker.progress.step, worker.progress.epoch, worker.progress.step_in_epoch = start, start // steps, start % steps
+    stream = worker._pixels(worker._known_plans())
+    return [next(stream) for _ in range(start, 8)]
+
+
+@pytest.fixture
+def augmented(make_config: Callable[..., Config]) -> dict[str, Any]:
+    everything = {"pad": 0.1, "rotate": 30, "flip": 0.5, "jitter": 0.3, "hue": 0.1, "grey": 0.2}
+    return make_config({f"data.transforms.{key}": value for key, value in everything.items()}).model_dump(mode="json")
+
+
+def test_augmentation_does_not_know_the_ranks(pool: Pool, augmented: dict[str, Any]) -> None:
+    expected = pool(load_pixels, 1, augmented, (12,), 0)[0]
+    assert expected[0].shape == (12, 3, 24, 24)
+    for shares in SHARES:
+        parts = pool(load_pixels, len(shares), augmented, shares, 0)
+        assert all(torch.equal(torch.cat(step), whole) for step, whole in zip(zip(*parts, strict=True), expected, strict=True))
+
+
+def test_augmentation_does_not_know_where_the_run_was_resumed(pool: Pool, augmented: dict[str, Any]) -> None:
+    expected = pool(load_pixels, 1, augmented, (12,), 0)[0]
+    for start in (3, 7):
+        resumed = pool(load_pixels, 1, augmented, (12,), start)[0]
+        assert all(torch.equal(a, b) for a, b in zip(resumed, expected[start:], strict=True))
+
+
+def test_one_image_twice_is_augmented_twice(make_config: Callable[..., Config], augmented: dict[str, Any]) -> None:
+    config = Config.model_validate(augmented)
+    source = pixel_source(config, Store(Folder(config.data.source)))
+
+    def pixels(ids: list[int], key: tuple[int, int, int] | None) -> np.ndarray:
+        return fetch(source, Item(np.array(ids), key))
+
+    twice = pixels([5, 5, 8], (0, 3, 6))
+    assert not np.array_equal(twice[0], twice[1])
+    assert np.array_equal(twice[1:], pixels([5, 8], (0, 3, 7)))  # the slot counts, not the place in the item
+    for other in ((1, 3, 6), (0, 4, 6), (0, 3, 7)):
+        assert not np.array_equal(twice[0], pixels([5], other)[0])
+    other_seed = dataclasses.replace(source, seed=source.seed + 1)
+    assert not np.array_equal(twice[0], fetch(other_seed, Item(np.array([5]), (0, 3, 6)))[0])
+    still = pixels([5, 5], None)
+    assert np.array_equal(still[0], still[1])
+
+
+def test_nothing_is_drawn_from_a_global_generator(make_config: Callable[..., Config]) -> None:
+    """The same run under other global seeds, and it leaves numpy's global state alone."""
+    config = make_config({"length": "3 steps", "method.loss": "TripletMarginLoss", "method.miner": "DistanceWeightedMiner"})
+    trained = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        state_before = np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
+        worker = make_worker(config.model_copy(update={"name": f"seed{seed}"}), 0, (12,))
+        worker()
+        assert np.array_equal(state_before, np.random.get_state()[1])  # type: ignore[index]
+        trained.append(state(worker))
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])

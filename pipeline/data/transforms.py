@@ -55,18 +55,25 @@ def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
 
 
 def normalise(data: bytes, max_side: int | None = None) -> bytes:
-    """Bytes of a plain RGB or grey JPEG or PNG: the input itself where it is one, else re-encoded.
+    """Bytes of a plain RGB or grey JPEG, or of an RGB PNG: the input itself where it is such a JPEG, else re-encoded.
 
-    Transparency is composited on white, EXIF orientation applied, other colour spaces and formats converted (to PNG where
-    the source is lossless, to JPEG of quality 95 else), and a longer side than `max_side` reduced.
+    Transparency is composited on white, EXIF orientation applied, 16 bits cut to 8, other colour spaces and formats
+    converted (to PNG where the source is lossless, to JPEG of quality 95 else), and a longer side than `max_side` reduced.
+    A PNG is always written anew: on one that is damaged in places, torchvision's decoder ends the process.
 
     Raises:
-        OSError, ValueError, SyntaxError: the bytes are not an image that can be decoded whole.
+        Exception: the bytes are not an image that can be decoded whole; decoders have no common class of errors.
     """
     image: Image.Image = Image.open(io.BytesIO(data))
+    image.verify()  # checksums of a PNG, which `load` does not mind
+    image = Image.open(io.BytesIO(data))
     image.load()
     lossy = image.format in ("JPEG", "MPO")
-    keep = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and "transparency" not in image.info
+    keep = image.format == "JPEG" and image.mode in ("RGB", "L")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips at 255
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no known range: convert them to 8 bits")
     if image.getexif().get(0x0112, 1) != 1:
         image, keep = ImageOps.exif_transpose(image), False
     if image.has_transparency_data:

@@ -116,18 +116,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def make_neighbours(store: Store, num_queries: int | None = None) -> dict[str, np.ndarray]:
-    """Neighbours drawn at random, and average precisions that have nothing to do with them."""
+    """Neighbours and average precisions at random; the latter 0 where nothing is relevant."""
     random = np.random.default_rng(5)
     ids, labels = store.sample_id[store.split == "test"], store.label[store.split == "test"]
     chosen = random.permutation(len(ids))[:num_queries]
     neighbours = np.array([random.permutation(ids[ids != ids[i]])[:10] for i in chosen])
     neighbours[::3, 6:] = -1
-    return {
-        "query": ids[chosen],
-        "neighbours": neighbours,
-        "average_precision": random.permutation(len(chosen)) / len(chosen),
-        "relevant": np.array([(labels == labels[i]).sum() - 1 for i in chosen]),
-    }
+    relevant = np.array([(labels == labels[i]).sum() - 1 for i in chosen])
+    precision = np.where(relevant > 0, random.permutation(len(chosen)) + 1, 0) / len(chosen)
+    return {"query": ids[chosen], "neighbours": neighbours, "average_precision": precision, "relevant": relevant}
 
 
 def make_run(
