@@ -105,11 +105,7 @@ class Checkpoints:
         Raises:
             RunError: another process has taken the run over.
         """
-        current = self._current()
-        if current != self.incarnation:
-            raise RunError(
-                f"run {self.run} has been taken over by another process (start {current} of the run): this one stops"
-            )
+        self._check_owner()
         base = f"{kind}/{_name(progress.step)}"
         buffer = io.BytesIO()
         state: dict[str, Any] = {"optimizers": {name: o.torch.state_dict() for name, o in optimizers.items()}}
@@ -129,14 +125,33 @@ class Checkpoints:
         record = {"progress": asdict(progress), "incarnation": self.incarnation, "sha256": checksums}
         self.run.write_json(f"{base}/checkpoint.json", record)
         if kind == "checkpoints":
-            self._prune(progress)
+            self._prune()
 
-    def _prune(self, progress: Progress) -> None:
-        for step in self.steps()[: -self.keep]:
-            self.run.remove(f"checkpoints/{_name(step)}")
-        for step in self.steps("best"):
-            if step != progress.best_step and step < progress.step:
-                self.run.remove(f"best/{_name(step)}")
+    def update(self, progress: Progress) -> None:
+        """Replaces the progress of the checkpoint of `progress.step`, whose tensors stay, in one write.
+
+        Raises:
+            RunError: another process has taken the run over.
+        """
+        self._check_owner()
+        name = f"checkpoints/{_name(progress.step)}/checkpoint.json"
+        self.run.write_json(name, self.run.read_json(name) | {"progress": asdict(progress)})
+
+    def _check_owner(self) -> None:
+        current = self._current()
+        if current != self.incarnation:
+            raise RunError(
+                f"run {self.run} has been taken over by another process (start {current} of the run): this one stops"
+            )
+
+    def _prune(self) -> None:
+        """Removes older checkpoints, what kills have left unfinished, and every best that no kept checkpoint refers to."""
+        kept = self.steps()[-self.keep :]
+        chosen = [self.progress("checkpoints", step).best_step for step in kept]
+        for kind, stay in (("checkpoints", kept), ("best", chosen)):
+            for name in self.run.names(kind):
+                if name.startswith("step-") and int(name[5:]) < kept[-1] and int(name[5:]) not in stay:
+                    self.run.remove(f"{kind}/{name}")
 
     def latest(self) -> Progress | None:
         """Progress of the newest complete checkpoint."""

@@ -74,6 +74,7 @@ class RunContext:
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
         self._awaits_backward = False
+        self._encoded = 0  # calls of encode in this step
 
     def begin_epoch(self, clock: Clock, epoch: int) -> None:
         self.clock = clock
@@ -90,6 +91,7 @@ class RunContext:
             pixels.to(self.device, non_blocking=True),
             False,
         )
+        self._encoded = 0
         self.trunk.set_mode(True, self.ranks)
         self.method.train()
         ids = torch.from_numpy(plan.ids[row]).to(self.device)
@@ -111,6 +113,8 @@ class RunContext:
         pixels = self._pixels if role is None else self._pixels[torch.from_numpy(own - self.rows.start).to(self.device)]
         local = trunk_features(self.ddp, pixels, self.precision)
         self._awaits_backward = torch.is_grad_enabled() and local.requires_grad
+        self._encoded += 1  # dropout in the method: the same on every rank, however much the trunk has drawn here
+        torch.manual_seed(seeded_generator(self.device, self.seed, self.clock.step, 2, self._encoded).initial_seed())
         return gather(local, int((slots < self.rows.start).sum()), len(slots), self.ranks)
 
     def backward(self, loss: Float[Tensor, ""], retain_graph: bool = False) -> None:

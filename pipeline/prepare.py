@@ -141,6 +141,7 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(
             f"{len(training)} training classes cannot be dealt into {options.folds} validation folds: lower --folds"
         )
+    target.check_writable()
     with ray_session(options.cpus or os.cpu_count() or 1):
         prepare(
             options.name or target.uri.rsplit("/", 1)[1],

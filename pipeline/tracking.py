@@ -1,8 +1,8 @@
 """What a run leaves behind to look at: metrics.jsonl, TensorBoard events, summary.json.
 
 Rank 0 writes. A local run folder is written in place; for object storage the files grow in a temporary folder and are
-copied whole at every `sync`. Lines of steps after the checkpoint that a run resumes from are cut off first, so a killed
-run's log reads like that of a run that was never killed.
+copied whole at every `sync`. Lines of steps after the checkpoint that a run resumes from are cut off first, and a line
+that survived the kill is not written again: a killed run's log reads like that of a run that was never killed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Tracker:
         self.local = run.path() if self._temporary is None else self._temporary.name
         old = run.read("metrics.jsonl").decode() if run.exists("metrics.jsonl") else ""
         kept = [line for line in old.splitlines() if _complete(line) and json.loads(line)["step"] <= step]
+        self._written = {(line["step"], line["kind"]) for line in map(json.loads, kept)}
         run.write("metrics.jsonl", "".join(line + "\n" for line in kept).encode())
         self._path = os.path.join(self.local, "metrics.jsonl")
         if self._temporary is not None:
@@ -48,8 +49,9 @@ class Tracker:
             kind: what was measured.
             values: numbers by name.
         """
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        if (step, kind) not in self._written:
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self._events.add_scalar(f"{kind}/{name}", value, step)

@@ -77,7 +77,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
     for warning in check_machine(config):
         console.print(warning)
     config, changes = _continue(config, folder)
-    if _finished(config, folder) and not changes:
+    if _finished(config, folder) and not changes and folder.exists("report.html"):
         _show_summary(folder)
         return None
     build_trunk(config.model, config.data.transforms.size)  # unknown backbone, missing weights: now, not on the cluster
@@ -193,10 +193,12 @@ def _record(config: Config, folder: Folder, store: Store, changes: list[str]) ->
 
 
 def _finished(config: Config, folder: Folder) -> bool:
+    """Whether the run has reached the configured length; it may have reached a shorter one before."""
     if not folder.exists("summary.json"):
         return False
     latest = Checkpoints(folder).latest()
-    return latest is not None and latest.finished
+    reached = folder.read_json("summary.json")["protocol"]["length"]
+    return latest is not None and latest.finished and reached == str(config.length)
 
 
 def _show_summary(folder: Folder) -> None:

