@@ -72,7 +72,6 @@ def summarise(
         "final": _rounded(metrics),
         "validation": _rounded(progress.best_metrics),
         "step": progress.step,
-        "epochs": round(progress.epoch, 3),
         "images": progress.images,
         "seconds": round(progress.seconds, 2),
         "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 2),

@@ -244,7 +244,7 @@ class Worker:
             if self.tracker is not None:
                 self.tracker.log(0, "frozen", result.metrics)
         else:
-            self.progress.frozen = {"queries": 0}
+            self.progress.frozen = {"queries": 0.0}
         self._save("checkpoints")
 
     def _validate(self, clock: Clock) -> dict[str, float] | None:

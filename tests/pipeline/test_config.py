@@ -31,7 +31,7 @@ def dump(config: Config) -> dict[str, Any]:
 def test_defaults_then_preset_then_file_then_set(tmp_path: Path) -> None:
     preset = load_config("baseline/emoji")
     assert build_config({}).length == Length(value=10, unit="epochs") and preset.length == Length(
-        value=6, unit="epochs"
+        value=4, unit="epochs"
     )
     file = write(
         tmp_path / "r.yaml", "preset: baseline/emoji\nseed: 5\nmethod: {optimizer: {lr: 2e-3, weight_decay: 0.5}}\n"
