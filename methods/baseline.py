@@ -103,7 +103,9 @@ class BaselineConfig(MethodConfig):
         try:
             loss(embeddings, labels, miner(embeddings, labels) if miner is not None else None)
         except Exception as error:
-            used = f"{self.loss} with {self.loss_args}" + (f", {self.miner} with {self.miner_args}" if miner is not None else "")
+            used = f"{self.loss} with {self.loss_args}" + (
+                f", {self.miner} with {self.miner_args}" if miner is not None else ""
+            )
             raise ValueError(f"{used} fails on a batch of random embeddings: {_first_line(error)}") from None
 
 

@@ -62,7 +62,9 @@ def class_balanced(
     random = np.random.default_rng([seed, epoch, 0x9A7])
     sizes = np.bincount(labels)
     if sizes.max() < 2:
-        raise ValueError(f"none of the {len(sizes)} training classes has two images: there is no positive pair to train on")
+        raise ValueError(
+            f"none of the {len(sizes)} training classes has two images: there is no positive pair to train on"
+        )
     groups, owners = _groups(labels, samples_per_class, random)
     counts = np.bincount(owners)
     if len(counts) < classes_per_batch:

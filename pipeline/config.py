@@ -122,7 +122,10 @@ class Config(Frozen):
         name = section.get("name", "baseline")
         if not isinstance(name, str) or name not in METHODS:
             near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.4)
-            raise ValueError(f"method {name!r} is unknown: " + (f"did you mean {near[0]!r}?" if near else f"known: {sorted(METHODS)}"))
+            raise ValueError(
+                f"method {name!r} is unknown: "
+                + (f"did you mean {near[0]!r}?" if near else f"known: {sorted(METHODS)}")
+            )
         return METHODS[name].Config.model_validate(dict(section) | {"name": name})
 
     @model_validator(mode="after")

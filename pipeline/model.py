@@ -19,6 +19,7 @@ from pydantic import Field, PositiveFloat
 from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from methods.optim import Frozen
 from pipeline.collectives import Ranks, SyncBatchNorm2d
@@ -209,6 +210,9 @@ def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, A
                 nn.Identity() if config.pooling != "native" or classifier != "classifier" else nn.Flatten(),
             )
             break
+    for module in net.modules():  # as timm's defaults; a mask drawn by each rank for its own rows would break law 1
+        if isinstance(module, nn.modules.dropout._DropoutNd | StochasticDepth):
+            module.p = 0.0
     return net, IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -237,7 +241,10 @@ def _load_weights(net: nn.Module, weights: str) -> None:
         )
     except Exception as error:
         raise UserError(f"weights {weights!r} cannot be read as tensors ({type(error).__name__}: {error})") from error
-    state = state.get("state_dict", state.get("model", state))
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weights {weights!r} hold no state dict (tensors by name)")
     wanted = net.state_dict()
     cleaned = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
     missing = [k for k in wanted if k not in cleaned and not k.endswith("num_batches_tracked")]

@@ -13,7 +13,9 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import yaml
+from jaxtyping import Int64
 from rich.console import Console
 
 from methods import METHODS, Context
@@ -115,11 +117,20 @@ def _dataset(config: Config) -> Store:
         target = preparing.emoji_store(config.root)
         if _must_prepare(config):
             if under_torchrun():
-                raise UserError("the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun")
+                raise UserError(
+                    "the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun"
+                )
             preparing.prepare("emoji", catalog.emoji(), target)
         store = Store(target)
     store.check_shards()
     return store
+
+
+class _PlanContext(Context):
+    """As much of a context as a plan may look at that is a pure function of the labels, the seed and the epoch."""
+
+    def __init__(self, labels: Int64[np.ndarray, " samples"], seed: int) -> None:
+        self.labels, self.seed, self.clock = labels, seed, Clock()
 
 
 def _check_run(config: Config, folder: Folder, store: Store) -> None:
@@ -135,19 +146,14 @@ def _check_run(config: Config, folder: Folder, store: Store) -> None:
         raise UserError("the paper protocol chooses on test classes, but the dataset has none")
     method = METHODS[config.method.name](config.method, 8, int(samples.labels.max()) + 1)
     if not method.plan_is_stored:
-        context: Any = type("PlanContext", (Context,), {"labels": samples.labels, "seed": config.seed, "clock": Clock()})()
         try:
-            method.plan(0, context)
+            method.plan(0, _PlanContext(samples.labels, config.seed))
         except ValueError as error:
             raise UserError(f"method: {error}") from error
-    sizes = {label: 0 for label in range(len(samples.class_names))}
-    for label in samples.labels.tolist():
-        sizes[label] += 1
-    single = [samples.class_names[label] for label, size in sizes.items() if size == 1]
-    if single:
-        console.print(
-            f"{len(single):,} training classes have one image each (first: {single[0]}): used as negatives only"
-        )
+    single = np.flatnonzero(np.bincount(samples.labels) == 1)
+    if len(single):
+        first = samples.class_names[single[0]]
+        console.print(f"{len(single):,} training classes have one image each (first: {first}): used as negatives only")
     recorded = folder.read_json("run.json")["fingerprint"] if folder.exists("run.json") else store.fingerprint
     if recorded != store.fingerprint:
         raise UserError(

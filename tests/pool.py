@@ -47,7 +47,9 @@ class Pool:
         self.size = size
         self.ranks: dict[int, tuple[Any, connection.Connection]] = {}
 
-    def __call__(self, function: Callable[..., Any], world: int, *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
+    def __call__(
+        self, function: Callable[..., Any], world: int, *arguments: Any, timeout_s: float = TIMEOUT_S
+    ) -> list[Any]:
         """Runs `function(rank, world, *arguments)` on the first `world` ranks; returns what each returned.
 
         With several ranks they form a fresh gloo group; with one there is none.
@@ -91,7 +93,9 @@ class Pool:
                     failures.append(f"rank {rank}: {error}")
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         for rank in waiting.values():
-            failures.append(f"rank {rank}: hung for {timeout_s:g} s and was killed" if not failures else f"rank {rank}: killed")
+            failures.append(
+                f"rank {rank}: hung for {timeout_s:g} s and was killed" if not failures else f"rank {rank}: killed"
+            )
             self._remove(rank)
         if failures:
             raise RankFailed("\n".join(failures))
@@ -121,7 +125,9 @@ def _serve(pipe: connection.Connection) -> None:
         try:
             if world > 1:
                 limit = timedelta(seconds=TIMEOUT_S)
-                dist.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=world, timeout=limit)
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{group}", rank=rank, world_size=world, timeout=limit
+                )
             answer = function(rank, world, *arguments)
         except Exception:
             error = traceback.format_exc()

@@ -34,6 +34,7 @@ from pipeline.worker import Worker, pixel_source
 from tests.pool import Pool
 from tests.stubs import registered, tiny_values
 
+pytestmark = pytest.mark.cluster
 TOLERANCE = 1e-9  # relative to the largest element of a tensor
 EVEN, UNEVEN, EMPTY = ((6, 6), (4, 4, 4)), ((7, 5), (5, 4, 3)), ((12, 0), (6, 6, 0))
 
@@ -69,9 +70,11 @@ class Seen:
     metrics: list[dict[str, float]]
 
 
-def make_worker(config: Config, rank: int, shares: tuple[int, ...]) -> Worker:
+def make_worker(config: Config, rank: int, shares: tuple[int, ...], board: Board | None = None) -> Worker:
     ranks = FixedRanks(rank, len(shares), shares)
-    return Worker(config, config.data.source, ranks, torch.device("cpu"), Board())
+    worker = Worker(config, config.data.source, ranks, torch.device("cpu"), board or Board())
+    shake(worker)
+    return worker
 
 
 def state(worker: Worker) -> dict[str, Tensor]:
@@ -83,7 +86,6 @@ def train(rank: int, world: int, values: dict[str, Any], shares: tuple[int, ...]
     """Runs the whole loop as one rank and watches it; `break_it` names a defect to put in first."""
     with registered(), broken(break_it):
         worker = make_worker(Config.model_validate(values), rank, shares)
-        shake(worker)
         names = {id(p): f"trunk.{n}" for n, p in worker.trunk.named_parameters()}
         names |= {id(p): f"method.{n}" for n, p in worker.method.named_parameters()}
         gradients, step = [], worker.context.step
@@ -97,7 +99,9 @@ def train(rank: int, world: int, values: dict[str, Any], shares: tuple[int, ...]
         worker.context.step = watched  # type: ignore[method-assign]
         before = state(worker)
         worker()
-        seen = [line for line in read_metrics(run_folder(worker.config)) if line["kind"] in ("frozen", "validation", "test")]
+        seen = [
+            line for line in read_metrics(run_folder(worker.config)) if line["kind"] in ("frozen", "validation", "test")
+        ]
         return Seen(gradients, before, state(worker), seen)
 
 
@@ -175,7 +179,9 @@ class Runs:
         self.pool, self.store, self.root = pool, store, root
         self.single = functools.cache(lambda *key: self(*key, (12,))[0])
 
-    def __call__(self, method: str, optimizer: str, batch_norm: str, shares: tuple[int, ...], defect: str | None = None) -> list[Seen]:
+    def __call__(
+        self, method: str, optimizer: str, batch_norm: str, shares: tuple[int, ...], defect: str | None = None
+    ) -> list[Seen]:
         name = "-".join([method, optimizer, batch_norm, *map(str, shares), str(defect is not None)])
         values = tiny_values(self.root, self.store, {"name": name, **case(method, optimizer, batch_norm)})
         return self.pool(train, len(shares), values, shares, defect)
@@ -199,11 +205,15 @@ def check(got: list[Seen], expected: Seen, zero: set[str]) -> None:
         assert found.keys() == wanted.keys()
         errors = {n: error(found[n], wanted[n], 1e-3 if n in zero else None) for n in wanted}
         assert max(errors.values()) <= TOLERANCE, max(errors, key=errors.__getitem__)
-    errors = {n: error(first.after[n].double(), v.double(), 1.0 if n in zero else None) for n, v in expected.after.items()}
+    errors = {
+        n: error(first.after[n].double(), v.double(), 1.0 if n in zero else None) for n, v in expected.after.items()
+    }
     assert max(errors.values()) <= TOLERANCE, max(errors, key=errors.__getitem__)
     for line, wanted_line in zip(first.metrics, expected.metrics, strict=True):
         assert line.pop("kind") == wanted_line["kind"]
-        assert line == pytest.approx({n: v for n, v in wanted_line.items() if n != "kind"}, rel=TOLERANCE, abs=TOLERANCE)
+        assert line == pytest.approx(
+            {n: v for n, v in wanted_line.items() if n != "kind"}, rel=TOLERANCE, abs=TOLERANCE
+        )
     for other in got[1:]:  # heads and trunks are the same on all ranks, without a word between them
         assert all(torch.equal(other.after[n], v) for n, v in first.after.items())
 
@@ -223,7 +233,11 @@ def test_any_shares_train_the_same(runs: Runs, method: str, shares: tuple[int, .
 def test_any_optimizer_trains_the_same(
     runs: Runs, method: str, optimizer: str, batch_norm: str, shares: tuple[int, ...]
 ) -> None:
-    check(runs(method, optimizer, batch_norm, shares), runs.single(method, optimizer, batch_norm), ZERO_GRADIENT[batch_norm])
+    check(
+        runs(method, optimizer, batch_norm, shares),
+        runs.single(method, optimizer, batch_norm),
+        ZERO_GRADIENT[batch_norm],
+    )
 
 
 @pytest.mark.parametrize(("optimizer", "batch_norm"), [("sgd", "sync"), ("adamw", "frozen")])
@@ -255,7 +269,9 @@ def test_a_wrong_gradient_would_be_seen(runs: Runs, defect: str) -> None:
     """With SGD, in the parameters alone, by orders of magnitude."""
     expected = runs.single("multi_similarity", "sgd", "sync")
     got = runs("multi_similarity", "sgd", "sync", (7, 5), defect)
-    wrong = {n: error(got[0].after[n].double(), v.double()) for n, v in expected.after.items() if n.startswith("trunk.")}
+    wrong = {
+        n: error(got[0].after[n].double(), v.double()) for n, v in expected.after.items() if n.startswith("trunk.")
+    }
     assert max(wrong.values()) > 1e5 * TOLERANCE
     with pytest.raises(AssertionError):
         check(got, expected, ZERO_GRADIENT["sync"])
@@ -342,7 +358,9 @@ def test_augmentation_does_not_know_the_ranks(pool: Pool, augmented: dict[str, A
     assert expected[0].shape == (12, 3, 24, 24)
     for shares in SHARES:
         parts = pool(load_pixels, len(shares), augmented, shares, 0)
-        assert all(torch.equal(torch.cat(step), whole) for step, whole in zip(zip(*parts, strict=True), expected, strict=True))
+        assert all(
+            torch.equal(torch.cat(step), whole) for step, whole in zip(zip(*parts, strict=True), expected, strict=True)
+        )
 
 
 def test_augmentation_does_not_know_where_the_run_was_resumed(pool: Pool, augmented: dict[str, Any]) -> None:
@@ -372,7 +390,9 @@ def test_one_image_twice_is_augmented_twice(make_config: Callable[..., Config], 
 
 def test_nothing_is_drawn_from_a_global_generator(make_config: Callable[..., Config]) -> None:
     """The same run under other global seeds, and it leaves numpy's global state alone."""
-    config = make_config({"length": "3 steps", "method.loss": "TripletMarginLoss", "method.miner": "DistanceWeightedMiner"})
+    config = make_config(
+        {"length": "3 steps", "method.loss": "TripletMarginLoss", "method.miner": "DistanceWeightedMiner"}
+    )
     trained = []
     for seed in (1, 2):
         torch.manual_seed(seed)

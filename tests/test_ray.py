@@ -91,7 +91,9 @@ def test_both_loaders_give_the_same_pixels_in_the_same_order(
     assert [len(p) for p in ours] == [5] * 21 + [3, 7]
 
 
-def test_two_ray_workers_give_the_weights_of_one_process(ray_here: Any, make_config: Callable[..., Config], store: Store) -> None:
+def test_two_ray_workers_give_the_weights_of_one_process(
+    ray_here: Any, make_config: Callable[..., Config], store: Store
+) -> None:
     """Law 1 through the real launcher, with the Ray Data loader."""
     changes = {"length": "1 epochs", "method.optimizer.name": "sgd", "method.optimizer.lr": 0.1}
     alone, two = make_config(changes, name="alone"), make_config(changes, name="two")
@@ -151,12 +153,19 @@ def test_a_run_that_cannot_go_on_ends_at_once_with_its_own_words(
     config = make_config({"method.optimizer.name": "sgd", "method.optimizer.lr": 1e200, "checkpoint.every": "1 steps"})
     starts: list[str] = []
     with pytest.raises(RunError, match="not finite at step"):
-        run_on_ray(on_ray(config, loader="in_process", max_failures=3), store.folder.uri, lambda s: starts.extend(s["notices"]), ray_here)
+        run_on_ray(
+            on_ray(config, loader="in_process", max_failures=3),
+            store.folder.uri,
+            lambda s: starts.extend(s["notices"]),
+            ray_here,
+        )
     assert not any("resumed" in notice for notice in starts)
     assert run_folder(config).read_json("incarnation") == 1
 
 
-def test_a_request_beyond_the_cluster_is_refused(ray_here: Any, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_beyond_the_cluster_is_refused(
+    ray_here: Any, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.errors import UserError
     from pipeline.session import check_cluster
 
@@ -217,7 +226,9 @@ def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(
     done = subprocess.run(command(recipe, *settings), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {saved.step}" in done.stderr
-    values = tiny_values(str(tmp_path), store.folder.uri, {"name": "whole", "length": "8 epochs", "checkpoint.every": "2 steps"})
+    values = tiny_values(
+        str(tmp_path), store.folder.uri, {"name": "whole", "length": "8 epochs", "checkpoint.every": "2 steps"}
+    )
     run_on_ray(on_ray(build_config(values), loader="in_process"), store.folder.uri, silent, ray_here)
     whole, broken = (json.loads((tmp_path / "runs" / n / "summary.json").read_text()) for n in ("whole", "tiny"))
     assert whole["final"] == broken["final"] and whole["step"] == broken["step"]
@@ -248,7 +259,9 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
     start = [ray, "start", "--head", "--block", "--num-cpus=5", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
              "--include-dashboard=true", "--disable-usage-stats", f"--temp-dir=/tmp/h{port}"]  # fmt: skip
-    node = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    node = subprocess.Popen(
+        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         wait_for(lambda: reachable(dashboard), 60, "the head's dashboard")
         yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
@@ -270,14 +283,18 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 
 def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head: dict[str, str]) -> None:
     """The submitted job trains on the cluster; its status and last line are the run's own; results are in the storage."""
-    recipe = write_recipe(tmp_path, store, **{"storage": "", "runtime.workers": 2, "length": "1 epochs", "runtime.loader": "ray"})
+    recipe = write_recipe(
+        tmp_path, store, **{"storage": "", "runtime.workers": 2, "length": "1 epochs", "runtime.loader": "ray"}
+    )
     done = submit(head, str(recipe))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "starting Ray on the cluster" in done.stdout
     run = tmp_path / "storage" / "runs" / "tiny"
     assert json.loads((run / "summary.json").read_text())["step"] > 0
     assert (run / "report.html").exists()
-    shipped = next(Path(head["RAY_TMPDIR"]).glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*/pipeline")).parent
+    shipped = next(
+        Path(head["RAY_TMPDIR"]).glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*/pipeline")
+    ).parent
     names = {p.name for p in shipped.iterdir()}
     assert {"methods", "pipeline"} <= names and not {".venv", ".git", "tests", "runs"} & names
     assert sum(p.stat().st_size for p in shipped.rglob("*") if p.is_file()) < 3 << 20
@@ -301,7 +318,13 @@ def test_the_real_command_on_real_emoji(tmp_path: Path) -> None:
     environment = os.environ | {"RAYDML_HOME": str(tmp_path)}
     drawings = [e for e in catalog.emoji() if hash_of(e.class_name) < 0x10]  # every sixteenth emoji
     data = prepare.prepare("emoji", drawings, Folder(tmp_path / "subset"), prepare.run_here)
-    settings = [f"data.source={data.folder}", "length=4 steps", "runtime.workers=2", "runtime.cpus_per_worker=1", "method.classes_per_batch=12"]
+    settings = [
+        f"data.source={data.folder}",
+        "length=4 steps",
+        "runtime.workers=2",
+        "runtime.cpus_per_worker=1",
+        "method.classes_per_batch=12",
+    ]
     arguments = [sys.executable, "-m", "pipeline.train", DEFAULT_PRESET]
     for setting in settings:
         arguments += ["--set", setting]
@@ -311,6 +334,8 @@ def test_the_real_command_on_real_emoji(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "runs" / "emoji" / "summary.json").read_text())
     assert summary["step"] == 4 and summary["frozen"]["recall@1"] > 30
     assert {"recall@1", "map@r", "r_precision", "nmi", "ami"} <= set(summary["final"])
-    red, green, blue = np.moveaxis(screenshot((tmp_path / "runs" / "emoji" / "report.html").read_text(), tmp_path).astype(int), 2, 0)
+    red, green, blue = np.moveaxis(
+        screenshot((tmp_path / "runs" / "emoji" / "report.html").read_text(), tmp_path).astype(int), 2, 0
+    )
     right, wrong = (green - red > 60) & (green - blue > 40), (red - green > 100) & (red - blue > 100)
     assert right.sum() > 5000 and wrong.sum() > 5000  # frames of both kinds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -49,34 +50,44 @@ def make_cache(store: Store, cache: str, split: str) -> Path:
     path = cache_file(store, cache, split)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.exists():
-            return path
-        shards = [s for s in store.manifest["shards"] if s["file"].startswith(f"shards/{split}-")]
-        need, free = sum(s["bytes"] for s in shards), shutil.disk_usage(path.parent).free
-        if need > free:
-            raise RunError(
-                f"{path.parent} has {free >> 20} MiB free, the copy of {split} needs {need >> 20}: set runtime.cache"
-            )
-        part = path.with_suffix(f".{os.getpid()}.part")
-        schema = pa.schema([("sample_id", pa.int64()), ("image", pa.large_binary())])
-        try:
-            with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-                for record in shards:
-                    table = store.shard_table(record).select(["sample_id", "image"]).cast(schema)
-                    writer.write_table(table.combine_chunks())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                _write_cache(store, path, split)
+    except OSError as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"the copy of {split} cannot be made in {path.parent} ({reason}): set runtime.cache") from error
     return path
+
+
+def _write_cache(store: Store, path: Path, split: str) -> None:
+    shards = [s for s in store.manifest["shards"] if s["file"].startswith(f"shards/{split}-")]
+    need, free = sum(s["bytes"] for s in shards), shutil.disk_usage(path.parent).free
+    if need > free:
+        raise RunError(
+            f"{path.parent} has {free >> 20} MiB free, the copy of {split} needs {need >> 20}: set runtime.cache"
+        )
+    part = path.with_suffix(f".{os.getpid()}.part")
+    schema = pa.schema([("sample_id", pa.int64()), ("image", pa.large_binary())])
+    try:
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for record in shards:
+                table = store.shard_table(record).select(["sample_id", "image"]).cast(schema)
+                writer.write_table(table.combine_chunks())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class MappedReader:
     """Random access into a node's Arrow copy; the operating system's page cache holds what is used often."""
 
     def __init__(self, path: Path) -> None:
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
+        try:
+            file = pa.ipc.open_file(pa.memory_map(str(path)))
+        except pa.ArrowException as error:
+            raise RunError(f"{path} is damaged ({error}): remove it, it is made again") from error
         batches = [file.get_batch(i) for i in range(file.num_record_batches)]
         self.ids = np.concatenate([np.asarray(b.column(0)) for b in batches])
         self.starts = np.cumsum([0, *(len(b) for b in batches)])
@@ -91,6 +102,8 @@ class MappedReader:
 class RowGroupReader:
     """Reads row groups of the shards, and keeps the last few; made for ids that ascend or are few.
 
+    One thread reads at a time: training fetches ahead while an evaluation reads, and a ParquetFile is not for two threads.
+
     Raises:
         RunError: a page's checksum does not match; the shard is named.
     """
@@ -102,6 +115,7 @@ class RowGroupReader:
         self.starts = np.cumsum([0, *(s["rows"] for s in store.manifest["shards"])])
         self.files: dict[int, pq.ParquetFile] = {}
         self.groups: OrderedDict[tuple[int, int], pa.ChunkedArray] = OrderedDict()
+        self.lock = threading.Lock()
 
     def _group(self, shard: int, group: int) -> pa.ChunkedArray:
         key = (shard, group)
@@ -124,10 +138,11 @@ class RowGroupReader:
         rows = np.searchsorted(self.store.sample_id, ids)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         within = rows - self.starts[shards]
-        return [
-            self._group(int(s), int(w) // ROW_GROUP)[int(w) % ROW_GROUP].as_py()
-            for s, w in zip(shards, within, strict=True)
-        ]
+        with self.lock:
+            return [
+                self._group(int(s), int(w) // ROW_GROUP)[int(w) % ROW_GROUP].as_py()
+                for s, w in zip(shards, within, strict=True)
+            ]
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from pipeline.collectives import Ranks, SyncBatchNorm2d, gather
 from tests.pool import Pool, RankFailed
 
+pytestmark = pytest.mark.cluster
 SHARES = [(6, 6), (7, 5), (12, 0), (4, 4, 4), (5, 4, 3), (6, 6, 0), (0, 12, 0)]
 
 
@@ -199,7 +200,9 @@ def misbehave(rank: int, world: int, how: str) -> int:
     return os.getpid()
 
 
-@pytest.mark.parametrize(("how", "message"), [("raise", "ValueError: on purpose"), ("die", "exit code 7"), ("hang", "hung")])
+@pytest.mark.parametrize(
+    ("how", "message"), [("raise", "ValueError: on purpose"), ("die", "exit code 7"), ("hang", "hung")]
+)
 def test_a_broken_rank_is_reported_and_replaced(pool: Pool, how: str, message: str) -> None:
     started = time.monotonic()
     with pytest.raises(RankFailed, match=message):

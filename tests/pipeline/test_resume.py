@@ -35,12 +35,12 @@ from pipeline.data.store import Store
 from pipeline.storage import Folder
 from pipeline.summary import run_folder
 from pipeline.tracking import read_metrics
-from pipeline.worker import Worker
 from tests.conftest import write_tiny_store
 from tests.pool import Pool, Program
 from tests.stubs import registered, tiny_values
-from tests.test_laws import ZERO_GRADIENT, FixedRanks, Seen, check, state
+from tests.test_laws import ZERO_GRADIENT, Seen, check, make_worker, state
 
+pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 TIMED = {"images_per_second", "waiting", "seconds", "waiting_for_data"}
 METHODS_TRIED: dict[str, dict[str, Any]] = {
@@ -128,7 +128,9 @@ def make_run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     def make(method: str, changes: dict[str, Any] | None = None, source: str | None = None) -> Run:
         root = tmp_path_factory.mktemp(method)
         short = {"length": "4 epochs", "checkpoint": {"every": "3 steps", "keep": 2}}
-        values = tiny_values(str(root), source or store.folder.uri, {**short, **METHODS_TRIED[method], **(changes or {})})
+        values = tiny_values(
+            str(root), source or store.folder.uri, {**short, **METHODS_TRIED[method], **(changes or {})}
+        )
         del values["runtime"]["workers"], values["runtime"]["loader"]
         (root / "recipe.yaml").write_text(yaml.safe_dump(values))
         return Run(root, root / "recipe.yaml")
@@ -191,7 +193,12 @@ def test_killed_at_random_moments(make_run: MakeRun, reference: Callable[..., An
 def test_the_command_itself_is_killed_and_run_again(make_run: MakeRun, reference: Callable[..., Any]) -> None:
     run = make_run("baseline")
     command = [sys.executable, "-m", "pipeline.train", *run.arguments()]
-    common: dict[str, Any] = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "capture_output": True}
+    common: dict[str, Any] = {
+        "cwd": ROOT,
+        "env": os.environ | {"OMP_NUM_THREADS": "1"},
+        "text": True,
+        "capture_output": True,
+    }
     first = subprocess.Popen(command, cwd=ROOT, env=common["env"], stderr=subprocess.DEVNULL)
     while first.poll() is None and run.lines() < 8:
         time.sleep(0.002)
@@ -314,7 +321,8 @@ def test_a_finished_run_shows_its_summary_grows_and_cannot_become_another(
 
 def test_runtime_keys_may_change_and_are_recorded(make_run: MakeRun, reference: Callable[..., Any]) -> None:
     run = make_run("baseline")
-    assert kill_after_lines(run, program := run.start(), 9, 0)
+    program = run.start()
+    assert kill_after_lines(run, program, 9, 0)
     program.wait()
     run.finish("checkpoint.keep=1", "evaluation.batch_size=7")
     assert "changed: checkpoint.keep: 2 -> 1" in program.output()
@@ -374,7 +382,7 @@ class StopAt(Board):
 def train_until(rank: int, world: int, values: dict[str, Any], shares: tuple[int, ...], step: float) -> Seen:
     with registered():
         config = Config.model_validate(values)
-        worker = Worker(config, config.data.source, FixedRanks(rank, world, shares), torch.device("cpu"), StopAt(step))
+        worker = make_worker(config, rank, shares, StopAt(step))
         worker()
         metrics = [line for line in read_metrics(run_folder(config)) if line["kind"] in ("validation", "test")]
         return Seen([], {}, state(worker), metrics)
@@ -409,14 +417,18 @@ def test_matrix_of_kills(make_run: MakeRun, reference: Callable[..., Any], capsy
             run.finish()
             same(run.left(), expected["left"])
         points = len(range(seed, len(expected["writes"]), 3))
-        rows.append(f"| {method} | just before or after every third of {len(expected['writes'])} file writes | {points} | yes |")
+        rows.append(
+            f"| {method} | just before or after every third of {len(expected['writes'])} file writes | {points} | yes |"
+        )
         total += points
         for chain in range(3):
             run = make_run(method)
             killed_at = kill_often(run, 10 * seed + chain, kills=5, total=len(expected["left"]["lines"]))
             same(run.left(), expected["left"])
             moments = ", ".join(map(str, killed_at))
-            rows.append(f"| {method} | one run, at random moments after {moments} lines of its log | {len(killed_at)} | yes |")
+            rows.append(
+                f"| {method} | one run, at random moments after {moments} lines of its log | {len(killed_at)} | yes |"
+            )
             total += len(killed_at)
     assert total >= 20
     text = "\n".join(rows)
