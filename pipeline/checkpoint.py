@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
@@ -88,8 +91,8 @@ class Checkpoints:
 
     def steps(self, kind: str = "checkpoints") -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        names = [n for n in self.run.names(kind) if n.startswith("step-")]
-        return [int(n[5:]) for n in names if self.run.exists(f"{kind}/{n}/checkpoint.json")]
+        steps = [int(n[5:]) for n in self.run.names(kind) if re.fullmatch(r"step-\d+", n)]
+        return sorted(step for step in steps if self.run.exists(f"{kind}/{_name(step)}/checkpoint.json"))
 
     def save(
         self,
@@ -150,7 +153,7 @@ class Checkpoints:
         chosen = [self.progress("checkpoints", step).best_step for step in kept]
         for kind, stay in (("checkpoints", kept), ("best", chosen)):
             for name in self.run.names(kind):
-                if name.startswith("step-") and int(name[5:]) < kept[-1] and int(name[5:]) not in stay:
+                if re.fullmatch(r"step-\d+", name) and int(name[5:]) < kept[-1] and int(name[5:]) not in stay:
                     self.run.remove(f"{kind}/{name}")
 
     def latest(self) -> Progress | None:
@@ -179,24 +182,27 @@ class Checkpoints:
         checksums: dict[str, str] = self.run.read_json(f"{base}/checkpoint.json")["sha256"]
 
         def read(name: str) -> bytes:
-            data = self.run.read(f"{base}/{name}")
-            if hashlib.sha256(data).hexdigest() != checksums[name]:
-                raise UserError(
-                    f"{self.run}/{base}/{name} is damaged (checksum): remove {base} to resume from the one before"
-                )
+            path = f"{base}/{name}"
+            data = self.run.read(path) if self.run.exists(path) else None
+            if data is None or hashlib.sha256(data).hexdigest() != checksums[name]:
+                what = "missing" if data is None else "damaged (checksum)"
+                raise UserError(f"{self.run}/{path} is {what}: remove {base} to resume from the one before")
             return data
 
         try:
             trunk.load_state_dict(load_safetensors(read("trunk.safetensors")))
             if method is not None:
                 method.load_state_dict(load_safetensors(read("method.safetensors")))
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{self.run}/{base} does not fit the configured model: {' '.join(str(error).split())}"
             ) from error
         if optimizers is None:
             return None
-        state = torch.load(io.BytesIO(read("optimizers.pt")), map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(io.BytesIO(read("optimizers.pt")), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{self.run}/{base}/optimizers.pt holds something else than tensors: remove {base}") from error
         for name, optimizer in optimizers.items():
             optimizer.torch.load_state_dict(state["optimizers"][name])
         return _unpack(read("plan.npz")) if "plan.npz" in checksums else None
@@ -209,7 +215,8 @@ def _contiguous(module: nn.Module) -> dict[str, torch.Tensor]:
 def _pack(plan: Plan) -> bytes:
     """A plan as npz: its columns may hold text, which tensors cannot."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, ids=plan.ids, **{f"column.{name}": column for name, column in plan.columns.items()})
+    columns: dict[str, Any] = {f"column.{name}": column for name, column in plan.columns.items()}
+    np.savez_compressed(buffer, ids=plan.ids, **columns)
     return buffer.getvalue()
 
 

@@ -253,11 +253,11 @@ def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in top.items():
         old = out.get(key)
-        sections = isinstance(old, Mapping) and isinstance(value, Mapping) and not key.endswith("_args")
-        if sections and not (key == "method" and value.get("name", old.get("name")) != old.get("name")):
+        out[key] = value
+        if not isinstance(old, Mapping) or not isinstance(value, Mapping) or key.endswith("_args"):
+            continue
+        if key != "method" or value.get("name", old.get("name")) == old.get("name"):
             out[key] = _merge(dict(old), value)
-        else:
-            out[key] = value
     return out
 
 

@@ -210,7 +210,7 @@ def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, A
                 nn.Identity() if config.pooling != "native" or classifier != "classifier" else nn.Flatten(),
             )
             break
-    for module in net.modules():  # as timm's defaults; a mask drawn by each rank for its own rows would break law 1
+    for module in net.modules():  # as timm does; masks drawn by each rank would make the result depend on their number
         if isinstance(module, nn.modules.dropout._DropoutNd | StochasticDepth):
             module.p = 0.0
     return net, IMAGENET_MEAN, IMAGENET_STD

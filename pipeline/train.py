@@ -147,7 +147,7 @@ def _check_run(config: Config, folder: Folder, store: Store) -> None:
     method = METHODS[config.method.name](config.method, 8, int(samples.labels.max()) + 1)
     if not method.plan_is_stored:
         try:
-            method.plan(0, _PlanContext(samples.labels, config.seed))
+            method.plan(0, _PlanContext(samples.labels, config.seed))  # type: ignore[abstract]
         except ValueError as error:
             raise UserError(f"method: {error}") from error
     single = np.flatnonzero(np.bincount(samples.labels) == 1)

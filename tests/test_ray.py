@@ -170,7 +170,7 @@ def test_a_request_beyond_the_cluster_is_refused(
     from pipeline.session import check_cluster
 
     monkeypatch.setenv("RAY_ADDRESS", "here")
-    with pytest.raises(UserError, match="wants 808 CPU .* at most 6"):
+    with pytest.raises(UserError, match=r"wants 808 CPU .* at most 6"):
         check_cluster(on_ray(make_config(), workers=101, cpus_per_worker=8, loader="in_process"), ray_here)
     check_cluster(on_ray(make_config(), loader="in_process"), ray_here)
 
@@ -222,7 +222,7 @@ def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(
     assert second.returncode == 143, errors
     assert "the same command continues" in errors
     saved = Checkpoints(Folder(tmp_path / "runs" / "tiny")).latest()
-    assert saved is not None and 0 < saved.step and not saved.finished
+    assert saved is not None and saved.step > 0 and not saved.finished
     done = subprocess.run(command(recipe, *settings), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {saved.step}" in done.stderr

@@ -119,7 +119,7 @@ def table(path: str) -> list[Entry]:
     entries.sort(key=lambda e: (e.class_name, e.source))
     if "split" not in header:
         return split_classes(entries)
-    splits = {e.split for e in entries}
+    splits = {e.split or "" for e in entries}
     if ("query" in splits) != ("gallery" in splits) or {"query", "test"} <= splits:
         raise UserError(f"{path} has the splits {sorted(splits)}: give test alone, or query and gallery together")
     training = {e.class_name for e in entries if e.split == "train"}
