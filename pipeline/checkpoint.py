@@ -30,7 +30,7 @@ from torch import nn
 
 from methods.optim import Optimizer
 from methods.plans import Plan
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, UserError, first_line
 from pipeline.storage import Folder
 
 
@@ -106,9 +106,16 @@ class Checkpoints:
         """Writes a checkpoint of `progress.step` below `kind` ("checkpoints" or "best"), then removes what is not kept.
 
         Raises:
-            RunError: another process has taken the run over.
+            RunError: another process has taken the run over, or a tensor is not finite; nothing has been written then.
         """
         self._check_owner()
+        tensors = {**trunk.state_dict(), **{f"method.{n}": t for n, t in method.state_dict().items()}}
+        bad = [n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+        if bad:
+            raise RunError(
+                f"{len(bad)} of {len(tensors)} tensors are not finite at step {progress.step} (first: {bad[0]}): the "
+                "checkpoint before is kept. Lower the learning rate, or clip gradients"
+            )
         base = f"{kind}/{_name(progress.step)}"
         buffer = io.BytesIO()
         state: dict[str, Any] = {"optimizers": {name: o.torch.state_dict() for name, o in optimizers.items()}}
@@ -201,11 +208,14 @@ class Checkpoints:
             return None
         try:
             state = torch.load(io.BytesIO(read("optimizers.pt")), map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.run}/{base}/optimizers.pt holds something else than tensors: remove {base}") from error
+            plan = _unpack(read("plan.npz")) if "plan.npz" in checksums else None
+        except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{self.run}/{base} holds something else than tensors ({first_line(error)}): remove {base}"
+            ) from error
         for name, optimizer in optimizers.items():
             optimizer.torch.load_state_dict(state["optimizers"][name])
-        return _unpack(read("plan.npz")) if "plan.npz" in checksums else None
+        return plan
 
 
 def _contiguous(module: nn.Module) -> dict[str, torch.Tensor]:

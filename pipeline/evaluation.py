@@ -16,6 +16,7 @@ from pipeline.collectives import Ranks, gather
 from pipeline.config import Config
 from pipeline.data.loader import Item, PixelSource, load
 from pipeline.data.store import Samples, Store
+from pipeline.errors import RunError
 from pipeline.metrics import Retrieval, clustering, retrieve
 from pipeline.model import Trunk
 
@@ -81,6 +82,26 @@ class Task:
     queries: Samples
     gallery: Samples | None = None
 
+    def check(self, cluster: bool) -> None:
+        """Whether there is anything to measure, known before any image is embedded.
+
+        Args:
+            cluster: NMI and AMI are wanted too.
+
+        Raises:
+            ValueError: no query has a positive, or there are not the classes that a clustering needs.
+        """
+        sizes = np.bincount(self.queries.labels, minlength=1)
+        found = sizes.max() > 1 if self.gallery is None else np.isin(self.queries.labels, self.gallery.labels).any()
+        if not found:
+            raise ValueError(f"none of the {len(self.queries)} queries has another image of its class to find")
+        classes = np.count_nonzero(sizes)
+        if cluster and not 2 <= classes < len(self.queries):
+            raise ValueError(
+                f"a clustering needs at least 2 classes and fewer classes than queries, there are {classes} and "
+                f"{len(self.queries)}: set evaluation.clustering to false"
+            )
+
 
 def validation_task(config: Config, store: Store) -> Task | None:
     """The held-out fold of the training classes; under the paper protocol the test classes; None without either."""
@@ -125,15 +146,23 @@ def evaluate(
         trunk, method: the model; without a method the pooled features are measured.
         recall_at: every K of Recall@K.
         cluster: NMI and AMI as well (k-means over the queries' embeddings).
+
+    Raises:
+        RunError: embeddings are zero or not finite, or no query has a positive.
     """
     queries = embedder(task.queries.ids, trunk, method).cpu()
     gallery = None if task.gallery is None else embedder(task.gallery.ids, trunk, method).cpu()
     labels = torch.from_numpy(task.queries.labels)
     gallery_labels = None if task.gallery is None else torch.from_numpy(task.gallery.labels)
     ranks = embedder.ranks
-    part = retrieve(queries, labels, gallery=gallery, gallery_labels=gallery_labels, queries=ranks.slice(len(labels)))
-    whole = Retrieval.concatenate(ranks.collect(part))
-    metrics: dict[str, Any] = whole.summary(recall_at)
-    if cluster:
-        metrics |= ranks.broadcast(clustering(queries, labels) if ranks.rank == 0 else None)
+    try:
+        part = retrieve(
+            queries, labels, gallery=gallery, gallery_labels=gallery_labels, queries=ranks.slice(len(labels))
+        )
+        whole = Retrieval.concatenate(ranks.collect(part))
+        metrics: dict[str, Any] = whole.summary(recall_at)
+        if cluster:
+            metrics |= ranks.broadcast(clustering(queries, labels) if ranks.rank == 0 else None)
+    except ValueError as error:  # embeddings that are not finite, most often
+        raise RunError(f"the embeddings cannot be measured: {error}") from error
     return Result(metrics, whole)

@@ -11,10 +11,13 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from pipeline.storage import Folder
 
@@ -39,7 +42,12 @@ class Tracker:
         if self._temporary is not None:
             with open(self._path, "w") as file:
                 file.writelines(line + "\n" for line in kept)
-        self._events = SummaryWriter(os.path.join(self.local, "tensorboard"), purge_step=step + 1 if step else None)
+        folder = os.path.join(self.local, "tensorboard")
+        os.makedirs(folder, exist_ok=True)
+        # tensorboardX's SummaryWriter writes through a queue that `flush` does not wait for.
+        self._events = EventsWriter(os.path.join(folder, "events"), f".{time.time_ns() % 10**9:09d}")
+        restart = SessionLog(status=SessionLog.START)  # TensorBoard hides what was logged at `step + 1` or later
+        self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=restart))
 
     def log(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """Appends one line; `kind` is train, validation or test.
@@ -54,7 +62,8 @@ class Tracker:
                 file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                event = Event(wall_time=time.time(), step=step, summary=scalar(f"{kind}/{name}", value))
+                self._events.write_event(event)
 
     def sync(self) -> None:
         """Makes everything logged so far visible in the run folder."""

@@ -26,6 +26,7 @@ from pipeline.config import Config, build_config, differences, load_config, to_y
 from pipeline.data import catalog
 from pipeline.data.store import Store
 from pipeline.errors import RunError, UserError, first_line
+from pipeline.evaluation import test_task, validation_task
 from pipeline.launch import run_in_process, run_on_ray, under_torchrun
 from pipeline.model import build_trunk
 from pipeline.report import write_report
@@ -74,12 +75,10 @@ def run(config: Config, fresh: bool = False) -> int | None:
     leader = os.environ.get("RANK", "0") == "0" if under_torchrun() else True
     folder = run_folder(config)
     folder.check_writable()
-    if fresh and leader:
-        folder.remove()
     for warning in check_machine(config):
         console.print(warning)
-    config, changes = _continue(config, folder)
-    if _finished(config, folder) and not changes and folder.exists("report.html"):
+    changes = [] if fresh else _changes(config, folder)
+    if not fresh and _finished(config, folder) and not changes and folder.exists("report.html"):
         _show_summary(folder)
         return None
     build_trunk(config.model, config.data.transforms.size)  # unknown backbone, missing weights: now, not on the cluster
@@ -90,8 +89,12 @@ def run(config: Config, fresh: bool = False) -> int | None:
             ray = stack.enter_context(ray_session(needed_cpus(config.runtime)))
             check_cluster(config, ray)
         store = _dataset(config)
-        _check_run(config, folder, store)
+        _check_run(config, store)
+        if not fresh:
+            _check_dataset(folder, store)
         if leader:
+            if fresh:  # now that everything has been checked
+                folder.remove()
             _record(config, folder, store, changes)
         with Display(console) as display:
             uri = store.folder.uri
@@ -133,8 +136,8 @@ class _PlanContext(Context):
         self.labels, self.seed, self.clock = labels, seed, Clock()
 
 
-def _check_run(config: Config, folder: Folder, store: Store) -> None:
-    """The dataset fits the config and the run folder: folds, classes, images."""
+def _check_run(config: Config, store: Store) -> None:
+    """The dataset fits the config: folds, classes, images."""
     folds = len(store.manifest["folds"])
     fold = config.data.validation_fold
     if fold is not None and fold >= folds:
@@ -154,6 +157,17 @@ def _check_run(config: Config, folder: Folder, store: Store) -> None:
     if len(single):
         first = samples.class_names[single[0]]
         console.print(f"{len(single):,} training classes have one image each (first: {first}): used as negatives only")
+    tasks = {"validation": validation_task(config, store), "test": test_task(store)}
+    for name, task in tasks.items():
+        try:
+            if task is not None:
+                task.check(cluster=config.evaluation.clustering and name == "test")
+        except ValueError as error:
+            raise UserError(f"{name} classes of {store.folder}: {error}") from error
+
+
+def _check_dataset(folder: Folder, store: Store) -> None:
+    """The dataset is the one that the run was started with."""
     recorded = folder.read_json("run.json")["fingerprint"] if folder.exists("run.json") else store.fingerprint
     if recorded != store.fingerprint:
         raise UserError(
@@ -162,14 +176,14 @@ def _check_run(config: Config, folder: Folder, store: Store) -> None:
         )
 
 
-def _continue(config: Config, folder: Folder) -> tuple[Config, list[str]]:
-    """Compares with the config an existing run was started with; returns what to run and the changed runtime keys.
+def _changes(config: Config, folder: Folder) -> list[str]:
+    """Compares with the config that an existing run was started with; returns the runtime keys that have changed.
 
     Raises:
         UserError: a key that is not marked runtime differs, or the run would become shorter.
     """
     if not folder.exists("config.yaml"):
-        return config, []
+        return []
     old = yaml.safe_load(folder.read("config.yaml"))
     new = yaml.safe_load(to_yaml(config))
     other = differences(old, new, runtime=False)
@@ -183,7 +197,7 @@ def _continue(config: Config, folder: Folder) -> tuple[Config, list[str]]:
         raise UserError(
             f"run {folder} has length {before.length}, now {config.length}: it may only grow, in the same unit"
         )
-    return config, differences(old, new, runtime=True)
+    return differences(old, new, runtime=True)
 
 
 def _record(config: Config, folder: Folder, store: Store, changes: list[str]) -> None:

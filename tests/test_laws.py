@@ -147,7 +147,7 @@ METHOD_CASES: dict[str, dict[str, Any]] = {
     "miner": {"method.loss": "TripletMarginLoss", "method.miner": "TripletMarginMiner"},
     "random_miner": {"method.loss": "TripletMarginLoss", "method.miner": "DistanceWeightedMiner"},
     "two_optimizers": {"method.name": "two_optimizers"},
-    "swept_plan": {"method.name": "swept_plan", "method.load_best_at": 1},
+    "swept_plan": {"method.name": "swept_plan", "method.load_best_at": 1, "evaluation.every": "2 steps"},
 }
 # SGD shows a wrong scale of the gradient in the parameters, AdamW hides it.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -164,7 +164,6 @@ ZERO_GRADIENT = {
 def case(method: str, optimizer: str, batch_norm: str) -> dict[str, Any]:
     return {
         "length": "5 steps",
-        "evaluation.every": "2 steps",
         "evaluation.checkpoint": "last",
         "model.batch_norm": batch_norm,
         **{f"method.optimizer.{key}": value for key, value in OPTIMIZERS[optimizer].items()},

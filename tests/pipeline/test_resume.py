@@ -7,7 +7,6 @@ summary.json but for what was timed.
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 import json
@@ -18,7 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,11 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def make_run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """`make_run("baseline", {"seed": 1})`: a run of 4 epochs, about 20 steps, that saves at steps 3, 6, 9, ..."""
+    """`make_run("baseline", {"seed": 1})`: a run of 3 epochs, 12 steps, that saves every 3 steps."""
 
     def make(method: str, changes: dict[str, Any] | None = None, source: str | None = None) -> Run:
         root = tmp_path_factory.mktemp(method)
-        short = {"length": "4 epochs", "checkpoint": {"every": "3 steps", "keep": 2}}
+        short = {"length": "3 epochs", "checkpoint": {"every": "3 steps", "keep": 2}}
         values = tiny_values(
             str(root), source or store.folder.uri, {**short, **METHODS_TRIED[method], **(changes or {})}
         )
@@ -138,18 +138,42 @@ def make_run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     return make
 
 
+def side_by_side(work: Callable[..., None], cases: Iterable[tuple[Any, ...]]) -> None:
+    """Works on all cases, two at a time, since each is a program of one thread; the first failure names its case."""
+    with ThreadPoolExecutor(2) as threads:
+        futures = {case: threads.submit(work, *case) for case in cases}
+    for case, future in futures.items():
+        try:
+            future.result()
+        except Exception as error:
+            error.add_note(f"case: {case}")
+            raise
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a run leaves that was never interrupted, and the names of the files it wrote, in order."""
+
+    left: dict[str, Any]
+    writes: list[str]
+
+    def write_of(self, name: str, which: int = 0) -> int:
+        """Number of the write of a file whose path contains `name`: the first such, or another (-1: the last)."""
+        return [i for i, written in enumerate(self.writes) if name in written][which]
+
+
 @pytest.fixture(scope="session")
-def reference(make_run: MakeRun) -> Callable[..., dict[str, Any]]:
-    """What the run of a method leaves that was never interrupted, and the names of the files it wrote, in order."""
+def references(make_run: MakeRun) -> dict[str, Reference]:
+    """The uninterrupted run of each method."""
+    found = {}
 
-    @functools.cache
-    def uninterrupted(method: str, *overrides: str) -> dict[str, Any]:
+    def uninterrupted(method: str) -> None:
         run = make_run(method)
-        run.finish(*overrides)
-        writes = Path(f"{run.root}/log.writes").read_text().splitlines()
-        return {"left": run.left(), "writes": writes}
+        run.finish()
+        found[method] = Reference(run.left(), Path(f"{run.root}/log.writes").read_text().splitlines())
 
-    return uninterrupted
+    side_by_side(uninterrupted, [(method,) for method in METHODS_TRIED])
+    return found
 
 
 def kill_after_lines(run: Run, program: Program, lines: int, delay_s: float, number: int = signal.SIGKILL) -> bool:
@@ -182,15 +206,16 @@ def kill_often(run: Run, seed: int, kills: int, total: int) -> list[int]:
 # ---- killed ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "seed"), [("baseline", 1), ("two_optimizers", 2), ("swept_plan", 3)])
-def test_killed_at_random_moments(make_run: MakeRun, reference: Callable[..., Any], method: str, seed: int) -> None:
-    expected = reference(method)["left"]
-    run = make_run(method)
-    assert kill_often(run, seed, kills=2, total=len(expected["lines"]))
-    same(run.left(), expected)
+def test_killed_at_random_moments(make_run: MakeRun, references: dict[str, Reference]) -> None:
+    def kill_and_compare(method: str, seed: int) -> None:
+        expected, run = references[method].left, make_run(method)
+        assert kill_often(run, seed, kills=2, total=len(expected["lines"]))
+        same(run.left(), expected)
+
+    side_by_side(kill_and_compare, [("baseline", 1), ("two_optimizers", 2), ("swept_plan", 3)])
 
 
-def test_the_command_itself_continues(make_run: MakeRun, reference: Callable[..., Any]) -> None:
+def test_the_command_itself_continues(make_run: MakeRun, references: dict[str, Reference]) -> None:
     """`python -m pipeline.train`, in an interpreter of its own, after a kill; with the report, which the others leave out."""
     run = make_run("baseline")
     program = run.start()
@@ -200,59 +225,50 @@ def test_the_command_itself_continues(make_run: MakeRun, reference: Callable[...
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stderr and "tiny: retrieval on" in done.stdout
     assert b"</html>" in run.folder.read("report.html")
-    same(run.left(), reference("baseline")["left"])
+    same(run.left(), references["baseline"].left)
 
 
-def write_of(writes: list[str], name: str, which: int = 0) -> int:
-    """Number of the write of a file whose path contains `name`: the first such, or another (-1: the last)."""
-    return [i for i, written in enumerate(writes) if name in written][which]
+WRITES = [
+    ("baseline", "checkpoints/step-00000000/checkpoint.json", 0, False),  # before there is any checkpoint
+    ("two_optimizers", "checkpoints/step-00000006/optimizers.pt", 0, False),  # within a checkpoint
+    ("swept_plan", "checkpoints/step-00000009/plan.npz", 0, True),
+    ("swept_plan", "best/step-00000004/checkpoint.json", 0, True),  # the best is saved, its checkpoint is not
+    ("baseline", "best/step-00000012/checkpoint.json", -1, True),
+    ("two_optimizers", "summary.json", -1, False),  # the test classes are measured, and logged
+    ("swept_plan", "summary.json", -1, True),  # the summary is written, the run not marked as finished
+    ("baseline", "report.html", -1, False),
+]
 
 
-@pytest.mark.parametrize(
-    ("method", "name", "which", "after"),
-    [
-        ("baseline", "checkpoints/step-00000000/checkpoint.json", 0, False),  # before there is any checkpoint
-        ("two_optimizers", "checkpoints/step-00000006/optimizers.pt", 0, False),  # within a checkpoint
-        ("swept_plan", "checkpoints/step-00000009/plan.npz", 0, True),
-        ("swept_plan", "best/step-00000004/checkpoint.json", 0, True),  # the best is saved, its checkpoint is not
-        ("baseline", "best/step-00000016/checkpoint.json", -1, True),
-        ("two_optimizers", "summary.json", -1, False),  # test classes measured
-        ("swept_plan", "summary.json", -1, True),  # summary written, run not marked as finished
-        ("swept_plan", "checkpoint.json", -1, False),
-        ("baseline", "report.html", -1, False),
-    ],
-)
-def test_killed_at_a_write(
-    make_run: MakeRun, reference: Callable[..., Any], method: str, name: str, which: int, after: bool
-) -> None:
-    expected = reference(method)
-    run = make_run(method)
-    program = run.start(kill_at_write=write_of(expected["writes"], name, which), after=after)
-    assert program.wait() == -signal.SIGKILL, program.output()
-    run.finish()
-    same(run.left(), expected["left"])
-    assert run.folder.exists("report.html")
+def test_killed_between_two_writes(make_run: MakeRun, references: dict[str, Reference]) -> None:
+    def kill_and_compare(method: str, name: str, which: int, after: bool) -> None:
+        expected, run = references[method], make_run(method)
+        program = run.start(kill_at_write=expected.write_of(name, which), after=after)
+        assert program.wait() == -signal.SIGKILL, program.output()
+        run.finish()
+        same(run.left(), expected.left)
+        assert run.folder.exists("report.html")
+
+    side_by_side(kill_and_compare, WRITES)
 
 
 # ---- stopped --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("method", ["two_optimizers", "swept_plan"])
-def test_a_stop_saves_first(
-    make_run: MakeRun, reference: Callable[..., Any], method: str, number: int, status: int
-) -> None:
-    run = make_run(method)
-    program = run.start("checkpoint.every=100 steps")
-    assert kill_after_lines(run, program, lines=6, delay_s=0, number=number)
-    assert program.wait() == status
-    latest = Checkpoints(run.folder).latest()
-    assert latest is not None and latest.step == read_metrics(run.folder)[-1]["step"] > 3 and not latest.finished
-    assert f"stopped at step {latest.step}" in program.output()
-    run.finish("checkpoint.every=100 steps")
-    assert f"resumed at step {latest.step}" in program.output()
-    expected = reference(method)["left"]
-    same(run.left(), expected)
+def test_a_stop_saves_first(make_run: MakeRun, references: dict[str, Reference]) -> None:
+    def stop_and_compare(method: str, number: int, status: int) -> None:
+        run = make_run(method)
+        program = run.start("checkpoint.every=100 steps")
+        assert kill_after_lines(run, program, lines=6, delay_s=0, number=number)
+        assert program.wait() == status
+        latest = Checkpoints(run.folder).latest()
+        assert latest is not None and latest.step == read_metrics(run.folder)[-1]["step"] > 3 and not latest.finished
+        assert f"stopped at step {latest.step}" in program.output()
+        run.finish("checkpoint.every=100 steps")
+        assert f"resumed at step {latest.step}" in program.output()
+        same(run.left(), references[method].left)
+
+    side_by_side(stop_and_compare, [("two_optimizers", signal.SIGTERM, 143), ("swept_plan", signal.SIGINT, 130)])
 
 
 # ---- run again ------------------------------------------------------------------------------------------------------
@@ -276,7 +292,7 @@ def refused(run: Run, *overrides: str) -> str:
 
 
 def test_a_finished_run_shows_its_summary_grows_and_cannot_become_another(
-    make_run: MakeRun, reference: Callable[..., Any], store: Store
+    make_run: MakeRun, references: dict[str, Reference], store: Store
 ) -> None:
     source = Path(shutil.copytree(store.folder.path(), make_run("baseline").root / "store"))
     run = make_run("baseline", source=str(source))
@@ -296,9 +312,9 @@ def test_a_finished_run_shows_its_summary_grows_and_cannot_become_another(
     # longer, but killed before it has saved anything new: the old end must not be taken for the new one
     program = run.start(kill_at_write=4)
     assert program.wait() == -signal.SIGKILL
-    assert Config.model_validate(yaml.safe_load(run.folder.read("config.yaml"))).length.value == 4
+    assert Config.model_validate(yaml.safe_load(run.folder.read("config.yaml"))).length.value == 3
     run.finish()
-    longer, expected = run.left(), dict(reference("baseline")["left"])
+    longer, expected = run.left(), dict(references["baseline"].left)
     extra = [line for line in longer["lines"] if line["kind"] == "test" and line["step"] == 8]
     assert len(extra) == 1  # the figures of the shorter run stay in the log
     longer["lines"].remove(extra[0])
@@ -312,14 +328,14 @@ def test_a_finished_run_shows_its_summary_grows_and_cannot_become_another(
     assert "was trained on a dataset of fingerprint" in refused(run, "length=5 epochs")
 
 
-def test_runtime_keys_may_change_and_are_recorded(make_run: MakeRun, reference: Callable[..., Any]) -> None:
+def test_runtime_keys_may_change_and_are_recorded(make_run: MakeRun, references: dict[str, Reference]) -> None:
     run = make_run("baseline")
     program = run.start()
     assert kill_after_lines(run, program, 9, 0)
     program.wait()
     run.finish("checkpoint.keep=1", "evaluation.batch_size=7")
     assert "changed: checkpoint.keep: 2 -> 1" in program.output()
-    left, expected = run.left(), reference("baseline")["left"]
+    left, expected = run.left(), references["baseline"].left
     same(left["last"], expected["last"])
     assert left["summary"]["reproducible"] and left["summary"]["changed_while_running"] == []
     changes = json.loads(run.folder.read("changes.jsonl"))
@@ -327,21 +343,21 @@ def test_runtime_keys_may_change_and_are_recorded(make_run: MakeRun, reference: 
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
-    make_run: MakeRun, reference: Callable[..., Any]
+    make_run: MakeRun, references: dict[str, Reference]
 ) -> None:
     run = make_run("baseline")
-    program = run.start(kill_at_write=write_of(reference("baseline")["writes"], "summary.json"))
+    program = run.start(kill_at_write=references["baseline"].write_of("summary.json"))
     assert program.wait() == -signal.SIGKILL
-    newest = Path(run.folder.path("checkpoints")) / "step-00000016"
+    newest = Path(run.folder.path("checkpoints")) / "step-00000012"
     (newest / "trunk.safetensors").write_bytes(b"damaged")
-    assert "step-00000016/trunk.safetensors is damaged" in refused(run)
+    assert "step-00000012/trunk.safetensors is damaged" in refused(run)
     shutil.rmtree(newest)
     run.finish()
-    assert "resumed at step 15" in program.output()
-    same(run.left(), reference("baseline")["left"])
+    assert "resumed at step 9" in program.output()
+    same(run.left(), references["baseline"].left)
 
 
-def test_an_older_process_of_the_same_run_stops(make_run: MakeRun, reference: Callable[..., Any]) -> None:
+def test_an_older_process_of_the_same_run_stops(make_run: MakeRun, references: dict[str, Reference]) -> None:
     run = make_run("baseline")
     older = run.start()
     assert kill_after_lines(run, older, 5, 0, signal.SIGSTOP)
@@ -350,7 +366,7 @@ def test_an_older_process_of_the_same_run_stops(make_run: MakeRun, reference: Ca
     older.signal(signal.SIGCONT)
     assert older.wait() == 1
     assert "error: run" in older.output() and "taken over by another process" in older.output()
-    expected = reference("baseline")["left"]
+    expected = references["baseline"].left
     for name in ("last", "best", "progress", "summary"):
         same(run.left()[name], expected[name])
 
@@ -383,12 +399,12 @@ def train_until(rank: int, world: int, values: dict[str, Any], shares: tuple[int
 
 @pytest.mark.parametrize("method", ["two_optimizers", "swept_plan"])
 def test_the_number_of_ranks_may_change(pool: Pool, store: Store, tmp_path: Path, method: str) -> None:
-    """One rank to step 5, two to step 10, three to the end: within an epoch each, and stored plans among them."""
-    changes = {"length": "4 epochs", "evaluation.checkpoint": "last", **METHODS_TRIED[method]}
+    """One rank to step 3, two to step 7, three to the end: within an epoch each, and stored plans among them."""
+    changes = {"length": "3 epochs", "evaluation.checkpoint": "last", **METHODS_TRIED[method]}
     values = tiny_values(str(tmp_path), store.folder.uri, changes)
     expected = pool(train_until, 1, values | {"name": "one"}, (1,), torch.inf)[0]
-    pool(train_until, 1, values, (1,), 5)
-    pool(train_until, 2, values, (7, 5), 10)
+    pool(train_until, 1, values, (1,), 3)
+    pool(train_until, 2, values, (7, 5), 7)
     got = pool(train_until, 3, values, (6, 6, 0), torch.inf)
     check(got, expected, ZERO_GRADIENT["sync"])
 
@@ -397,31 +413,33 @@ def test_the_number_of_ranks_may_change(pool: Pool, store: Store, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_matrix_of_kills(make_run: MakeRun, reference: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_matrix_of_kills(
+    make_run: MakeRun, references: dict[str, Reference], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Kills at every third file write, and chains of kills at random moments; every run has to end alike."""
     rows = ["| method | killed | kills | resumed and equal |", "|---|---|---:|---|"]
     total = 0
     for seed, method in enumerate(METHODS_TRIED):
-        expected = reference(method)
-        for write in range(seed, len(expected["writes"]), 3):
+        expected = references[method]
+
+        def kill_at(write: int, method: str = method, expected: Reference = expected) -> None:
             run = make_run(method)
             program = run.start(kill_at_write=write, after=bool(write % 2))
             assert program.wait() == -signal.SIGKILL, program.output()
             run.finish()
-            same(run.left(), expected["left"])
-        points = len(range(seed, len(expected["writes"]), 3))
-        rows.append(
-            f"| {method} | just before or after every third of {len(expected['writes'])} file writes | {points} | yes |"
-        )
-        total += points
+            same(run.left(), expected.left)
+
+        points = range(seed, len(expected.writes), 3)
+        side_by_side(kill_at, [(write,) for write in points])
+        where = f"just before or after every third of {len(expected.writes)} file writes"
+        rows.append(f"| {method} | {where} | {len(points)} | yes |")
+        total += len(points)
         for chain in range(3):
             run = make_run(method)
-            killed_at = kill_often(run, 10 * seed + chain, kills=5, total=len(expected["left"]["lines"]))
-            same(run.left(), expected["left"])
+            killed_at = kill_often(run, 10 * seed + chain, kills=5, total=len(expected.left["lines"]))
+            same(run.left(), expected.left)
             moments = ", ".join(map(str, killed_at))
-            rows.append(
-                f"| {method} | one run, at random moments after {moments} lines of its log | {len(killed_at)} | yes |"
-            )
+            rows.append(f"| {method} | one run, when its log had {moments} lines | {len(killed_at)} | yes |")
             total += len(killed_at)
     assert total >= 20
     text = "\n".join(rows)

@@ -1,0 +1,340 @@
+"""`python -m pipeline.train` in this process: what is refused, in one line, and what is left behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from methods import Baseline
+from pipeline import evaluate, prepare, session, train
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import build_config
+from pipeline.data.catalog import Entry
+from pipeline.data.reader import open_reader
+from pipeline.data.store import Store, write_store
+from pipeline.errors import UserError
+from pipeline.prepare import run_here
+from pipeline.session import check_machine, needed_cpus, resolve
+from pipeline.storage import Folder
+from pipeline.tracking import read_metrics
+from tests.conftest import write_images, write_tiny_store
+from tests.stubs import tiny_values
+
+Outcome = tuple[int, str, str]
+Train = Callable[..., Outcome]
+
+
+class Base:
+    """A storage folder with a dataset of its own and one finished run, "done"; every test leaves it as it was."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.store = root, write_tiny_store(root)
+        self.run = Folder(root / "runs" / "done")
+
+    def recipe(self, changes: dict[str, Any] | None = None) -> str:
+        """A file for `changes` of the tiny run (keys with dots)."""
+        values = tiny_values(str(self.root), self.store.folder.uri, {"name": "done", "length": "2 epochs", **(changes or {})})
+        path = self.root / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    def files(self) -> dict[str, bytes]:
+        return contents(self.root / "runs")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    made = Base(tmp_path_factory.mktemp("train"))
+    assert train.main([made.recipe()]) == 0
+    return made
+
+
+@pytest.fixture(autouse=True)
+def fresh_readers() -> Iterator[None]:
+    open_reader.cache_clear()
+    yield
+    open_reader.cache_clear()
+
+
+@pytest.fixture
+def run(base: Base, capsys: pytest.CaptureFixture) -> Train:
+    """`run("--set", "a=b", seed=1)`: status, stdout and stderr of the command for the tiny recipe, changed."""
+
+    def command(*arguments: str, **changes: Any) -> Outcome:
+        capsys.readouterr()
+        status = train.main([base.recipe({k.replace("__", "."): v for k, v in changes.items()}), *arguments])
+        return status, *capsys.readouterr()
+
+    return command
+
+
+def assert_one_error(outcome: Outcome, status: int, says: str) -> None:
+    got, _, err = outcome
+    lines = err.rstrip("\n").split("\n")
+    assert got == status and "Traceback" not in err
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], err
+    assert says in lines[-1]
+
+
+# ---- refused before anything starts ----------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "misspelt key": ({"method.optimizer.lrr": 1}, "unknown key 'method.optimizer.lrr': did you mean 'method.optimizer.lr'?"),
+    "impossible value": ({"seed": -1}, "seed: got -1"),
+    "P larger than the classes": ({"method.classes_per_batch": 40}, "classes_per_batch is 40, but the training set can fill only 9 groups"),
+    "fold that is not there": ({"data.validation_fold": 7}, "data.validation_fold is 7, the dataset has the folds 0 to 3"),
+    "unknown backbone": ({"model.backbone": "test_resnett"}, "did you mean 'test_resnet'"),
+    "missing weights": ({"model.weights": "/nowhere.pth"}, "no such file"),
+    "image size": ({"model.backbone": "test_vit", "model.pooling": "native"}, "cannot take images of 24×24"),
+    "missing dataset": ({"data.source": "/no/such/place"}, "no prepared dataset in /no/such/place"),
+    "dataset in a missing bucket": ({"data.source": "s4://nowhere/x"}, "cannot be opened"),
+    "relative storage": ({"storage": "here/and/there"}, "storage 'here/and/there' is a relative path"),
+    "too many threads": ({"runtime.cpus_per_worker": 4 * (os.cpu_count() or 1) + 1}, "threads wanted (runtime.workers × cpus_per_worker)"),
+    "too many workers": ({"runtime.workers": 500, "runtime.cpus_per_worker": 2}, "1000 threads wanted"),
+    "GPUs": ({"runtime.gpus_per_worker": torch.cuda.device_count() + 1, "precision": "float32"}, "GPUs wanted"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["", "fresh"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_one_line_and_touches_nothing(name: str, fresh: bool, run: Train, base: Base) -> None:
+    """Also with --fresh: the earlier run is removed when everything else has been checked."""
+    changes, says = REFUSED[name]
+    before = base.files()
+    for run_name in ("done", "new") if fresh else ("new",):
+        outcome = run(*(["--fresh"] if fresh else []), **{k.replace(".", "__"): v for k, v in ({"name": run_name} | changes).items()})
+        assert_one_error(outcome, 2, says)
+    assert base.files() == before
+
+
+@pytest.mark.parametrize("what", ["below a file", "missing bucket"])
+def test_unwritable_storage(what: str, run: Train, base: Base, request: pytest.FixtureRequest) -> None:
+    if what == "missing bucket":
+        request.getfixturevalue("bucket")
+    storage = f"{base.root}/recipe.yaml/x" if what == "below a file" else "s3://no-such-bucket"
+    assert_one_error(run(storage=storage), 2, f"storage '{storage}/runs/done' is not writable")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"method.optimizer.lr": 0.5}, "run {run} exists with another config (method.optimizer.lr: 0.003 -> 0.5): choose another --set name=..., or start over with --fresh"),
+        ({"seed": 4, "data.transforms.flip": 1.0, "precision": "float32"}, "data.transforms.flip: 0.5 -> 1.0; precision: float64 -> float32; seed: 3 -> 4"),
+        ({"data.source": "{other}"}, "data.source: "),
+        ({"length": "1 epochs"}, "has length 2 epochs, now 1 epochs: it may only grow, in the same unit"),
+        ({"length": "900 steps"}, "it may only grow, in the same unit"),
+    ],
+)  # fmt: skip
+def test_a_run_does_not_become_another(changes: dict[str, Any], says: str, run: Train, base: Base, store: Store) -> None:
+    before = base.files()
+    changes = {k: v.format(other=store.folder.uri) if isinstance(v, str) else v for k, v in changes.items()}
+    assert_one_error(run(**{k.replace(".", "__"): v for k, v in changes.items()}), 2, says.format(run=base.run))
+    assert base.files() == before
+
+
+@pytest.fixture
+def damaged(base: Base) -> Iterator[Folder]:
+    """The run's dataset, which may be changed; put back afterwards."""
+    path = Path(base.store.folder.path())
+    shutil.copytree(path, f"{path}.kept")
+    yield base.store.folder
+    shutil.rmtree(path)
+    os.rename(f"{path}.kept", path)
+
+
+def test_another_dataset_in_the_same_place(run: Train, base: Base, damaged: Folder, tmp_path: Path) -> None:
+    other = write_tiny_store(tmp_path, seed=1)
+    damaged.remove()
+    shutil.copytree(other.folder.path(), damaged.path())
+    before = base.files()
+    outcome = run(length="3 epochs")
+    assert_one_error(outcome, 2, f"was trained on a dataset of fingerprint {base.store.fingerprint}, {damaged} has {other.fingerprint}")
+    assert "another name or --fresh" in outcome[2] and base.files() == before
+
+
+@pytest.mark.parametrize("damage", ["truncated shard", "missing shard", "newer format", "damaged catalogue"])
+def test_a_damaged_dataset_is_noticed_before_training(damage: str, run: Train, base: Base, damaged: Folder) -> None:
+    shard = base.store.manifest["shards"][1]
+    says = shard["file"]
+    if damage == "truncated shard":
+        damaged.write(shard["file"], damaged.read(shard["file"])[:-1])
+    elif damage == "missing shard":
+        damaged.remove(shard["file"])
+    elif damage == "newer format":
+        damaged.write_json("manifest.json", base.store.manifest | {"format": 99})
+        says = "has store format 99, this program reads format 1"
+    else:
+        damaged.write("catalog.parquet", damaged.read("catalog.parquet")[:-1])
+        says = "catalog.parquet does not match its checksum"
+    before = base.files()
+    for changes in ({"length": "3 epochs"}, {"name": "new"}):
+        assert_one_error(run(**changes), 2, says)
+    assert base.files() == before
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["copied", "by row group"])
+def test_a_flipped_bit_ends_the_run_with_the_name_of_the_shard(cached: bool, run: Train, base: Base, damaged: Folder, tmp_path: Path) -> None:
+    shard = next(s for s in base.store.manifest["shards"] if "train" in s["file"])
+    data = bytearray(damaged.read(shard["file"]))
+    for at in range(len(data) // 4, len(data) // 2, 97):
+        data[at] ^= 1
+    damaged.write(shard["file"], bytes(data))
+    before = base.files()
+    limit = {"runtime.cache_bytes": 10**9 if cached else 0, "runtime.cache": str(tmp_path / "cache")}
+    outcome = run(name="new", **{k.replace(".", "__"): v for k, v in limit.items()}, evaluation__clustering=False)
+    assert_one_error(outcome, 1, f"shard {damaged}/{shard['file']} ")
+    assert {k: v for k, v in base.files().items() if k.startswith("done/")} == before
+    shutil.rmtree(base.root / "runs" / "new")
+
+
+def test_images_that_cannot_be_measured_are_told_before_training(run: Train, tmp_path: Path, base: Base) -> None:
+    """Each once cost a whole training: test classes of one image, and a clustering of a single test class."""
+    images = write_images(tmp_path, {f"c{i:02d}": 3 for i in range(10)}, seed=0)
+    splits = {
+        "none of the 4 queries has another image of its class": lambda i: "train" if i < 18 else "test" if i % 3 == 0 else None,
+        "a clustering needs at least 2 classes": lambda i: "train" if i < 18 else "test" if i < 21 else None,
+    }
+    for number, (says, split_of) in enumerate(splits.items()):
+        entries = [Entry(path, name, split_of(i)) for i, (path, name) in enumerate(images) if split_of(i)]
+        made = write_store("x", entries, Folder(tmp_path / f"store{number}"), run_here, num_folds=2)
+        outcome = run(name="new", data__source=made.folder.uri, method__classes_per_batch=2)
+        assert_one_error(outcome, 2, says)
+    assert not (base.root / "runs" / "new").exists() or not contents(base.root / "runs" / "new")
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(base: Base) -> None:
+    kinds = [(line["kind"], line["step"]) for line in read_metrics(base.run)]
+    steps = max(step for _, step in kinds)
+    assert kinds[0] == ("frozen", 0) and kinds[-1] == ("test", steps)
+    assert [s for k, s in kinds if k == "train"] == list(range(1, steps + 1)), "log_every: 1"
+    assert [s for k, s in kinds if k == "validation"] == [steps // 2, steps]
+    summary = base.run.read_json("summary.json")
+    progress = Checkpoints(base.run).latest()
+    assert progress.finished and progress.step == steps and summary["step"] == steps and progress.epoch == 2
+    best = max((line for line in read_metrics(base.run) if line["kind"] == "validation"), key=lambda line: line["map@r"])
+    assert progress.best_step == best["step"] and summary["validation"]["map@r"] == round(best["map@r"], 4)
+    assert summary["protocol"]["trained_on"] == "training classes without fold 0" and summary["reproducible"]
+    assert summary["images"] == 12 * steps and summary["final"]["queries"] == 28
+    assert {"recall@1", "map@r", "r_precision", "nmi", "ami"} <= set(summary["final"]) and "nmi" not in summary["frozen"]
+    config = build_config(yaml.safe_load(base.run.read("config.yaml")))
+    assert config.runtime.cpus_per_worker == 1 and config.storage == str(base.root)
+    assert base.run.read_json("run.json") == {"fingerprint": base.store.fingerprint, "dataset": base.store.folder.uri}
+    assert base.run.exists("report.html") and base.run.names("tensorboard")
+
+
+def test_a_finished_run_shows_its_summary_again_without_training(run: Train, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = base.files()
+    modified = {p: p.stat().st_mtime_ns for p in Path(base.run.path()).rglob("*") if p.is_file()}
+    monkeypatch.setattr(train, "run_in_process", lambda *_: pytest.fail("it was started again"))
+    status, out, err = run()
+    assert status == 0 and not err
+    final = base.run.read_json("summary.json")["final"]
+    assert "done: retrieval on classes never seen in training" in out and f"{final['recall@1']:.2f}" in out and "28 queries" in out
+    assert f"report: {base.run}/report.html" in out
+    assert base.files() == before and all(p.stat().st_mtime_ns == at for p, at in modified.items())
+
+
+def test_single_images_are_announced(run: Train, base: Base) -> None:
+    store = base.store
+    fold = int(store.fold[[store.class_name_of[int(label)] == "train_single" for label in store.label]][0])
+    status, _, err = run(name="singles", length="1 steps", data__validation_fold=(fold + 1) % 4)
+    assert status == 0
+    assert "1 training classes have one image each (first: train_single): used as negatives only" in " ".join(err.split())
+    shutil.rmtree(base.root / "runs" / "singles")
+
+
+def test_fresh_starts_over_and_repeats_every_bit(run: Train, base: Base) -> None:
+    first = contents(Path(base.run.path()))
+    lines = [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_metrics(base.run)]
+    (base.root / "runs" / "done" / "notes.txt").write_text("of the run before")
+    status, _, _ = run("--fresh")
+    again = contents(Path(base.run.path()))
+    assert status == 0 and "notes.txt" not in again
+    assert again["incarnation"].strip() == b"1"
+    tensors = [name for name in first if name.endswith(".safetensors")]
+    assert len(tensors) >= 4 and all(first[name] == again[name] for name in tensors)
+    assert [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_metrics(base.run)] == lines
+
+
+def parameters(run: Folder, step: int) -> dict[str, torch.Tensor]:
+    base = f"{run.path()}/checkpoints/step-{step:08d}"
+    return load_file(f"{base}/trunk.safetensors") | load_file(f"{base}/method.safetensors")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_good_checkpoint(run: Train, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Baseline.loss
+
+    def broken(self: Baseline, embeddings: torch.Tensor, labels: torch.Tensor, context: Any) -> torch.Tensor:
+        loss = original(self, embeddings, labels, context)
+        return loss * float("nan") if context.clock.step == 5 else loss
+
+    monkeypatch.setattr(Baseline, "loss", broken)
+    outcome = run(name="nan")
+    assert_one_error(outcome, 1, "the loss is not finite at step 5 (got nan on rank 0); no parameter was changed by this step")
+    folder = Folder(base.root / "runs" / "nan")
+    saved = Checkpoints(folder).latest()
+    assert 0 < saved.step <= 5 and not saved.finished
+    assert all(t.isfinite().all() for t in parameters(folder, saved.step).values())
+    assert not folder.exists("summary.json")
+    monkeypatch.undo()
+    assert run(name="nan")[0] == 0, "the checkpoint can be continued from"
+    assert parameters(folder, 8).keys() == parameters(base.run, 8).keys()
+    assert all(torch.equal(t, parameters(base.run, 8)[n]) for n, t in parameters(folder, 8).items()), "as if nothing had happened"
+    shutil.rmtree(folder.path())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "not finite at step"),
+        ({"checkpoint.every": "1 steps"}, "not finite"),
+        ({"evaluation.every": "1 steps"}, "not finite"),
+    ],
+)
+def test_a_learning_rate_that_explodes(changes: dict[str, Any], says: str, run: Train, base: Base, exploded: Folder) -> None:
+    settings = {"name": "explode", "method.optimizer.lr": 1e30, "precision": "float32", "model.batch_norm": "frozen", **changes}
+    assert_one_error(run(**{k.replace(".", "__"): v for k, v in settings.items()}), 1, says)
+
+
+def test_parameters_that_are_not_finite_are_never_saved(run: Train, monkeypatch: pytest.MonkeyPatch, exploded: Folder) -> None:
+    """A finite loss may have a gradient that is not."""
+    original = Baseline.training_step
+
+    def broken(self: Baseline, batch: Any, context: Any) -> dict[str, float]:
+        logs = original(self, batch, context)
+        if context.clock.step == 2:
+            self.head.linear.bias.data[0] = float("inf")
+        return logs
+
+    monkeypatch.setattr(Baseline, "training_step", broken)
+    outcome = run(name="explode", checkpoint__every="1 steps")
+    assert_one_error(outcome, 1, " tensors are not finite at step 3 (first: method.head.linear.bias)")
+    assert Checkpoints(exploded).steps() == [1, 2]
+
+
+@pytest.fixture
+def exploded(base: Base) -> Iterator[Folder]:
+    """The run of that name; all that it has saved is finite."""
+    folder = Folder(base.root / "runs" / "explode")
+    yield folder
+    steps = Checkpoints(folder).steps()
+    finite = [bool(t.isfinite().all()) for step in steps for t in parameters(folder, step).values()]
+    shutil.rmtree(folder.path())
+    assert finite and all(finite)
