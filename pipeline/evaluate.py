@@ -10,6 +10,7 @@ Rows are compared by cosine; neighbours are exact (float64, ties by row).
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -53,32 +54,41 @@ def main(arguments: list[str] | None = None) -> int:
         if options.recall_at and min(options.recall_at) < 1:
             raise UserError(f"--recall-at {options.recall_at}: every K has to be at least 1")
         metrics = _run(options) if len(options.inputs) == 1 else _arrays(options)
+        if options.json:
+            _write(options.json, json.dumps(metrics, indent=1).encode())
     except (UserError, RunError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     out = Console()
     out.print(" ".join(options.inputs), highlight=False, soft_wrap=True)
     out.print(metrics_table(metrics))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(metrics, file, indent=1)
     return 0
+
+
+def _write(path: str, data: bytes) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _arrays(options: argparse.Namespace) -> dict[str, Any]:
     """Metrics of arrays in files."""
     if len(options.inputs) != 2:
         raise UserError(f"got {len(options.inputs)} inputs, expected one run, or embeddings and labels")
+    if options.checkpoint or options.save or options.split != "test":
+        raise UserError("--checkpoint, --save and --split go with a run, not with arrays")
     embeddings, labels = _pair(*options.inputs)
     gallery, gallery_labels = _pair(*options.gallery) if options.gallery else (None, None)
     if gallery is not None and gallery.shape[1] != embeddings.shape[1]:
         raise UserError(f"queries have {embeddings.shape[1]} dimensions, the gallery has {gallery.shape[1]}")
     try:
         result = retrieve(embeddings, labels, gallery=gallery, gallery_labels=gallery_labels)
-        extra = clustering(embeddings, labels) if options.clustering else {}
+        metrics = result.summary(options.recall_at or (1, 2, 4, 8))
+        return metrics | clustering(embeddings, labels) if options.clustering else metrics
     except ValueError as error:
         raise UserError(str(error)) from error
-    return result.summary(options.recall_at or (1, 2, 4, 8)) | extra
 
 
 def _pair(embeddings: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +145,11 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     source = PixelSource(store.folder.uri, store.fingerprint, None, config.data.transforms)
     embedder = Embedder(source, "in_process", 1, config.evaluation.batch_size, config.precision, device, ranks)
     if options.save:
-        np.save(f"{options.save}.embeddings.npy", embedder(task.queries.ids, trunk, method).cpu().numpy())
-        np.save(f"{options.save}.labels.npy", task.queries.labels)
+        embeddings = embedder(task.queries.ids, trunk, method).cpu().numpy()
+        for name, array in (("embeddings", embeddings), ("labels", task.queries.labels)):
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            _write(f"{options.save}.{name}.npy", buffer.getvalue())
     recall_at = options.recall_at or config.evaluation.recall_at
     return evaluate(task, embedder, trunk, method, recall_at, options.clustering).metrics
 

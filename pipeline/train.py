@@ -183,6 +183,8 @@ def _changes(config: Config, folder: Folder) -> list[str]:
         UserError: a key that is not marked runtime differs, or the run would become shorter.
     """
     if not folder.exists("config.yaml"):
+        if Checkpoints(folder).steps():  # of whichever config: --fresh was killed while it removed them
+            raise UserError(f"run {folder} has checkpoints but no config.yaml: start over with --fresh")
         return []
     old = yaml.safe_load(folder.read("config.yaml"))
     new = yaml.safe_load(to_yaml(config))

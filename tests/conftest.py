@@ -26,10 +26,16 @@ from pipeline.data.catalog import Entry
 from pipeline.data.store import Store, write_store
 from pipeline.prepare import run_here
 from pipeline.storage import Folder
-from tests.pool import Pool
+from tests.pool import Pool, warm_up
 from tests.stubs import STUBS, tiny_config
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Other processes are got ready while the first tests run."""
+    if any({"pool", "make_run"} & set(getattr(item, "fixturenames", ())) for item in session.items):
+        warm_up()
 
 
 def write_images(root: Path, classes: dict[str, int], seed: int, side: int = 24) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any
 
 import torch
@@ -30,6 +30,12 @@ def fork_server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
+
+
+def warm_up() -> None:
+    """Starts the fork server, whose imports take seconds, and does not wait for it."""
+    fork_server()
+    forkserver.ensure_running()
 
 
 class RankFailed(Exception):
@@ -97,7 +103,9 @@ class Pool:
                 f"rank {rank}: hung for {timeout_s:g} s and was killed" if not failures else f"rank {rank}: killed"
             )
             self._remove(rank)
-        if failures:
+        if failures:  # a rank that failed while its group was being made cannot join another one
+            for rank in set(range(world)) & set(self.ranks):
+                self._remove(rank)
             raise RankFailed("\n".join(failures))
         return [answers[rank] for rank in range(world)]
 

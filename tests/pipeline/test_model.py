@@ -65,9 +65,7 @@ def test_pooled_features_of_timm(backbone: str, pooling: str) -> None:
     assert trunk(pixels(0)).shape == (0, trunk.features), "a rank may have no image"
 
 
-@pytest.mark.parametrize(
-    ("name", "features"), [("resnet18", 512), ("mobilenet_v3_small", 576), ("googlenet", 1024)]
-)
+@pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("mobilenet_v3_small", 576), ("googlenet", 1024)])
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 def test_pooled_features_of_torchvision(name: str, features: int, pooling: str) -> None:
     trunk = build(f"torchvision/{name}", 64, pooling=pooling)
@@ -78,7 +76,9 @@ def test_pooled_features_of_torchvision(name: str, features: int, pooling: str) 
     got = trunk(pixels(2, 64))
     torch.testing.assert_close(got, POOLS[pooling](seen[-1]))
     if name == "resnet18":
-        x = (pixels(2, 64).float() / 255 - torch.tensor(model.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(model.IMAGENET_STD).view(3, 1, 1)
+        x = (pixels(2, 64).float() / 255 - torch.tensor(model.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
+            model.IMAGENET_STD
+        ).view(3, 1, 1)
         plain = torchvision.models.resnet18()
         plain.load_state_dict(trunk.backbone.state_dict(), strict=False)
         layers = torch.nn.Sequential(*list(plain.eval().children())[:-2])
@@ -88,7 +88,9 @@ def test_pooled_features_of_torchvision(name: str, features: int, pooling: str) 
 
 def test_torchvision_without_a_pooling_layer() -> None:
     name = "torchvision/shufflenet_v2_x0_5"
-    with pytest.raises(UserError, match=f"{name} has no pooling layer to replace: set model.pooling to native, or use timm's"):
+    with pytest.raises(
+        UserError, match=f"{name} has no pooling layer to replace: set model.pooling to native, or use timm's"
+    ):
         build(name)
     assert build(name, pooling="native").features == 1024
 
@@ -110,14 +112,19 @@ def test_a_vit_pools_itself() -> None:
     with torch.no_grad():
         x = (pixels(2, 160).float() / 255 - mean) / std
         torch.testing.assert_close(trunk(pixels(2, 160)), reference.eval()(x), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match=r"test_vit gives \(1, \d+, \d+\) instead of a feature map: set model.pooling to native"):
+    with pytest.raises(
+        UserError, match=r"test_vit gives \(1, \d+, \d+\) instead of a feature map: set model.pooling to native"
+    ):
         build("test_vit", 160)
     with pytest.raises(UserError, match="test_vit cannot take images of 50×50"):
         build("test_vit", 50, pooling="native")
 
 
 def test_mean_and_std_may_be_given_and_layout_changes_nothing() -> None:
-    trunk, other = build(mean=[0.5, 0.25, 0], std=[2, 2, 1]), build(channels_last=False, mean=[0.5, 0.25, 0], std=[2, 2, 1])
+    trunk, other = (
+        build(mean=[0.5, 0.25, 0], std=[2, 2, 1]),
+        build(channels_last=False, mean=[0.5, 0.25, 0], std=[2, 2, 1]),
+    )
     x = pixels().float() / 255
     expected = torch.stack([(x[:, 0] - 0.5) / 2, (x[:, 1] - 0.25) / 2, x[:, 2]], 1)
     torch.testing.assert_close(trunk.normalise(pixels()), expected)
@@ -177,10 +184,15 @@ def test_evaluation_mode_changes_no_statistics() -> None:
 
 
 def weights_of(trunk: Trunk, **change: str) -> dict[str, torch.Tensor]:
-    return {change.get("prefix", "") + name: value.clone().contiguous() for name, value in trunk.backbone.state_dict().items()}
+    return {
+        change.get("prefix", "") + name: value.clone().contiguous()
+        for name, value in trunk.backbone.state_dict().items()
+    }
 
 
-@pytest.mark.parametrize("kind", ["pth", "safetensors", "module prefix", "state_dict key", "model key", "our own trunk"])
+@pytest.mark.parametrize(
+    "kind", ["pth", "safetensors", "module prefix", "state_dict key", "model key", "our own trunk"]
+)
 def test_weights_from_a_file(kind: str, tmp_path: Path) -> None:
     original = build()
     randomise_statistics(original)
@@ -195,7 +207,9 @@ def test_weights_from_a_file(kind: str, tmp_path: Path) -> None:
         torch.save(wrapped.get(kind, state), path)
     torch.manual_seed(7)
     loaded = build_trunk(ModelConfig(backbone="test_resnet", weights=path), SIZE)
-    assert all(torch.equal(a, b) for a, b in zip(original.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(original.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
 class Malicious:
@@ -283,7 +297,10 @@ def test_lite0_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"backbone": "resnet5O"}, "backbone 'resnet5O' is unknown: did you mean 'resnet50'"),
         ({"backbone": "test_resnett"}, "did you mean 'test_resnet'"),
         ({"backbone": "torchvision/resnt18"}, "torchvision has no model 'resnt18': did you mean 'resnet18'"),
-        ({"backbone": "test_resnet", "weights": "imagenet"}, r"weights 'imagenet': no such file \(other choices: pretrained, none, " + LITE0),
+        (
+            {"backbone": "test_resnet", "weights": "imagenet"},
+            r"weights 'imagenet': no such file \(other choices: pretrained, none, " + LITE0,
+        ),
     ],
 )
 def test_unknown_names(values: dict, says: str) -> None:
@@ -297,5 +314,8 @@ def test_a_download_that_fails_names_the_way_out(monkeypatch: pytest.MonkeyPatch
         raise OSError("connection refused\nand more")
 
     monkeypatch.setattr(model.timm, "create_model", offline)
-    with pytest.raises(UserError, match=r"weights of 'test_resnet' cannot be downloaded \(OSError\): set model.weights to a file, or to none"):
+    with pytest.raises(
+        UserError,
+        match=r"weights of 'test_resnet' cannot be downloaded \(OSError\): set model.weights to a file, or to none",
+    ):
         build(weights="pretrained")

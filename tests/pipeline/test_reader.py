@@ -55,7 +55,9 @@ def small_store(root: Path, classes: int = 4, reject: Set[int] = frozenset()) ->
     for i in reject:
         Path(found[i][0]).write_bytes(b"?")
     entries = [Entry(path, name, "train") for path, name in found]
-    store = write_store("x", entries, Folder(root / "store"), run_here, num_folds=2, images_per_shard=4, max_rejected=1.0)
+    store = write_store(
+        "x", entries, Folder(root / "store"), run_here, num_folds=2, images_per_shard=4, max_rejected=1.0
+    )
     return store, bytes_of(store)
 
 
@@ -111,10 +113,14 @@ def test_the_cache_is_made_once(store: Store, tmp_path: Path, monkeypatch: pytes
     assert not list(path.parent.glob("*.part"))
 
 
-def test_threads_that_start_together_make_it_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_start_together_make_it_once(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads: list[str] = []
     original = Store.shard_table
-    monkeypatch.setattr(Store, "shard_table", lambda self, record: (reads.append(record["file"]), original(self, record))[1])
+    monkeypatch.setattr(
+        Store, "shard_table", lambda self, record: (reads.append(record["file"]), original(self, record))[1]
+    )
     barrier = threading.Barrier(6)
 
     def make(_: int) -> Path:
@@ -123,17 +129,23 @@ def test_threads_that_start_together_make_it_once(store: Store, tmp_path: Path, 
 
     with ThreadPoolExecutor(6) as pool:
         assert len(set(pool.map(make, range(6)))) == 1
-    assert sorted(reads) == sorted(s["file"] for s in store.manifest["shards"] if "train" in s["file"]), "each shard once"
+    assert sorted(reads) == sorted(s["file"] for s in store.manifest["shards"] if "train" in s["file"]), (
+        "each shard once"
+    )
 
 
-def read_in_process(rank: int, world: int, uri: str, fingerprint: str, cache: str, ids: np.ndarray) -> tuple[int, list[bytes]]:
+def read_in_process(
+    rank: int, world: int, uri: str, fingerprint: str, cache: str, ids: np.ndarray
+) -> tuple[int, list[bytes]]:
     data = open_reader(uri, fingerprint, cache).read(ids)
     (path,) = Path(cache).glob("*.arrow")
     return path.stat().st_ino, data
 
 
 @pytest.mark.cluster
-def test_processes_that_start_together_share_one(pool: Pool, store: Store, images: dict[int, bytes], tmp_path: Path) -> None:
+def test_processes_that_start_together_share_one(
+    pool: Pool, store: Store, images: dict[int, bytes], tmp_path: Path
+) -> None:
     ids = store.select(["train"]).ids
     results = pool(read_in_process, 3, store.folder.uri, store.fingerprint, str(tmp_path / "cache"), ids)
     assert len({inode for inode, _ in results}) == 1
@@ -223,7 +235,10 @@ def test_row_groups_may_be_read_by_several_threads(tmp_path: Path) -> None:
 
     def read(seed: int) -> bool:
         random = np.random.default_rng(seed)
-        return all(direct.read(ids) == [expected[i] for i in ids] for ids in (random.choice(opened.sample_id, 8) for _ in range(40)))
+        return all(
+            direct.read(ids) == [expected[i] for i in ids]
+            for ids in (random.choice(opened.sample_id, 8) for _ in range(40))
+        )
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(read, range(6)))

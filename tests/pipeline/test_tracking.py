@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -72,8 +74,11 @@ def test_a_resumed_log_reads_as_if_never_killed(folder: Folder) -> None:
     assert sum(line["kind"] == "validation" for line in read_metrics(folder)) == 1
 
 
-@pytest.mark.parametrize("rest", ['{"step": 3, "ki', "{", '{"step": 3, "kind": "train", "loss": 0.1', '"text"', "\0\0\0\0"])
-def test_a_line_cut_off_by_a_kill_is_dropped(rest: str, folder: Folder) -> None:
+@pytest.mark.parametrize(
+    "rest", ['{"step": 3, "ki', "{", '{"step": 3, "kind": "train", "loss": 0.1', '"text"', "\0\0\0\0"]
+)
+def test_a_line_cut_off_by_a_kill_is_dropped(rest: str, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
     whole = '{"step": 1, "kind": "train", "loss": 1.0}\n{"step": 2, "kind": "train", "loss": 0.5}\n'
     folder.write("metrics.jsonl", (whole + rest).encode())
     assert [line["step"] for line in read_metrics(folder)] == [1, 2]
@@ -103,7 +108,7 @@ def test_nothing_logged_yet(folder: Folder) -> None:
 
 
 def shown(terminal: bool, states: list[dict]) -> str:
-    console = Console(force_terminal=terminal, width=120, record=True, file=open("/dev/null", "w"))
+    console = Console(force_terminal=terminal, width=120, record=True, file=io.StringIO())
     with Display(console) as display:
         for state in states:
             display({"notices": [], "progress": {}, "error": None} | state)
@@ -129,12 +134,14 @@ def test_without_a_terminal_every_phase_is_a_line() -> None:
 
 
 def test_on_a_terminal_there_is_a_bar() -> None:
-    text = shown(True, [{"progress": {"phase": "training", "step": 3, "total": 9, "images_per_second": 12.3, "waiting": 0.0}}])
+    text = shown(
+        True, [{"progress": {"phase": "training", "step": 3, "total": 9, "images_per_second": 12.3, "waiting": 0.0}}]
+    )
     assert "training" in text and "3/9" in text and "12 images/s" in text
 
 
 def test_tables() -> None:
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=io.StringIO())
     metrics = {"recall@1": 51.239, "map@r": 20.0, "nmi": 70.0, "queries": 1234, "queries_without_positive": 5}
     console.print(metrics_table(metrics))
     console.print(summary_table({"final": metrics, "frozen": {"recall@1": 41.0, "map@r": 25.5, "queries": 1234}}))

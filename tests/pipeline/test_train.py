@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,51 +14,20 @@ import yaml
 from safetensors.torch import load_file
 
 from methods import Baseline
-from pipeline import evaluate, prepare, session, train
+from pipeline import train
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import build_config
 from pipeline.data.catalog import Entry
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store, write_store
-from pipeline.errors import UserError
 from pipeline.prepare import run_here
-from pipeline.session import check_machine, needed_cpus, resolve
 from pipeline.storage import Folder
 from pipeline.tracking import read_metrics
 from tests.conftest import write_images, write_tiny_store
-from tests.stubs import tiny_values
+from tests.pipeline.conftest import Base, contents
 
 Outcome = tuple[int, str, str]
 Train = Callable[..., Outcome]
-
-
-class Base:
-    """A storage folder with a dataset of its own and one finished run, "done"; every test leaves it as it was."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.store = root, write_tiny_store(root)
-        self.run = Folder(root / "runs" / "done")
-
-    def recipe(self, changes: dict[str, Any] | None = None) -> str:
-        """A file for `changes` of the tiny run (keys with dots)."""
-        values = tiny_values(str(self.root), self.store.folder.uri, {"name": "done", "length": "2 epochs", **(changes or {})})
-        path = self.root / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return str(path)
-
-    def files(self) -> dict[str, bytes]:
-        return contents(self.root / "runs")
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    made = Base(tmp_path_factory.mktemp("train"))
-    assert train.main([made.recipe()]) == 0
-    return made
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +83,10 @@ def test_bad_input_is_one_line_and_touches_nothing(name: str, fresh: bool, run: 
     changes, says = REFUSED[name]
     before = base.files()
     for run_name in ("done", "new") if fresh else ("new",):
-        outcome = run(*(["--fresh"] if fresh else []), **{k.replace(".", "__"): v for k, v in ({"name": run_name} | changes).items()})
+        outcome = run(
+            *(["--fresh"] if fresh else []),
+            **{k.replace(".", "__"): v for k, v in ({"name": run_name} | changes).items()},
+        )
         assert_one_error(outcome, 2, says)
     assert base.files() == before
 
@@ -139,11 +109,22 @@ def test_unwritable_storage(what: str, run: Train, base: Base, request: pytest.F
         ({"length": "900 steps"}, "it may only grow, in the same unit"),
     ],
 )  # fmt: skip
-def test_a_run_does_not_become_another(changes: dict[str, Any], says: str, run: Train, base: Base, store: Store) -> None:
+def test_a_run_does_not_become_another(
+    changes: dict[str, Any], says: str, run: Train, base: Base, store: Store
+) -> None:
     before = base.files()
     changes = {k: v.format(other=store.folder.uri) if isinstance(v, str) else v for k, v in changes.items()}
     assert_one_error(run(**{k.replace(".", "__"): v for k, v in changes.items()}), 2, says.format(run=base.run))
     assert base.files() == before
+
+
+def test_checkpoints_of_an_unknown_config_are_not_continued(run: Train, base: Base) -> None:
+    """What is left when --fresh is killed while it removes the earlier run."""
+    shutil.copytree(base.root / "runs" / "done" / "checkpoints", base.root / "runs" / "rest" / "checkpoints")
+    before = base.files()
+    assert_one_error(run(name="rest"), 2, "has checkpoints but no config.yaml: start over with --fresh")
+    assert base.files() == before
+    shutil.rmtree(base.root / "runs" / "rest")
 
 
 @pytest.fixture
@@ -162,7 +143,11 @@ def test_another_dataset_in_the_same_place(run: Train, base: Base, damaged: Fold
     shutil.copytree(other.folder.path(), damaged.path())
     before = base.files()
     outcome = run(length="3 epochs")
-    assert_one_error(outcome, 2, f"was trained on a dataset of fingerprint {base.store.fingerprint}, {damaged} has {other.fingerprint}")
+    assert_one_error(
+        outcome,
+        2,
+        f"was trained on a dataset of fingerprint {base.store.fingerprint}, {damaged} has {other.fingerprint}",
+    )
     assert "another name or --fresh" in outcome[2] and base.files() == before
 
 
@@ -187,7 +172,9 @@ def test_a_damaged_dataset_is_noticed_before_training(damage: str, run: Train, b
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["copied", "by row group"])
-def test_a_flipped_bit_ends_the_run_with_the_name_of_the_shard(cached: bool, run: Train, base: Base, damaged: Folder, tmp_path: Path) -> None:
+def test_a_flipped_bit_ends_the_run_with_the_name_of_the_shard(
+    cached: bool, run: Train, base: Base, damaged: Folder, tmp_path: Path
+) -> None:
     shard = next(s for s in base.store.manifest["shards"] if "train" in s["file"])
     data = bytearray(damaged.read(shard["file"]))
     for at in range(len(data) // 4, len(data) // 2, 97):
@@ -205,7 +192,9 @@ def test_images_that_cannot_be_measured_are_told_before_training(run: Train, tmp
     """Each once cost a whole training: test classes of one image, and a clustering of a single test class."""
     images = write_images(tmp_path, {f"c{i:02d}": 3 for i in range(10)}, seed=0)
     splits = {
-        "none of the 4 queries has another image of its class": lambda i: "train" if i < 18 else "test" if i % 3 == 0 else None,
+        "none of the 4 queries has another image of its class": lambda i: (
+            "train" if i < 18 else "test" if i % 3 == 0 else None
+        ),
         "a clustering needs at least 2 classes": lambda i: "train" if i < 18 else "test" if i < 21 else None,
     }
     for number, (says, split_of) in enumerate(splits.items()):
@@ -228,25 +217,35 @@ def test_what_a_run_leaves(base: Base) -> None:
     summary = base.run.read_json("summary.json")
     progress = Checkpoints(base.run).latest()
     assert progress.finished and progress.step == steps and summary["step"] == steps and progress.epoch == 2
-    best = max((line for line in read_metrics(base.run) if line["kind"] == "validation"), key=lambda line: line["map@r"])
+    best = max(
+        (line for line in read_metrics(base.run) if line["kind"] == "validation"), key=lambda line: line["map@r"]
+    )
     assert progress.best_step == best["step"] and summary["validation"]["map@r"] == round(best["map@r"], 4)
     assert summary["protocol"]["trained_on"] == "training classes without fold 0" and summary["reproducible"]
     assert summary["images"] == 12 * steps and summary["final"]["queries"] == 28
-    assert {"recall@1", "map@r", "r_precision", "nmi", "ami"} <= set(summary["final"]) and "nmi" not in summary["frozen"]
+    assert {"recall@1", "map@r", "r_precision", "nmi", "ami"} <= set(summary["final"]) and "nmi" not in summary[
+        "frozen"
+    ]
     config = build_config(yaml.safe_load(base.run.read("config.yaml")))
     assert config.runtime.cpus_per_worker == 1 and config.storage == str(base.root)
     assert base.run.read_json("run.json") == {"fingerprint": base.store.fingerprint, "dataset": base.store.folder.uri}
     assert base.run.exists("report.html") and base.run.names("tensorboard")
 
 
-def test_a_finished_run_shows_its_summary_again_without_training(run: Train, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_shows_its_summary_again_without_training(
+    run: Train, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = base.files()
     modified = {p: p.stat().st_mtime_ns for p in Path(base.run.path()).rglob("*") if p.is_file()}
     monkeypatch.setattr(train, "run_in_process", lambda *_: pytest.fail("it was started again"))
     status, out, err = run()
     assert status == 0 and not err
     final = base.run.read_json("summary.json")["final"]
-    assert "done: retrieval on classes never seen in training" in out and f"{final['recall@1']:.2f}" in out and "28 queries" in out
+    assert (
+        "done: retrieval on classes never seen in training" in out
+        and f"{final['recall@1']:.2f}" in out
+        and "28 queries" in out
+    )
     assert f"report: {base.run}/report.html" in out
     assert base.files() == before and all(p.stat().st_mtime_ns == at for p, at in modified.items())
 
@@ -256,13 +255,17 @@ def test_single_images_are_announced(run: Train, base: Base) -> None:
     fold = int(store.fold[[store.class_name_of[int(label)] == "train_single" for label in store.label]][0])
     status, _, err = run(name="singles", length="1 steps", data__validation_fold=(fold + 1) % 4)
     assert status == 0
-    assert "1 training classes have one image each (first: train_single): used as negatives only" in " ".join(err.split())
+    assert "1 training classes have one image each (first: train_single): used as negatives only" in " ".join(
+        err.split()
+    )
     shutil.rmtree(base.root / "runs" / "singles")
 
 
 def test_fresh_starts_over_and_repeats_every_bit(run: Train, base: Base) -> None:
     first = contents(Path(base.run.path()))
-    lines = [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_metrics(base.run)]
+    lines = [
+        {k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_metrics(base.run)
+    ]
     (base.root / "runs" / "done" / "notes.txt").write_text("of the run before")
     status, _, _ = run("--fresh")
     again = contents(Path(base.run.path()))
@@ -270,7 +273,9 @@ def test_fresh_starts_over_and_repeats_every_bit(run: Train, base: Base) -> None
     assert again["incarnation"].strip() == b"1"
     tensors = [name for name in first if name.endswith(".safetensors")]
     assert len(tensors) >= 4 and all(first[name] == again[name] for name in tensors)
-    assert [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_metrics(base.run)] == lines
+    assert [
+        {k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_metrics(base.run)
+    ] == lines
 
 
 def parameters(run: Folder, step: int) -> dict[str, torch.Tensor]:
@@ -278,7 +283,9 @@ def parameters(run: Folder, step: int) -> dict[str, torch.Tensor]:
     return load_file(f"{base}/trunk.safetensors") | load_file(f"{base}/method.safetensors")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_good_checkpoint(run: Train, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_good_checkpoint(
+    run: Train, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = Baseline.loss
 
     def broken(self: Baseline, embeddings: torch.Tensor, labels: torch.Tensor, context: Any) -> torch.Tensor:
@@ -287,7 +294,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_good_checkpoint(run: Trai
 
     monkeypatch.setattr(Baseline, "loss", broken)
     outcome = run(name="nan")
-    assert_one_error(outcome, 1, "the loss is not finite at step 5 (got nan on rank 0); no parameter was changed by this step")
+    assert_one_error(
+        outcome, 1, "the loss is not finite at step 5 (got nan on rank 0); no parameter was changed by this step"
+    )
     folder = Folder(base.root / "runs" / "nan")
     saved = Checkpoints(folder).latest()
     assert 0 < saved.step <= 5 and not saved.finished
@@ -296,7 +305,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_good_checkpoint(run: Trai
     monkeypatch.undo()
     assert run(name="nan")[0] == 0, "the checkpoint can be continued from"
     assert parameters(folder, 8).keys() == parameters(base.run, 8).keys()
-    assert all(torch.equal(t, parameters(base.run, 8)[n]) for n, t in parameters(folder, 8).items()), "as if nothing had happened"
+    assert all(torch.equal(t, parameters(base.run, 8)[n]) for n, t in parameters(folder, 8).items()), (
+        "as if nothing had happened"
+    )
     shutil.rmtree(folder.path())
 
 
@@ -308,12 +319,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_good_checkpoint(run: Trai
         ({"evaluation.every": "1 steps"}, "not finite"),
     ],
 )
-def test_a_learning_rate_that_explodes(changes: dict[str, Any], says: str, run: Train, base: Base, exploded: Folder) -> None:
-    settings = {"name": "explode", "method.optimizer.lr": 1e30, "precision": "float32", "model.batch_norm": "frozen", **changes}
+def test_a_learning_rate_that_explodes(
+    changes: dict[str, Any], says: str, run: Train, base: Base, exploded: Folder
+) -> None:
+    settings = {
+        "name": "explode",
+        "method.optimizer.lr": 1e30,
+        "precision": "float32",
+        "model.batch_norm": "frozen",
+        **changes,
+    }
     assert_one_error(run(**{k.replace(".", "__"): v for k, v in settings.items()}), 1, says)
 
 
-def test_parameters_that_are_not_finite_are_never_saved(run: Train, monkeypatch: pytest.MonkeyPatch, exploded: Folder) -> None:
+def test_parameters_that_are_not_finite_are_never_saved(
+    run: Train, monkeypatch: pytest.MonkeyPatch, exploded: Folder
+) -> None:
     """A finite loss may have a gradient that is not."""
     original = Baseline.training_step
 
@@ -338,3 +359,24 @@ def exploded(base: Base) -> Iterator[Folder]:
     finite = [bool(t.isfinite().all()) for step in steps for t in parameters(folder, step).values()]
     shutil.rmtree(folder.path())
     assert finite and all(finite)
+
+
+def test_everything_in_object_storage(bucket: str, run: Train, base: Base, tmp_path: Path) -> None:
+    """Dataset and run folder: the same weights, a second start that only shows the summary, a dataset that is damaged."""
+    source = Folder(bucket) / "data" / "tiny"
+    for name in ("manifest.json", "catalog.parquet", *(s["file"] for s in base.store.manifest["shards"])):
+        source.write(name, base.store.folder.read(name))
+    settings = {"storage": bucket, "data__source": source.uri, "runtime__cache": str(tmp_path / "cache")}
+    assert run(**settings)[0] == 0
+    remote = Folder(bucket) / "runs" / "done"
+    for name in (n for n in contents(Path(base.run.path())) if n.endswith(".safetensors")):
+        assert remote.read(name) == base.run.read(name)
+    assert remote.exists("report.html") and remote.names("tensorboard")
+    assert [line["kind"] for line in read_metrics(remote)] == [line["kind"] for line in read_metrics(base.run)]
+    sizes = {n: remote.size(n) for n in ("metrics.jsonl", "summary.json")}
+    status, out, _ = run(**settings)
+    assert status == 0 and f"report: {remote}/report.html" in out
+    assert {n: remote.size(n) for n in sizes} == sizes and remote.read_json("incarnation") == 1
+    shard = base.store.manifest["shards"][0]["file"]
+    source.remove(shard)
+    assert_one_error(run(**settings, length="3 epochs"), 2, f"shard {source}/{shard} is missing")

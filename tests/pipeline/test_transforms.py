@@ -177,7 +177,10 @@ def source(store: Store) -> Iterator[PixelSource]:
 
 def items(store: Store) -> list[Item]:
     ids = store.select(["train"]).ids
-    return [Item(ids[i : i + 4 + i % 2], (0, i, 3 * i)) for i in range(0, 10)] + [Item(ids[:0], (0, 10, 0)), Item(ids[:3])]
+    return [Item(ids[i : i + 4 + i % 2], (0, i, 3 * i)) for i in range(0, 10)] + [
+        Item(ids[:0], (0, 10, 0)),
+        Item(ids[:3]),
+    ]
 
 
 def test_fetch_decodes_and_keys_every_slot(source: PixelSource, store: Store) -> None:
@@ -214,10 +217,14 @@ def test_loading_gives_what_fetch_gives_in_order(source: PixelSource, store: Sto
     for got, item in zip(loaded, wanted, strict=True):
         np.testing.assert_array_equal(got.numpy(), fetch(source, item))
     assert list(load(source, [], "in_process")) == []
-    assert [len(p) for p in load(source, [Item(np.zeros(0, dtype=np.int64))], "ray")] == [0], "nothing to load needs no Ray"
+    assert [len(p) for p in load(source, [Item(np.zeros(0, dtype=np.int64))], "ray")] == [0], (
+        "nothing to load needs no Ray"
+    )
 
 
-def test_an_error_while_fetching_comes_out_where_it_belongs(source: PixelSource, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_fetching_comes_out_where_it_belongs(
+    source: PixelSource, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = items(store)
 
     def failing(source: PixelSource, item: Item) -> np.ndarray:

@@ -1,0 +1,259 @@
+"""`python -m pipeline.evaluate`: arrays, and the checkpoints of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pipeline import evaluate, train
+from pipeline.checkpoint import Checkpoints
+from pipeline.data.catalog import Entry
+from pipeline.data.reader import open_reader
+from pipeline.data.store import Store, write_store
+from pipeline.evaluation import test_task as task_of
+from pipeline.metrics import clustering, retrieve
+from pipeline.prepare import run_here
+from pipeline.storage import Folder
+from pipeline.tracking import read_metrics
+from tests.conftest import write_images
+from tests.pipeline.conftest import Base, contents
+from tests.stubs import tiny_values
+
+Evaluate = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command would take all cores; readers are kept for the life of a process."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    open_reader.cache_clear()
+    yield
+    open_reader.cache_clear()
+
+
+@pytest.fixture
+def measure(tmp_path: Path, capsys: pytest.CaptureFixture) -> Evaluate:
+    """Runs the command; returns what it wrote to --json, having compared it with the table."""
+
+    def command(*arguments: str | Path) -> dict[str, Any]:
+        path = tmp_path / "metrics.json"
+        assert evaluate.main([*map(str, arguments), "--json", str(path)]) == 0
+        out, err = capsys.readouterr()
+        metrics = json.loads(path.read_text())
+        rows = {cells[0]: cells[1:] for cells in (line.replace("│", " ").split() for line in out.splitlines()) if cells}
+        assert not err and all(rows[k] == [f"{v:.2f}"] for k, v in metrics.items() if not k.startswith("queries"))
+        return metrics
+
+    return command
+
+
+def refused(arguments: list[str | Path], says: str, capsys: pytest.CaptureFixture) -> None:
+    assert evaluate.main([*map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err and not out
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def arrays(
+    folder: Path, num: int, seed: int, name: str, dtype: Any = np.float32
+) -> tuple[list[Path], torch.Tensor, torch.Tensor]:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 8, num)
+    x = (np.random.default_rng(9).normal(size=(8, 5))[labels] + random.normal(size=(num, 5))).astype(dtype)
+    paths = [folder / f"{name}x.npy", folder / f"{name}y.npy"]
+    np.save(paths[0], x)
+    np.save(paths[1], labels)
+    return paths, torch.from_numpy(x if dtype == np.float64 else x.astype(np.float32)), torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_arrays(dtype: Any, measure: Evaluate, tmp_path: Path) -> None:
+    paths, x, y = arrays(tmp_path, 60, 0, "q", dtype)
+    assert measure(*paths) == retrieve(x, y).summary((1, 2, 4, 8))
+    expected = retrieve(x, y).summary((3, 7)) | clustering(x, y)
+    assert measure(*paths, "--recall-at", "3", "7", "--clustering") == expected
+
+
+def test_arrays_with_a_gallery(measure: Evaluate, tmp_path: Path) -> None:
+    queries, x, y = arrays(tmp_path, 20, 0, "q")
+    gallery, gx, gy = arrays(tmp_path, 50, 1, "g")
+    assert measure(*queries, "--gallery", *gallery) == retrieve(x, y, gallery=gx, gallery_labels=gy).summary(
+        (1, 2, 4, 8)
+    )
+
+
+def test_arrays_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (x, y), *_ = arrays(tmp_path, 20, 0, "q")
+    (tmp_path / "text.npy").write_text("1,2")
+    saved = {"ints": np.ones((20, 3), int), "short": np.zeros(19, int), "floats": np.zeros(20), "narrow": np.ones((20, 4), np.float32),
+             "nan": np.full((20, 5), np.nan, np.float32), "alone": np.arange(20), "object": np.array([{}] * 20)}  # fmt: skip
+    for name, array in saved.items():
+        np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
+    p = {name: tmp_path / f"{name}.npy" for name in [*saved, "text"]}
+    for arguments, says in (
+        ([x, y, y], "got 3 inputs, expected one run, or embeddings and labels"),
+        ([tmp_path / "no.npy", y], "no.npy cannot be read as a .npy array"),
+        ([p["text"], y], "text.npy cannot be read as a .npy array"),
+        ([x, p["object"]], "object.npy cannot be read as a .npy array"),
+        ([p["ints"], y], "holds int64 [20, 3], expected floats [N, D]"),
+        ([y, x], "holds int64 [20], expected floats [N, D]"),
+        ([x, p["floats"]], "holds float64 [20], expected integers [N]"),
+        ([x, p["short"]], "has 20 rows"),
+        ([x, y, "--gallery", p["narrow"], y], "queries have 5 dimensions, the gallery has 4"),
+        ([p["nan"], y], "20 of 20 embeddings rows are zero or not finite"),
+        ([x, p["alone"]], "none of the 20 queries has another row of its class"),
+        ([x, y, "--recall-at", "0"], "every K has to be at least 1"),
+        ([x, y, "--checkpoint", "best"], "go with a run"),
+        ([x, y, "--save", "z"], "go with a run"),
+        ([x, y, "--json", tmp_path / "qx.npy" / "m.json"], "m.json cannot be written"),
+    ):
+        refused(arguments, says, capsys)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_measured_as_at_its_end(base: Base, measure: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = base.files()
+    final = base.run.read_json("summary.json")["final"]
+    metrics = measure(base.run.path(), "--clustering")
+    assert {k: round(v, 4) for k, v in metrics.items()} == final
+    monkeypatch.setenv("RAYDML_HOME", str(base.root))
+    assert measure("done") == {k: v for k, v in metrics.items() if k not in ("nmi", "ami")}, "by name"
+    assert set(measure("done", "--recall-at", "5")) >= {"recall@5", "map@r"}
+    assert base.files() == before, "a run that is measured is not touched"
+
+
+def test_every_checkpoint_gives_the_figures_that_were_logged(base: Base, measure: Evaluate) -> None:
+    validations = {line["step"]: line for line in read_metrics(base.run) if line["kind"] == "validation"}
+    checkpoints = Checkpoints(base.run)
+    latest = checkpoints.latest()
+    measured = {}
+    for name, step in ((str(s), s) for s in checkpoints.steps() if s in validations):
+        measured[step] = measure(base.run, "--split", "validation", "--checkpoint", name)
+        assert measured[step] == {k: v for k, v in validations[step].items() if k not in ("step", "kind", "epoch")}
+    assert len({m["map@r"] for m in measured.values()}) == 2, "they differ"
+    assert measure(base.run, "--split", "validation", "--checkpoint", "last") == measured[latest.step]
+    assert measure(base.run, "--split", "validation", "--checkpoint", "best") == measured[latest.best_step]
+    assert measure(base.run, "--split", "validation") == measured[latest.best_step], "as the protocol says"
+
+
+def test_saved_embeddings_give_the_same_figures(base: Base, measure: Evaluate, tmp_path: Path) -> None:
+    metrics = measure(base.run, "--save", tmp_path / "e")
+    x, y = np.load(tmp_path / "e.embeddings.npy"), np.load(tmp_path / "e.labels.npy")
+    assert x.shape == (28, 8) and x.dtype == np.float64 and np.allclose(np.linalg.norm(x, axis=1), 1)
+    np.testing.assert_array_equal(y, base.store.select(["test"]).labels)
+    assert measure(tmp_path / "e.embeddings.npy", tmp_path / "e.labels.npy", "--recall-at", "1", "2") == metrics
+
+
+def test_runs_that_are_refused(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYDML_HOME", str(tmp_path / "home"))
+    copy = tmp_path / "copy"
+    shutil.copytree(base.run.path(), copy)
+    steps = sorted({*Checkpoints(base.run).steps(), *Checkpoints(base.run).steps("best")})
+    for arguments, says in (
+        (["nothing"], f"'nothing' is neither a run folder nor a run in {tmp_path}/home/runs"),
+        ([base.run, "--checkpoint", "3"], f"--checkpoint 3: expected best, last or one of the steps {steps}"),
+        ([base.run, "--checkpoint", "newest"], "--checkpoint newest: expected best, last"),
+        ([base.run, "--gallery", "a", "b"], "--gallery goes with arrays"),
+        ([base.run, "--save", tmp_path / "no" / "such" / "e"], "cannot be written"),
+    ):
+        refused(arguments, says, capsys)
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(
+        yaml.safe_dump(
+            config
+            | {
+                "evaluation": config["evaluation"] | {"checkpoint": "last"},
+                "data": config["data"] | {"validation_fold": None},
+            }
+        )
+    )
+    refused([copy, "--split", "validation"], "the run has no validation images to evaluate", capsys)
+    (copy / "run.json").write_text(json.dumps({"fingerprint": "other", "dataset": base.store.folder.uri}))
+    refused([copy], f"has changed since the run (other -> {base.store.fingerprint})", capsys)
+    (copy / "run.json").write_text(json.dumps({"fingerprint": "other", "dataset": "/gone"}))
+    refused([copy], "no prepared dataset in /gone", capsys)
+    shutil.rmtree(copy / "best")
+    (copy / "run.json").write_text((Path(base.run.path()) / "run.json").read_text())
+    refused([copy, "--checkpoint", "best"], "has no best checkpoint", capsys)
+    shutil.rmtree(copy / "checkpoints")
+    refused([copy, "--checkpoint", "last"], "has no checkpoint yet", capsys)
+
+
+def test_a_damaged_image_of_the_dataset_is_named(base: Base, capsys: pytest.CaptureFixture) -> None:
+    shard = next(s["file"] for s in base.store.manifest["shards"] if "test" in s["file"])
+    path = Path(base.store.folder.path(shard))
+    data = path.read_bytes()
+    try:
+        path.write_bytes(data[: len(data) // 3] + bytes(50) + data[len(data) // 3 + 50 :])
+        refused([base.run], f"{shard} cannot be read", capsys)
+    finally:
+        path.write_bytes(data)
+
+
+# ---- query and gallery -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def split_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """5 classes of which one image each asks and the others are searched, one class that nobody asks for."""
+    root = tmp_path_factory.mktemp("split")
+    images = write_images(root / "images", {f"c{i:02d}": 4 for i in range(14)}, seed=0)
+    splits = ["train"] * 32 + [("query" if i % 4 == 0 else "gallery") for i in range(20)] + ["gallery"] * 4
+    entries = [Entry(path, name, split) for (path, name), split in zip(images, splits, strict=True)]
+    return write_store("split", entries, Folder(root / "store"), run_here, num_folds=2)
+
+
+def test_query_and_gallery_have_one_numbering_of_classes(split_store: Store) -> None:
+    task = task_of(split_store)
+    assert (len(task.queries), len(task.gallery)) == (5, 19)
+    for side in (task.queries, task.gallery):
+        for i, label in zip(side.ids, side.labels, strict=True):
+            own = split_store.class_name_of[int(split_store.label[split_store.sample_id == i][0])]
+            assert task.gallery.class_names[label] == own == task.queries.class_names[label]
+
+
+def test_a_run_on_query_and_gallery(
+    split_store: Store, measure: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """And under the paper protocol, which has no validation fold and says on what it chose."""
+    changes = {"protocol": "paper", "data.validation_fold": None, "length": "2 steps", "evaluation.every": "1 steps"}
+    recipe = tmp_path / "recipe.yaml"
+
+    def command(clustering: bool) -> int:
+        values = tiny_values(str(tmp_path), split_store.folder.uri, changes | {"evaluation.clustering": clustering})
+        recipe.write_text(yaml.safe_dump(values))
+        return train.main([str(recipe)])
+
+    assert command(True) == 2, "one query a class: nothing to cluster, which is told before training"
+    assert (
+        "a clustering needs at least 2 classes and fewer classes than queries, there are 5 and 5"
+        in capsys.readouterr().err
+    )
+    assert not any(contents(tmp_path / "runs").values())
+    assert command(False) == 0
+    capsys.readouterr()
+    run = tmp_path / "runs" / "tiny"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["final"]["queries"] == 5 and summary["protocol"]["checkpoint"] == "best by map@r on the TEST classes"
+    assert {k: round(v, 4) for k, v in measure(run).items()} == summary["final"]
+    neighbours = np.load(run / "test_neighbours.npz")
+    task = task_of(split_store)
+    assert set(neighbours["query"]) == set(task.queries.ids) and set(neighbours["neighbours"].ravel()) <= {
+        *task.gallery.ids,
+        -1,
+    }

@@ -1,0 +1,153 @@
+"""What a run asks of its machine; and the small parts through which a driver hears and stops its workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.board import Board
+from pipeline.config import Config, RuntimeConfig
+from pipeline.errors import RunError, UserError, first_line
+from pipeline.launch import Signals, device_of, root_cause, showing, under_torchrun
+from pipeline.session import check_cluster, check_machine, needed_cpus, on_cluster, resolve
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of 8 cores without a GPU, no cluster."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("workers", "given", "expected"), [(1, None, 8), (0, None, 8), (3, None, 2), (20, None, 1), (3, 5, 5)]
+)
+def test_threads_of_a_worker(
+    workers: int, given: int | None, expected: int, cores: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = RuntimeConfig(workers=workers, cpus_per_worker=given)
+    assert resolve(runtime).cpus_per_worker == expected
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert on_cluster() and resolve(runtime).cpus_per_worker == (given or 2), (
+        "the driver's machine says nothing about a cluster"
+    )
+
+
+@pytest.mark.parametrize(
+    ("runtime", "cpus"),
+    [
+        ({"workers": 0, "cpus_per_worker": 3}, 4),
+        ({"workers": 2, "cpus_per_worker": 3}, 8),
+        ({"workers": 2, "cpus_per_worker": 3, "loader_cpus": 2}, 10),
+        ({"workers": 2, "cpus_per_worker": 3, "loader_cpus": 2, "loader": "in_process"}, 6),
+    ],
+)
+def test_logical_cpus(runtime: dict[str, Any], cpus: int) -> None:
+    assert needed_cpus(RuntimeConfig(**runtime)) == cpus
+
+
+def test_what_a_machine_can_bear(
+    cores: None, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(**runtime: Any) -> list[str]:
+        return check_machine(make_config({"precision": "float32", **{f"runtime.{k}": v for k, v in runtime.items()}}))
+
+    assert check(workers=2, cpus_per_worker=4) == [] == check(workers=0, cpus_per_worker=8)
+    assert check(workers=3, cpus_per_worker=4) == [
+        "warning: 12 threads on 8 cores (runtime.workers × cpus_per_worker): steps will be slower"
+    ]
+    with pytest.raises(UserError, match=r"33 threads wanted .*this machine has 8 cores: lower them"):
+        check(workers=11, cpus_per_worker=3)
+    with pytest.raises(UserError, match=r"1\.5 GPUs wanted .*this machine has 0"):
+        check(workers=3, gpus_per_worker=0.5)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert check(workers=100, cpus_per_worker=4) == [] == check(workers=3, gpus_per_worker=1.0), (
+        "a cluster is asked instead"
+    )
+
+
+def test_no_cluster_no_question(
+    cores: None, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_cluster(make_config({"runtime.workers": 99}), ray=None)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    check_cluster(make_config({"runtime.workers": 0}), ray=None)
+
+
+def test_torchrun_and_devices(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert not under_torchrun()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert under_torchrun() and device_of(make_config()) == torch.device("cpu")
+    assert device_of(make_config({"precision": "float32", "runtime.gpus_per_worker": 1.0})) == torch.device("cuda", 3)
+
+
+# ---- driver and workers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(number: int) -> None:
+    asked: list[int] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(KeyboardInterrupt), Signals(lambda: asked.append(1)) as signals:
+        signal.raise_signal(number)
+        assert signals.received == number and asked == [1]
+        signal.raise_signal(signal.SIGTERM)  # a second SIGTERM only repeats the request
+        assert len(asked) == 2
+        signal.raise_signal(signal.SIGINT)
+    assert {s: signal.getsignal(s) for s in before} == before, "handlers are put back"
+
+
+def test_signals_belong_to_the_main_thread() -> None:
+    done: list[int | None] = []
+
+    def other() -> None:
+        with Signals(lambda: None) as signals:
+            done.append(signals.received)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert done == [None]
+
+
+def test_a_board_is_shown_to_its_last_word() -> None:
+    board, seen = Board(), []
+    with showing(board.read, lambda state: seen.append(state), every_s=0.01):
+        board.publish({"phase": "training", "step": 1})
+        board.notice("first")
+        while not seen or not seen[-1]["progress"]:
+            pass
+        board.publish({"phase": "training", "step": 2})
+        board.notice("second")
+    assert seen[-1]["progress"] == {"phase": "training", "step": 2}
+    assert [n for state in seen for n in state["notices"]] == ["first", "second"], "each once"
+
+
+def test_a_board_keeps_the_first_error_and_the_request_to_stop() -> None:
+    board = Board()
+    assert not board.stopping() and board.failed() is None
+    board.fail("a")
+    board.fail("b")
+    board.stop()
+    assert board.failed() == "a" == board.read()["error"] and board.stopping()
+
+
+def test_one_line_for_an_error() -> None:
+    assert first_line(UserError("bad\nmore")) == "bad" and first_line(RunError("")) == ""
+    assert first_line(KeyError("x")) == "KeyError: 'x'"
+    outer = RuntimeError("wrapped")
+    outer.__cause__ = ValueError("traceback ...\n  the cause \n")
+    assert root_cause(outer) == "the cause"
+    failed = RuntimeError("training failed")
+    failed.worker_failures = {1: outer}
+    assert root_cause(failed) == "the cause" and root_cause(ValueError()) == "ValueError"
