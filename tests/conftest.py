@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of torch, in every process of the pool
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two cores, several processes
 
 from jaxtyping import install_import_hook

@@ -90,8 +90,11 @@ class Run:
 
     def left(self) -> dict[str, Any]:
         """All that two equal runs have in common."""
-        latest = Checkpoints(self.folder).latest()
+        checkpoints = Checkpoints(self.folder)
+        latest = checkpoints.latest()
         assert latest is not None and latest.finished
+        for step in checkpoints.steps():  # the best that any checkpoint refers to is there, should it be resumed from
+            assert checkpoints.progress("checkpoints", step).best_step in [-1, *checkpoints.steps("best")]
         summary = self.folder.read_json("summary.json")
         return {
             "last": self.checkpoint("checkpoints", latest.step),

@@ -21,7 +21,7 @@ from pipeline.session import check_cluster, check_machine, needed_cpus, on_clust
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of 8 cores without a GPU, no cluster."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -28,6 +28,11 @@ def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
 
 
+def noise(height: int, width: int) -> torch.Tensor:
+    """Full of detail, so that reducing it without a filter shows."""
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
 def train(image: torch.Tensor, seed: int = 0, **values: object) -> torch.Tensor:
     config = TransformConfig(**{"size": 32, **STILL, **values})
     return training_pixels(image, config, np.random.Generator(np.random.PCG64([seed])))
@@ -56,7 +61,7 @@ def test_evaluation_pixels_are_square_and_deterministic(size: tuple[int, int], v
 
 @pytest.mark.parametrize(("resize", "side"), [(None, 32), (48, 48)])
 def test_evaluation_keeps_the_aspect_ratio_and_crops_the_centre(resize: int | None, side: int) -> None:
-    image = picture(120, 60)
+    image = noise(120, 60)
     pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, 2 * side), Image.Resampling.BICUBIC)
     left, top = (side - 32) // 2, (2 * side - 32) // 2
     expected = np.asarray(pillow.crop((left, top, left + 32, top + 32)))
@@ -64,7 +69,7 @@ def test_evaluation_keeps_the_aspect_ratio_and_crops_the_centre(resize: int | No
 
 
 def test_squash_ignores_the_aspect_ratio() -> None:
-    image = picture(120, 60)
+    image = noise(120, 60)
     expected = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BICUBIC))
     assert np.abs(evaluate(image, squash=True).permute(1, 2, 0).numpy().astype(int) - expected).max() <= 3
     assert difference(evaluate(image, squash=True), evaluate(image)) > 5
@@ -116,6 +121,9 @@ def test_crops_cover_the_configured_share() -> None:
         shares.append(float(width * height))
         centres.append(float(out[0].mean()) / 255)
     assert 0.2 < min(shares) < 0.3 and 0.45 < max(shares) < 0.55, "the share of the area"
+    wide = train(image, 0, crop_scale=(0.3, 0.3), crop_ratio=(2.0, 2.0)).float()
+    width, height = ((wide[c].max() - wide[c].min()) / 255 * 33 / 32 for c in (0, 1))
+    assert abs(width / height - 2) < 0.1 and abs(width * height - 0.3) < 0.03, "twice as wide as high"
     assert min(centres) < 0.35 and max(centres) > 0.65 and abs(np.mean(centres) - 0.5) < 0.03, "anywhere, without bias"
 
 
