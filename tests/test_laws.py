@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from pipeline import collectives
@@ -335,6 +336,28 @@ def test_figures_are_exactly_those_of_one_process(pool: Pool, with_gallery: bool
     assert 0 < expected["metrics"]["recall@1"] < 100 and 0 < expected["metrics"]["nmi"] < 100
     for shares in SHARES:
         assert pool(measure, len(shares), shares, with_gallery) == [expected] * len(shares)
+
+
+def test_hooks_and_load_best(make_config: Callable[..., Config]) -> None:
+    """What the other tests compare with itself is also what the contract says."""
+    changes = {
+        "method.name": "swept_plan",
+        "method.load_best_at": 9,
+        "length": "2 epochs",
+        "evaluation.every": "2 steps",
+    }
+    worker = make_worker(make_config({**changes, "evaluation.checkpoint": "last"}), 0, (12,))
+    worker()
+    assert worker.method.epochs_done == 2
+    best = worker.progress.best_step
+    assert best < worker.progress.step == 8
+    optimizer = worker.context.optimizers["main"].torch
+    moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
+    worker.context.load_best()
+    for part in ("trunk", "method"):
+        saved = load_safetensors(worker.run.read(f"best/step-{best:08d}/{part}.safetensors"))
+        assert all(torch.equal(saved[n], v) for n, v in getattr(worker, part).state_dict().items())
+    assert all(torch.equal(m, s["exp_avg"]) for m, s in zip(moments, optimizer.state.values(), strict=True))
 
 
 # ---- law 2: what a slot shows follows from (seed, epoch, step, global slot) ------------------------------------------

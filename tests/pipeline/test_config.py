@@ -252,7 +252,10 @@ CHANGES = {
 @pytest.mark.parametrize("override", CHANGES)
 def test_differences_tell_runtime_keys_from_others(override: str) -> None:
     base, changed = load_config(), load_config(None, [override])
-    found = {runtime: differences(dump(base), dump(changed), runtime) for runtime in (True, False)}
+    found = {
+        runtime: differences(base.model_dump(mode="json"), changed.model_dump(mode="json"), runtime)
+        for runtime in (True, False)
+    }
     is_runtime = CHANGES[override]
     assert found[is_runtime] and not found[not is_runtime]
     assert all(line.startswith(override.split("=")[0]) and " -> " in line for line in found[is_runtime])

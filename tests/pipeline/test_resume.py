@@ -126,11 +126,11 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture(scope="session")
 def make_run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """`make_run("baseline", {"seed": 1})`: a run of 3 epochs, 12 steps, that saves every 3 steps."""
+    """`make_run("baseline", {"seed": 1})`: a run of 3 epochs of 4 steps that saves every 2 steps."""
 
     def make(method: str, changes: dict[str, Any] | None = None, source: str | None = None) -> Run:
         root = tmp_path_factory.mktemp(method)
-        short = {"length": "3 epochs", "checkpoint": {"every": "3 steps", "keep": 2}}
+        short = {"length": "3 epochs", "checkpoint": {"every": "2 steps", "keep": 2}}
         values = tiny_values(
             str(root), source or store.folder.uri, {**short, **METHODS_TRIED[method], **(changes or {})}
         )
@@ -191,11 +191,15 @@ def kill_after_lines(run: Run, program: Program, lines: int, delay_s: float, num
     return False
 
 
-def kill_often(run: Run, seed: int, kills: int, total: int) -> list[int]:
-    """Kills a run at random moments, then lets it end; returns how many lines it had at each kill."""
+def kill_often(run: Run, seed: int, kills: int, first: int, total: int) -> list[int]:
+    """Kills a run at random moments, when its log has from `first` to `total` lines, then lets it end.
+
+    Returns:
+        how many lines it had at each kill; one fewer if a run ended before it was killed.
+    """
     draw = random.Random(seed)
     killed_at = []
-    for target in sorted(draw.sample(range(1, total), kills)):
+    for target in sorted(draw.sample(range(first, total), kills)):
         program = run.start()
         if kill_after_lines(run, program, target, draw.uniform(0, 0.06)):
             assert program.wait() == -signal.SIGKILL
@@ -212,7 +216,8 @@ def kill_often(run: Run, seed: int, kills: int, total: int) -> list[int]:
 def test_killed_at_random_moments(make_run: MakeRun, references: dict[str, Reference]) -> None:
     def kill_and_compare(method: str, seed: int) -> None:
         expected, run = references[method].left, make_run(method)
-        assert kill_often(run, seed, kills=2, total=len(expected["lines"]))
+        assert kill_often(run, seed, kills=2, first=6, total=len(expected["lines"]))
+        assert "resumed at step" in (run.root / "log").read_text()
         same(run.left(), expected)
 
     side_by_side(kill_and_compare, [("baseline", 1), ("two_optimizers", 2), ("swept_plan", 3)])
@@ -234,7 +239,7 @@ def test_the_command_itself_continues(make_run: MakeRun, references: dict[str, R
 WRITES = [
     ("baseline", "checkpoints/step-00000000/checkpoint.json", 0, False),  # before there is any checkpoint
     ("two_optimizers", "checkpoints/step-00000006/optimizers.pt", 0, False),  # within a checkpoint
-    ("swept_plan", "checkpoints/step-00000009/plan.npz", 0, True),
+    ("swept_plan", "checkpoints/step-00000010/plan.npz", 0, True),
     ("swept_plan", "best/step-00000004/checkpoint.json", 0, True),  # the best is saved, its checkpoint is not
     ("baseline", "best/step-00000012/checkpoint.json", -1, True),
     ("two_optimizers", "summary.json", -1, False),  # the test classes are measured, and logged
@@ -356,7 +361,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     assert "step-00000012/trunk.safetensors is damaged" in refused(run)
     shutil.rmtree(newest)
     run.finish()
-    assert "resumed at step 9" in program.output()
+    assert "resumed at step 10" in program.output()
     same(run.left(), references["baseline"].left)
 
 
@@ -439,7 +444,7 @@ def test_matrix_of_kills(
         total += len(points)
         for chain in range(3):
             run = make_run(method)
-            killed_at = kill_often(run, 10 * seed + chain, kills=5, total=len(expected.left["lines"]))
+            killed_at = kill_often(run, 10 * seed + chain, kills=5, first=1, total=len(expected.left["lines"]))
             same(run.left(), expected.left)
             moments = ", ".join(map(str, killed_at))
             rows.append(f"| {method} | one run, when its log had {moments} lines | {len(killed_at)} | yes |")

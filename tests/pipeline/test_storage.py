@@ -44,11 +44,16 @@ def test_remove(folder: Folder) -> None:
 
 def test_what_another_process_wrote_is_seen_at_once(folder: Folder) -> None:
     """No listing is remembered: a resumed run looks for checkpoints that someone else wrote."""
-    assert folder.names("checkpoints") == []
-    Folder(folder.uri).write("checkpoints/step-1/x", b"1")
-    assert folder.names("checkpoints") == ["step-1"] and folder.exists("checkpoints/step-1")
-    Folder(folder.uri).remove("checkpoints/step-1")
-    assert not folder.exists("checkpoints/step-1/x")
+    other = folder.fs if folder.is_local else s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    path = folder.path("checkpoints/step-1/x")
+    folder.write("checkpoints/step-0/x", b"0")
+    assert folder.names("checkpoints") == ["step-0"] and not folder.exists("checkpoints/step-1")
+    other.makedirs(path.rpartition("/")[0], exist_ok=True)
+    other.pipe_file(path, b"1")
+    assert folder.names("checkpoints") == ["step-0", "step-1"] and folder.exists("checkpoints/step-1/x")
+    assert folder.size("checkpoints/step-1/x") == 1
+    other.rm_file(path)
+    assert not folder.exists("checkpoints/step-1/x") and folder.names("checkpoints/step-1") == []
 
 
 def test_json(folder: Folder) -> None:

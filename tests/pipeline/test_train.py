@@ -192,6 +192,9 @@ def test_images_that_cannot_be_measured_are_told_before_training(run: Train, tmp
     """Each once cost a whole training: test classes of one image, and a clustering of a single test class."""
     images = write_images(tmp_path, {f"c{i:02d}": 3 for i in range(10)}, seed=0)
     splits = {
+        "none of the 3 queries has another image of its class": lambda i: (
+            "train" if i < 18 else "query" if i < 21 else "gallery" if i < 24 else None
+        ),
         "none of the 4 queries has another image of its class": lambda i: (
             "train" if i < 18 else "test" if i % 3 == 0 else None
         ),
@@ -201,7 +204,7 @@ def test_images_that_cannot_be_measured_are_told_before_training(run: Train, tmp
         entries = [Entry(path, name, split_of(i)) for i, (path, name) in enumerate(images) if split_of(i)]
         made = write_store("x", entries, Folder(tmp_path / f"store{number}"), run_here, num_folds=2)
         outcome = run(name="new", data__source=made.folder.uri, method__classes_per_batch=2)
-        assert_one_error(outcome, 2, says)
+        assert_one_error(outcome, 2, f"test classes of {made.folder}: {says}")
     assert not (base.root / "runs" / "new").exists() or not contents(base.root / "runs" / "new")
 
 
