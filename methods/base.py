@@ -54,6 +54,26 @@ class Batch:
     columns: Mapping[str, np.ndarray]
 
 
+class Ranks(Protocol):
+    """The processes of a run, for a method that shares out work; every process has to make the same calls in the same order.
+
+    Work that is shared reads replicated values through `share` and ends in `total`: the gradient is then complete, and the
+    same, in every process.
+    """
+
+    def slice(self, total: int) -> slice:
+        """This process's contiguous share of `total` items; may be empty."""
+        ...
+
+    def share(self, value: Tensor) -> Tensor:
+        """A replicated value, as it is; its gradient is summed over the processes."""
+        ...
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over the processes; its gradient passes as it is."""
+        ...
+
+
 @runtime_checkable
 class Context(Protocol):
     """What the loop offers to a method, alike on every rank unless said.
@@ -65,7 +85,8 @@ class Context(Protocol):
         length: of the run, as `Length`.
         device, dtype: of features and of the method's parameters.
         generator: freshly seeded from (seed, step) before each step, from (seed, epoch) before the epoch's hooks.
-        rows: this rank's slots of the batch; a method may compute only these to save work if the result stays the same.
+        shards: the slots of the batch that each rank encodes, in rank order.
+        ranks: for sharing out work.
     """
 
     labels: Int64[np.ndarray, " samples"]
@@ -74,7 +95,8 @@ class Context(Protocol):
     device: torch.device
     dtype: torch.dtype
     generator: torch.Generator
-    rows: slice
+    shards: Sequence[slice]
+    ranks: Ranks
 
     def encode(self, role: str | Sequence[str] | None = None) -> Float[Tensor, "batch features"]:
         """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Head(nn.Module):
@@ -20,6 +21,48 @@ class Head(nn.Module):
 
     def forward(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
         return nn.functional.normalize(self.linear(features))
+
+
+class PlusOneAttention(nn.Module):
+    """Multi-head attention whose softmax has one more logit, a constant zero: weights sum to less than 1.
+
+        α_ts = exp(q_t·k_s / √h) / (1 + Σ_s' exp(q_t·k_s' / √h)),    h = D / heads
+
+    A node without any allowed source receives zero. The extra logit is a zero key with a zero value, so any kernel of
+    PyTorch's attention serves. Linear layers start Xavier-uniform with zero bias.
+
+    Args:
+        dim: D.
+        heads: a divisor of D.
+        dropout: on the weights α, after the softmax, in training mode.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        for linear in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, nodes: Float[Tensor, "nodes dim"], allowed: Bool[Tensor, "nodes nodes"] | None = None
+    ) -> Float[Tensor, "nodes dim"]:
+        """Messages to every node.
+
+        Args:
+            nodes: targets and sources.
+            allowed: [target, source], True where a message passes; None: everywhere.
+        """
+        query = self._split(self.query(nodes))
+        key, value = (F.pad(self._split(part(nodes)), (0, 0, 0, 1)) for part in (self.key, self.value))
+        mask = None if allowed is None else F.pad(allowed, (0, 1), value=True)
+        dropout = self.dropout if self.training else 0.0
+        messages = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        return self.out(messages[0].transpose(0, 1).flatten(1))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.heads, -1)).transpose(0, 1)[None]
 
 
 @contextlib.contextmanager

@@ -75,6 +75,7 @@ class ScheduleConfig(Frozen):
     every: Length | None = Field(None, description="step: multiply by gamma each time this length has passed")
     milestones: tuple[Length, ...] = Field((), description="step: multiply by gamma at these points")
     gamma: float = Field(0.5, gt=0, le=1, description="step: the factor of one decay")
+    staircase: bool = Field(False, description="the factor changes at the start of an epoch only")
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
@@ -82,12 +83,16 @@ class ScheduleConfig(Frozen):
             raise ValueError("a step schedule needs `every` or `milestones`, e.g. every: '10 epochs'")
         if self.kind != "step" and (self.every or self.milestones):
             raise ValueError(f"`every` and `milestones` belong to kind: step, the kind is {self.kind}")
+        if self.staircase and any(p.unit == "steps" for p in (self.warmup, *filter(None, (self.every,)), *self.milestones) if p.value):
+            raise ValueError("a staircase schedule is counted in epochs: write its lengths as '3 epochs'")
         if self.every is not None and self.every.value == 0:
             raise ValueError("`every` must be longer than 0")
         return self
 
     def factor(self, clock: Clock, total: Length) -> float:
         """Factor on the learning rate for the step that starts at `clock` of a run of length `total`."""
+        if self.staircase:
+            clock = Clock(clock.step, float(math.floor(clock.epoch + 1e-9)))
         factor = 1.0
         if self.kind == "cosine":
             factor = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * total.share(clock)))

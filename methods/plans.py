@@ -85,8 +85,7 @@ def class_balanced(
 def _groups(labels: np.ndarray, size: int, random: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
     """Cuts every class into groups of `size` samples; returns them with the (dense) number of the class that owns each."""
     shuffled = random.permutation(len(labels))
-    order = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    members = np.split(order, np.cumsum(np.bincount(labels))[:-1])
+    members = [shuffled[ids] for ids in _by_class(labels[shuffled])]
     groups: list[np.ndarray] = []
     owners: list[int] = []
     singles: list[int] = []
@@ -172,3 +171,105 @@ def _complete(ids: np.ndarray, labels: np.ndarray, random: np.random.Generator) 
         row = ids[step]
         present = np.isin(labels, labels[row[row >= 0]])
         row[slot] = random.choice(np.flatnonzero(several if present.all() else ~present))
+
+
+def combine(
+    labels: Int64[np.ndarray, " samples"], groups_per_batch: int, group_size: int, seed: int, epoch: int
+) -> Plan:
+    """Batches of P random groups of K images of one class; a class may stand in a batch more than once.
+
+    The CombineSampler of Intra-Batch Connections: each class, shuffled and filled to K by repeats if it is smaller, is
+    extended by further images of its own to (⌊n/K⌋ + 1)·K (by a whole group where K divides n) and cut into groups; random
+    groups are repeated until P divides their number. Every image is used at least once an epoch.
+
+    Args:
+        labels: contiguous class numbers of the training samples.
+        groups_per_batch: P.
+        group_size: K.
+        seed, epoch: what the draw depends on.
+
+    Raises:
+        ValueError: there are fewer groups than P.
+    """
+    return _combine(labels, groups_per_batch, group_size, np.random.default_rng([seed, epoch, 0xC0B]))
+
+
+def combine_any_shape(
+    labels: Int64[np.ndarray, " samples"], groups_per_batch: int, group_size: int, seed: int, epoch: int
+) -> Plan:
+    """`combine` with a shape drawn each epoch: P uniformly among the divisors of P·K from 2 to P·K/2.
+
+    The NumberSampler of Intra-Batch Connections. Shapes that need more groups than the training set has are left out.
+    """
+    random = np.random.default_rng([seed, epoch, 0x2B5])
+    slots = groups_per_batch * group_size
+    sizes = np.bincount(labels)
+    fits = [
+        p
+        for p in range(2, slots // 2 + 1)
+        if slots % p == 0 and (np.maximum(sizes, slots // p) // (slots // p) + 1).sum() >= p
+    ]
+    if not fits:
+        raise ValueError(f"no shape of {slots} slots fits a training set of {len(sizes)} classes")
+    p = int(random.choice(fits))
+    return _combine(labels, p, slots // p, random)
+
+
+def _combine(labels: np.ndarray, groups_per_batch: int, group_size: int, random: np.random.Generator) -> Plan:
+    groups = []
+    for ids in _by_class(labels):
+        ids = random.permutation(ids)
+        if len(ids) < group_size:
+            ids = np.concatenate([ids, random.choice(ids, group_size - len(ids))])
+        missing = (len(ids) // group_size + 1) * group_size - len(ids)
+        groups += list(np.concatenate([ids, random.choice(ids, missing, replace=False)]).reshape(-1, group_size))
+    if len(groups) < groups_per_batch:
+        raise ValueError(
+            f"a batch of {groups_per_batch} groups of {group_size} images needs as many groups, the training set of "
+            f"{len(labels)} images gives {len(groups)}: lower classes_per_batch or samples_per_class"
+        )
+    order = random.permutation(len(groups))
+    order = np.concatenate([order, random.choice(len(groups), -len(groups) % groups_per_batch, replace=False)])
+    return Plan(np.stack(groups)[order].reshape(-1, groups_per_batch * group_size))
+
+
+def uniform_classes(
+    labels: Int64[np.ndarray, " samples"], classes_per_batch: int, samples_per_class: int, seed: int, epoch: int
+) -> Plan:
+    """Batches of P classes drawn uniformly, whatever their size, each with K images; rows are class-major.
+
+    The sampler of GCA-HNG: within a class, images are taken from a shuffled list that is reshuffled when fewer than K
+    remain; a class with fewer than K images draws K with repeats. An epoch has ⌊(N - 1) / PK⌋ steps (at least one), and
+    does not promise to use every image. The lists start anew each epoch, so that the plan depends on (seed, epoch) alone.
+
+    Raises:
+        ValueError: there are fewer classes than P.
+    """
+    random = np.random.default_rng([seed, epoch, 0x6CA])
+    members = _by_class(labels)
+    if len(members) < classes_per_batch:
+        raise ValueError(
+            f"classes_per_batch is {classes_per_batch}, the training set has {len(members)} classes: lower classes_per_batch"
+        )
+    steps = max(1, (len(labels) - 1) // (classes_per_batch * samples_per_class))
+    lists = [random.permutation(ids) for ids in members]
+    cursors = np.zeros(len(members), dtype=np.int64)
+    rows = []
+    for _ in range(steps):
+        row = []
+        for c in random.choice(len(members), classes_per_batch, replace=False):
+            if len(members[c]) < samples_per_class:
+                row.append(random.choice(members[c], samples_per_class))
+                continue
+            if cursors[c] + samples_per_class > len(lists[c]):
+                lists[c], cursors[c] = random.permutation(members[c]), 0
+            row.append(lists[c][cursors[c] : cursors[c] + samples_per_class])
+            cursors[c] += samples_per_class
+        rows.append(np.concatenate(row))
+    return Plan(np.stack(rows))
+
+
+def _by_class(labels: np.ndarray) -> list[np.ndarray]:
+    """Samples of every class, in their order."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(labels))[:-1])

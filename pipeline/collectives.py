@@ -56,6 +56,14 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def share(self, value: Tensor) -> Tensor:
+        """A replicated value, as it is; its gradient is summed over the ranks. For work that each rank does a part of."""
+        return value if self.world == 1 else _Share.apply(value)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over ranks of the parts of a replicated value; its gradient passes as it is."""
+        return value if self.world == 1 else _Total.apply(value)
+
 
 class _Gather(torch.autograd.Function):
     """Rows of all ranks in rank order, by an all-reduce of the zero-padded local rows."""
@@ -105,6 +113,30 @@ class _Sum(torch.autograd.Function):
         out = value.clone()
         dist.all_reduce(out)
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _Sum.forward(grad.contiguous())
+
+
+class _Total(_Sum):
+    """Sum over ranks whose result is used alike on every rank."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+class _Share(torch.autograd.Function):
+    """The other side of `_Total`."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

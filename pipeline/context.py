@@ -70,7 +70,7 @@ class RunContext:
             )
         self.clock = Clock()
         self.generator = seeded_generator(device, seed)
-        self.rows = slice(0, 0)
+        self.shards: list[slice] = []
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
         self._awaits_backward = False
@@ -86,7 +86,7 @@ class RunContext:
         self.generator = seeded_generator(self.device, self.seed, clock.step, 2)
         self._encoded = 0
         self._seed_global()  # dropout inside a backbone: the same after a resume
-        self.rows = self.ranks.slice(plan.ids.shape[1])
+        self.shards = [self.ranks.slice(plan.ids.shape[1], rank) for rank in range(self.ranks.world)]
         self._plan_row, self._pixels, self._awaits_backward = (
             (plan, row),
             pixels.to(self.device, non_blocking=True),
@@ -109,13 +109,14 @@ class RunContext:
             if "role" not in plan.columns:
                 raise RuntimeError(f"encode({role!r}), but the plan has no column 'role'")
             slots = np.flatnonzero(np.isin(plan.columns["role"][row], [role] if isinstance(role, str) else list(role)))
-        own = slots[(slots >= self.rows.start) & (slots < self.rows.stop)]
-        pixels = self._pixels if role is None else self._pixels[torch.from_numpy(own - self.rows.start).to(self.device)]
+        mine = self.shards[self.ranks.rank]
+        own = slots[(slots >= mine.start) & (slots < mine.stop)]
+        pixels = self._pixels if role is None else self._pixels[torch.from_numpy(own - mine.start).to(self.device)]
         local = trunk_features(self.ddp, pixels, self.precision)
         self._awaits_backward = torch.is_grad_enabled() and local.requires_grad
         self._encoded += 1  # dropout in the method: the same on every rank, however much the trunk has drawn here
         self._seed_global()
-        return gather(local, int((slots < self.rows.start).sum()), len(slots), self.ranks)
+        return gather(local, int((slots < mine.start).sum()), len(slots), self.ranks)
 
     def _seed_global(self) -> None:
         """Seeds torch's global generators from (seed, step, calls of encode); 100 times faster than torch.manual_seed."""

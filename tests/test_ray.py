@@ -278,7 +278,13 @@ def reachable(port: int) -> bool:
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     ray = str(Path(sys.executable).parent / "ray")
     job = [ray, "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, "-m", "pipeline.train", *arguments]
-    return subprocess.run(job, env=environment, capture_output=True, text=True, timeout=300)
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=300)
+        starting = "No available agent" in done.stderr  # the dashboard listens some seconds before it can run jobs
+        if not starting or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
 
 
 def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head: dict[str, str]) -> None:
