@@ -62,7 +62,7 @@ def watch(process: subprocess.Popen[bytes], steps_done: Path) -> dict[str, float
             marks["high"] = now
         if step >= STEPS:
             break
-        time.sleep(0.05)
+        time.sleep(0.2)
     if last_step(steps_done) < STEPS:
         raise SystemExit(f"a measured process failed with status {process.wait()}: {process.args}")
     process.kill()  # enough seen; Ray's processes end with their driver
@@ -193,7 +193,9 @@ def rows(seen: dict[str, list[dict[str, float]]]) -> list[Row]:
         for key, what in (("cpu", "CPU-ms/image"), ("wall", "wall ms/image")):
             ratio = statistics.median(a[key] / b[key] for a, b in zip(seen["ours"], seen[other], strict=True))
             name = f"{what}: ours / {other}"
-            out.append(Row(name, 1e3 * median("ours", key), 1e3 * median(other, key), ratio, "<= 1.10", ratio <= 1.10))
+            promised = "<= 1.10" if other == "plain" else ""
+            ok = ratio <= 1.10 or not promised
+            out.append(Row(name, 1e3 * median("ours", key), 1e3 * median(other, key), ratio, promised, ok))
     waiting = median("ours", "waiting")
     out.append(Row("share of time waiting for data, %", 100 * waiting, promised="< 5", ok=waiting < 0.05))
     start = f"start to step {WARM}, s (ours: Ray, loader, frozen evaluation of 6,253 images)"

@@ -54,6 +54,7 @@ class Batch:
     columns: Mapping[str, np.ndarray]
 
 
+@runtime_checkable
 class Ranks(Protocol):
     """The processes of a run, for a method that shares out work; every process has to make the same calls in the same order.
 

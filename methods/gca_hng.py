@@ -61,12 +61,14 @@ class GcaHngConfig(MethodConfig):
     diversity_weight: float = Field(60.0, ge=0, description="v")
     warmup: Length = Field(Length(value=2, unit="epochs"), description="the trunk stands still for so long")
     similarity_mask: Literal["correct", "reference"] = Field(
-        "correct", description="which entries the similarity term leaves out: own classes | those the authors' code does"
+        "correct",
+        description="which entries the similarity term leaves out: own classes | those the authors' code does",
     )
     edge_symmetry: bool = Field(True, description="computes each unordered pair once: the same result in half the work")
     shard_edges: bool = Field(False, description="share pairs among the workers, for large batches: the same result")
     zero_gradients: bool = Field(
-        True, description="graph parameters that a phase does not use step with gradient 0 (decay, momentum) | stand still"
+        True,
+        description="graph parameters that a phase does not use step with gradient 0 (decay, momentum) | stand still",
     )
     proxy_margin: float = 0.1
     proxy_scale: float = Field(32.0, gt=0)
@@ -157,9 +159,9 @@ def synthesise(
     own = torch.arange(len(z), device=z.device)[layout.rows]
     d_positive = d_negative.gather(1, layout.positives()[own][:, None])
     near = d_positive >= d_negative  # a negative that is hard already, and every image itself
-    ratio = (d_positive[..., None] + (d_negative - d_positive)[..., None] * (lam * strength)) / d_negative.clamp(min=1e-6)[
-        ..., None
-    ]
+    ratio = (d_positive[..., None] + (d_negative - d_positive)[..., None] * (lam * strength)) / d_negative.clamp(
+        min=1e-6
+    )[..., None]
     pulled = torch.where(near[..., None], z[None], anchors[:, None] + difference * ratio)
     chunks = pulled.unflatten(1, (layout.samples, layout.classes))
     joined = chunks[:, 0]
@@ -214,7 +216,12 @@ class GcaHng(Method):
         )
         if config.generate:
             self.graph = CorrelationGraph(
-                config.embedding_dim, num_classes, config.layers, config.heads, config.edge_dropout, config.edge_symmetry
+                config.embedding_dim,
+                num_classes,
+                config.layers,
+                config.heads,
+                config.edge_dropout,
+                config.edge_symmetry,
             )
             self.classifier = nn.Linear(config.embedding_dim, num_classes)
         self.register_buffer("metric_mean", torch.tensor(FIRST_MEAN, dtype=torch.float64))  # J̄_m

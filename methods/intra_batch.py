@@ -6,7 +6,7 @@ beside the plain embedding. The graph is thrown away afterwards: retrieval uses 
     f = W x,  z = f / |f|                    n⁰ = W_in z
     m_t = W_out Σ_s α_ts v_s over all s, heads concatenated, α with an extra zero logit (`PlusOneAttention`)
     n ← LN(n + m),  n ← LN(n + W₂ relu(W₁ n))            per layer, dropout on α, m, the hidden layer and its output
-    L = LS(W_c f / T) + LS(W_g BN(n^L) / T)  LS: cross-entropy with label smoothing; BN without weight and bias
+    L = LS(W_c f / T) + LS(W_g BN(n^L) / T)  LS: cross-entropy with label smoothing; BN without bias
 
 Batches: the authors' CombineSampler (groups of K images, every image at least once an epoch, a class may stand twice in a
 batch) or NumberSampler (the same, with a shape P × K drawn anew each epoch among the divisors of the batch size).
@@ -85,9 +85,7 @@ class MessageLayer(nn.Module):
         self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, nodes: Float[Tensor, "nodes dim"], allowed: Tensor | None = None
-    ) -> Float[Tensor, "nodes dim"]:
+    def forward(self, nodes: Float[Tensor, "nodes dim"], allowed: Tensor | None = None) -> Float[Tensor, "nodes dim"]:
         nodes = self.norm1(nodes + self.dropout(self.attention(nodes, allowed)))
         hidden = self.dropout(torch.relu(self.linear1(nodes)))
         return self.norm2(nodes + self.dropout(self.linear2(hidden)))
@@ -102,10 +100,9 @@ class MessageNetwork(nn.Module):
         dim = config.embedding_dim
         width = dim * (config.layers if config.concatenate else 1)
         self.input = nn.Linear(dim, dim)
-        self.layers = nn.ModuleList(
-            MessageLayer(dim, config.heads, config.dropout) for _ in range(config.layers)
-        )
-        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.layers = nn.ModuleList(MessageLayer(dim, config.heads, config.dropout) for _ in range(config.layers))
+        self.norm = nn.BatchNorm1d(width)
+        self.norm.bias.requires_grad_(False)
         self.classifier = nn.Linear(width, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=1e-3)
 
@@ -139,7 +136,9 @@ class IntraBatch(Method):
         return draw(context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch)
 
     def optimizers(self, trunk: nn.Module) -> dict[str, Optimizer]:
-        return {"main": build_optimizer(self.config.optimizer, {"trunk": trunk.parameters(), "head": self.parameters()})}
+        return {
+            "main": build_optimizer(self.config.optimizer, {"trunk": trunk.parameters(), "head": self.parameters()})
+        }
 
     def on_epoch_start(self, epoch: int, context: Context) -> None:
         due = sum(epoch >= wanted for wanted in self.config.reload_best)

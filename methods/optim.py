@@ -83,7 +83,9 @@ class ScheduleConfig(Frozen):
             raise ValueError("a step schedule needs `every` or `milestones`, e.g. every: '10 epochs'")
         if self.kind != "step" and (self.every or self.milestones):
             raise ValueError(f"`every` and `milestones` belong to kind: step, the kind is {self.kind}")
-        if self.staircase and any(p.unit == "steps" for p in (self.warmup, *filter(None, (self.every,)), *self.milestones) if p.value):
+        if self.staircase and any(
+            p.unit == "steps" for p in (self.warmup, *filter(None, (self.every,)), *self.milestones) if p.value
+        ):
             raise ValueError("a staircase schedule is counted in epochs: write its lengths as '3 epochs'")
         if self.every is not None and self.every.value == 0:
             raise ValueError("`every` must be longer than 0")

@@ -9,7 +9,7 @@ images that a classifier believes in more (attention). For z = W f, ẑ = z / |z
     L = CE + w_metric ((1 - λ) L_P + λ L_N)
 
 `mode: paper` is these formulas. `mode: caffe` is what the authors' program computes, which made the published tables:
-s+ = exp(-d²/(2σ²)), a = N(p; 1, 0.68), cross-entropy weighted by N(p; 0.5, 0.18), and a metric loss that is divided by
+s+ = N(d; 0, σ), a = N(p; 1, 0.68), cross-entropy weighted by N(p; 0.5, 0.18), and a metric loss that is divided by
 the number of pairs once more. Video (`frames` > 1): every `frames` slots are a tracklet; the frames' features, averaged
 with their attention, are classified and compared a second time, as tracklets.
 
@@ -111,8 +111,11 @@ def soft_mining_loss(
     same = labels[:, None] == labels[None]
     positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     if config.osm:
-        width = config.sigma**2 * (2 if config.mode == "caffe" else 1)
-        soft = torch.where(same, torch.exp(-squared / width), gap)
+        if config.mode == "paper":
+            near = torch.exp(-squared / config.sigma**2)
+        else:
+            near = torch.exp(-squared / (2 * config.sigma**2)) / (config.sigma * math.sqrt(2 * math.pi))
+        soft = torch.where(same, near, gap)
     else:
         soft = torch.where(same, 1.0, (gap > 0).to(gap.dtype))
     if attention is not None:

@@ -161,7 +161,9 @@ def _backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
     try:
         if config.backbone == BN_INCEPTION:
             if download:
-                raise UserError(f"{BN_INCEPTION} has no download: set model.weights to the file of its checkpoint, or to none")
+                raise UserError(
+                    f"{BN_INCEPTION} has no download: set model.weights to the file of its checkpoint, or to none"
+                )
             net, mean, std = BNInception(), bn_inception.MEAN, bn_inception.STD
         elif config.backbone.startswith(TORCHVISION):
             net, mean, std = _torchvision(config, download)

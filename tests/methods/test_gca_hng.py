@@ -111,7 +111,8 @@ def test_golden_iterations(case: str, symmetric: bool) -> None:
                 if ours is None or gradient is None:
                     assert ours is None or found.get(ours) is None or not found[ours].any()
                     continue
-                torch.testing.assert_close(found[ours], gradient, rtol=1e-7, atol=1e-7 * float(gradient.abs().max()) + 1e-11)
+                noise = 1e-7 * float(gradient.abs().max()) + 2e-9  # their softmax adds its "+1" in float32
+                torch.testing.assert_close(found[ours], gradient, rtol=1e-7, atol=noise)
         context.seen.clear()
         state = method.state_dict()
         for name, value in step["state_after"].items():
@@ -185,7 +186,9 @@ def test_synthesis_against_loops() -> None:
     torch.testing.assert_close(synthesise(z, lam, layout, 0.7, u), expected)
     part = layout._replace(rows=slice(2, 7))
     torch.testing.assert_close(synthesise(z, lam[2:7], part, 0.7, u), expected[2:7])
-    assert torch.autograd.gradcheck(lambda x, y: synthesise(x, y, layout, 0.7, u), (z.requires_grad_(), lam.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda x, y: synthesise(x, y, layout, 0.7, u), (z.requires_grad_(), lam.requires_grad_())
+    )
 
 
 def test_synthetic_npair_against_loops() -> None:
@@ -197,18 +200,19 @@ def test_synthetic_npair_against_loops() -> None:
             row = joined[k * 4 + i].clone()
             row[i] = z[((k + 1) % 3) * 4 + i]
             scores = row @ z[k * 4 + i]
-            expected += (scores.logsumexp(0) - scores[i]) / 12 + 7.5e-4 / 3 * (z[k * 4 + i].square().sum() / 4 + row.square().sum() / 16)
+            expected += (scores.logsumexp(0) - scores[i]) / 12 + 7.5e-4 / 3 * (
+                z[k * 4 + i].square().sum() / 4 + row.square().sum() / 16
+            )
     torch.testing.assert_close(synthetic_npair(z, joined, layout), expected)
     halves = [layout._replace(rows=s) for s in (slice(0, 5), slice(5, 12))]
     torch.testing.assert_close(sum(synthetic_npair(z, joined[h.rows], h) for h in halves), expected)
 
 
 def test_similarity_masks() -> None:
-    _, _, _, layout = some()
-    correct = kept_entries(layout, reference=False)
-    assert torch.equal(correct, torch.arange(12)[:, None] % 4 != torch.arange(4)[None])
-    reference = kept_entries(layout, reference=True)
-    assert int((~reference).sum()) == 12 and int((~reference & ~correct).sum()) == 3
+    layout = Layout(27, 3, torch.arange(27).repeat(3), slice(0, 81))
+    correct, reference = (kept_entries(layout, reference=flag) for flag in (False, True))
+    assert torch.equal(correct, torch.arange(81)[:, None] % 27 != torch.arange(27)[None])
+    assert int((~reference).sum()) == 81 and int((~reference & ~correct).sum()) == 3
 
 
 class LoopGraph(nn.Module):
@@ -243,9 +247,16 @@ class LoopGraph(nn.Module):
         a, d = block.attention, nodes.shape[1]
         q, parts = a.query(nodes[t]), []
         for head in torch.arange(d).view(a.heads, -1):
-            e = {s: torch.exp(q[head] @ a.key(nodes[s])[head] / len(head) ** 0.5) for s in range(len(nodes)) if labels[s] != labels[t]}
+            e = {
+                s: torch.exp(q[head] @ a.key(nodes[s])[head] / len(head) ** 0.5)
+                for s in range(len(nodes))
+                if labels[s] != labels[t]
+            }
             total = 1 + sum(e.values())
-            parts.append(sum(w / total * a.value(nodes[s])[head] for s, w in e.items()) + torch.zeros(len(head), dtype=nodes.dtype))
+            parts.append(
+                sum(w / total * a.value(nodes[s])[head] for s, w in e.items())
+                + torch.zeros(len(head), dtype=nodes.dtype)
+            )
         n = block.norm(F.gelu(nodes[t] + a.out(torch.cat(parts))))
         n = block.norm(F.gelu(n + sum(F.gelu(block.edge_to_node(edges[t, j])) for j in range(len(nodes)))))
         return block.norm(F.gelu(n + block.linear2(F.gelu(block.linear1(n)))))
@@ -317,7 +328,14 @@ def test_edge_dropout_in_training_only() -> None:
 
 def make(**changes: Any) -> GcaHng:
     torch.manual_seed(0)
-    values = {"classes_per_batch": 3, "samples_per_class": 2, "embedding_dim": 8, "heads": 2, "warmup": "0 epochs", **changes}
+    values = {
+        "classes_per_batch": 3,
+        "samples_per_class": 2,
+        "embedding_dim": 8,
+        "heads": 2,
+        "warmup": "0 epochs",
+        **changes,
+    }
     return GcaHng(GcaHngConfig(**values), 5, 4).double()
 
 
@@ -355,7 +373,12 @@ def test_zero_gradients(keep: bool) -> None:
     for _ in range(2):
         method.training_step(make_batch(LABELS), context)
     graph = [found for name, found in context.seen if name == "graph"]
-    unused = ["graph.lambda_head.weight", "graph.classifier.weight", "graph.lambda_head.weight", "graph.classifier.weight"]
+    unused = [
+        "graph.lambda_head.weight",
+        "graph.classifier.weight",
+        "graph.lambda_head.weight",
+        "graph.classifier.weight",
+    ]
     given = [found[name] is not None for found, name in zip(graph, unused, strict=True)]
     assert given == ([False, True, True, True] if keep else [False] * 4)
 

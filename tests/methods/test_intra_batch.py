@@ -54,14 +54,14 @@ def method(golden: dict[str, Any]) -> IntraBatch:
     made = IntraBatch(config, golden["x"].shape[1], m["n_class"]).double()
     state = {renamed(k): v for part in ("enc_before", "gnn_before") for k, v in golden[part].items()}
     missing, unexpected = made.load_state_dict(state, strict=False)
-    assert set(unexpected) == {"network.norm.weight", "network.norm.bias"} and set(missing) == {"reloads"}
+    assert not unexpected and set(missing) == {"reloads"}
     return made
 
 
 def test_golden_steps(golden: dict[str, Any], method: IntraBatch) -> None:
     """Losses, gradients, and weights after RAdam's steps, from the un-rectified to the rectified ones."""
     context = FakeContext(method, features=golden["x"])
-    close = {"rtol": 1e-6, "atol": 1e-9}
+    close = {"rtol": 1e-6, "atol": 2e-7}
     for step in golden["steps"]:
         f = method.head.linear(golden["x"])
         torch.testing.assert_close(F.normalize(f), step["z"], **close)
@@ -75,12 +75,13 @@ def test_golden_steps(golden: dict[str, Any], method: IntraBatch) -> None:
                 if gradient is not None:
                     got = found[renamed(name)]
                     assert got is not None
-                    torch.testing.assert_close(got, gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()) + 1e-12)
+                    torch.testing.assert_close(
+                        got, gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()) + 1e-12
+                    )
         state = method.state_dict()
         for wanted in (step["enc_after"], step["gnn_after"]):
             for name, value in wanted.items():
-                if not name.startswith(("bottleneck.0.weight", "bottleneck.0.bias")):
-                    torch.testing.assert_close(state[renamed(name)], value, **close)
+                torch.testing.assert_close(state[renamed(name)], value, **close)
 
 
 def test_golden_evaluation(golden: dict[str, Any], method: IntraBatch) -> None:

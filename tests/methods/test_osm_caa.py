@@ -18,6 +18,7 @@ from tests.methods.context import FakeContext, make_batch
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "osm_caa_f64.npz")
 PROBLEMS = ("small", "noneg")
 LOGITS = {"paper_fnorm": "fnorm", "paper_fraw": "raw", "both_norm": "cosine", "caffe_logits": "raw"}
+MODES = dict.fromkeys(LOGITS, "paper") | {"caffe_logits": "caffe"}
 
 
 def golden(key: str) -> Tensor:
@@ -34,8 +35,8 @@ def test_golden(problem: str, variant: str) -> None:
     """Loss, parts, weights and gradient; the classifier is not touched by the metric loss."""
     f = golden(f"{problem}/f").requires_grad_()
     labels, weight, bias = (golden(f"{problem}/{k}") for k in ("y", "W", "b"))
-    config = OsmCaaConfig(caa_logits=LOGITS[variant])  # type: ignore[arg-type]
-    method = make(f.shape[1], len(weight), f.shape[1], caa_logits=LOGITS[variant])
+    config = OsmCaaConfig(caa_logits=LOGITS[variant], mode=MODES[variant])  # type: ignore[arg-type]
+    method = make(f.shape[1], len(weight), f.shape[1], caa_logits=LOGITS[variant], mode=MODES[variant])
     with torch.no_grad():
         method.classifier.weight.copy_(weight)
         method.classifier.bias.copy_(bias if variant == "caffe_logits" else torch.zeros_like(bias))
