@@ -38,6 +38,11 @@ class MethodConfig(Frozen):
     embedding_dim: int = Field(128, ge=1, description="D")
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    @property
+    def needs_best(self) -> bool:
+        """Whether the method calls `load_best`, so that there has to be an evaluation during training."""
+        return False
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -87,7 +92,7 @@ class Context(Protocol):
         device, dtype: of features and of the method's parameters.
         generator: freshly seeded from (seed, step) before each step, from (seed, epoch) before the epoch's hooks.
         shards: the slots of the batch that each rank encodes, in rank order.
-        ranks: for sharing out work.
+        work: for sharing out work among the ranks.
     """
 
     labels: Int64[np.ndarray, " samples"]
@@ -97,7 +102,7 @@ class Context(Protocol):
     dtype: torch.dtype
     generator: torch.Generator
     shards: Sequence[slice]
-    ranks: Ranks
+    work: Ranks
 
     def encode(self, role: str | Sequence[str] | None = None) -> Float[Tensor, "batch features"]:
         """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.
@@ -183,3 +188,7 @@ class Method(nn.Module):
     def embed(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
         """Pooled features to embeddings; what retrieval uses."""
         return self.head(features)
+
+    def refine(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "images other"]:
+        """Embeddings of all images of an evaluation together, for methods that let test images look at each other."""
+        return embeddings

@@ -149,9 +149,8 @@ class EdgeBlock(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, nodes: Float[Tensor, "batch dim"], edges: Float[Tensor, "edges dim"], pairs: Pairs, noise: Tensor | None
+        self, nodes: Float[Tensor, "batch dim"], edges: Float[Tensor, "edges dim"], pairs: Pairs
     ) -> Float[Tensor, "edges dim"]:
-        """New edges; `noise` [all edges, 2] scales the two weights of each (dropout), None: 1."""
         nodes = F.gelu(self.node_to_edge(nodes))
         key, value = self.key(nodes), pairs.share(self.value(nodes))
         products = pairs.share(key @ self.query.weight)  # W_qᵀ k of every node
@@ -159,18 +158,16 @@ class EdgeBlock(nn.Module):
         scores = edges @ products.T + offsets
         ends = torch.stack([pairs.first, pairs.second], 1)
         weights = (scores.gather(1, ends) / math.sqrt(edges.shape[1])).softmax(1)
-        if noise is not None:
-            weights = weights * noise[pairs.own]
+        weights = weights * self._noise(pairs, weights)
         spread = torch.zeros_like(scores).scatter_add(1, ends, weights)
         edges = pairs.gelu_norm(self.norm, spread @ value + edges)
         hidden = pairs.gelu_norm(self.hidden_norm, pairs.linear(self.linear1, edges))
         return pairs.gelu_norm(self.norm, edges + pairs.linear(self.linear2, hidden))
 
-    def draw_noise(self, pairs: Pairs, like: Tensor) -> Tensor | None:
-        """Dropout of the two weights of every edge, drawn for the edges of all processes alike."""
-        if not self.training or self.dropout == 0:
-            return None
-        return F.dropout(like.new_ones(int(pairs.index.max()) + 1, 2), self.dropout)
+    def _noise(self, pairs: Pairs, like: Tensor) -> Tensor:
+        """Dropout of the two weights of every edge, drawn for the edges of all processes alike; this process's share."""
+        ones = like.new_ones(int(pairs.index.max()) + 1, 2)
+        return F.dropout(ones, self.dropout, self.training)[pairs.own]
 
 
 class EdgeNorm(nn.Module):
@@ -228,9 +225,8 @@ class CorrelationGraph(nn.Module):
         last = len(self.nodes) - 1
         for number, (to_nodes, to_edges) in enumerate(zip(self.nodes, self.edges, strict=True)):
             nodes = to_nodes(nodes, edges, pairs, negatives)
-            noise = to_edges.draw_noise(pairs, edges)
             with torch.set_grad_enabled(torch.is_grad_enabled() and (train_lambda or number < last)):
-                edges = to_edges(nodes, edges, pairs, noise)
+                edges = to_edges(nodes, edges, pairs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_lambda):
             normed = self.edge_norm(edges, pairs)
             lam = pairs.dense(torch.sigmoid(pairs.linear(self.lambda_head, normed)))

@@ -59,6 +59,7 @@ class GcaHngConfig(MethodConfig):
     softmax_weight: float = Field(20.0, ge=0, description="s")
     similarity_weight: float = Field(20.0, ge=0, description="d")
     diversity_weight: float = Field(60.0, ge=0, description="v")
+    orthogonal_neck: bool = Field(False, description="orthogonal weights and zero bias at first (the DINO recipes)")
     warmup: Length = Field(Length(value=2, unit="epochs"), description="the trunk stands still for so long")
     similarity_mask: Literal["correct", "reference"] = Field(
         "correct",
@@ -209,6 +210,9 @@ class GcaHng(Method):
     def __init__(self, config: GcaHngConfig, features: int, num_classes: int) -> None:
         super().__init__(config, features, num_classes)
         self.head = Neck(features, config.embedding_dim)  # type: ignore[assignment]
+        if config.orthogonal_neck:
+            nn.init.orthogonal_(self.head.linear.weight)
+            nn.init.zeros_(self.head.linear.bias)
         self.proxies = (
             ProxyAnchorLoss(num_classes, config.embedding_dim, config.proxy_margin, config.proxy_scale)
             if config.base_loss == "proxy_anchor"
@@ -257,7 +261,7 @@ class GcaHng(Method):
         frozen = self.config.warmup.share(context.clock) < 1
         with torch.no_grad() if frozen else nullcontext():
             features = context.encode()
-        ranks = context.ranks if self.config.generate and self.config.shard_edges else None
+        ranks = context.work if self.config.generate and self.config.shard_edges else None
         order, layout = self._layout(batch.labels, ranks)
         uniforms = [self._uniforms(context) for _ in range(2)]
         return self.iterate(features[order], layout, uniforms, context, ranks)

@@ -31,7 +31,10 @@ RUNTIME: dict[str, Any] = {"runtime": True}
 class DataConfig(Frozen):
     """What is trained and evaluated on."""
 
-    source: str = Field("emoji", description="emoji, or the folder or s3:// URI of a store made by pipeline.prepare")
+    source: str = Field(
+        "emoji",
+        description="the dataset of this name below STORAGE/data (emoji is prepared by itself), or a store's folder or s3:// URI",
+    )
     validation_fold: int | None = Field(
         0,
         ge=0,
@@ -139,6 +142,11 @@ class Config(Frozen):
         if self.evaluation.checkpoint == "best" and not self.validates:
             raise ValueError(
                 "evaluation.checkpoint is 'best', but without data.validation_fold there is nothing to choose on: set 'last'"
+            )
+        if self.method.needs_best and not self.validates:
+            raise ValueError(
+                "the method goes back to its best weights (reload_best), but without data.validation_fold nothing says which: "
+                "set a fold, or method.reload_best to []"
             )
         if self.runtime.gpus_per_worker and self.precision == "float64":
             raise ValueError("precision float64 is for the CPU; use float32 or bf16 on a GPU")

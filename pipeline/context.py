@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from methods import Batch, Method
+from methods.base import Ranks as MethodRanks
 from methods.optim import Clock, Length, Optimizer
 from methods.plans import Plan
 from pipeline.collectives import Ranks, gather
@@ -70,7 +71,8 @@ class RunContext:
             )
         self.clock = Clock()
         self.generator = seeded_generator(device, seed)
-        self.shards: list[slice] = []
+        self.shards: Sequence[slice] = ()
+        self.work: MethodRanks = ranks
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
         self._awaits_backward = False

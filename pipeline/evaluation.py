@@ -150,8 +150,13 @@ def evaluate(
     Raises:
         RunError: embeddings are zero or not finite, or no query has a positive.
     """
-    queries = embedder(task.queries.ids, trunk, method).cpu()
-    gallery = None if task.gallery is None else embedder(task.gallery.ids, trunk, method).cpu()
+    images = task.queries.ids if task.gallery is None else np.concatenate([task.queries.ids, task.gallery.ids])
+    embeddings = embedder(images, trunk, method)
+    if method is not None:
+        with torch.no_grad():
+            embeddings = method.refine(embeddings)
+    queries = embeddings[: len(task.queries)].cpu()
+    gallery = None if task.gallery is None else embeddings[len(task.queries) :].cpu()
     labels = torch.from_numpy(task.queries.labels)
     gallery_labels = None if task.gallery is None else torch.from_numpy(task.gallery.labels)
     ranks = embedder.ranks

@@ -158,6 +158,7 @@ def build_trunk(config: ModelConfig, size: int) -> Trunk:
 def _backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
     """The network without its classifier, with loaded weights, and the mean and std it was trained with."""
     download = config.weights == "pretrained"
+    net: nn.Module
     try:
         if config.backbone == BN_INCEPTION:
             if download:

@@ -66,6 +66,7 @@ def ray_session(cpus: int) -> Iterator[Any]:
                 f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be reached: {error}"
             ) from error
     else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that waits for spot nodes to end
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common
         )

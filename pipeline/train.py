@@ -114,8 +114,16 @@ def _must_prepare(config: Config) -> bool:
 
 def _dataset(config: Config) -> Store:
     """Opens the dataset; the built-in demo is prepared first, once."""
-    if config.data.source != "emoji":
-        store = Store(Folder(config.data.source))
+    source = config.data.source
+    if source != "emoji":
+        is_name = "/" not in source and not source.startswith(("~", "."))
+        folder = Folder(config.root) / "data" / source if is_name else Folder(source)
+        if is_name and not folder.exists("manifest.json"):
+            raise UserError(
+                f"there is no dataset {source!r} in {Folder(config.root) / 'data'}: prepare it with `python -m pipeline.prepare`, "
+                "or set data.source to the folder or s3:// URI of a store"
+            )
+        store = Store(folder)
     else:
         target = preparing.emoji_store(config.root)
         if _must_prepare(config):

@@ -91,29 +91,21 @@ def test_both_loaders_give_the_same_pixels_in_the_same_order(
     assert [len(p) for p in ours] == [5] * 21 + [3, 7]
 
 
-def test_two_ray_workers_give_the_weights_of_one_process(
+def test_two_ray_workers_one_of_them_killed_give_the_weights_of_one_process(
     ray_here: Any, make_config: Callable[..., Config], store: Store
 ) -> None:
-    """Law 1 through the real launcher, with the Ray Data loader."""
-    changes = {"length": "1 epochs", "method.optimizer.name": "sgd", "method.optimizer.lr": 0.1}
-    alone, two = make_config(changes, name="alone"), make_config(changes, name="two")
+    """Laws 1 and 3 through the real launcher and loader: SIGKILL of a worker process at a random step.
+
+    Ray Train starts the group again, and it goes on from the newest checkpoint.
+    """
+    changes = {
+        "length": "6 epochs",
+        "checkpoint.every": "3 steps",
+        "method.optimizer.name": "sgd",
+        "method.optimizer.lr": 0.1,
+    }
+    alone, killed = make_config(changes, name="alone"), on_ray(make_config(changes, name="killed"), loader="ray")
     run_in_process(alone, store.folder.uri, silent)
-    run_on_ray(on_ray(two, loader="ray"), store.folder.uri, silent, ray_here)
-    one, other = tensors(alone), tensors(two)
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        difference = (other[name] - value).double().norm() / value.double().norm().clamp(min=1e-6)
-        assert difference <= 1e-9, f"{name}: {difference:.1e}"
-
-
-def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
-    ray_here: Any, make_config: Callable[..., Config], store: Store
-) -> None:
-    """SIGKILL of a worker process at a random step; Ray Train starts the group again, from the newest checkpoint."""
-    changes = {"length": "6 epochs", "checkpoint.every": "3 steps"}
-    whole = on_ray(make_config(changes, name="whole"), loader="in_process")
-    killed = on_ray(make_config(changes, name="killed"), loader="in_process")
-    run_on_ray(whole, store.folder.uri, silent, ray_here)
     wanted = int(np.random.default_rng().integers(4, 12))
     victims: list[int] = []
     seen: list[str] = []
@@ -127,9 +119,11 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
     assert run_on_ray(killed, store.folder.uri, kill, ray_here) is None
     assert len(victims) == 2, "the kill never happened"
     assert any("resumed at step" in notice for notice in seen)
-    one, other = tensors(whole), tensors(killed)
+    one, other = tensors(alone), tensors(killed)
+    assert one.keys() == other.keys()
     for name, value in one.items():
-        assert torch.equal(other[name], value), name
+        difference = (other[name] - value).double().norm() / value.double().norm().clamp(min=1e-6)
+        assert difference <= 1e-9, f"{name}: {difference:.1e}"
 
 
 def train_workers() -> list[int]:
@@ -206,16 +200,20 @@ def logged_steps(path: Path) -> int:
 def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(
     ray_here: Any, store: Store, tmp_path: Path
 ) -> None:
-    """SIGKILL of the driver, then SIGTERM (saved, status 143), then the same command to the end: as if nothing had been."""
-    settings = ["runtime.workers=2", "length=8 epochs", "checkpoint.every=2 steps"]
+    """SIGKILL of the driver, then SIGTERM (saved, status 143), then the same command to the end: as if nothing had been.
+
+    The drivers are other programs on the cluster of this module, whose Ray outlives them.
+    """
+    settings = ["runtime.workers=1", "length=8 epochs", "checkpoint.every=2 steps"]
+    environment = os.environ | {"RAY_ADDRESS": ray_here.get_runtime_context().gcs_address}
     recipe = write_recipe(tmp_path, store)
     metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
-    first = subprocess.Popen(command(recipe, *settings), cwd=ROOT, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command(recipe, *settings), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     wait_for(lambda: logged_steps(metrics) >= 4, 120, "step 4")
     first.kill()
     first.wait()
     before = logged_steps(metrics)
-    second = subprocess.Popen(command(recipe, *settings), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    second = subprocess.Popen(command(recipe, *settings), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: logged_steps(metrics) > before + 3, 120, "progress after the kill")
     second.terminate()
     _, errors = second.communicate(timeout=60)
@@ -223,13 +221,13 @@ def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(
     assert "the same command continues" in errors
     saved = Checkpoints(Folder(tmp_path / "runs" / "tiny")).latest()
     assert saved is not None and saved.step > 0 and not saved.finished
-    done = subprocess.run(command(recipe, *settings), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command(recipe, *settings), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {saved.step}" in done.stderr
     values = tiny_values(
         str(tmp_path), store.folder.uri, {"name": "whole", "length": "8 epochs", "checkpoint.every": "2 steps"}
     )
-    run_on_ray(on_ray(build_config(values), loader="in_process"), store.folder.uri, silent, ray_here)
+    run_in_process(build_config(values), store.folder.uri, silent)
     whole, broken = (json.loads((tmp_path / "runs" / n / "summary.json").read_text()) for n in ("whole", "tiny"))
     assert whole["final"] == broken["final"] and whole["step"] == broken["step"]
     from safetensors.torch import load_file
@@ -246,8 +244,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+def ending() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Nodes that were told to end, which takes them half a minute: waited for when all else is done."""
+    nodes: list[subprocess.Popen[bytes]] = []
+    yield nodes
+    for node in nodes:
+        node.wait(timeout=90)
+
+
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+def head(tmp_path: Path, ending: list[subprocess.Popen[bytes]]) -> Iterator[dict[str, str]]:
     """A head node of its own, with token authentication and its own HOME; gives the environment that reaches it."""
     home, port, dashboard = tmp_path / "home", free_port(), free_port()
     home.mkdir()
@@ -258,6 +265,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
     start = [ray, "start", "--head", "--block", "--num-cpus=5", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+             f"--dashboard-agent-listen-port={free_port()}",  # another Ray of this machine may have the default one
              "--include-dashboard=true", "--disable-usage-stats", f"--temp-dir=/tmp/h{port}"]  # fmt: skip
     node = subprocess.Popen(
         start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -267,7 +275,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     finally:
         os.killpg(node.pid, signal.SIGTERM)
-        node.wait(timeout=60)
+        ending.append(node)
 
 
 def reachable(port: int) -> bool:
@@ -278,7 +286,7 @@ def reachable(port: int) -> bool:
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     ray = str(Path(sys.executable).parent / "ray")
     job = [ray, "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, "-m", "pipeline.train", *arguments]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60
     while True:
         done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=300)
         starting = "No available agent" in done.stderr  # the dashboard listens some seconds before it can run jobs
@@ -309,10 +317,6 @@ def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head
     assert wrong.returncode != 0
     ours = [line for line in wrong.stdout.splitlines() if line.startswith("error:")]
     assert set(ours) == {"error: unknown key 'method.optimizer.lrr': did you mean 'method.optimizer.lr'?"}
-
-    greedy = submit(head, str(recipe), "--set", "name=greedy", "--set", "runtime.workers=50")
-    assert greedy.returncode != 0
-    assert "the cluster has at most 5" in greedy.stdout + greedy.stderr
 
 
 def hash_of(name: str) -> int:

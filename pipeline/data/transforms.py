@@ -27,7 +27,9 @@ class TransformConfig(Frozen):
     size: int = Field(224, ge=8, description="side of the square that the network sees, pixels")
     resize: int | None = Field(None, ge=8, description="evaluation: shorter side before the centre crop (none: size)")
     squash: bool = Field(False, description="evaluation: resize both sides to `size`, ignoring the aspect ratio")
-    crop_scale: tuple[float, float] = Field((0.16, 1.0), description="training: share of the area that a crop covers")
+    crop_scale: tuple[float, float] = Field(
+        (0.16, 1.0), description="training: share of the area that a crop covers; [1, 1]: the whole image, not cropped"
+    )
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="training: width / height of a crop")
     pad: float = Field(0.0, ge=0, le=1, description="training: white border added first, relative to the side")
     rotate: float = Field(0.0, ge=0, le=180, description="training: rotation by up to this many degrees, on white")
@@ -35,6 +37,10 @@ class TransformConfig(Frozen):
     jitter: float = Field(0.0, ge=0, lt=1, description="training: brightness, contrast, saturation by 1 ± this")
     hue: float = Field(0.0, ge=0, le=0.5, description="training: hue turned by up to this share of the circle")
     grey: float = Field(0.0, ge=0, le=1, description="training: probability of dropping colour")
+    erase: float = Field(
+        0.0, ge=0, le=1, description="training: probability of painting over a rectangle of 2 to 40 % of the area"
+    )
+    erase_colour: tuple[int, int, int] = Field((161, 144, 129), description="of that rectangle, 0..255 each")
 
     @model_validator(mode="after")
     def _check(self) -> TransformConfig:
@@ -43,6 +49,8 @@ class TransformConfig(Frozen):
                 raise ValueError(f"{name} is {low, high}, expected 0 < low <= high")
         if self.crop_scale[1] > 1:
             raise ValueError(f"crop_scale goes up to {self.crop_scale[1]}, at most 1: use pad to zoom out")
+        if not all(0 <= value <= 255 for value in self.erase_colour):
+            raise ValueError(f"erase_colour is {self.erase_colour}, expected three values of 0 to 255")
         if self.resize is not None and self.resize < self.size:
             raise ValueError(f"resize is {self.resize}, smaller than size {self.size}")
         return self
@@ -123,11 +131,28 @@ def training_pixels(
         image = F.adjust_hue(image, float(random.uniform(-config.hue, config.hue)))
     if random.random() < config.grey:
         image = F.rgb_to_grayscale(image, num_output_channels=3)
+    if config.erase and random.random() < config.erase:
+        image = _erase(image, config, random)
+    return image
+
+
+def _erase(image: Tensor, config: TransformConfig, random: np.random.Generator) -> Tensor:
+    """Paints over a random rectangle (random erasing, Zhong et al., AAAI 2020), of aspect ratio 0.3 to 1 / 0.3."""
+    side = config.size
+    for _ in range(100):  # until one fits, as the paper does
+        area, ratio = side * side * random.uniform(0.02, 0.4), random.uniform(0.3, 1 / 0.3)
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < height < side and 0 < width < side:
+            top, left = int(random.integers(0, side - height + 1)), int(random.integers(0, side - width + 1))
+            colour = torch.tensor(config.erase_colour, dtype=torch.uint8)[:, None, None]
+            return F.erase(image, top, left, height, width, colour)
     return image
 
 
 def _crop(height: int, width: int, config: TransformConfig, random: np.random.Generator) -> tuple[int, int, int, int]:
     """Top, left, height, width of a random crop: area and aspect ratio as configured, cut to the image."""
+    if config.crop_scale == (1.0, 1.0):
+        return 0, 0, height, width
     area = height * width * random.uniform(*config.crop_scale)
     ratio = math.exp(random.uniform(math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1])))
     w = min(width, max(1, round(math.sqrt(area * ratio))))

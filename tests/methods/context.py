@@ -26,7 +26,7 @@ class FakeContext:
         self.seed, self.clock, self.length = 0, Clock(), Length(value=10, unit="epochs")
         self.device, self.dtype = torch.device("cpu"), torch.float64
         self.generator = torch.Generator().manual_seed(0)
-        self.ranks: Any = Ranks()
+        self.work: Any = Ranks()
         self.shards: Sequence[slice] = (slice(0, 10**6),)
         self.seen: list[tuple[str, dict[str, Tensor | None]]] = []
         self.loaded_best = 0

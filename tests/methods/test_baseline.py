@@ -36,7 +36,7 @@ class StubContext(Context):
 
     def __init__(self, seed: int = 0, step: int = 0, features: torch.Tensor | None = None) -> None:
         self.labels = np.repeat(np.arange(6), 3).astype(np.int64)
-        self.seed, self.clock, self.rows = seed, Clock(step, 0.5), slice(0, 20)
+        self.seed, self.clock = seed, Clock(step, 0.5)
         self.device, self.dtype, self.generator = torch.device("cpu"), torch.float64, torch.Generator()
         self.features = features
         self.calls: list[str] = []

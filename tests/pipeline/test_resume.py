@@ -47,6 +47,9 @@ METHODS_TRIED: dict[str, dict[str, Any]] = {
     "baseline": {"method.loss": "TripletMarginLoss", "method.miner": "DistanceWeightedMiner"},
     "two_optimizers": {"method.name": "two_optimizers", "method.optimizer.schedule": {"kind": "cosine"}},
     "swept_plan": {"method.name": "swept_plan", "method.load_best_at": 2},
+    "osm_caa": {"method.name": "osm_caa", "method.mode": "caffe"},
+    "intra_batch": {"method.name": "intra_batch", "method.sampler": "number", "method.reload_best": [1, 2]},
+    "gca_hng": {"method.name": "gca_hng", "method.heads": 2, "method.layers": 1, "method.warmup": "1 epochs"},
 }
 
 
