@@ -13,4 +13,4 @@ METHODS: dict[str, type[Method]] = {
     "osm_caa": OsmCaa,
 }
 
-__all__ = ["METHODS", "Batch", "Context", "Method", "MethodConfig"]
+__all__ = ["METHODS", "Baseline", "Batch", "Context", "Method", "MethodConfig"]

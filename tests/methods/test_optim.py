@@ -210,3 +210,12 @@ def test_optimizer_refuses(values: dict, says: str) -> None:
 def test_configs_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         OptimizerConfig().lr = 1.0
+
+
+def test_staircase_changes_at_the_start_of_an_epoch() -> None:
+    plain, stairs = (ScheduleConfig(kind="cosine", staircase=flag) for flag in (False, True))
+    total = length("4 epochs")
+    for epoch in (0.0, 0.3, 1.0, 1.99, 3 * (1 / 3) + 1, 3.5):
+        assert stairs.factor(Clock(7, epoch), total) == plain.factor(Clock(7, float(int(epoch + 1e-9))), total)
+    with pytest.raises(ValueError, match="counted in epochs"):
+        ScheduleConfig(kind="cosine", staircase=True, warmup=length("20 steps"))

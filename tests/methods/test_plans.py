@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from methods.plans import Plan, class_balanced
+from methods.plans import Plan, class_balanced, combine, combine_any_shape, uniform_classes
 
 
 def labels_of(sizes: list[int], seed: int = 0) -> np.ndarray:
@@ -140,3 +140,78 @@ def test_plan_checks_its_shape() -> None:
         Plan(np.zeros((0, 3), dtype=np.int64))
     with pytest.raises(ValueError, match=r"'role' has shape \(2, 2\), ids have \(2, 3\)"):
         Plan(ids, {"role": np.zeros((2, 2))})
+
+
+# ---- the samplers of the papers --------------------------------------------------------------------------------------
+
+SIZES = [9, 3, 18, 10, 1, 7]
+
+
+@pytest.mark.parametrize("epoch", range(4))
+def test_combine(epoch: int) -> None:
+    """Groups of one class; every image; (⌊n/K⌋ + 1) groups a class, and repeated groups until P divides them."""
+    labels = labels_of(SIZES)
+    plan = combine(labels, 4, 9, seed=1, epoch=epoch)
+    groups = plan.ids.reshape(-1, 9)
+    assert plan.ids.shape[1] == 36 and set(plan.ids.flat) == set(range(len(labels)))
+    assert all(len(set(labels[group])) == 1 for group in groups)
+    distinct = {tuple(group) for group in groups}
+    count = np.bincount([labels[group[0]] for group in distinct])
+    assert count.tolist() == [2, 2, 3, 2, 1, 2], "both groups of the single image look alike"
+    assert len(groups) == 16
+    assert np.array_equal(plan.ids, combine(labels, 4, 9, seed=1, epoch=epoch).ids)
+    assert not np.array_equal(plan.ids, combine(labels, 4, 9, seed=1, epoch=epoch + 1).ids)
+
+
+def test_combine_may_put_a_class_twice_in_a_batch() -> None:
+    labels = labels_of([40, 40])
+    plan = combine(labels, 4, 5, seed=0, epoch=0)
+    assert all(len(set(labels[row])) <= 2 for row in plan.ids)
+
+
+def test_combine_needs_enough_groups() -> None:
+    with pytest.raises(ValueError, match=r"a batch of 9 groups of 5 images needs as many groups, .* gives 4"):
+        combine(labels_of([3, 2]), 9, 5, seed=0, epoch=0)
+
+
+def test_any_shape_is_a_divisor_of_the_batch() -> None:
+    """54 slots: 2, 3, 6, 9, 18 or 27 groups, each about as often; one shape an epoch."""
+    labels = labels_of([30] * 20)
+    drawn = []
+    for epoch in range(240):
+        plan = combine_any_shape(labels, 6, 9, seed=3, epoch=epoch)
+        assert plan.ids.shape[1] == 54
+        changes = np.nonzero(np.diff(labels[plan.ids]))[1]
+        size = int(np.gcd.reduce([*(changes + 1), 54]))
+        drawn.append(54 // size)
+    counts = {p: drawn.count(p) for p in set(drawn)}
+    assert set(counts) == {2, 3, 6, 9, 18, 27} and min(counts.values()) > 15
+
+
+@pytest.mark.parametrize("epoch", range(3))
+def test_uniform_classes(epoch: int) -> None:
+    labels = labels_of(SIZES)
+    plan = uniform_classes(labels, 3, 4, seed=2, epoch=epoch)
+    assert len(plan) == (len(labels) - 1) // 12
+    for row in plan.ids.reshape(-1, 3, 4):
+        assert all(len(set(labels[group])) == 1 for group in row) and len({labels[group[0]] for group in row}) == 3
+        large = [group for group in row if SIZES[labels[group[0]]] >= 4]
+        assert all(len(set(group)) == 4 for group in large)
+    assert np.array_equal(plan.ids, uniform_classes(labels, 3, 4, seed=2, epoch=epoch).ids)
+
+
+def test_uniform_classes_draws_classes_alike_whatever_their_size() -> None:
+    labels = labels_of([100, 4, 4, 4, 4])
+    drawn = [labels[row].reshape(-1, 2)[:, 0] for e in range(40) for row in uniform_classes(labels, 2, 2, 0, e).ids]
+    share = np.bincount(np.concatenate(drawn)) / (2 * len(drawn))
+    assert np.abs(share - 0.2).max() < 0.03
+    with pytest.raises(ValueError, match="classes_per_batch is 6, the training set has 5 classes"):
+        uniform_classes(labels, 6, 2, 0, 0)
+
+
+def test_uniform_classes_goes_through_a_class_before_it_repeats() -> None:
+    labels = labels_of([12, 12])
+    ids = uniform_classes(labels, 2, 4, seed=0, epoch=0).ids.reshape(-1, 2, 4)
+    for c in (0, 1):
+        seen = np.concatenate([group for row in ids for group in row if labels[group[0]] == c])
+        assert len(set(seen[:8])) == 8

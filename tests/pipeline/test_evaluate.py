@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from methods import Baseline
 from pipeline import evaluate, train
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.catalog import Entry
@@ -257,3 +258,37 @@ def test_a_run_on_query_and_gallery(
         *task.gallery.ids,
         -1,
     }
+
+
+def test_a_method_may_let_the_test_images_look_at_each_other(
+    base: Base, measure: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`refine` gets the embeddings of all images of the task together, and what it returns is measured."""
+    labels = torch.from_numpy(base.store.select(["test"]).labels)
+    table = torch.randn(len(labels), 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+
+    def refine(self: Baseline, embeddings: torch.Tensor) -> torch.Tensor:
+        seen.append(embeddings)
+        return table
+
+    monkeypatch.setattr(Baseline, "refine", refine)
+    assert measure(base.run, "--recall-at", "1", "2") == retrieve(table, labels).summary((1, 2))
+    assert seen[0].shape == (len(labels), 8)
+
+
+def test_queries_and_gallery_are_refined_together(
+    split_store: Store, measure: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(split_store)
+    table = torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(Baseline, "refine", lambda self, embeddings: table)
+    changes = {"length": "1 steps", "evaluation.clustering": False, "evaluation.checkpoint": "last"}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(tiny_values(str(tmp_path), split_store.folder.uri, changes | {"data.validation_fold": None}))
+    )
+    assert train.main([str(tmp_path / "recipe.yaml")]) == 0
+    y, gy = (torch.from_numpy(s.labels) for s in (task.queries, task.gallery))
+    expected = retrieve(table[:5], y, gallery=table[5:], gallery_labels=gy).summary((1, 2))
+    final = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())["final"]
+    assert final == {k: round(v, 4) for k, v in expected.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import pickle
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from pipeline import model
 from pipeline.collectives import Ranks, SyncBatchNorm2d
 from pipeline.errors import UserError
-from pipeline.model import LITE0, ModelConfig, Trunk, build_trunk
+from pipeline.model import BN_INCEPTION, LITE0, ModelConfig, Trunk, build_trunk
 
 SIZE = 32
 
@@ -319,3 +320,40 @@ def test_a_download_that_fails_names_the_way_out(monkeypatch: pytest.MonkeyPatch
         match=r"weights of 'test_resnet' cannot be downloaded \(OSError\): set model.weights to a file, or to none",
     ):
         build(weights="pretrained")
+
+
+# ---- BN-Inception ----------------------------------------------------------------------------------------------------
+
+
+def test_bn_inception_is_the_network_of_the_public_checkpoint(tmp_path: Path) -> None:
+    """Names, shapes and order of its tensors; a file of such tensors loads; one of another network does not."""
+    listed = (Path(__file__).parent.parent / "golden" / "bn_inception_parameters.txt").read_text().splitlines()
+    expected = {name: shape for name, shape in (line.split(" ", 1) for line in listed)}
+    trunk = build(BN_INCEPTION, size=64)
+    found = {n: str(tuple(v.shape)) for n, v in trunk.backbone.state_dict().items() if "num_batches" not in n}
+    assert list(found.items()) == [(n, s) for n, s in expected.items() if not n.startswith("last_linear")]
+    tensors = {n: torch.rand(*ast.literal_eval(shape)) + 0.5 for n, shape in expected.items()}
+    torch.save(tensors, tmp_path / "net.pth")
+    loaded = build(BN_INCEPTION, size=64, weights=str(tmp_path / "net.pth"))
+    assert torch.equal(loaded.backbone.state_dict()["inception_5b_1x1.weight"], tensors["inception_5b_1x1.weight"])
+    with pytest.raises(UserError, match="do not fit the backbone"):
+        build("test_resnet", weights=str(tmp_path / "net.pth"))
+    with pytest.raises(UserError, match="has no download"):
+        build(BN_INCEPTION, weights="pretrained")
+
+
+def test_bn_inception_sees_bgr_of_0_to_255() -> None:
+    trunk, seen = build(BN_INCEPTION, size=64).eval(), []
+    trunk.backbone.conv1_7x7_s2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = pixels(2, 64)
+    with torch.no_grad():
+        assert trunk(x).shape == (2, 1024)
+    wanted = x.flip(1).float() - torch.tensor([104.0, 117, 128]).view(3, 1, 1)
+    torch.testing.assert_close(seen[0], wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [224, 227])
+def test_bn_inception_pools_with_ceil(size: int) -> None:
+    with torch.no_grad():
+        maps = build(BN_INCEPTION, size=64).eval().backbone(torch.zeros(1, 3, size, size))
+    assert maps.shape == (1, 1024, 7, 7)

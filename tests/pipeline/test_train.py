@@ -68,6 +68,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "missing weights": ({"model.weights": "/nowhere.pth"}, "no such file"),
     "image size": ({"model.backbone": "test_vit", "model.pooling": "native"}, "cannot take images of 24×24"),
     "missing dataset": ({"data.source": "/no/such/place"}, "no prepared dataset in /no/such/place"),
+    "dataset by a name that is not there": ({"data.source": "cub"}, "there is no dataset 'cub' in "),
+    "best weights, but nothing says which": ({"method": {"name": "intra_batch", "reload_best": [1]}, "data.validation_fold": None, "evaluation.checkpoint": "last"}, "nothing says which"),
     "dataset in a missing bucket": ({"data.source": "s4://nowhere/x"}, "cannot be opened"),
     "relative storage": ({"storage": "here/and/there"}, "storage 'here/and/there' is a relative path"),
     "too many threads": ({"runtime.cpus_per_worker": 4 * (os.cpu_count() or 1) + 1}, "threads wanted (runtime.workers × cpus_per_worker)"),

@@ -256,3 +256,26 @@ def test_closing_early_stops_the_thread(source: PixelSource, store: Store, monke
     stream.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
     assert 1 <= len(fetched) <= 1 + PREFETCH, "no more was fetched than the look-ahead"
+
+
+def test_the_whole_image_where_nothing_is_cropped() -> None:
+    image = picture(40, 90)
+    whole = train(image, crop_ratio=(0.5, 2.0))
+    assert torch.equal(whole, train(image, seed=5, crop_ratio=(0.5, 2.0)))
+    squashed = TransformConfig(size=32, squash=True)
+    assert (whole.int() - evaluation_pixels(image, squashed).int()).abs().float().mean() < 3  # another interpolation
+
+
+def test_erasing_paints_one_rectangle_of_the_colour() -> None:
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    shares = []
+    for seed in range(200):
+        painted = train(image, seed=seed, erase=1.0, erase_colour=(7, 8, 9))
+        rows, columns = (painted[0] == 7).nonzero(as_tuple=True)
+        height, width = int(rows.max() - rows.min() + 1), int(columns.max() - columns.min() + 1)
+        assert height * width == len(rows) and 0.25 < height / width < 4
+        assert torch.equal(painted[2] == 9, painted[0] == 7)
+        shares.append(len(rows) / 1024)
+    assert 0.015 < min(shares) < 0.05 and 0.35 < max(shares) < 0.42
+    kept = [torch.equal(train(image, seed=seed, erase=0.3), image) for seed in range(300)]
+    assert 0.6 < sum(kept) / 300 < 0.8
