@@ -270,6 +270,12 @@ def test_any_shares_train_the_same(runs: Runs, method: str, shares: tuple[int, .
     )
 
 
+@pytest.mark.parametrize("method", ["osm_caa", "intra_batch", "gca_hng", "gca_hng_shared"])
+def test_an_empty_share_trains_the_same(runs: Runs, method: str) -> None:
+    expected, zero = runs.single(method, "sgd", "sync"), zero_gradient(method, "sync") | SMALL
+    check(runs(method, "sgd", "sync", (6, 6, 0)), expected, zero)
+
+
 @pytest.mark.parametrize(("optimizer", "batch_norm", "shares"), OTHERS)
 @pytest.mark.parametrize("method", METHOD_CASES)
 def test_any_optimizer_trains_the_same(
@@ -399,6 +405,26 @@ def test_hooks_and_load_best(make_config: Callable[..., Config]) -> None:
         saved = load_safetensors(worker.run.read(f"best/step-{best:08d}/{part}.safetensors"))
         assert all(torch.equal(saved[n], v) for n, v in getattr(worker, part).state_dict().items())
     assert all(torch.equal(m, s["exp_avg"]) for m, s in zip(moments, optimizer.state.values(), strict=True))
+
+
+@pytest.mark.parametrize("method", [m for m in METHOD_CASES if m not in ("random_miner", "swept_plan")])
+def test_half_precision_ends_at_the_trunk(make_config: Callable[..., Config], method: str) -> None:
+    """Features, and so distances, softmax and statistics of a method, are float32 whatever the trunk computes in."""
+    changes = case(method, "sgd", "frozen") | {"precision": "bf16", "length": "2 steps", "method.optimizer.lr": 0.01}
+    worker = make_worker(make_config(changes), 0, (12,))
+    encode, seen = worker.context.encode, []
+
+    def watched(*arguments: Any) -> Tensor:
+        seen.append(encode(*arguments))
+        return seen[-1]
+
+    worker.context.encode = watched  # type: ignore[method-assign]
+    inside: set[torch.dtype] = set()
+    worker.trunk.backbone.conv_stem.register_forward_hook(lambda m, i, out: inside.add(out.dtype))  # type: ignore[union-attr]
+    worker()
+    assert torch.bfloat16 in inside and {x.dtype for x in seen} == {torch.float32}
+    assert all(v.dtype in (torch.float32, torch.int64, torch.float64) for v in worker.method.state_dict().values())
+    assert all(torch.isfinite(v).all() for v in worker.method.state_dict().values())
 
 
 # ---- law 2: what a slot shows follows from (seed, epoch, step, global slot) ------------------------------------------

@@ -223,7 +223,7 @@ def test_killed_at_random_moments(make_run: MakeRun, references: dict[str, Refer
         assert "resumed at step" in (run.root / "log").read_text()
         same(run.left(), expected)
 
-    side_by_side(kill_and_compare, [("baseline", 1), ("two_optimizers", 2), ("swept_plan", 3)])
+    side_by_side(kill_and_compare, [(method, seed) for seed, method in enumerate(METHODS_TRIED, 1)])
 
 
 def test_the_command_itself_continues(make_run: MakeRun, references: dict[str, Reference]) -> None:
@@ -408,7 +408,7 @@ def train_until(rank: int, world: int, values: dict[str, Any], shares: tuple[int
         return Seen([], {}, state(worker), metrics)
 
 
-@pytest.mark.parametrize("method", ["two_optimizers", "swept_plan"])
+@pytest.mark.parametrize("method", ["two_optimizers", "swept_plan", "gca_hng"])
 def test_the_number_of_ranks_may_change(pool: Pool, store: Store, tmp_path: Path, method: str) -> None:
     """One rank to step 3, two to step 7, three to the end: within an epoch each, and stored plans among them."""
     changes = {"length": "3 epochs", "evaluation.checkpoint": "last", **METHODS_TRIED[method]}
