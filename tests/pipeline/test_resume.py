@@ -38,7 +38,7 @@ from pipeline.tracking import read_metrics
 from tests.conftest import write_tiny_store
 from tests.pool import Pool, Program
 from tests.stubs import registered, tiny_values
-from tests.test_laws import ZERO_GRADIENT, Seen, check, make_worker, state
+from tests.test_laws import Seen, check, make_worker, state, zero_gradient
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,16 @@ METHODS_TRIED: dict[str, dict[str, Any]] = {
     "swept_plan": {"method.name": "swept_plan", "method.load_best_at": 2},
     "osm_caa": {"method.name": "osm_caa", "method.mode": "caffe"},
     "intra_batch": {"method.name": "intra_batch", "method.sampler": "number", "method.reload_best": [1, 2]},
-    "gca_hng": {"method.name": "gca_hng", "method.heads": 2, "method.layers": 1, "method.warmup": "1 epochs"},
+    "gca_hng": {
+        "method.name": "gca_hng",
+        "method.heads": 2,
+        "method.layers": 1,
+        "method.warmup": "1 epochs",
+        "method.graph_optimizer": {
+            "name": "sgd",
+            "lr": 0.1,
+        },  # AdamW makes steps of gradients that are zero but for rounding
+    },
 }
 
 
@@ -417,7 +426,7 @@ def test_the_number_of_ranks_may_change(pool: Pool, store: Store, tmp_path: Path
     pool(train_until, 1, values, (1,), 3)
     pool(train_until, 2, values, (7, 5), 7)
     got = pool(train_until, 3, values, (6, 6, 0), torch.inf)
-    check(got, expected, ZERO_GRADIENT["sync"])
+    check(got, expected, zero_gradient(method, "sync"))
 
 
 # ---- the long matrix ------------------------------------------------------------------------------------------------
