@@ -131,20 +131,12 @@ class _Total(_Sum):
         return grad
 
 
-class _Share(torch.autograd.Function):
-    """The other side of `_Total`."""
+class _Share(_Sum):
+    """The other side of `_Total`: a replicated value that each rank uses for its part of the work."""
 
     @staticmethod
     def forward(value: Tensor) -> Tensor:
         return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return _Sum.forward(grad.contiguous())
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

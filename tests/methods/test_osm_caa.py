@@ -97,30 +97,26 @@ def test_loss_against_loops(mode: str, osm: bool, caa: bool) -> None:
 
 
 def test_gradient_is_that_of_the_loss() -> None:
+    """With `detach_weights: false` of the whole loss; by default of the loss with the weights as they are, held fixed."""
     generator = torch.Generator().manual_seed(2)
     f = torch.randn(7, 4, generator=generator, dtype=torch.float64).requires_grad_()
     labels = torch.tensor([0, 0, 0, 1, 1, 2, 2])
     method = make(4, 3, 4, detach_weights=False, w_metric=1.0)
     assert torch.autograd.gradcheck(lambda x: method.terms(x, labels)["loss"], f)
-    assert torch.autograd.gradcheck(lambda x: weighted_loss_of(x, labels, method), f)
 
+    config, same = OsmCaaConfig(), labels[:, None] == labels[None]
+    terms = soft_mining_loss(F.normalize(f), labels, None, config)
 
-def weighted_loss_of(x: Tensor, labels: Tensor, method: OsmCaa) -> Tensor:
-    """With the weights as they are at x, a constant: what the default trains on."""
-    with torch.no_grad():
-        weights = soft_mining_loss(F.normalize(x), labels, None, OsmCaaConfig()).weights
-    z = F.normalize(x)
-    squared = 2 - 2 * z @ z.T
-    same = labels[:, None] == labels[None]
-    weights = weights.detach()
-    mean = (weights * same * squared).sum() / (weights * same).sum()
-    # at a fixed point the gradient of the detached loss is that of the loss with frozen weights
-    frozen = soft_mining_loss(z, labels, None, OsmCaaConfig(lam=0.0)).loss
-    if x.requires_grad:
-        (one,) = torch.autograd.grad(0.5 * mean, x, retain_graph=True)
-        (two,) = torch.autograd.grad(frozen, x, retain_graph=True)
-        torch.testing.assert_close(one, two)
-    return method.terms(x, labels)["cross_entropy"]
+    def with_fixed_weights(x: Tensor) -> Tensor:
+        z = F.normalize(x)
+        squared = (z[:, None] - z[None]).square().sum(-1)
+        gap = torch.relu(config.alpha - squared.clamp(min=1e-12).sqrt())
+        positive, negative = terms.weights * same, terms.weights * ~same
+        return 0.25 * ((positive * squared).sum() / positive.sum() + (negative * gap**2).sum() / negative.sum())
+
+    assert torch.autograd.gradcheck(with_fixed_weights, f)
+    (expected,) = torch.autograd.grad(with_fixed_weights(f), f)
+    torch.testing.assert_close(torch.autograd.grad(terms.loss, f)[0], expected)
 
 
 def test_metric_loss_sends_nothing_to_the_classifier() -> None:
