@@ -115,7 +115,7 @@ class Context(Protocol):
         """Checks on all ranks that the loss is finite, then runs its backward pass; trunk gradients are summed over ranks.
 
         Raises:
-            RunError: the loss is not finite on some rank. No parameter has been changed by this step then.
+            RunError: the loss is not finite on some rank. No parameter has been changed by this loss then.
         """
         ...
 

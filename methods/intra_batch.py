@@ -15,8 +15,9 @@ rate there with the schedule. `inference: reciprocal` re-runs the graph at test 
 neighbours: it is transductive, and not what the published tables show.
 
 Deviations: best is measured on the validation fold, under the paper protocol on the test classes (as the authors do);
-NumberSampler draws from the run's seed. The authors' released recipe for Stanford Online Products leaves the graph out;
-`graph: false` does that.
+NumberSampler draws from the run's seed; running statistics of the trunk's batch norms move once a step (theirs, recomputing
+layers 1 to 4 in the backward pass, twice); at evaluation images are resized bicubically. The authors' released recipe for
+Stanford Online Products leaves the graph out; `graph: false` does that.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ the number of pairs once more. Video (`frames` > 1): every `frames` slots are a 
 with their attention, are classified and compared a second time, as tracklets.
 
 Deviations: one embedding is classified, compared and retrieved (the authors' network classifies three layers, compares
-the second and retrieves the third); distances below 1e-6 count as 1e-6 in the hinge's gradient, so that the same image
-twice in a batch is harmless.
+the second and retrieves the third); biases of the classifier learn and decay like its weights (theirs at twice the rate,
+without decay); distances below 1e-6 count as 1e-6 in the hinge's gradient, so that the same image twice in a batch is
+harmless.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class RunContext:
         if self.ranks.any(not bool(torch.isfinite(loss.detach()).all()), self.device):
             raise RunError(
                 f"the loss is not finite at step {self.clock.step} (got {float(loss.detach())} on rank {self.ranks.rank}); "
-                f"no parameter was changed by this step. Lower the learning rate, or look at its images: {self._sources()}"
+                f"nothing was learnt from it, and the last checkpoint stands. Lower the learning rate, or look at its images: {self._sources()}"
             )
         loss.backward(retain_graph=retain_graph)
         self._awaits_backward = False
