@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import yaml
 from pipeline import prepare
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import DEFAULT_PRESET, Config, build_config
-from pipeline.data import catalog
+from pipeline.data import catalog, loader
 from pipeline.data.loader import Item, load
 from pipeline.data.store import Store
 from pipeline.errors import RunError
@@ -89,6 +91,27 @@ def test_both_loaders_give_the_same_pixels_in_the_same_order(
     for mine, theirs in zip(ours, load(source, items, "in_process"), strict=True):
         assert torch.equal(mine, theirs)
     assert [len(p) for p in ours] == [5] * 21 + [3, 7]
+
+
+def test_a_pipeline_that_is_ahead_does_not_spin(
+    ray_here: Any, store: Store, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scheduling loop, a thread of this process, rests after every step."""
+    rests: list[float] = []
+
+    def rest(seconds: float) -> None:
+        rests.append(seconds)
+        threading.Event().wait(seconds)
+
+    monkeypatch.setattr(loader, "time", types.SimpleNamespace(sleep=rest))
+    ids = store.select(["train"]).ids
+    items = [Item(ids[:5], (0, step, 0)) for step in range(200)]
+    stream = load(pixel_source(make_config(), store), items, "ray")
+    next(stream)
+    before = len(rests)
+    time.sleep(1)
+    assert before > 0 and len(rests) - before <= 1 / loader.REST_S
+    assert sum(1 for _ in stream) == 199
 
 
 def test_two_ray_workers_one_of_them_killed_give_the_weights_of_one_process(
