@@ -141,7 +141,7 @@ def _load_ray(source: PixelSource, items: Sequence[Item], loader_cpus: int) -> I
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     if Paced not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(Paced)
+        context.custom_execution_callback_classes.append(Paced)  # type: ignore[arg-type]  # its base class is not public
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=loader_cpus)
     keys = [item.key or (-1, -1, -1) for item in items]
