@@ -14,19 +14,39 @@ random has to come from `context.generator` or from (context.seed, context.clock
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
 from methods.functional import Head
 from methods.optim import Clock, Frozen, Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, class_balanced
+
+
+@dataclass(frozen=True)
+class MiningNeeds:
+    """What a method wants to be kept over the whole training set; see `Mining`.
+
+    Attributes:
+        table: the newest embedding of every sample that was put, and their neighbours.
+        neighbours: k for which an approximate index is tuned.
+        per_class, total: bounds of a memory of past embeddings, first in, first out; both none: no memory.
+    """
+
+    table: bool = False
+    neighbours: int = 10
+    per_class: int | None = None
+    total: int | None = None
+
+    @property
+    def memory(self) -> bool:
+        return self.per_class is not None or self.total is not None
 
 
 class MethodConfig(Frozen):
@@ -42,6 +62,11 @@ class MethodConfig(Frozen):
     def needs_best(self) -> bool:
         """Whether the method calls `load_best`, so that there has to be an evaluation during training."""
         return False
+
+    @property
+    def mining(self) -> MiningNeeds | None:
+        """What the method mines; none: no mining server is started."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,105 @@ class Ranks(Protocol):
         ...
 
 
+Which = Literal["all", "other", "same"]  # classes that a search looks at: every one | all but the query's | the query's
+
+
+@runtime_checkable
+class Found(Protocol):
+    """What a search found, nearest first.
+
+    Attributes:
+        ids: positions in `Context.labels` of the found samples; -1 where there are fewer than k.
+        distances: squared Euclidean, float64; inf where there is none.
+        labels: their classes; -1 where there is none.
+        steps: at which their embeddings were put; -1 where there is none.
+        values: their embeddings, float32 [queries, k, dim], if asked for; zeros where there is none.
+    """
+
+    @property
+    def ids(self) -> Int64[np.ndarray, "queries k"]: ...
+
+    @property
+    def distances(self) -> Float64[np.ndarray, "queries k"]: ...
+
+    @property
+    def labels(self) -> Int64[np.ndarray, "queries k"]: ...
+
+    @property
+    def steps(self) -> Int64[np.ndarray, "queries k"]: ...
+
+    @property
+    def values(self) -> Float[np.ndarray, "queries k dim"] | None: ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """Past embeddings, on this rank's device: constants, in no particular order."""
+
+    @property
+    def features(self) -> Float[Tensor, "entries dim"]: ...
+
+    @property
+    def labels(self) -> Int64[Tensor, " entries"]: ...
+
+    @property
+    def ids(self) -> Int64[Tensor, " entries"]: ...
+
+
+@runtime_checkable
+class Mining(Protocol):
+    """Embeddings of the whole training set, kept by the mining server; every rank makes the same calls and gets the same.
+
+    A sample's id is its position in `Context.labels`. A search reflects every `put` before it (consistency `exact`), or
+    those that have arrived (`async`).
+    """
+
+    @property
+    def memory(self) -> Memory:
+        """Of past embeddings; after `put` it holds the batch."""
+        ...
+
+    def put(
+        self, ids: Int64[Tensor, " rows"], embeddings: Float[Tensor, "rows dim"], labels: Int64[Tensor, " rows"]
+    ) -> None:
+        """Stores embeddings, as constants, in the table and the memory (those of the two that the method needs)."""
+        ...
+
+    def neighbours(self, k: int, **ask: Any) -> Found:
+        """The k nearest rows of the table.
+
+        Args:
+            k: how many.
+            values: queries [queries, dim]; or
+            ids: the samples whose stored embeddings are the queries. A sample is left out of its own answer.
+            labels: classes of the queries, where `values` are given and `which` is not "all".
+            which: "all" classes, "other" than the query's, or the "same".
+            with_values: whether to return the found embeddings.
+            unknown: for ids without a stored embedding: "error", or "empty" for an answer without neighbours.
+        """
+        ...
+
+    def prefetch(self, name: str, k: int, **ask: Any) -> None:
+        """Starts a search, as `neighbours`; its answer survives a restart of the run."""
+        ...
+
+    def fetched(self, name: str) -> Found | None:
+        """The answer of the last `prefetch` of that name, once; none if there was none since."""
+        ...
+
+    def all_pairs(
+        self, k: int, which: Which = "all", reduce: Callable[..., Any] | None = None
+    ) -> tuple[Int64[np.ndarray, " rows"], list[Any]]:
+        """Exact lists of all rows of the table: (ids, [lists]); with `reduce`, what it makes of each block of lists.
+
+        Args:
+            k: length of a list.
+            which: as in `neighbours`.
+            reduce: a function of (queries, lists), called in the server; only its result travels.
+        """
+        ...
+
+
 @runtime_checkable
 class Context(Protocol):
     """What the loop offers to a method, alike on every rank unless said.
@@ -93,6 +217,7 @@ class Context(Protocol):
         generator: freshly seeded from (seed, step) before each step, from (seed, epoch) before the epoch's hooks.
         shards: the slots of the batch that each rank encodes, in rank order.
         work: for sharing out work among the ranks.
+        upcoming: samples of the next step, if it is of the same epoch.
     """
 
     labels: Int64[np.ndarray, " samples"]
@@ -103,6 +228,12 @@ class Context(Protocol):
     generator: torch.Generator
     shards: Sequence[slice]
     work: Ranks
+    upcoming: Int64[np.ndarray, " slots"] | None
+
+    @property
+    def mining(self) -> Mining:
+        """The mining server; only for a method whose config says what it mines."""
+        ...
 
     def encode(self, role: str | Sequence[str] | None = None) -> Float[Tensor, "batch features"]:
         """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.
@@ -142,7 +273,6 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    needs: ClassVar[frozenset[str]] = frozenset()  # mining state: of {"dictionary", "table", "index"}
     plan_is_stored: ClassVar[bool] = False  # True: the plan depends on more than (labels, seed, epoch)
 
     def __init__(self, config: Any, features: int, num_classes: int) -> None:

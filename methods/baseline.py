@@ -5,8 +5,17 @@
     method: {name: baseline, loss: MultiSimilarityLoss, loss_args: {alpha: 2, beta: 50, base: 0.5},
              miner: MultiSimilarityMiner, miner_args: {epsilon: 0.1}}
 
-Deviation: a loss or miner that draws random numbers draws them from (seed, step) instead of a global generator, so
-that a run can be repeated and continued. A loss with parameters (proxies) is trained at `loss_lr_multiplier`.
+Two ways to look beyond the batch, each with a weight, through the mining server:
+
+- `memory`: cross-batch memory (XBM; Wang, Zhang, Huang, Scott, CVPR 2020, arXiv 1912.06798). The loss of the batch against
+  the last so many embeddings, from `memory_start` on:  L + memory_weight * loss(z, y, miner(z, y, M), M).
+- `hard_negatives`: the k nearest of the newest embeddings of all samples of other classes, for every image of the batch, by
+  the image's own stored embedding; asked for one step ahead, so that no step waits for them:
+  L + hard_weight * loss(z, y, miner(z, y, H), H).
+
+Deviations: XBM's memory is the one before the batch (the batch itself is in L); past embeddings of the same image stay in.
+A loss or miner that draws random numbers draws them from (seed, step) instead of a global generator, so that a run can be
+repeated and continued. A loss with parameters (proxies) is trained at `loss_lr_multiplier`.
 """
 
 from __future__ import annotations
@@ -16,14 +25,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
-from methods.base import Context, Method, MethodConfig
+from methods.base import Batch, Context, Method, MethodConfig, MiningNeeds
 from methods.functional import global_generators
+from methods.optim import Length
 
 GIVEN = {"num_classes", "embedding_size", "descriptors_dim"}  # arguments that follow from the data and the head
 
@@ -86,6 +97,19 @@ class BaselineConfig(MethodConfig):
     loss_args: dict[str, Any] = Field(default_factory=dict)
     miner: str | None = Field(None, description="class of pytorch_metric_learning.miners")
     miner_args: dict[str, Any] = Field(default_factory=dict)
+    memory: int = Field(0, ge=0, description="past embeddings that the batch is compared with (XBM); 0: none")
+    memory_start: Length = Field(Length(value=0, unit="steps"), description="the memory only fills for so long")
+    memory_weight: float = Field(1.0, ge=0)
+    hard_negatives: int = Field(
+        0, ge=0, description="k nearest of all samples of other classes, for each image; 0: none"
+    )
+    hard_weight: float = Field(1.0, ge=0)
+
+    @property
+    def mining(self) -> MiningNeeds | None:
+        if not self.memory and not self.hard_negatives:
+            return None
+        return MiningNeeds(bool(self.hard_negatives), self.hard_negatives or 10, total=self.memory or None)
 
     @model_validator(mode="after")
     def _check(self) -> BaselineConfig:
@@ -102,11 +126,19 @@ class BaselineConfig(MethodConfig):
         embeddings, labels = torch.randn(8, self.embedding_dim), torch.arange(8) // 4
         try:
             loss(embeddings, labels, miner(embeddings, labels) if miner is not None else None)
+            if self.mining is not None:
+                _against(loss, miner, embeddings, labels, embeddings[::2], labels[::2])
         except Exception as error:
             used = f"{self.loss} with {self.loss_args}" + (
                 f", {self.miner} with {self.miner_args}" if miner is not None else ""
             )
             raise ValueError(f"{used} fails on a batch of random embeddings: {_first_line(error)}") from None
+
+
+def _against(loss: Any, miner: Any, embeddings: Tensor, labels: Tensor, others: Tensor, classes: Tensor) -> Tensor:
+    """The loss of a batch against constant embeddings."""
+    tuples = miner(embeddings, labels, others, classes) if miner is not None else None
+    return loss(embeddings, labels, tuples, ref_emb=others, ref_labels=classes).reshape(())
 
 
 class Baseline(Method):
@@ -121,6 +153,48 @@ class Baseline(Method):
             for name in [n for n, value in vars(module).items() if isinstance(value, Tensor)]:
                 value = vars(module).pop(name)
                 module.register_buffer(name, value)
+
+    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
+        c = self.config
+        if c.mining is None:
+            return super().training_step(batch, context)
+        negatives = self._hard_negatives(batch, context)
+        embeddings = self.embed(context.encode())
+        terms = {"batch": self.loss(embeddings, batch.labels, context)}
+        with global_generators(context.seed, context.clock.step, 1):
+            if c.memory and c.memory_start.share(context.clock) >= 1 and len(context.mining.memory.labels):
+                m = context.mining.memory
+                others = m.features.to(embeddings.dtype)
+                found = _against(self.loss_function, self.miner, embeddings, batch.labels, others, m.labels)
+                terms["memory"] = c.memory_weight * found
+            if negatives is not None:
+                others = negatives[0].to(embeddings)
+                found = _against(self.loss_function, self.miner, embeddings, batch.labels, others, negatives[1])
+                terms["hard"] = c.hard_weight * found
+        loss = torch.stack(list(terms.values())).sum()
+        context.backward(loss)
+        context.step("main")
+        context.mining.put(batch.ids, embeddings, batch.labels)
+        return {"loss": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
+
+    def _hard_negatives(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor] | None:
+        """Embeddings and classes of the samples that are near the batch's, each once; none in the first steps."""
+        k, mining = self.config.hard_negatives, context.mining
+        if not k:
+            return None
+        ask: dict[str, Any] = {"which": "other", "with_values": True, "unknown": "empty"}
+        found = mining.fetched("hard")
+        if found is None:  # the first step of an epoch
+            found = mining.neighbours(k, ids=batch.ids, **ask)
+        if context.upcoming is not None:
+            mining.prefetch("hard", k, ids=context.upcoming, **ask)
+        ids, first = np.unique(found.ids, return_index=True)
+        first = first[ids >= 0]
+        if len(first) == 0:
+            return None
+        assert found.values is not None
+        values, labels = found.values.reshape(-1, found.values.shape[-1])[first], found.labels.reshape(-1)[first]
+        return torch.from_numpy(values), torch.from_numpy(labels).to(batch.labels.device)
 
     def loss(
         self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"], context: Context

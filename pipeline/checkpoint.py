@@ -17,7 +17,7 @@ import hashlib
 import io
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,6 +94,10 @@ class Checkpoints:
         steps = [int(n[5:]) for n in self.run.names(kind) if re.fullmatch(r"step-\d+", n)]
         return sorted(step for step in steps if self.run.exists(f"{kind}/{_name(step)}/checkpoint.json"))
 
+    def folder(self, kind: str, step: int) -> Folder:
+        """Where a checkpoint is."""
+        return self.run / f"{kind}/{_name(step)}"
+
     def save(
         self,
         kind: str,
@@ -102,8 +106,11 @@ class Checkpoints:
         method: nn.Module,
         optimizers: Mapping[str, Optimizer],
         plan: Plan | None = None,
+        more: Callable[[Folder], None] | None = None,
     ) -> None:
         """Writes a checkpoint of `progress.step` below `kind` ("checkpoints" or "best"), then removes what is not kept.
+
+        `more` writes what else belongs to it into its folder, before it counts as complete.
 
         Raises:
             RunError: another process has taken the run over, or a tensor is not finite; nothing has been written then.
@@ -131,6 +138,8 @@ class Checkpoints:
             self.run.remove(f"{base}/checkpoint.json")
         for name, data in files.items():
             self.run.write(f"{base}/{name}", data)
+        if more is not None:
+            more(self.folder(kind, progress.step))
         checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         record = {"progress": asdict(progress), "incarnation": self.incarnation, "sha256": checksums}
         self.run.write_json(f"{base}/checkpoint.json", record)

@@ -72,6 +72,31 @@ class CheckpointConfig(Frozen):
     keep: int = Field(2, ge=1)
 
 
+class MiningConfig(Frozen):
+    """The mining server, for methods that mine over the whole training set; of no effect for others."""
+
+    consistency: Literal["exact", "async"] = Field(
+        "exact", description="an answer reflects exactly the puts before it | what has arrived (not reproducible)"
+    )
+    engine: Literal["auto", "exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg"] = Field(
+        "auto", description="of neighbour searches; auto: exact up to 131,072 rows, ivf_fp16 above"
+    )
+    recall: float = Field(0.95, gt=0, le=1, description="that an approximate index has to reach, else search is exact")
+    rebuild_every: Length = Field(Length(value=1, unit="epochs"), description="how often an approximate index is built")
+    swap_after: int = Field(50, ge=0, description="steps from the start of building an index to its first use")
+    dtype: Literal["float32", "float16"] = Field("float32", description="of the table of embeddings")
+    memory_dtype: Literal["float32", "float16"] = Field("float32", description="of the memory's entries")
+    shards: int = Field(1, ge=1, description="servers, over which rows are spread", json_schema_extra=RUNTIME)
+    cpus: int = Field(1, ge=1, description="threads of a server", json_schema_extra=RUNTIME)
+    resource: str | None = Field(
+        None, description="custom resource of the nodes for servers (not spot nodes)", json_schema_extra=RUNTIME
+    )
+    in_flight: int = Field(8, ge=1, description="batches on their way to the servers", json_schema_extra=RUNTIME)
+    deadline_s: float = Field(
+        120.0, gt=0, description="how long a server may be away before the run fails", json_schema_extra=RUNTIME
+    )
+
+
 class RuntimeConfig(Frozen):
     """Where and how fast; nothing here changes what is computed (beyond rounding, where the number of workers changes)."""
 
@@ -112,6 +137,7 @@ class Config(Frozen):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     method: SerializeAsAny[MethodConfig] = METHODS["baseline"].Config(name="baseline")
+    mining: MiningConfig = MiningConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), json_schema_extra=RUNTIME)
     runtime: RuntimeConfig = Field(RuntimeConfig(), json_schema_extra=RUNTIME)

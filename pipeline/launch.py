@@ -23,6 +23,7 @@ from pipeline.board import Board, RemoteBoard
 from pipeline.collectives import Ranks
 from pipeline.config import Config, build_config
 from pipeline.errors import RunError, UserError, first_line
+from pipeline.mining.actor import Remote, start_servers
 from pipeline.storage import Folder
 from pipeline.worker import Worker
 
@@ -133,9 +134,14 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
     resources = {"CPU": float(runtime.cpus_per_worker or 1)}
     if runtime.gpus_per_worker:
         resources["GPU"] = runtime.gpus_per_worker
+    servers: list[Any] = []
+    if config.method.mining is not None:
+        m = config.mining
+        servers = start_servers(ray, config.name, m.shards, m.cpus, m.resource)
+    loop = {"config": config.model_dump(mode="json"), "store": store_uri, "board": actor, "servers": servers}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "store": store_uri, "board": actor},
+        train_loop_config=loop,
         torch_config=TorchConfig(backend="nccl" if runtime.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=runtime.workers, use_gpu=bool(runtime.gpus_per_worker), resources_per_worker=resources
@@ -189,7 +195,9 @@ def train_worker(loop: dict[str, Any]) -> None:
     if board.failed() is not None:
         return
     try:
-        Worker(config, loop["store"], ranks, ray.train.torch.get_device(), board, report=ray.train.report)()
+        servers = [Remote(actor) for actor in loop["servers"]]
+        device = ray.train.torch.get_device()
+        Worker(config, loop["store"], ranks, device, board, report=ray.train.report, servers=servers)()
     except (RunError, UserError) as error:
         board.fail(first_line(error))  # a restart would fail again: end instead, and let the other ranks see it
         if dist.is_initialized():

@@ -32,10 +32,12 @@ def resolve(runtime: RuntimeConfig) -> RuntimeConfig:
     return runtime.model_copy(update={"cpus_per_worker": share})
 
 
-def needed_cpus(runtime: RuntimeConfig) -> int:
-    """Logical CPUs of workers and loaders."""
+def needed_cpus(config: Config) -> int:
+    """Logical CPUs of workers, loaders and mining servers."""
+    runtime = config.runtime
     loaders = runtime.loader_cpus if runtime.loader == "ray" else 0
-    return max(1, runtime.workers) * ((runtime.cpus_per_worker or 1) + loaders)
+    servers = config.mining.shards * config.mining.cpus if config.method.mining and runtime.workers else 0
+    return max(1, runtime.workers) * ((runtime.cpus_per_worker or 1) + loaders) + servers
 
 
 @contextlib.contextmanager
@@ -108,7 +110,7 @@ def check_cluster(config: Config, ray: Any) -> None:
         return
     runtime = config.runtime
     limits = _cluster_maximum(ray)
-    wanted = {"CPU": float(needed_cpus(runtime)), "GPU": runtime.gpus_per_worker * runtime.workers}
+    wanted = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers}
     for resource, amount in wanted.items():
         if amount > limits.get(resource, 0.0):
             raise UserError(

@@ -86,7 +86,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
         ray: Any = None
         if not under_torchrun() and (config.runtime.workers or config.runtime.loader == "ray" or _must_prepare(config)):
             console.print(f"starting Ray {'on the cluster' if on_cluster() else 'on this machine'} ...")
-            ray = stack.enter_context(ray_session(needed_cpus(config.runtime)))
+            ray = stack.enter_context(ray_session(needed_cpus(config)))
             check_cluster(config, ray)
         store = _dataset(config)
         _check_run(config, store)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,9 @@ from pipeline.data.loader import Item, PixelSource, load
 from pipeline.data.reader import fits_cache
 from pipeline.data.store import Store
 from pipeline.evaluation import Embedder, Result, Task, evaluate, test_task, validation_task
+from pipeline.mining.client import Local, Transport
+from pipeline.mining.run import RunMining
+from pipeline.mining.server import MiningServer, Spec
 from pipeline.model import build_trunk
 from pipeline.storage import Folder
 from pipeline.summary import read_changes, run_folder, summarise
@@ -44,6 +47,24 @@ def pixel_source(config: Config, store: Store) -> PixelSource:
     return PixelSource(store.folder.uri, store.fingerprint, cached, config.data.transforms, config.seed)
 
 
+def run_mining(
+    config: Config, samples: int, servers: Sequence[Transport], ranks: Ranks, device: torch.device
+) -> RunMining | None:
+    """The mining that the config's method needs; none if it mines nothing."""
+    needs, m = config.method.mining, config.mining
+    if needs is None:
+        return None
+    folder = run_folder(config)
+    spec = Spec(
+        folder.uri, config.method.embedding_dim, samples // max(1, len(servers)) * 11 // 10 + 1, m.dtype, m.engine,
+        needs.neighbours, m.recall, config.seed, m.cpus, needs.per_class, needs.total, m.memory_dtype, m.deadline_s,
+    )  # fmt: skip
+    if not servers and ranks.rank == 0:
+        servers = [Local(MiningServer())]
+    options = {"ordered": m.consistency == "exact", "in_flight": m.in_flight, "deadline_s": m.deadline_s}
+    return RunMining(needs, spec, servers, ranks, device, folder, m.swap_after, **options)
+
+
 class Worker:
     """One worker's share of a run.
 
@@ -54,6 +75,7 @@ class Worker:
         device: to compute on.
         board: to tell progress to, and to hear of a stop request.
         report: called on every rank with the metrics of each validation (Ray Train's report), if given.
+        servers: the run's mining servers, if the method mines; none: one in this process.
     """
 
     def __init__(
@@ -64,6 +86,7 @@ class Worker:
         device: torch.device,
         board: Board | RemoteBoard,
         report: Callable[[dict[str, Any]], None] | None = None,
+        servers: Sequence[Transport] = (),
     ) -> None:
         self.config, self.ranks, self.board, self.report = config, ranks, board, report
         torch.use_deterministic_algorithms(config.runtime.deterministic, warn_only=True)
@@ -88,9 +111,10 @@ class Worker:
         self.method.to(device, dtype)
         self.run = run_folder(config)
         self.checkpoints = Checkpoints(self.run, config.checkpoint.keep)
+        self.mining = run_mining(config, len(self.samples), servers, ranks, device)
         self.context = RunContext(
             self.samples, config.seed, config.length, config.precision, device, ranks, self.trunk, self.method,
-            self.embedder, self._load_best,
+            self.embedder, self._load_best, self.mining,
         )  # fmt: skip
         self.progress = Progress()
         self.plan: Plan | None = None  # of the current epoch, where it cannot be recomputed
@@ -114,12 +138,17 @@ class Worker:
         finally:
             if self.tracker is not None:
                 self.tracker.close()
+            if self.mining is not None:
+                self.mining.close()
 
     def _restore(self) -> None:
         if self.ranks.rank == 0:
             self.checkpoints.begin()
         self.checkpoints.incarnation = self.ranks.broadcast(self.checkpoints.incarnation)
         steps = self.ranks.broadcast(self.checkpoints.steps() if self.ranks.rank == 0 else None)
+        if self.mining is not None:
+            snapshot = self.checkpoints.folder("checkpoints", steps[-1]) / "mining" if steps else None
+            self.mining.begin(self.checkpoints.incarnation, snapshot)
         if not steps:
             return
         step = steps[-1]
@@ -148,6 +177,8 @@ class Worker:
                 # gather, method, backward, step
                 batch = self.context.begin_step(before, plan, row, pixels)
                 logs = self.method.training_step(batch, self.context)
+                if self.mining is not None:
+                    logs = logs | self.mining.logs()
                 # count
                 p = self.progress
                 p.step, p.step_in_epoch, p.images = p.step + 1, row + 1, p.images + plan.ids.shape[1]
@@ -161,6 +192,8 @@ class Worker:
                 metrics = (
                     self._validate(after) if self._due(self.config.evaluation.every, before, after) or last else None
                 )
+                if self.mining is not None and self._due(self.config.mining.rebuild_every, before, after):
+                    self.mining.rebuild()
                 if row + 1 == len(plan):
                     self.plan = None
                     self.method.on_epoch_end(epoch, self.context, metrics)
@@ -319,8 +352,11 @@ class Worker:
 
     def _save(self, kind: str) -> None:
         if self.ranks.rank == 0:
-            plan = self.plan if kind == "checkpoints" else None
-            self.checkpoints.save(kind, self.progress, self.trunk, self.method, self.context.optimizers, plan)
+            plan, mining = (self.plan, self.mining) if kind == "checkpoints" else (None, None)
+            more = None if mining is None else lambda folder: mining.save(folder / "mining")
+            self.checkpoints.save(kind, self.progress, self.trunk, self.method, self.context.optimizers, plan, more)
+            if mining is not None:
+                mining.prune([self.checkpoints.folder(kind, step) for step in self.checkpoints.steps()])
             if self.tracker is not None:
                 self.tracker.sync()
         self.ranks.barrier()

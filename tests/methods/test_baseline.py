@@ -221,7 +221,7 @@ def test_default_plan_is_class_balanced() -> None:
     method = build(classes_per_batch=3, samples_per_class=2)
     recorder = StubContext()
     np.testing.assert_array_equal(method.plan(5, recorder).ids, class_balanced(recorder.labels, 3, 2, 0, 5).ids)
-    assert not method.plan_is_stored and method.needs == frozenset()
+    assert not method.plan_is_stored and method.config.mining is None
 
 
 def test_default_optimizer_covers_every_parameter_once_at_its_rate() -> None:

@@ -45,6 +45,7 @@ ROOT = Path(__file__).parents[2]
 TIMED = {"images_per_second", "waiting", "seconds", "waiting_for_data"}
 METHODS_TRIED: dict[str, dict[str, Any]] = {
     "baseline": {"method.loss": "TripletMarginLoss", "method.miner": "DistanceWeightedMiner"},
+    "mined": {"method.hard_negatives": 3, "method.memory": 30},
     "two_optimizers": {"method.name": "two_optimizers", "method.optimizer.schedule": {"kind": "cosine"}},
     "swept_plan": {"method.name": "swept_plan", "method.load_best_at": 2},
     "osm_caa": {"method.name": "osm_caa", "method.mode": "caffe"},

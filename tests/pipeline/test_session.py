@@ -51,7 +51,7 @@ def test_threads_of_a_worker(
     ],
 )
 def test_logical_cpus(runtime: dict[str, Any], cpus: int) -> None:
-    assert needed_cpus(RuntimeConfig(**runtime)) == cpus
+    assert needed_cpus(Config(runtime=RuntimeConfig(**runtime))) == cpus
 
 
 def test_what_a_machine_can_bear(

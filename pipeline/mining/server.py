@@ -1,0 +1,542 @@
+"""The mining server: table, index and memory of one run, in plain Python; `actor.py` wraps it, tests use it as it is.
+
+Operations arrive in the order in which the run's leader sent them, and are applied in that order: each names the one
+before it and waits for it. So the answer to a search reflects exactly the puts that were sent before it. A search that
+names none (consistency `async`) does not wait, and reads what is there.
+
+An index is built beside the one in use, from a copy of the rows, in a thread of its own; a search uses the newest
+generation that is declared for its step, and waits for one that is still being built only where it is declared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+
+from methods.base import Which
+from pipeline.errors import RunError, UserError
+from pipeline.mining.dictionary import Delta, Dictionary
+from pipeline.mining.engines import Engine, Index, Report, build
+from pipeline.mining.exact import Neighbours, Queries, Rows, rerank, search
+from pipeline.mining.table import Table
+from pipeline.storage import Folder
+
+_PART_BYTES = 2**28  # of one file of a snapshot
+
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # sample ids [rows], embeddings [rows, dim], labels [rows]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a run wants of its mining server; the same from one start of the run to the next.
+
+    Attributes:
+        run: whose state it is: run folder and trial.
+        dim: D of embeddings.
+        capacity: rows expected in this shard's table.
+        dtype: of the table.
+        engine, k, target, seed: of the index; see `engines.build`.
+        threads: for searches, and for building an index.
+        per_class, total: bounds of the memory; none of them: no memory.
+        memory_dtype: of its entries.
+        wait_s: how long an operation waits for those before it.
+    """
+
+    run: str
+    dim: int
+    capacity: int = 2**16
+    dtype: str = "float32"
+    engine: Engine = "auto"
+    k: int = 10
+    target: float = 0.95
+    seed: int = 0
+    threads: int = 1
+    per_class: int | None = None
+    total: int | None = None
+    memory_dtype: str = "float32"
+    wait_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """Where an operation stands among those of its client: `number`, after `previous`; from start `incarnation` of the run."""
+
+    incarnation: int
+    number: int
+    previous: int
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A search.
+
+    Attributes:
+        k: neighbours wanted.
+        step: of training, for which it is asked: declares the index generation.
+        values: float32 [queries, dim]; none: the stored embeddings of `ids`.
+        ids: sample of each query, left out of its answer; -1: none.
+        labels: class of each query; none: those stored with `ids`.
+        which: classes searched.
+        with_values: whether to return the found embeddings.
+        unknown: what to do for ids that have no stored embedding, where `values` is none.
+    """
+
+    k: int
+    step: int
+    values: Float[np.ndarray, "queries dim"] | None = None
+    ids: Int64[np.ndarray, " queries"] | None = None
+    labels: Int64[np.ndarray, " queries"] | None = None
+    which: Which = "all"
+    with_values: bool = False
+    unknown: str = "error"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a search found.
+
+    Attributes:
+        ids, distances: as in `Neighbours`.
+        labels: classes of the found rows; -1 where there is none.
+        steps: at which they were put; -1 where there is none.
+        values: their embeddings, float32 [queries, k, dim]; zeros where there is none; none if not asked for.
+        generation: of the index that proposed them; 0: exact search.
+        applied: number of the newest operation that it reflects.
+    """
+
+    ids: Int64[np.ndarray, "queries k"]
+    distances: np.ndarray
+    labels: Int64[np.ndarray, "queries k"]
+    steps: Int64[np.ndarray, "queries k"]
+    values: np.ndarray | None
+    generation: int
+    applied: int
+
+
+@dataclass
+class _Generation:
+    """One index: declared for steps from `from_step` on, built from the rows saved as `base`."""
+
+    number: int
+    from_step: int
+    base: str | None
+    sums: dict[str, str] = field(default_factory=dict)
+    saved: threading.Event = field(default_factory=threading.Event)
+    ready: threading.Event = field(default_factory=threading.Event)
+    index: Index | None = None
+    report: Report | None = None
+    error: str | None = None
+
+
+class _Turns:
+    """Many readers or one writer."""
+
+    def __init__(self) -> None:
+        self._lock, self._writer = threading.Condition(), threading.Lock()
+        self._readers = 0
+
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        with self._writer, self._lock:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers -= 1
+                self._lock.notify_all()
+
+    @contextmanager
+    def write(self) -> Iterator[None]:
+        with self._writer:  # keeps new readers out
+            with self._lock:
+                self._lock.wait_for(lambda: self._readers == 0)
+            yield
+
+
+class MiningServer:
+    """One shard of a run's mining state. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.token = uuid.uuid4().hex  # of this process: another one after a restart
+        self.incarnation = 0
+        self.spec: Spec | None = None
+        self._order = threading.Condition()
+        self._turns = _Turns()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.applied = 0
+        self._table: Table | None = None
+        self._memory: Dictionary | None = None
+        self._generations: list[_Generation] = []
+
+    # ---- life ----------------------------------------------------------------------------------------------------
+
+    def begin(self, spec: Spec, incarnation: int, snapshot: str | None, applied: int = 0) -> str:
+        """Takes up a run: the state becomes exactly that of `snapshot` (a folder that `save` wrote), or empty.
+
+        Args:
+            spec: of the run.
+            incarnation: start of the run; operations of older ones are refused from now on.
+            snapshot: folder URI, or none.
+            applied: number of the operation that the snapshot was.
+
+        Returns:
+            The process's token.
+
+        Raises:
+            RunError: a newer start of the run has taken the server over.
+            UserError: the snapshot is damaged, or of another run or dimension.
+        """
+        with self._order:
+            if self.spec is not None and spec.run != self.spec.run:
+                raise UserError(f"this mining server belongs to run {self.spec.run}, not to {spec.run}")
+            if incarnation < self.incarnation:
+                raise RunError(_overtaken(incarnation, self.incarnation))
+            self.incarnation = incarnation
+            self.spec = spec
+            self._reset()
+            with self._turns.write():
+                self._table = Table(spec.dim, spec.dtype, spec.capacity)
+                if spec.per_class is not None or spec.total is not None:
+                    dtype = getattr(torch, spec.memory_dtype)
+                    self._memory = Dictionary(spec.dim, spec.per_class, spec.total, dtype)
+                if snapshot is not None:
+                    self._restore(Folder(snapshot), spec)
+            self.applied = applied
+            self._order.notify_all()
+            return self.token
+
+    def status(self) -> dict[str, Any]:
+        """Token, incarnation, applied, and what is stored."""
+        table, memory = self._table, self._memory
+        newest = next((g.report for g in reversed(self._generations) if g.report is not None), None)
+        return {
+            "token": self.token, "incarnation": self.incarnation, "applied": self.applied,
+            "rows": len(table) if table is not None else 0, "table_bytes": table.nbytes if table is not None else 0,
+            "memory": len(memory) if memory is not None else 0, "index": newest,
+        }  # fmt: skip
+
+    @contextmanager
+    def _turn(self, order: Order | None) -> Iterator[bool]:
+        """Runs the block when everything before `order` has been applied; False: it has been applied itself before."""
+        if order is None:
+            yield True
+            return
+        with self._order:
+            self._check(order)
+            due = self._order.wait_for(
+                lambda: self.applied >= order.previous or order.incarnation != self.incarnation, self._spec.wait_s
+            )
+            self._check(order)
+            if not due:
+                raise RunError(
+                    f"mining operation {order.number} waited {self._spec.wait_s:g} s for {order.previous}, the newest applied is "
+                    f"{self.applied}: raise mining.deadline_s, or look at the leader's log"
+                )
+            first = self.applied < order.number
+        try:
+            yield first
+        finally:  # a refused operation counts as applied: those after it go on
+            with self._order:
+                if order.incarnation == self.incarnation:
+                    self.applied = max(self.applied, order.number)
+                    self._order.notify_all()
+
+    def _check(self, order: Order) -> None:
+        if self.spec is None:
+            raise RunError("the mining server has not begun a run")
+        if order.incarnation != self.incarnation:
+            raise RunError(_overtaken(order.incarnation, self.incarnation))
+
+    @property
+    def _spec(self) -> Spec:
+        assert self.spec is not None
+        return self.spec
+
+    @property
+    def table(self) -> Table:
+        if self._table is None:
+            raise RunError("the mining server has not begun a run")
+        return self._table
+
+    @property
+    def memory(self) -> Dictionary:
+        if self._memory is None:
+            raise UserError("this run keeps no memory: give per_class or total")
+        return self._memory
+
+    # ---- what changes state --------------------------------------------------------------------------------------
+
+    def put(self, order: Order, step: int, table: Batch | None, memory: Batch | None) -> int:
+        """Stores a batch in the table (overwriting), appends one to the memory; the second time, nothing happens.
+
+        Returns:
+            The operation's number.
+        """
+        with self._turn(order) as first:
+            if first:
+                with self._turns.write():
+                    if table is not None:
+                        self.table.put(*table, step)
+                    if memory is not None:
+                        ids, embeddings, labels = (torch.from_numpy(np.array(a)) for a in memory)
+                        self.memory.append(embeddings, labels, ids)
+        return order.number
+
+    def rebuild(self, order: Order, generation: int, step: int, from_step: int, base: str | None) -> int:
+        """Starts building an index of the present rows, for searches of `from_step` and later.
+
+        Args:
+            generation: its number, above all before.
+            step: of training, now: what earlier steps alone could use is dropped.
+            base: folder to save the rows in, from which the same index can be built again after a restart.
+        """
+        with self._turn(order) as first:
+            if first and not any(g.number == generation for g in self._generations):
+                with self._turns.read():
+                    rows = _copy(self.table.view())
+                in_use = max((g.number for g in self._generations if g.from_step <= step), default=0)
+                self._generations = [g for g in self._generations if g.number >= in_use]
+                self._build(_Generation(generation, from_step, base), rows, save=base is not None)
+        return order.number
+
+    def _build(self, generation: _Generation, rows: Rows, save: bool) -> None:
+        spec = self._spec
+
+        def work() -> None:
+            try:
+                if save and generation.base is not None:
+                    arrays = {"values": rows.values, "ids": rows.ids, "labels": rows.labels}
+                    generation.sums = write_arrays(Folder(generation.base), "base", arrays)
+                generation.saved.set()
+                generation.index, generation.report = build(
+                    rows, spec.engine, spec.k, spec.target, spec.seed, spec.threads
+                )  # fmt: skip
+            except Exception as error:  # told to whoever asks for this generation
+                generation.error = f"{type(error).__name__}: {error}"
+            generation.saved.set()
+            generation.ready.set()
+
+        self._generations = [*self._generations, generation]
+        threading.Thread(target=work, daemon=True, name="build").start()
+
+    # ---- what reads ----------------------------------------------------------------------------------------------
+
+    def search(self, order: Order | None, ask: Ask) -> Answer:
+        """Answers a search; see `Ask` and `Answer`.
+
+        Raises:
+            UserError: k below 1, another dimension, queries that are not finite, unknown ids, classes missing.
+        """
+        with self._turn(order), self._turns.read():
+            _check_k(ask.k)
+            queries, known = self._queries(ask)
+            generation = self._generation(ask.step, wait=order is not None)
+            found = self._search(queries, ask.k, ask.which, generation)
+            if known is not None:
+                found.ids[~known], found.distances[~known] = -1, np.inf
+            return self._answer(found, ask.with_values, generation)
+
+    def _queries(self, ask: Ask) -> tuple[Queries, np.ndarray | None]:
+        if ask.values is None and ask.ids is None:
+            raise UserError("a search needs values or ids")
+        if ask.values is not None:
+            values = np.asarray(ask.values, np.float32)
+            if values.ndim != 2 or values.shape[1] != self.table.dim:
+                raise UserError(f"got queries {values.shape}: expected rows of {self.table.dim} numbers")
+            if not np.isfinite(values).all():
+                raise UserError("queries are not finite: lower the learning rate, or look at these images")
+            ids = np.full(len(values), -1, np.int64) if ask.ids is None else ask.ids
+            return Queries(values, ids, ask.labels), None
+        assert ask.ids is not None
+        known = self.table.has(ask.ids)
+        if ask.unknown == "error" or known.all():
+            values, labels, _ = self.table.get(ask.ids)
+        else:
+            values, labels = np.zeros((len(ask.ids), self.table.dim), np.float32), np.full(len(ask.ids), -1, np.int64)
+            values[known], labels[known], _ = self.table.get(ask.ids[known])
+        return Queries(values, ask.ids, labels if ask.labels is None else ask.labels), known
+
+    def _generation(self, step: int, wait: bool) -> _Generation | None:
+        """The newest index declared for a step (or, without waiting, the newest that is ready)."""
+        declared = [g for g in self._generations if g.from_step <= step and (wait or g.ready.is_set())]
+        if not declared:
+            return None
+        newest = declared[-1]
+        if not newest.ready.wait(self._spec.wait_s):
+            raise RunError(f"index generation {newest.number} was not built within {self._spec.wait_s:g} s")
+        if newest.error is not None:
+            raise RunError(f"index generation {newest.number} could not be built: {newest.error}")
+        return newest
+
+    def _search(self, queries: Queries, k: int, which: Which, generation: _Generation | None) -> Neighbours:
+        rows = self.table.view()
+        index = generation.index if generation is not None else None
+        if index is None or which == "same":
+            return search(queries, rows, k, which)
+        found = rerank(queries, rows, index.candidates(queries.values, k, which), k, which)
+        if len(rows) > index.rows:  # rows that came after the build
+            new = Rows(rows.values[index.rows :], rows.ids[index.rows :], rows.labels[index.rows :], rows.largest)
+            found = Neighbours.merge([found, search(queries, new, k, which)])
+        short = np.flatnonzero(found.ids[:, -1] < 0)
+        if len(short):  # the index proposed too few of the wanted classes
+            exact = search(queries[short], rows, k, which)
+            found.ids[short], found.distances[short] = exact.ids, exact.distances
+        return found
+
+    def _answer(self, found: Neighbours, with_values: bool, generation: _Generation | None) -> Answer:
+        there = found.ids >= 0
+        labels, steps = np.full(found.ids.shape, -1, np.int64), np.full(found.ids.shape, -1, np.int64)
+        values, labels[there], steps[there] = self.table.get(found.ids[there])
+        stored = None
+        if with_values:
+            stored = np.zeros((*found.ids.shape, self.table.dim), np.float32)
+            stored[there] = values
+        number = generation.number if generation is not None and generation.index is not None else 0
+        return Answer(found.ids, found.distances, labels, steps, stored, number, self.applied)
+
+    def search_exactly(self, order: Order | None, ask: Ask) -> Neighbours:
+        """As `search`, whatever index there is; `values`, `ids` and `labels` have to be given."""
+        with self._turn(order), self._turns.read():
+            return search(self._queries(ask)[0], self.table.view(), ask.k, ask.which)
+
+    def fetch(self, order: Order | None, ids: Int64[np.ndarray, " some"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which of the ids are here, and their embeddings and labels (of these only)."""
+        with self._turn(order), self._turns.read():
+            known = self.table.has(ids)
+            values, labels, _ = self.table.get(ids[known])
+            return known, values, labels
+
+    def all_ids(self, order: Order | None) -> np.ndarray:
+        """Ids of all rows, in the order in which they came."""
+        with self._turn(order), self._turns.read():
+            return self.table.view().ids.copy()
+
+    def all_pairs(
+        self, order: Order | None, k: int, which: Which = "all",
+        reduce: Callable[[Queries, Neighbours], Any] | None = None, rows: slice | None = None,
+    ) -> list[tuple[np.ndarray, Any]]:  # fmt: skip
+        """The exact lists of many rows: [(ids, lists)] in blocks, or what `reduce` makes of each block.
+
+        Args:
+            k: length of a list.
+            which: classes searched.
+            reduce: called with each block's queries and lists; only its result is returned.
+            rows: range of rows, in the order of `all_ids`; default all.
+        """
+        with self._turn(order), self._turns.read():
+            _check_k(k)
+            table, out = self.table.view(), []
+            start, stop, _ = (rows or slice(None)).indices(len(table))
+            for first in range(start, stop, 2048):
+                part = slice(first, min(first + 2048, stop))
+                values = np.asarray(table.values[part], np.float32)
+                queries = Queries(values, table.ids[part].copy(), table.labels[part].astype(np.int64))
+                lists = search(queries, table, k, which)
+                out.append((queries.ids, lists if reduce is None else reduce(queries, lists)))
+            return out
+
+    def delta(self, order: Order | None, since: int) -> Delta:
+        """What a mirror of the memory lacks; see `Dictionary.delta`."""
+        with self._turn(order), self._turns.read():
+            return self.memory.delta(since)
+
+    # ---- snapshots -----------------------------------------------------------------------------------------------
+
+    def save(self, order: Order, folder: str) -> dict[str, str]:
+        """Writes what cannot be derived; returns the checksum of every file.
+
+        An index is never written: its rows are (`rebuild`'s base), where it was built from others than the present ones.
+        """
+        with self._turn(order), self._turns.read():
+            target = Folder(folder)
+            sums = write_arrays(target, "table", self.table.state())
+            if self._memory is not None:
+                sums |= write_arrays(target, "memory", self._memory.state())
+            for g in self._generations:
+                g.saved.wait()
+            generations = [
+                {"number": g.number, "from_step": g.from_step, "base": g.base, "sha256": g.sums}
+                for g in self._generations
+            ]
+            meta = {"run": self._spec.run, "dim": self.table.dim, "generations": generations, "sha256": sums}
+            target.write_json("mining.json", meta)
+            return sums
+
+    def _restore(self, folder: Folder, spec: Spec) -> None:
+        if not folder.exists("mining.json"):
+            raise UserError(f"{folder} holds no mining snapshot (mining.json): resume from an older checkpoint")
+        meta = folder.read_json("mining.json")
+        if meta["run"] != spec.run or meta["dim"] != spec.dim:
+            raise UserError(
+                f"{folder} is a snapshot of run {meta['run']} with dimension {meta['dim']}, expected {spec.run} with {spec.dim}"
+            )
+        state = read_arrays(folder, "table", meta["sha256"])
+        self._table = Table.restore(state, spec.capacity)
+        if self._memory is not None:
+            self._memory.load(read_arrays(folder, "memory", meta["sha256"]))
+        for saved in meta["generations"]:
+            if saved["base"] is None:
+                continue
+            base = read_arrays(Folder(saved["base"]), "base", saved["sha256"])
+            largest = float(np.sqrt(np.square(base["values"], dtype=np.float64).sum(1)).max(initial=0))
+            rows = Rows(base["values"], base["ids"], base["labels"], largest)
+            generation = _Generation(saved["number"], saved["from_step"], saved["base"], saved["sha256"])
+            self._build(generation, rows, save=False)
+
+
+def write_arrays(folder: Folder, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Writes arrays as .npy files of bounded size; returns the checksum of each."""
+    sums = {}
+    for key, array in arrays.items():
+        rows = max(1, _PART_BYTES // max(1, array[:1].nbytes)) if array.ndim else 1
+        parts = [array[s : s + rows] for s in range(0, max(1, len(array)), rows)] if array.ndim else [array]
+        for number, part in enumerate(parts):
+            buffer = io.BytesIO()
+            np.save(buffer, part, allow_pickle=False)
+            file = f"{name}.{key}.{number:05d}.npy"
+            folder.write(file, buffer.getvalue())
+            sums[file] = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    return sums
+
+
+def read_arrays(folder: Folder, name: str, sums: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Reads what `write_arrays` wrote.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    files = sorted(file for file in sums if file.startswith(f"{name}."))
+    parts: dict[str, list[np.ndarray]] = {}
+    for file in files:
+        data = folder.read(file) if folder.exists(file) else None
+        if data is None or hashlib.sha256(data).hexdigest() != sums[file]:
+            what = "missing" if data is None else "damaged"
+            raise UserError(f"{folder}/{file} is {what}: resume from an older checkpoint")
+        parts.setdefault(file.split(".")[1], []).append(np.load(io.BytesIO(data), allow_pickle=False))
+    return {key: found[0] if found[0].ndim == 0 else np.concatenate(found) for key, found in parts.items()}
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise UserError(f"k is {k}: expected at least 1 neighbour")
+
+
+def _copy(rows: Rows) -> Rows:
+    return replace(rows, values=rows.values.copy(), ids=rows.ids.copy(), labels=rows.labels.copy())
+
+
+def _overtaken(old: int, new: int) -> str:
+    return f"start {old} of the run spoke to its mining server, which start {new} has taken over: this one stops"

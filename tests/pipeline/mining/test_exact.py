@@ -1,0 +1,91 @@
+"""Exact search against a plain loop, under every mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.mining.exact import Neighbours, Queries, Rows, rerank, search
+from tests.pipeline.mining.oracle import assert_equal, clustered, neighbours
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Queries, Rows, int]:
+    """Few distinct values, so that duplicates and ties are common; singletons, one dimension, no rows at all."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rows, dim, queries = draw(st.integers(0, 120)), draw(st.integers(1, 9)), draw(st.integers(0, 12))
+    spread = draw(st.sampled_from(["continuous", "whole", "one point", "far away"]))
+    values = random.normal(size=(rows + queries, dim))
+    if spread == "whole":
+        values = np.round(values)
+    elif spread == "one point":
+        values = np.ones_like(values) + 1e-7 * np.round(values)
+    elif spread == "far away":
+        values = 1e6 + values
+    dtype = draw(st.sampled_from([np.float32, np.float16])) if spread != "far away" else np.float32
+    labels = random.integers(0, draw(st.integers(1, 30)), rows + queries)
+    ids = random.permutation(3 * rows + 3)[:rows].astype(np.int64)
+    stored = values[:rows].astype(dtype)
+    asked = values[rows:].astype(np.float32)
+    own = np.where(random.random(queries) < 0.5, random.choice(np.append(ids, -1), queries), -1)
+    largest = float(np.sqrt(np.square(stored.astype(np.float64)).sum(1)).max(initial=0))
+    return Queries(asked, own, labels[rows:]), Rows(stored, ids, labels[:rows], largest), draw(st.integers(1, 40))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 500, 10**8]))
+def test_a_search_is_a_loop_over_all_rows(problem: tuple[Queries, Rows, int], which: str, memory: int) -> None:
+    queries, rows, k = problem
+    assert_equal(search(queries, rows, k, which, memory), neighbours(queries, rows, k, which))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("which", ["all", "other", "same"])
+def test_many_rows_and_groups(which: str) -> None:
+    """Large enough that the first selection goes by groups of similarities, and not by all of them."""
+    ids, values, labels = clustered(3000, 16, 60)
+    rows = Rows(values, ids, labels, 1.001)
+    queries = Queries(values[:40], ids[:40], labels[:40])
+    assert_equal(search(queries, rows, 20, which), neighbours(queries, rows, 20, which))  # type: ignore[arg-type]
+
+
+def test_equal_rows_do_not_take_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float32 cannot tell rows apart, the block of queries is cut until its pairs are few."""
+    from pipeline.mining import exact
+
+    monkeypatch.setattr(exact, "_MOST_PAIRS", 1000)
+    seen: list[int] = []
+    nearest = exact._nearest
+    monkeypatch.setattr(exact, "_nearest", lambda q, r, query, *a: seen.append(len(query)) or nearest(q, r, query, *a))
+    rows = Rows(np.ones((400, 4), np.float32), np.arange(400), np.zeros(400, np.int64), 2.0)
+    found = search(Queries(rows.values[:50], np.arange(50)), rows, 3)
+    assert found.ids[0].tolist() == [1, 2, 3] and found.ids[49].tolist() == [0, 1, 2]
+    assert max(seen) <= 1000 and sum(seen) == 50 * 399
+
+
+def test_candidates_are_ranked_exactly_under_the_mask() -> None:
+    ids, values, labels = clustered(200, 8, 10)
+    rows, queries = Rows(values, ids, labels, 1.001), Queries(values[:9], ids[:9], labels[:9])
+    everything = np.tile(np.arange(200), (9, 1))
+    for which in ("all", "other", "same"):
+        assert_equal(rerank(queries, rows, everything, 7, which), neighbours(queries, rows, 7, which))  # type: ignore[arg-type]
+    few = np.full((9, 4), -1)
+    few[:, 0] = 50
+    assert rerank(queries, rows, few, 3, "all").ids[0].tolist() == [ids[50], -1, -1]
+
+
+def test_answers_of_shards_merge() -> None:
+    ids, values, labels = clustered(300, 4, 10)
+    values = np.round(values * 4)  # ties across the shards
+    queries = Queries(values[:20], ids[:20], labels[:20])
+    whole = neighbours(queries, Rows(values, ids, labels, 9.0), 8)
+    parts = [neighbours(queries, Rows(values[s::3], ids[s::3], labels[s::3], 9.0), 8) for s in range(3)]
+    assert_equal(Neighbours.merge(parts), whole)
+
+
+def test_classes_have_to_be_known_to_tell_them_apart() -> None:
+    rows = Rows(np.ones((3, 2), np.float32), np.arange(3), np.zeros(3, np.int64), 2.0)
+    for which in ("other", "same"):
+        with pytest.raises(ValueError, match="give labels"):
+            search(Queries(rows.values, np.arange(3)), rows, 1, which)  # type: ignore[arg-type]
