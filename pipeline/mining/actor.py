@@ -41,9 +41,9 @@ def start_servers(ray: Any, run: str, shards: int, threads: int, label: str | No
         label: custom resource of the nodes that they must stand on (not spot nodes), if any.
     """
     token = uuid.uuid4().hex[:8]
-    actor = ray.remote(MiningActor)
+    actor = ray.remote(concurrency_groups=_GROUPS)(MiningActor)
     options: dict[str, Any] = {
-        "num_cpus": threads, "max_restarts": -1, "max_task_retries": 0, "concurrency_groups": _GROUPS,
+        "num_cpus": threads, "max_restarts": -1, "max_task_retries": 0,
         "scheduling_strategy": "SPREAD", "namespace": f"raydml-{run}-{token}",
     }  # fmt: skip
     if label is not None:

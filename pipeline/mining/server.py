@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -219,11 +220,11 @@ class MiningServer:
             return self.token
 
     def status(self) -> dict[str, Any]:
-        """Token, incarnation, applied, and what is stored."""
+        """Token and id of the process, incarnation, applied, and what is stored."""
         table, memory = self._table, self._memory
         newest = next((g.report for g in reversed(self._generations) if g.report is not None), None)
         return {
-            "token": self.token, "incarnation": self.incarnation, "applied": self.applied,
+            "token": self.token, "pid": os.getpid(), "incarnation": self.incarnation, "applied": self.applied,
             "rows": len(table) if table is not None else 0, "table_bytes": table.nbytes if table is not None else 0,
             "memory": len(memory) if memory is not None else 0, "index": newest,
         }  # fmt: skip

@@ -1,0 +1,237 @@
+"""Mining servers as real Ray actors: killed with SIGKILL at any moment, several of them, and two runs at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Config
+from pipeline.data.store import Store
+from pipeline.launch import run_in_process, run_on_ray
+from pipeline.mining.actor import Remote, start_servers
+from pipeline.mining.client import Local, MiningClient, ServerGone
+from pipeline.mining.server import Answer, Ask, MiningServer
+from pipeline.storage import Folder
+from pipeline.summary import run_folder
+from pipeline.tracking import read_metrics
+from tests.pipeline.mining.test_client import IDS, LABELS, SPEC, VALUES, assert_same
+from tests.test_ray import on_ray, silent, tensors
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[Any]:
+    from pipeline.session import ray_session
+
+    with ray_session(10) as ray:
+        yield ray
+
+
+def pid_of(remote: Remote) -> int:
+    while True:
+        try:
+            return int(remote.call("status").result(60)["pid"])
+        except ServerGone:  # on its way back from the last kill
+            time.sleep(0.1)
+
+
+class Work:
+    """Batches, searches, builds and snapshots in a fixed order; `kill` may strike between any two."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def __call__(self, client: MiningClient, strike: Callable[[str], None]) -> list[Any]:
+        heard: list[Any] = []
+        for step, rows in enumerate(np.array_split(np.arange(1200), 30)):
+            client.put(IDS[rows], VALUES[rows], LABELS[rows], step, True, True)
+            strike("put")
+            ask = Ask(4, step, ids=IDS[rows[:6]], which="other", with_values=True)
+            heard.append(client.ask(ask))
+            strike("search")
+            if step % 10 == 6:
+                client.rebuild(step, step, step + 2, str(self.folder / f"{self.name}-base-{step}"))
+                strike("rebuild")
+            if step % 12 == 9:
+                client.save(str(self.folder / f"{self.name}-{step}"))
+                strike("save")
+        heard = [client.wait(answer) for answer in heard]
+        delta = client.delta(0)
+        assert sum(status["rows"] for status in client.status()) == 1200, "every acknowledged row is there"
+        return [*heard, delta.features, delta.ids]
+
+
+def expected(tmp_path: Path) -> list[Any]:
+    client = MiningClient([Local(MiningServer())], SPEC, 1, Folder(tmp_path / "run"))
+    client.begin(None)
+    heard = Work(tmp_path, "here")(client, lambda _: None)
+    client.close()
+    return heard
+
+
+def kill_while(
+    ray: Any, tmp_path: Path, moments: dict[str, float], shards: int, name: str
+) -> tuple[list[Any], int, int]:
+    """Does the work with servers that are killed a moment after some operations; how often, and recoveries."""
+    servers = [Remote(actor) for actor in start_servers(ray, name, shards, 1, None)]
+    client = MiningClient(servers, SPEC, 1, Folder(tmp_path / name))
+    client.begin(None)
+    pids = [pid_of(server) for server in servers]
+    killed: list[int] = []
+    lock = threading.Lock()
+
+    def kill(shard: int) -> None:
+        with lock:
+            os.kill(pids[shard], signal.SIGKILL)
+            killed.append(pids[shard])
+
+    calls = {"put": 0, "search": 0, "rebuild": 0, "save": 0}
+
+    def strike(what: str) -> None:
+        calls[what] += 1
+        delay = moments.pop(f"{what}{calls[what]}", None)
+        if delay is not None:
+            victim = len(killed) % shards
+            pids[victim] = pid_of(servers[victim])  # may have been started again since
+            threading.Timer(delay, kill, (victim,)).start()
+
+    heard = Work(tmp_path, name)(client, strike)
+    recoveries = client.recoveries
+    client.close()
+    for server in servers:
+        ray.kill(server.actor)
+    return heard, len(killed), recoveries
+
+
+def test_an_actor_killed_during_put_search_rebuild_and_snapshot(ray_here: Any, tmp_path: Path) -> None:
+    truth = expected(tmp_path)
+    moments = {"put3": 0.0, "search12": 0.001, "rebuild2": 0.002, "save1": 0.0}
+    heard, killed, recoveries = kill_while(ray_here, tmp_path, moments, 1, "one")
+    assert_same(heard, truth)
+    assert killed == 4 and recoveries >= 2  # two kills may fall into one absence
+
+
+def test_three_shards_one_of_them_killed(ray_here: Any, tmp_path: Path) -> None:
+    heard, killed, recoveries = kill_while(ray_here, tmp_path, {"search8": 0.0}, 3, "three")
+    assert_same(heard, expected(tmp_path))
+    assert killed == 1 and recoveries >= 1
+
+
+@pytest.mark.slow
+def test_twenty_random_kills(ray_here: Any, tmp_path: Path) -> None:
+    truth, draw = expected(tmp_path), random.Random(5)
+    total = 0
+    for trial in range(10):
+        names = [
+            f"{w}{n}" for w, most in (("put", 30), ("search", 30), ("rebuild", 3), ("save", 2)) for n in range(1, most)
+        ]
+        moments = {name: draw.uniform(0, 0.02) for name in draw.sample(names, 2)}
+        heard, killed, _ = kill_while(ray_here, tmp_path, moments, 1 + trial % 3, f"trial{trial}")
+        assert_same(heard, truth)
+        total += killed
+    assert total == 20
+
+
+MINED = {
+    "method.hard_negatives": 3,
+    "method.memory": 30,
+    "mining.shards": 2,
+    "length": "4 epochs",
+    "checkpoint.every": "3 steps",
+}
+
+
+def mining_actors(ray: Any, run: str) -> list[Any]:
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [ray.get_actor(**n) for n in named if n["name"].startswith(f"mining-{run}-")]
+
+
+class Killer:
+    """Kills a mining server of a run once, in the middle of an epoch."""
+
+    def __init__(self, ray: Any, run: str) -> None:
+        self.ray, self.run, self.victims = ray, run, list[int]()
+
+    def __call__(self, state: dict[str, Any]) -> None:
+        if not self.victims and state["progress"].get("step", 0) >= 5:
+            self.victims.append(self.ray.get(mining_actors(self.ray, self.run)[0].status.remote())["pid"])
+            os.kill(self.victims[0], signal.SIGKILL)
+
+
+def test_two_runs_of_one_name_never_meet_and_one_survives_its_mining_server(
+    ray_here: Any, make_config: Callable[..., Config], store: Store, tmp_path: Path
+) -> None:
+    """At once on one cluster; each ends with the weights that it has alone in one process, bit for bit."""
+    runs = []
+    for seed in (0, 1):
+        config = on_ray(make_config(MINED | {"seed": seed}, name="twin"), loader="in_process", workers=1)
+        runs.append(config.model_copy(update={"storage": str(tmp_path / f"storage{seed}")}))
+    killer = Killer(ray_here, "twin")
+    threads = [
+        threading.Thread(target=run_on_ray, args=(config, store.folder.uri, show, ray_here))
+        for config, show in zip(runs, (killer, silent), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert killer.victims, "the kill never happened"
+    for config in runs:
+        alone = config.model_copy(update={"storage": str(tmp_path / f"alone{config.seed}")})
+        run_in_process(alone, store.folder.uri, silent)
+        first, second = tensors(config), tensors(alone)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    lines = [[x for x in read_metrics(run_folder(c)) if x["kind"] == "train"][-1] for c in runs]
+    assert max(line["mining/recoveries"] for line in lines) >= 1 and lines[0]["hard"] > 0 and lines[0]["memory"] > 0
+    deadline = time.monotonic() + 20
+    while mining_actors(ray_here, "twin") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert mining_actors(ray_here, "twin") == [], "servers end with their run"
+
+
+@pytest.mark.slow
+def test_two_workers_whose_mining_server_dies_end_with_the_same_weights(
+    ray_here: Any, make_config: Callable[..., Config], store: Store
+) -> None:
+    runs = {name: on_ray(make_config(MINED, name=name), loader="in_process") for name in ("calm", "hit")}
+    run_on_ray(runs["calm"], store.folder.uri, silent, ray_here)
+    killer = Killer(ray_here, "hit")
+    run_on_ray(runs["hit"], store.folder.uri, killer, ray_here)
+    calm, hit = tensors(runs["calm"]), tensors(runs["hit"])
+    assert killer.victims and calm.keys() == hit.keys() and all(torch.equal(calm[n], hit[n]) for n in calm)
+
+
+def test_searches_go_on_while_an_index_is_built(ray_here: Any, tmp_path: Path) -> None:
+    """In the actor, a long build takes a thread of its own; puts and searches pass it."""
+    (server,) = [Remote(actor) for actor in start_servers(ray_here, "busy", 1, 1, None)]
+    client = MiningClient(
+        [server], SPEC.__class__(run="busy", dim=64, engine="hnsw", k=10, target=0.1), 1, Folder(tmp_path)
+    )
+    client.begin(None)
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(20_000, 64)).astype(np.float32)
+    client.put(np.arange(20_000), values, np.arange(20_000) % 500, 0)
+    client.rebuild(1, 0, 5, None)
+    started, answered = time.perf_counter(), 0
+    while True:
+        answer: Answer = client.wait(client.ask(Ask(5, 4, values=values[:8])))
+        assert answer.generation == 0
+        client.put(np.arange(8), values[:8], np.arange(8), 1)
+        if client.status()[0]["index"] is not None:
+            break
+        answered += 1
+    assert time.perf_counter() - started > 0.5 and answered > 5, "the build took its time, nobody waited for it"
+    assert client.wait(client.ask(Ask(5, 5, values=values[:8]))).generation == 1
+    client.close()
+    ray_here.kill(server.actor)
