@@ -18,7 +18,7 @@ from torch import Tensor
 from methods.base import Which
 
 _GROUP = 16  # of every so many similarities only the largest enters the first selection
-_PAIR_ELEMENTS = 2**18  # float64 elements of a temporary array of pairs: 2 MiB, stays in cache
+SYMMETRIC_ROWS = 2**17  # up to which `search_all` compares each pair once
 _MOST_PAIRS = 2**21  # pairs that one block of queries may propose before it is cut in two
 
 
@@ -125,25 +125,114 @@ def _labels(queries: Queries) -> np.ndarray:
     return queries.labels
 
 
+def search_all(rows: Rows, k: int, which: Which = "all", block: int = 3072) -> Iterator[tuple[slice, Neighbours]]:
+    """The k nearest rows of every row, exactly, in blocks of consecutive rows: `search` of all of them, in less time.
+
+    Each pair of rows is compared once, for both. Memory: a float32 copy of the rows, and about 3 k candidates a row, which
+    is why more rows than `SYMMETRIC_ROWS` are searched block by block instead.
+    """
+    if which == "same" or len(rows) > SYMMETRIC_ROWS:
+        for part in _slices(len(rows), block):
+            yield part, search(_as_queries(rows, part), rows, k, which)
+        return
+    vectors, margin = _lifted(rows.values), _margin(rows.values, rows)[:, 0].numpy()
+    blocks = list(_slices(len(rows), block))
+    finders = [_Finder(p.stop - p.start, k, margin[p]) for p in blocks]
+    labels = torch.from_numpy(rows.labels.astype(np.int64))
+    tile, near = torch.empty(block * block), np.empty(block * block, bool)  # one piece of memory for all tiles
+    for i, part in enumerate(blocks):
+        left = vectors[part].clone()
+        left[:, -2:] = left[:, [-1, -2]]  # so that the product of two rows is minus half their squared distance
+        for j in range(i, len(blocks)):
+            other = blocks[j]
+            shape = (len(left), other.stop - other.start)
+            similarity = torch.mm(left, vectors[other].T, out=tile[: shape[0] * shape[1]].view(shape))
+            if i == j:
+                similarity.fill_diagonal_(-torch.inf)
+            if which == "other":
+                similarity.masked_fill_(labels[part, None] == labels[None, other], -torch.inf)
+            finders[i].look(similarity, other.start, True, near)
+            if i != j:
+                finders[j].look(similarity, part.start, False, near)
+        yield part, _nearest(_as_queries(rows, part), rows, *finders[i].found(), k)
+        finders[i] = _Finder(0, k, margin[:0])
+
+
+def _as_queries(rows: Rows, part: slice) -> Queries:
+    values = np.asarray(rows.values[part], np.float32)
+    return Queries(values, rows.ids[part], rows.labels[part].astype(np.int64))
+
+
+def _lifted(values: np.ndarray) -> Tensor:
+    """Rows [x, 0 ..., 1, -|x|²/2] in float32."""
+    out = torch.zeros((len(values), -(-(values.shape[1] + 2) // 8) * 8))
+    out[:, : values.shape[1]] = torch.from_numpy(values)
+    out[:, -2] = 1
+    out[:, -1] = torch.from_numpy(-0.5 * np.square(values, dtype=np.float64).sum(1))
+    return out
+
+
+class _Finder:
+    """Collects, for a block of queries, the rows that may be among their k nearest, one tile of similarities at a time.
+
+    Args:
+        queries: how many.
+        k: neighbours wanted.
+        margin: how far below the k-th best similarity a row may lie and still be one of them, [queries].
+    """
+
+    def __init__(self, queries: int, k: int, margin: np.ndarray) -> None:
+        self.margin = margin
+        self._best = np.full((queries, k), -np.inf, np.float32)  # the least of them is never above the true k-th
+        self._found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def look(
+        self, similarity: Tensor, start: int, rows_are_queries: bool = True, memory: np.ndarray | None = None
+    ) -> None:
+        """A tile [queries, rows], or its transpose; `start` is the position of its first row; `memory` to work in."""
+        axis = 1 if rows_are_queries else 0
+        count, k = similarity.shape[axis], self._best.shape[1]
+        groups = count // _GROUP if count >= k * _GROUP else count // 2 if count >= 2 * k else count
+        size = count // max(1, groups)
+        grouped = similarity.narrow(axis, 0, groups * size).unflatten(axis, (size, groups)).amax(axis)
+        rest = similarity.narrow(axis, groups * size, count - groups * size)
+        large = torch.cat([grouped, rest], axis)
+        candidates = np.concatenate([self._best, (large if rows_are_queries else large.T).numpy()], 1)
+        self._best = np.partition(candidates, candidates.shape[1] - k, axis=1)[:, -k:]
+        bound, tile = self._bound(), similarity.numpy()
+        out = None if memory is None else memory[: tile.size].reshape(tile.shape)
+        # numpy compares three times as fast as torch
+        near = np.flatnonzero(np.greater_equal(tile, bound[:, None] if rows_are_queries else bound, out=out))
+        first, second = np.divmod(near, tile.shape[1])
+        query, row = (first, second) if rows_are_queries else (second, first)
+        self._found.append((query, row + start, tile.ravel()[near]))
+
+    def _bound(self) -> np.ndarray:
+        return np.maximum(self._best.min(1) - self.margin, np.finfo(np.float32).min)  # what is masked is -inf
+
+    @property
+    def pairs(self) -> int:
+        return sum(len(found[0]) for found in self._found)
+
+    def found(self) -> tuple[np.ndarray, np.ndarray]:
+        """(query, position) of all that can still be among the nearest."""
+        query, position, values = (np.concatenate(part) for part in zip(*self._found, strict=True))
+        kept = values >= self._bound()[query]
+        return query[kept], position[kept]
+
+
 def _search_block(queries: Queries, rows: Rows, k: int, which: Which) -> Neighbours:
     values = torch.from_numpy(np.ascontiguousarray(queries.values, np.float32))
-    best = torch.full((len(queries), k), -torch.inf)
-    margin = _margin(queries.values, rows)
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    finder = _Finder(len(queries), k, _margin(queries.values, rows)[:, 0].numpy())
     for part in _slices(len(rows), 2**16):
         similarity = _similarity(values, rows.values[part])
         _mask(similarity, queries, rows, part, which)
-        best = torch.cat([best, _large(similarity, k)], 1).topk(k).values  # their k-th is never above the true k-th
-        near = (similarity >= best[:, -1:] - margin) & (similarity > -torch.inf)
-        query, column = np.divmod(np.flatnonzero(near.numpy()), near.shape[1])
-        found.append((query, column + part.start, similarity.numpy()[query, column]))
-        if sum(len(f[0]) for f in found) > _MOST_PAIRS and len(queries) > 1:  # (nearly) equal rows: float32 cannot tell
+        finder.look(similarity, part.start)
+        if finder.pairs > _MOST_PAIRS and len(queries) > 1:  # (nearly) equal rows: float32 cannot tell
             half = len(queries) // 2
             parts = (queries[:half], queries[half:])
             return Neighbours.concatenate([_search_block(p, rows, k, which) for p in parts])
-    query, position, scores = (np.concatenate(f) for f in zip(*found, strict=True))
-    kept = scores >= (best[:, -1:] - margin).numpy()[query, 0]  # what earlier parts let through
-    return _nearest(queries, rows, query[kept], position[kept], k)
+    return _nearest(queries, rows, *finder.found(), k)
 
 
 def _similarity(values: Tensor, part: np.ndarray) -> Tensor:
@@ -167,16 +256,6 @@ def _mask(similarity: Tensor, queries: Queries, rows: Rows, part: slice, which: 
     pairs = [(q, by_id[i]) for q, i in enumerate(queries.ids.tolist()) if i in by_id]  # a sample may be asked for twice
     query, column = torch.tensor(pairs).T
     similarity[query, column] = -torch.inf
-
-
-def _large(similarity: Tensor, k: int) -> Tensor:
-    """Of each row, values of different entries that hold (nearly) the k largest; at most k of them."""
-    columns = similarity.shape[1]
-    groups = columns // _GROUP
-    if groups < 2 * k:
-        return similarity.topk(min(k, columns)).values
-    whole = similarity[:, : groups * _GROUP].unflatten(1, (_GROUP, groups)).amax(1)
-    return torch.cat([whole, similarity[:, groups * _GROUP :]], 1).topk(k).values
 
 
 def _margin(values: np.ndarray, rows: Rows) -> Tensor:
@@ -204,20 +283,22 @@ def _search_classes(queries: Queries, rows: Rows, k: int) -> Neighbours:
 
 def _nearest(queries: Queries, rows: Rows, query: np.ndarray, position: np.ndarray, k: int) -> Neighbours:
     """Of the given pairs the k nearest of each query."""
-    distances = np.empty(len(query))
-    for part in _slices(len(query), _PAIR_ELEMENTS // queries.values.shape[1]):
-        difference = queries.values[query[part]].astype(np.float64)
-        difference -= rows.values[position[part]]
-        distances[part] = np.square(difference, out=difference).sum(1)
-    ids = rows.ids[position]
-    order = np.lexsort((ids, distances, query))
-    query, ids, distances = query[order], ids[order], distances[order]
-    place = np.arange(len(query)) - np.searchsorted(query, query)
-    listed = place < k
-    out = empty(len(queries), k)
-    out.ids[query[listed], place[listed]] = ids[listed]
-    out.distances[query[listed], place[listed]] = distances[listed]
-    return out
+    counts = np.bincount(query, minlength=len(queries))
+    width = int(counts.max(initial=0))
+    out = empty(len(queries), max(k, width))
+    position = np.sort(query * np.int64(len(rows)) + position) % len(rows)  # by query, then by position
+    stops, asked = np.cumsum(counts).tolist(), queries.values.astype(np.float64)
+    for q, stop in enumerate(stops):
+        where = position[stops[q - 1] if q else 0 : stop]
+        difference = rows.values.take(where, 0).astype(np.float64)
+        difference -= asked[q]
+        out.distances[q, : len(where)] = np.vecdot(difference, difference)
+        out.ids[q, : len(where)] = rows.ids[where]
+    order = np.argsort(out.distances, axis=1, kind="stable")
+    distances = np.take_along_axis(out.distances, order, 1)
+    tied = np.flatnonzero(((distances[:, 1:] == distances[:, :-1]) & np.isfinite(distances[:, 1:])).any(1))
+    order[tied] = np.lexsort((out.ids[tied], out.distances[tied]), axis=1)
+    return Neighbours(np.take_along_axis(out.ids, order, 1)[:, :k], distances[:, :k])
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -227,6 +227,7 @@ class MiningServer:
             "token": self.token, "pid": os.getpid(), "incarnation": self.incarnation, "applied": self.applied,
             "rows": len(table) if table is not None else 0, "table_bytes": table.nbytes if table is not None else 0,
             "memory": len(memory) if memory is not None else 0, "index": newest,
+            "building": sum(not g.ready.is_set() for g in self._generations),
         }  # fmt: skip
 
     @contextmanager

@@ -16,7 +16,7 @@ def neighbours(queries: Queries, rows: Rows, k: int, which: str = "all") -> Neig
             if rows.ids[row] == queries.ids[q] or (which == "other" and same) or (which == "same" and not same):
                 continue
             difference = value - rows.values[row].astype(np.float64)
-            found.append((float(np.square(difference).sum()), int(rows.ids[row])))
+            found.append((float(np.vecdot(difference, difference)), int(rows.ids[row])))
         for place, (distance, i) in enumerate(sorted(found)[:k]):
             out.ids[q, place], out.distances[q, place] = i, distance
     return out
