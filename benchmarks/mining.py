@@ -35,7 +35,7 @@ from benchmarks.table import Row, finish
 from pipeline.mining.actor import Remote, start_servers
 from pipeline.mining.client import MiningClient
 from pipeline.mining.engines import ENGINES, Engine, build, choose
-from pipeline.mining.exact import Queries, Rows, rerank, search
+from pipeline.mining.exact import Neighbours, Queries, Rows, rerank, search, search_all
 from pipeline.mining.server import Ask, Spec
 from pipeline.mining.table import Table
 from pipeline.session import ray_session
@@ -182,29 +182,26 @@ def measure_rebuild(ray: Any, rounds: int) -> list[Row]:
 
 
 def measure_pairs(rounds: int) -> list[Row]:
-    out = []
-    for dim in (128, 512):
-        rows = make_rows(20_000, dim)
-        queries = Queries(rows.values, rows.ids)
-        flat = faiss.IndexFlatL2(dim)
-        flat.add(rows.values)
-        found: dict[str, Any] = {}
+    return [_measure_pairs(dim, rounds) for dim in (128, 512)]
 
-        def ours() -> None:
-            found["ours"] = search(queries, rows, 50)
 
-        def theirs() -> None:
-            found["theirs"] = flat.search(rows.values, 51)[1]
+def _measure_pairs(dim: int, rounds: int) -> Row:
+    rows = make_rows(20_000, dim)
+    flat = faiss.IndexFlatL2(dim)
+    flat.add(rows.values)
+    found: dict[str, Any] = {}
 
-        a, b, ratio = pairs(ours, theirs, rounds, time.process_time)
-        ranked = rerank(queries, rows, found["theirs"], 50, "all")
-        equal = bool(
-            (ranked.ids == found["ours"].ids).mean() > 0.9999
-            and np.array_equal(ranked.distances, found["ours"].distances)
-        )
-        what = f"all pairs, top 50, 20,000 x {dim}, CPU-s / faiss flat (lists {'equal' if equal else 'DIFFER'})"
-        out.append(Row(what, a, b, ratio, "<= 0.9, equal", ratio <= 0.9 and equal))
-    return out
+    def ours() -> None:
+        found["ours"] = Neighbours.concatenate([lists for _, lists in search_all(rows, 50)])
+
+    def theirs() -> None:
+        found["theirs"] = flat.search(rows.values, 51)[1]
+
+    a, b, ratio = pairs(ours, theirs, rounds, time.process_time)
+    ranked = rerank(Queries(rows.values, rows.ids), rows, found["theirs"], 50, "all")
+    equal = np.array_equal(ranked.ids, found["ours"].ids) and np.array_equal(ranked.distances, found["ours"].distances)
+    what = f"all pairs, top 50, 20,000 x {dim}, CPU-s / faiss flat (lists {'equal' if equal else 'DIFFER'})"
+    return Row(what, a, b, ratio, "<= 0.9, equal", ratio <= 0.9 and equal)
 
 
 def epoch_of(rows: Rows, engine: Engine, k: int, target: float) -> tuple[float, str, float]:

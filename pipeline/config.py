@@ -79,7 +79,8 @@ class MiningConfig(Frozen):
         "exact", description="an answer reflects exactly the puts before it | what has arrived (not reproducible)"
     )
     engine: Literal["auto", "exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg"] = Field(
-        "auto", description="of neighbour searches; auto: exact up to 131,072 rows, ivf_fp16 above"
+        "auto",
+        description="of neighbour searches; auto: exact up to 8,192 rows or where an index would cost more, else ivf_fp16",
     )
     recall: float = Field(0.95, gt=0, le=1, description="that an approximate index has to reach, else search is exact")
     rebuild_every: Length = Field(Length(value=1, unit="epochs"), description="how often an approximate index is built")

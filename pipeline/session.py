@@ -117,6 +117,12 @@ def check_cluster(config: Config, ray: Any) -> None:
                 f"the run wants {amount:g} {resource} ({runtime.workers} workers and their loaders), the cluster has at most "
                 f"{limits.get(resource, 0.0):g}: lower runtime.workers or cpus_per_worker, or enlarge the cluster"
             )
+    label = config.mining.resource
+    if config.method.mining is not None and label is not None and not limits.get(label):
+        raise UserError(
+            f"mining.resource is {label!r}, which no node of the cluster has (known: {', '.join(sorted(limits)) or 'none'}): "
+            "give it to the nodes that are not spot, or set mining.resource to null"
+        )
     nodes = [n for n in ray.nodes() if n["Alive"]]
     folder = Folder(config.root)
     if len(nodes) > 1 and folder.is_local:

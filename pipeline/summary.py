@@ -58,6 +58,7 @@ def protocol(config: Config, store: Store) -> dict[str, Any]:
         "length": str(c.length),
         "precision": c.precision,
         "seed": c.seed,
+        **({"mining": f"{c.mining.engine}, {c.mining.consistency}"} if c.method.mining is not None else {}),
     }
 
 
@@ -66,6 +67,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json; metrics in percent, `seconds` spent in training steps."""
     touched = sorted({c.split(":")[0] for change in changes for c in change["changes"]} & set(TOUCHES_RESULT))
+    overtaking = config.method.mining is not None and config.mining.consistency == "async"
     return {
         "name": config.name,
         "frozen": _rounded(progress.frozen),
@@ -77,7 +79,7 @@ def summarise(
         "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 2),
         "waiting_for_data": round(progress.waited_s / max(progress.seconds, 1e-9), 4),
         "protocol": protocol(config, store),
-        "reproducible": config.runtime.deterministic and not touched,
+        "reproducible": config.runtime.deterministic and not touched and not overtaking,
         "changed_while_running": touched,
     }
 

@@ -123,6 +123,7 @@ class MiningClient:
         self.ordered, self.deadline_s, self.log_bytes = ordered, deadline_s, log_bytes
         self.recoveries = 0
         self.lag = 0  # puts that the newest answer did not reflect yet (async)
+        self.recall, self.generation = 1.0, 0  # of the index that gave it
         self._slots = threading.Semaphore(in_flight)
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._numbers = 0  # of the newest operation given out
@@ -383,6 +384,7 @@ class MiningClient:
         self._fruitless = 0
         result = operation.merge([operation.results[s] for s in shards])
         if isinstance(result, Answer):
+            self.recall, self.generation = result.recall, result.generation
             self.lag = sum(1 for o in self._log if o.method == "put" and o.number > result.applied)
         operation.answer.set_result(result)
         if operation.logged:
@@ -490,4 +492,4 @@ def _merge_answers(parts: list[Answer]) -> Answer:
         values = np.take_along_axis(stored, order[:, :, None], 1)
     ids, distances, labels, steps = (np.take_along_axis(a, order, 1) for a in (ids, distances, labels, steps))
     generation, applied = min(p.generation for p in parts), min(p.applied for p in parts)
-    return Answer(ids, distances, labels, steps, values, generation, applied)
+    return Answer(ids, distances, labels, steps, values, generation, applied, min(p.recall for p in parts))

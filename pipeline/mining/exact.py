@@ -7,6 +7,7 @@ on what else was asked, or on how rows are spread over shards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -133,7 +134,7 @@ def search_all(rows: Rows, k: int, which: Which = "all", block: int = 3072) -> I
     """
     if which == "same" or len(rows) > SYMMETRIC_ROWS:
         for part in _slices(len(rows), block):
-            yield part, search(_as_queries(rows, part), rows, k, which)
+            yield part, search(as_queries(rows, part), rows, k, which)
         return
     vectors, margin = _lifted(rows.values), _margin(rows.values, rows)[:, 0].numpy()
     blocks = list(_slices(len(rows), block))
@@ -154,11 +155,16 @@ def search_all(rows: Rows, k: int, which: Which = "all", block: int = 3072) -> I
             finders[i].look(similarity, other.start, True, near)
             if i != j:
                 finders[j].look(similarity, part.start, False, near)
-        yield part, _nearest(_as_queries(rows, part), rows, *finders[i].found(), k)
+        queries = as_queries(rows, part)
+        if finders[i].full:  # many (nearly) equal rows: float32 cannot tell
+            yield part, search(queries, rows, k, which)
+        else:
+            yield part, _nearest(queries, rows, *finders[i].found(), k)
         finders[i] = _Finder(0, k, margin[:0])
 
 
-def _as_queries(rows: Rows, part: slice) -> Queries:
+def as_queries(rows: Rows, part: slice) -> Queries:
+    """Rows as queries, each left out of its own answer."""
     values = np.asarray(rows.values[part], np.float32)
     return Queries(values, rows.ids[part], rows.labels[part].astype(np.int64))
 
@@ -185,11 +191,15 @@ class _Finder:
         self.margin = margin
         self._best = np.full((queries, k), -np.inf, np.float32)  # the least of them is never above the true k-th
         self._found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._pairs, self._most = 0, max(_MOST_PAIRS, 8 * k * queries) if queries > 1 else math.inf
+        self.full = False  # found so many that it has given up
 
     def look(
         self, similarity: Tensor, start: int, rows_are_queries: bool = True, memory: np.ndarray | None = None
     ) -> None:
         """A tile [queries, rows], or its transpose; `start` is the position of its first row; `memory` to work in."""
+        if self.full:
+            return
         axis = 1 if rows_are_queries else 0
         count, k = similarity.shape[axis], self._best.shape[1]
         groups = count // _GROUP if count >= k * _GROUP else count // 2 if count >= 2 * k else count
@@ -206,13 +216,12 @@ class _Finder:
         first, second = np.divmod(near, tile.shape[1])
         query, row = (first, second) if rows_are_queries else (second, first)
         self._found.append((query, row + start, tile.ravel()[near]))
+        self._pairs += len(near)
+        if self._pairs > self._most:
+            self._found, self.full = [], True
 
     def _bound(self) -> np.ndarray:
         return np.maximum(self._best.min(1) - self.margin, np.finfo(np.float32).min)  # what is masked is -inf
-
-    @property
-    def pairs(self) -> int:
-        return sum(len(found[0]) for found in self._found)
 
     def found(self) -> tuple[np.ndarray, np.ndarray]:
         """(query, position) of all that can still be among the nearest."""
@@ -228,10 +237,10 @@ def _search_block(queries: Queries, rows: Rows, k: int, which: Which) -> Neighbo
         similarity = _similarity(values, rows.values[part])
         _mask(similarity, queries, rows, part, which)
         finder.look(similarity, part.start)
-        if finder.pairs > _MOST_PAIRS and len(queries) > 1:  # (nearly) equal rows: float32 cannot tell
-            half = len(queries) // 2
-            parts = (queries[:half], queries[half:])
-            return Neighbours.concatenate([_search_block(p, rows, k, which) for p in parts])
+    if finder.full:  # many (nearly) equal rows: float32 cannot tell
+        half = len(queries) // 2
+        parts = (queries[:half], queries[half:])
+        return Neighbours.concatenate([_search_block(p, rows, k, which) for p in parts])
     return _nearest(queries, rows, *finder.found(), k)
 
 

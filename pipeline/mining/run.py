@@ -106,11 +106,12 @@ class RunMining:
                 (self.folder / "mining").remove(name)
 
     def logs(self) -> dict[str, float]:
-        """What to log with a step: puts that the newest answer did not reflect, deaths survived."""
-        client = self._client
-        return (
-            {} if client is None else {"mining/lag": float(client.lag), "mining/recoveries": float(client.recoveries)}
-        )
+        """What rank 0 logs with a step: deaths survived, and of the newest answer: puts not reflected, index, its recall."""
+        c = self._client
+        if c is None:
+            return {}
+        found = {"recoveries": c.recoveries, "lag": c.lag, "generation": c.generation, "recall": c.recall}
+        return {f"mining/{name}": float(value) for name, value in found.items()}
 
     def close(self) -> None:
         if self._client is not None:
@@ -185,6 +186,6 @@ class RunMining:
             self._generation = int(arrays["generation"])
             for name in {n.split("/")[0] for n in arrays.files if "/" in n}:
                 values = {f.name: arrays[f"{name}/{f.name}"] for f in fields(Answer) if f"{name}/{f.name}" in arrays}
-                found: dict[str, Any] = {n: int(v) if v.ndim == 0 else v for n, v in values.items()}
+                found: dict[str, Any] = {n: v.item() if v.ndim == 0 else v for n, v in values.items()}
                 self._pending[name] = Future()
                 self._pending[name].set_result(Answer(**{"values": None, **found}))

@@ -28,7 +28,7 @@ from methods.base import Which
 from pipeline.errors import RunError, UserError
 from pipeline.mining.dictionary import Delta, Dictionary
 from pipeline.mining.engines import Engine, Index, Report, build
-from pipeline.mining.exact import Neighbours, Queries, Rows, rerank, search
+from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from pipeline.mining.table import Table
 from pipeline.storage import Folder
 
@@ -113,6 +113,7 @@ class Answer:
         values: their embeddings, float32 [queries, k, dim]; zeros where there is none; none if not asked for.
         generation: of the index that proposed them; 0: exact search.
         applied: number of the newest operation that it reflects.
+        recall: of that index, as measured when it was built; 1 for exact search.
     """
 
     ids: Int64[np.ndarray, "queries k"]
@@ -122,6 +123,7 @@ class Answer:
     values: np.ndarray | None
     generation: int
     applied: int
+    recall: float = 1.0
 
 
 @dataclass
@@ -406,8 +408,10 @@ class MiningServer:
         if with_values:
             stored = np.zeros((*found.ids.shape, self.table.dim), np.float32)
             stored[there] = values
-        number = generation.number if generation is not None and generation.index is not None else 0
-        return Answer(found.ids, found.distances, labels, steps, stored, number, self.applied)
+        number, recall = 0, 1.0
+        if generation is not None and generation.index is not None:
+            number, recall = generation.number, generation.index.report.recall
+        return Answer(found.ids, found.distances, labels, steps, stored, number, self.applied, recall)
 
     def search_exactly(self, order: Order | None, ask: Ask) -> Neighbours:
         """As `search`, whatever index there is; `values`, `ids` and `labels` have to be given."""
@@ -427,27 +431,25 @@ class MiningServer:
             return self.table.view().ids.copy()
 
     def all_pairs(
-        self, order: Order | None, k: int, which: Which = "all",
-        reduce: Callable[[Queries, Neighbours], Any] | None = None, rows: slice | None = None,
-    ) -> list[tuple[np.ndarray, Any]]:  # fmt: skip
-        """The exact lists of many rows: [(ids, lists)] in blocks, or what `reduce` makes of each block.
+        self,
+        order: Order | None,
+        k: int,
+        which: Which = "all",
+        reduce: Callable[[Queries, Neighbours], Any] | None = None,
+    ) -> list[tuple[np.ndarray, Any]]:
+        """The exact lists of all rows: [(ids, lists)] in blocks, or what `reduce` makes of each block.
 
         Args:
             k: length of a list.
             which: classes searched.
             reduce: called with each block's queries and lists; only its result is returned.
-            rows: range of rows, in the order of `all_ids`; default all.
         """
         with self._turn(order), self._turns.read():
             _check_k(k)
             table, out = self.table.view(), []
-            start, stop, _ = (rows or slice(None)).indices(len(table))
-            for first in range(start, stop, 2048):
-                part = slice(first, min(first + 2048, stop))
-                values = np.asarray(table.values[part], np.float32)
-                queries = Queries(values, table.ids[part].copy(), table.labels[part].astype(np.int64))
-                lists = search(queries, table, k, which)
-                out.append((queries.ids, lists if reduce is None else reduce(queries, lists)))
+            for part, lists in search_all(table, k, which):
+                queries = as_queries(table, part)
+                out.append((queries.ids.copy(), lists if reduce is None else reduce(queries, lists)))
             return out
 
     def delta(self, order: Order | None, since: int) -> Delta:

@@ -265,6 +265,9 @@ def test_metrics_protocol_and_changes(page: Page) -> None:
 def test_a_run_that_is_not_reproducible_says_why(store: Store, tmp_path: Path) -> None:
     page = report(make_run(tmp_path, store, None, overrides=["runtime.deterministic=false"]), store)
     assert "no: runtime.deterministic is off" in page.text
+    overrides = ["method.memory=10", "mining.consistency=async"]
+    page = report(make_run(tmp_path / "async", store, None, overrides=overrides), store)
+    assert "no: mining.consistency is async" in page.text and "auto, async" in page.text
 
 
 def test_the_paper_protocol_says_what_was_chosen_on(store: Store, tmp_path: Path) -> None:

@@ -82,6 +82,35 @@ def test_no_cluster_no_question(
     check_cluster(make_config({"runtime.workers": 0}), ray=None)
 
 
+class Cluster:
+    """What `check_cluster` asks of Ray."""
+
+    def __init__(self, **resources: float) -> None:
+        self.resources = resources
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True}]
+
+
+def test_mining_servers_count_and_their_resource_has_to_exist(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("pipeline.session._cluster_maximum", lambda ray: ray.resources)
+    changes = {"runtime.workers": 2, "runtime.cpus_per_worker": 1, "runtime.loader": "in_process", "mining.shards": 3}
+    mining = changes | {"mining.cpus": 2, "method.memory": 10}
+    assert needed_cpus(make_config(changes)) == 2 and needed_cpus(make_config(mining)) == 8
+    check_cluster(make_config(changes), Cluster(CPU=2))
+    with pytest.raises(UserError, match="the run wants 8 CPU"):
+        check_cluster(make_config(mining), Cluster(CPU=7))
+    pinned = make_config(mining | {"mining.resource": "steady"})
+    check_cluster(pinned, Cluster(CPU=8, steady=1))
+    with pytest.raises(
+        UserError, match=r"mining.resource is 'steady', which no node of the cluster has \(known: CPU\)"
+    ):
+        check_cluster(pinned, Cluster(CPU=8))
+
+
 def test_torchrun_and_devices(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert not under_torchrun()

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.mining.exact import Neighbours, Queries, Rows, rerank, search
+from methods.base import Which
+from pipeline.mining import exact
+from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from tests.pipeline.mining.oracle import assert_equal, clustered, neighbours
 
 
@@ -36,24 +38,45 @@ def problems(draw: st.DrawFn) -> tuple[Queries, Rows, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 500, 10**8]))
-def test_a_search_is_a_loop_over_all_rows(problem: tuple[Queries, Rows, int], which: str, memory: int) -> None:
+def test_a_search_is_a_loop_over_all_rows(problem: tuple[Queries, Rows, int], which: Which, memory: int) -> None:
     queries, rows, k = problem
-    assert_equal(search(queries, rows, k, which, memory), neighbours(queries, rows, k, which))  # type: ignore[arg-type]
+    assert_equal(search(queries, rows, k, which, memory), neighbours(queries, rows, k, which))
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 7, 3000]))
+def test_all_rows_at_once_are_the_searches_of_each(
+    problem: tuple[Queries, Rows, int], which: Which, block: int
+) -> None:
+    _, rows, k = problem
+    parts = list(search_all(rows, k, which, block))
+    assert [p for p, _ in parts] == [slice(s, min(s + block, len(rows))) for s in range(0, len(rows), block)]
+    for part, found in parts:
+        assert_equal(found, neighbours(as_queries(rows, part), rows, k, which))
 
 
 @pytest.mark.parametrize("which", ["all", "other", "same"])
-def test_many_rows_and_groups(which: str) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_all_rows_at_once_in_several_blocks(which: Which, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks large enough for groups, the last one short; and so many rows that each pair is compared twice."""
+    monkeypatch.setattr(exact, "SYMMETRIC_ROWS", 10**6 if symmetric else 100)
+    ids, values, labels = clustered(1000, 12, 40)
+    rows = Rows(values, ids, labels, 1.001)
+    found = Neighbours.concatenate([lists for _, lists in search_all(rows, 9, which, 384)])
+    assert_equal(found, search(Queries(values, ids, labels), rows, 9, which))
+
+
+@pytest.mark.parametrize("which", ["all", "other", "same"])
+def test_many_rows_and_groups(which: Which) -> None:
     """Large enough that the first selection goes by groups of similarities, and not by all of them."""
     ids, values, labels = clustered(3000, 16, 60)
     rows = Rows(values, ids, labels, 1.001)
     queries = Queries(values[:40], ids[:40], labels[:40])
-    assert_equal(search(queries, rows, 20, which), neighbours(queries, rows, 20, which))  # type: ignore[arg-type]
+    assert_equal(search(queries, rows, 20, which), neighbours(queries, rows, 20, which))
 
 
 def test_equal_rows_do_not_take_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where float32 cannot tell rows apart, the block of queries is cut until its pairs are few."""
-    from pipeline.mining import exact
-
     monkeypatch.setattr(exact, "_MOST_PAIRS", 1000)
     seen: list[int] = []
     nearest = exact._nearest
@@ -61,7 +84,11 @@ def test_equal_rows_do_not_take_all_memory(monkeypatch: pytest.MonkeyPatch) -> N
     rows = Rows(np.ones((400, 4), np.float32), np.arange(400), np.zeros(400, np.int64), 2.0)
     found = search(Queries(rows.values[:50], np.arange(50)), rows, 3)
     assert found.ids[0].tolist() == [1, 2, 3] and found.ids[49].tolist() == [0, 1, 2]
-    assert max(seen) <= 1000 and sum(seen) == 50 * 399
+    assert max(seen) <= 1200 and sum(seen) == 50 * 399
+    seen.clear()
+    lists = Neighbours.concatenate([part for _, part in search_all(rows, 3, "all", 100)])
+    assert lists.ids[0].tolist() == [1, 2, 3] and lists.ids[399].tolist() == [0, 1, 2]
+    assert max(seen) <= 1200 and sum(seen) == 400 * 399
 
 
 def test_candidates_are_ranked_exactly_under_the_mask() -> None:
@@ -69,7 +96,7 @@ def test_candidates_are_ranked_exactly_under_the_mask() -> None:
     rows, queries = Rows(values, ids, labels, 1.001), Queries(values[:9], ids[:9], labels[:9])
     everything = np.tile(np.arange(200), (9, 1))
     for which in ("all", "other", "same"):
-        assert_equal(rerank(queries, rows, everything, 7, which), neighbours(queries, rows, 7, which))  # type: ignore[arg-type]
+        assert_equal(rerank(queries, rows, everything, 7, which), neighbours(queries, rows, 7, which))
     few = np.full((9, 4), -1)
     few[:, 0] = 50
     assert rerank(queries, rows, few, 3, "all").ids[0].tolist() == [ids[50], -1, -1]
@@ -88,4 +115,4 @@ def test_classes_have_to_be_known_to_tell_them_apart() -> None:
     rows = Rows(np.ones((3, 2), np.float32), np.arange(3), np.zeros(3, np.int64), 2.0)
     for which in ("other", "same"):
         with pytest.raises(ValueError, match="give labels"):
-            search(Queries(rows.values, np.arange(3)), rows, 1, which)  # type: ignore[arg-type]
+            search(Queries(rows.values, np.arange(3)), rows, 1, which)
