@@ -24,7 +24,7 @@ from pipeline.errors import RunError
 from pipeline.mining.dictionary import Delta
 from pipeline.mining.exact import Neighbours, Queries
 from pipeline.mining.server import Answer, Ask, MiningServer, Order, Spec
-from pipeline.mining.table import check
+from pipeline.mining.table import check, shard_of
 from pipeline.storage import Folder
 
 _POLL_S = 0.2  # between two tries to reach a server that is starting again
@@ -57,15 +57,6 @@ class Local:
         except Exception as error:
             future.set_exception(error)
         return future
-
-
-def shard_of(ids: Int64[np.ndarray, " some"], shards: int) -> Int64[np.ndarray, " some"]:
-    """The shard of each id: the same on every machine and in every run (splitmix64)."""
-    with np.errstate(over="ignore"):
-        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((z ^ (z >> np.uint64(31))) % np.uint64(shards)).astype(np.int64)
 
 
 @dataclass(eq=False)
@@ -295,7 +286,7 @@ class MiningClient:
         def merge(results: list[dict[str, str]]) -> dict[str, str]:
             return {f"{shard}/{name}": s for shard, sums in enumerate(results) for name, s in sums.items()}
 
-        operation = _Operation("save", lambda shard: (f"{folder}/{shard}",), merge)
+        operation = _Operation("save", lambda _: (folder,), merge)
         operation.answer.add_done_callback(lambda a: self._events.put(("saved", (folder, operation, a))))
         return operation
 
@@ -449,12 +440,13 @@ class MiningClient:
     def _begin_servers(self, deadline: float) -> None:
         folder, number = self._snapshot
         for shard, transport in enumerate(self.transports):
-            snapshot = f"{folder}/{shard}" if folder is not None else None
-            spec = self.spec if shard == 0 else replace(self.spec, per_class=None, total=None)
+            spec = replace(self.spec, shard=shard, shards=len(self.transports))
+            if shard:
+                spec = replace(spec, per_class=None, total=None)
             while True:
                 try:
                     left = max(0.1, deadline - time.monotonic())
-                    transport.call("begin", spec, self.incarnation, snapshot, number).result(left)
+                    transport.call("begin", spec, self.incarnation, folder, number).result(left)
                     break
                 except (ServerGone, TimeoutError) as error:
                     if time.monotonic() > deadline:

@@ -21,6 +21,7 @@ Engine = Literal["auto", "exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg"]
 ENGINES: tuple[Engine, ...] = ("exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg")
 
 SAMPLED = 1000  # rows on which recall is measured
+_FEWEST = 1000  # rows; fewer are too few to train an index on, and nothing would be gained
 _EXACT_UP_TO = 2**13  # rows up to which `auto` stays exact: `python -m benchmarks.mining` shows why
 _AUTO_SHARE = 1 / 8  # of the lists that `auto` may look at: a scan of lists does an eighth of the arithmetic per second
 _WIDEN = 4  # a quantised index proposes so many times k rows
@@ -90,7 +91,7 @@ def build(
     """
     started = time.perf_counter()
     chosen = choose(len(rows)) if engine == "auto" else engine
-    if chosen == "exact" or len(rows) < 1000:  # too few to train on, and nothing to gain
+    if chosen == "exact" or len(rows) < _FEWEST:
         note = "" if chosen == "exact" else f"{len(rows)} rows are searched exactly"
         return None, Report("exact", seconds=time.perf_counter() - started, note=note)
     faiss.omp_set_num_threads(threads)

@@ -99,8 +99,8 @@ class RunMining:
         for checkpoint in checkpoints:
             for shard in (checkpoint / "mining").names():
                 if (checkpoint / "mining").exists(f"{shard}/mining.json"):
-                    saved = (checkpoint / "mining").read_json(f"{shard}/mining.json")["generations"]
-                    named |= {posixpath.basename(g["base"]) for g in saved if g["base"]}
+                    built = (checkpoint / "mining").read_json(f"{shard}/mining.json")["built"]
+                    named |= {posixpath.basename(b["base"]) for b in built}
         for name in (self.folder / "mining").names():
             if name.startswith("base-") and name not in named and int(name.split("-")[1]) < self._generation:
                 (self.folder / "mining").remove(name)

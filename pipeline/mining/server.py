@@ -10,12 +10,10 @@ generation that is declared for its step, and waits for one that is still being 
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,10 +27,9 @@ from pipeline.errors import RunError, UserError
 from pipeline.mining.dictionary import Delta, Dictionary
 from pipeline.mining.engines import Engine, Index, Report, build
 from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
+from pipeline.mining.snapshot import Built, Header, read, write, write_arrays
 from pipeline.mining.table import Table
 from pipeline.storage import Folder
-
-_PART_BYTES = 2**28  # of one file of a snapshot
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # sample ids [rows], embeddings [rows, dim], labels [rows]
 
@@ -44,6 +41,7 @@ class Spec:
     Attributes:
         run: whose state it is: run folder and trial.
         dim: D of embeddings.
+        shard, shards: which of how many servers this is.
         capacity: rows expected in this shard's table.
         dtype: of the table.
         engine, k, target, seed: of the index; see `engines.build`.
@@ -66,6 +64,8 @@ class Spec:
     total: int | None = None
     memory_dtype: str = "float32"
     wait_s: float = 120.0
+    shard: int = 0
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -460,77 +460,31 @@ class MiningServer:
     # ---- snapshots -----------------------------------------------------------------------------------------------
 
     def save(self, order: Order, folder: str) -> dict[str, str]:
-        """Writes what cannot be derived; returns the checksum of every file.
+        """Writes what cannot be derived into this shard's part of a snapshot; returns the checksum of every file.
 
         An index is never written: its rows are (`rebuild`'s base), where it was built from others than the present ones.
         """
         with self._turn(order), self._turns.read():
-            target = Folder(folder)
-            sums = write_arrays(target, "table", self.table.state())
-            if self._memory is not None:
-                sums |= write_arrays(target, "memory", self._memory.state())
-            for g in self._generations:
+            spec, generations = self._spec, self._generations
+            for g in generations:
                 g.saved.wait()
-            generations = [
-                {"number": g.number, "from_step": g.from_step, "base": g.base, "sha256": g.sums}
-                for g in self._generations
-            ]
-            meta = {"run": self._spec.run, "dim": self.table.dim, "generations": generations, "sha256": sums}
-            target.write_json("mining.json", meta)
-            return sums
+            built = [Built(g.number, g.from_step, g.base, g.sums) for g in generations if g.base is not None]
+            memory = self._memory.state() if self._memory is not None else None
+            return write(
+                Folder(folder), Header(spec.run, spec.dim, spec.shard, spec.shards), self.table.state(), memory, built
+            )
 
     def _restore(self, folder: Folder, spec: Spec) -> None:
-        if not folder.exists("mining.json"):
-            raise UserError(f"{folder} holds no mining snapshot (mining.json): resume from an older checkpoint")
-        meta = folder.read_json("mining.json")
-        if meta["run"] != spec.run or meta["dim"] != spec.dim:
-            raise UserError(
-                f"{folder} is a snapshot of run {meta['run']} with dimension {meta['dim']}, expected {spec.run} with {spec.dim}"
-            )
-        state = read_arrays(folder, "table", meta["sha256"])
-        self._table = Table.restore(state, spec.capacity)
-        if self._memory is not None:
-            self._memory.load(read_arrays(folder, "memory", meta["sha256"]))
-        for saved in meta["generations"]:
-            if saved["base"] is None:
-                continue
-            base = read_arrays(Folder(saved["base"]), "base", saved["sha256"])
+        """Takes this shard's rows from a snapshot, whatever the number of shards that wrote it."""
+        saved = read(folder, Header(spec.run, spec.dim, spec.shard, spec.shards))
+        self._table = Table.restore(saved.table, spec.capacity)
+        if self._memory is not None and saved.memory is not None:
+            self._memory.load(saved.memory)
+        for built, base in saved.built:
             largest = float(np.sqrt(np.square(base["values"], dtype=np.float64).sum(1)).max(initial=0))
             rows = Rows(base["values"], base["ids"], base["labels"], largest)
-            generation = _Generation(saved["number"], saved["from_step"], saved["base"], saved["sha256"])
-            self._build(generation, rows, save=False)
-
-
-def write_arrays(folder: Folder, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Writes arrays as .npy files of bounded size; returns the checksum of each."""
-    sums = {}
-    for key, array in arrays.items():
-        rows = max(1, _PART_BYTES // max(1, array[:1].nbytes)) if array.ndim else 1
-        parts = [array[s : s + rows] for s in range(0, max(1, len(array)), rows)] if array.ndim else [array]
-        for number, part in enumerate(parts):
-            buffer = io.BytesIO()
-            np.save(buffer, part, allow_pickle=False)
-            file = f"{name}.{key}.{number:05d}.npy"
-            folder.write(file, buffer.getvalue())
-            sums[file] = hashlib.sha256(buffer.getbuffer()).hexdigest()
-    return sums
-
-
-def read_arrays(folder: Folder, name: str, sums: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Reads what `write_arrays` wrote.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
-    files = sorted(file for file in sums if file.startswith(f"{name}."))
-    parts: dict[str, list[np.ndarray]] = {}
-    for file in files:
-        data = folder.read(file) if folder.exists(file) else None
-        if data is None or hashlib.sha256(data).hexdigest() != sums[file]:
-            what = "missing" if data is None else "damaged"
-            raise UserError(f"{folder}/{file} is {what}: resume from an older checkpoint")
-        parts.setdefault(file.split(".")[1], []).append(np.load(io.BytesIO(data), allow_pickle=False))
-    return {key: found[0] if found[0].ndim == 0 else np.concatenate(found) for key, found in parts.items()}
+            generation = _Generation(built.number, built.from_step, built.base, built.sums)
+            self._build(generation, rows, save=not built.sums)
 
 
 def _check_k(k: int) -> None:

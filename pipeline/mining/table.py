@@ -162,3 +162,12 @@ def check(ids: np.ndarray, embeddings: np.ndarray, labels: np.ndarray | None, di
 
 def _some(ids: np.ndarray) -> str:
     return ", ".join(str(i) for i in ids[:8].tolist()) + (" ..." if len(ids) > 8 else "")
+
+
+def shard_of(ids: Int64[np.ndarray, " some"], shards: int) -> Int64[np.ndarray, " some"]:
+    """The shard of each id: the same on every machine and in every run (splitmix64)."""
+    with np.errstate(over="ignore"):
+        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((z ^ (z >> np.uint64(31))) % np.uint64(shards)).astype(np.int64)

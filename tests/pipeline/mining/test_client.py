@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RunError, UserError
-from pipeline.mining.client import Local, MiningClient, ServerGone, shard_of
+from pipeline.mining import engines
+from pipeline.mining.client import Local, MiningClient, ServerGone
 from pipeline.mining.server import Answer, Ask, MiningServer, Spec
+from pipeline.mining.table import shard_of
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 
@@ -108,6 +111,34 @@ def test_answers_do_not_depend_on_the_number_of_shards(make_client: MakeClient, 
     with pytest.raises(UserError, match="have no embedding in the table"):
         client.wait(client.ask(Ask(3, 0, ids=np.array([-5]))))
     assert client.wait(client.ask(Ask(3, 0, ids=IDS[:2]))).ids.shape == (2, 3), "and the client goes on"
+
+
+@pytest.mark.parametrize("shards", [(1, 3), (3, 1), (2, 4)])
+def test_a_snapshot_may_be_read_by_another_number_of_shards(
+    make_client: MakeClient, tmp_path: Path, shards: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Table, memory and index; and what they save then is complete again."""
+    monkeypatch.setattr(engines, "_FEWEST", 100)
+    spec = replace(SPEC, engine="ivf", target=0.5)
+    first = make_client([Local(MiningServer()) for _ in range(shards[0])], spec)
+    for step, rows in enumerate(np.array_split(np.arange(1200), 12)):
+        put(first, np.concatenate([rows, rows[:3]]), step)
+    asks = [Ask(6, 12, ids=IDS[:40], which=which, with_values=True) for which in ("all", "other", "same")]  # type: ignore[arg-type]
+    expected = [first.wait(first.ask(ask)) for ask in asks]
+    pairs, memory = first.all_pairs(5), first.delta(0)
+    first.rebuild(1, 12, 30, str(tmp_path / "mining" / "base-1"))
+    first.save(str(tmp_path / "a"))
+    folder = "a"
+    for number, name in ((shards[1], "b"), (shards[1], "c"), (shards[0], "d")):
+        client = make_client([Local(MiningServer()) for _ in range(number)], spec, str(tmp_path / folder))
+        assert_same([client.wait(client.ask(ask)) for ask in asks], expected)
+        again = client.all_pairs(5)
+        assert_same([again[0], again[1][0].ids], [pairs[0], pairs[1][0].ids])
+        assert np.array_equal(client.delta(0).features, memory.features)
+        later = client.wait(client.ask(Ask(3, 30, ids=IDS[:40])))
+        assert later.generation == 1 and later.recall >= 0.5
+        client.save(str(tmp_path / name))
+        folder = name
 
 
 def test_the_shard_of_an_id_is_fixed() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.errors import RunError, UserError
 from pipeline.mining import server as module
+from pipeline.mining import snapshot
 from pipeline.mining.exact import Queries, search
 from pipeline.mining.server import Answer, Ask, MiningServer, Order, Spec
 from pipeline.storage import Folder
@@ -252,12 +253,12 @@ def test_a_snapshot_brings_everything_back(sent: Sent, folder: Folder) -> None:
         assert np.array_equal(got[0].steps, expected[0].steps)
         again.incarnation = 2
     for name in ("table.values.00000.npy", "memory.features.00000.npy"):
-        data = folder.read(name)
-        folder.write(name, data[:-1] + bytes([data[-1] ^ 1]))
+        data = folder.read(f"0/{name}")
+        folder.write(f"0/{name}", data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(UserError, match=f"{name} is damaged: resume from an older checkpoint"):
             Sent(MiningServer(), 3, spec, folder.uri)
-        folder.write(name, data)
-    folder.remove("table.ids.00000.npy")
+        folder.write(f"0/{name}", data)
+    folder.remove("0/table.ids.00000.npy")
     with pytest.raises(UserError, match="is missing"):
         Sent(MiningServer(), 3, spec, folder.uri)
 
@@ -273,7 +274,7 @@ def test_a_snapshot_of_something_else_is_refused(sent: Sent, tmp_path: Path) -> 
 
 
 def test_files_of_a_snapshot_have_bounded_size(sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PART_BYTES", 1000)
+    monkeypatch.setattr(snapshot, "_PART_BYTES", 1000)
     sent.put(slice(0, 300))
     files = sent.server.save(sent.order(), str(tmp_path))
     assert len([f for f in files if f.startswith("table.values")]) == 10
