@@ -75,7 +75,7 @@ def pairs(
 @contextmanager
 def served(ray: Any, rows: Rows, spec: Spec) -> Iterator[MiningClient]:
     """A server in an actor that holds the rows."""
-    actors = start_servers(ray, "benchmark", 1, 1, None)
+    actors = start_servers(ray, "benchmark")
     with tempfile.TemporaryDirectory() as folder:
         client = MiningClient([Remote(a) for a in actors], spec, 1, Folder(folder))
         client.begin(None)

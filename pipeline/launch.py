@@ -137,7 +137,7 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
     servers: list[Any] = []
     if config.method.mining is not None:
         m = config.mining
-        servers = start_servers(ray, config.name, m.shards, m.cpus, m.resource)
+        servers = start_servers(ray, config.name, m.shards, m.cpus, m.gpus, m.resource)
     loop = {"config": config.model_dump(mode="json"), "store": store_uri, "board": actor, "servers": servers}
     trainer = TorchTrainer(
         train_worker,

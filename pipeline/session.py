@@ -110,11 +110,12 @@ def check_cluster(config: Config, ray: Any) -> None:
         return
     runtime = config.runtime
     limits = _cluster_maximum(ray)
-    wanted = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers}
+    gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
+    wanted = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers + gpus}
     for resource, amount in wanted.items():
         if amount > limits.get(resource, 0.0):
             raise UserError(
-                f"the run wants {amount:g} {resource} ({runtime.workers} workers and their loaders), the cluster has at most "
+                f"the run wants {amount:g} {resource} ({runtime.workers} workers, their loaders, mining servers), the cluster has at most "
                 f"{limits.get(resource, 0.0):g}: lower runtime.workers or cpus_per_worker, or enlarge the cluster"
             )
     label = config.mining.resource

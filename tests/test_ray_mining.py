@@ -84,7 +84,7 @@ def kill_while(
     ray: Any, tmp_path: Path, moments: dict[str, float], shards: int, name: str
 ) -> tuple[list[Any], int, int]:
     """Does the work with servers that are killed a moment after some operations; how often, and recoveries."""
-    servers = [Remote(actor) for actor in start_servers(ray, name, shards, 1, None)]
+    servers = [Remote(actor) for actor in start_servers(ray, name, shards)]
     client = MiningClient(servers, SPEC, 1, Folder(tmp_path / name))
     client.begin(None)
     pids = [pid_of(server) for server in servers]
@@ -214,7 +214,7 @@ def test_two_workers_whose_mining_server_dies_end_with_the_same_weights(
 
 def test_searches_go_on_while_an_index_is_built(ray_here: Any, tmp_path: Path) -> None:
     """In the actor, a long build takes a thread of its own; puts and searches pass it."""
-    (server,) = [Remote(actor) for actor in start_servers(ray_here, "busy", 1, 1, None)]
+    (server,) = [Remote(actor) for actor in start_servers(ray_here, "busy")]
     client = MiningClient(
         [server], SPEC.__class__(run="busy", dim=64, engine="hnsw", k=10, target=0.1), 1, Folder(tmp_path)
     )

@@ -30,20 +30,22 @@ class MiningActor(MiningServer):
         super().__init__()
 
 
-def start_servers(ray: Any, run: str, shards: int, threads: int, label: str | None) -> list[Any]:
+def start_servers(
+    ray: Any, run: str, shards: int = 1, threads: int = 1, gpus: float = 0, label: str | None = None
+) -> list[Any]:
     """Starts a run's servers; they end with the process that holds these handles.
 
     Args:
         ray: the module, connected.
         run: name of the run; the actors' names carry it and a token, so that two runs never meet.
         shards: how many; spread over the nodes.
-        threads: CPUs of each.
+        threads, gpus: of each.
         label: custom resource of the nodes that they must stand on (not spot nodes), if any.
     """
     token = uuid.uuid4().hex[:8]
     actor = ray.remote(concurrency_groups=_GROUPS)(MiningActor)
     options: dict[str, Any] = {
-        "num_cpus": threads, "max_restarts": -1, "max_task_retries": 0,
+        "num_cpus": threads, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0,
         "scheduling_strategy": "SPREAD", "namespace": f"raydml-{run}-{token}",
     }  # fmt: skip
     if label is not None:

@@ -56,17 +56,18 @@ class Index:
         rows: how many rows of the table are in it, the first ones.
     """
 
-    def __init__(self, index: Any, width: str, rows: int, overfetch: int, largest_class: int) -> None:
+    def __init__(self, index: Any, width: str, rows: int, overfetch: int, largest_class: int, gpu: bool) -> None:
         self._index, self._width, self.rows, self._overfetch = index, width, rows, overfetch
-        self._largest_class = largest_class
+        self._largest_class, self._gpu = largest_class, gpu
         self.report = Report("exact")
 
     def widen(self, value: int) -> None:
         """Sets how much of the index a search looks at (lists, or nodes)."""
-        if self._width == "nprobe":
-            self._index.nprobe = value
+        owner, _, name = self._width.rpartition(".")
+        if self._gpu:
+            faiss.GpuParameterSpace().set_index_parameter(self._index, name, value)
         else:
-            getattr(self._index, self._width.split(".")[0]).__setattr__(self._width.split(".")[1], value)
+            setattr(getattr(self._index, owner) if owner else self._index, name, value)
 
     def candidates(self, values: np.ndarray, k: int, which: Which = "all") -> np.ndarray:
         """Positions of proposed rows [queries, c], -1 where there are fewer: k of them, and those a mask may take away."""
@@ -100,7 +101,11 @@ def build(
     if engine == "auto":
         widths = [w for w in widths if w <= max(1, _AUTO_SHARE * parameters["lists"])]
     sizes = np.unique(rows.labels, return_counts=True)[1]
-    index = Index(raw, width, len(rows), overfetch, int(sizes.max()))
+    size = faiss.serialize_index(raw).nbytes if len(rows) <= 2**16 else _bytes(chosen, rows)
+    gpu = chosen.startswith("ivf") and faiss.get_num_gpus() > 0  # without a GPU, faiss would return an empty index
+    if gpu:
+        raw = faiss.index_cpu_to_all_gpus(raw)
+    index = Index(raw, width, len(rows), overfetch, int(sizes.max()), gpu)
     sample = np.random.default_rng(seed).permutation(len(rows))[:SAMPLED]
     queries = Queries(values[sample], rows.ids[sample], rows.labels[sample].astype(np.int64))
     # Neighbours of other classes lie farther off, where the index has looked less: both have to be good.
@@ -113,7 +118,6 @@ def build(
         recall = min(_recall(found[w], truth[w]) for w in masks)
         if recall >= target:
             break
-    size = faiss.serialize_index(raw).nbytes if len(rows) <= 2**16 else _bytes(chosen, rows)
     report = Report(chosen, parameters | {width.split(".")[-1]: value}, recall, time.perf_counter() - started, size)
     if recall < target:
         note = f"{chosen} reached recall@{k} {recall:.3f} of {target:g} at {width} {value}: rows are searched exactly"

@@ -67,8 +67,8 @@ def test_few_rows_and_auto() -> None:
 def test_auto_takes_no_index_that_costs_more_than_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbours that are spread over many lists: looking at all of those is slower than a matrix product."""
     monkeypatch.setattr(engines, "_EXACT_UP_TO", 1000)
-    index, report = build(make_rows(3000), "auto", 10, 0.9)
+    index, report = build(make_rows(3000), "auto", 10, 0.6)
     assert index is not None and report.parameters["nprobe"] <= report.parameters["lists"] / 8
     noise = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
-    index, report = build(Rows(noise, np.arange(3000), np.arange(3000) // 5, 20.0), "auto", 10, 0.9)
+    index, report = build(Rows(noise, np.arange(3000), np.arange(3000) // 5, 20.0), "auto", 10, 0.6)
     assert index is None and report.engine == "exact" and "ivf_fp16 reached recall@10 0." in report.note
