@@ -156,18 +156,18 @@ class MiningClient:
             RunError: the servers have been away beyond the deadline.
         """
         check(ids, embeddings, labels, self.spec.dim)
-        while not self._slots.acquire(timeout=0.5):
-            self._raise()
         owner = shard_of(ids, len(self.transports))
         calls: dict[int, tuple[Any, ...]] = {}
         for shard in range(len(self.transports)):
             mine = np.flatnonzero(owner == shard)
             rows = (ids[mine], embeddings[mine], labels[mine]) if table and len(mine) else None
-            whole = (
-                (ids, embeddings, labels) if memory and shard == 0 else None
-            )  # the first shard has all of the memory
+            whole = (ids, embeddings, labels) if memory and shard == 0 else None  # the first shard has all of it
             if rows is not None or whole is not None:
                 calls[shard] = (step, rows, whole)
+        if not calls:
+            return
+        while not self._slots.acquire(timeout=0.5):
+            self._raise()
         size = embeddings.nbytes + 16 * len(ids)
         operation = _Operation("put", calls.__getitem__, _nothing, logged=True, size=size, shards=tuple(calls))
         operation.answer.add_done_callback(lambda _: self._slots.release())
@@ -298,9 +298,6 @@ class MiningClient:
 
     def _submit(self, *operations: _Operation) -> Future[Any]:
         self._raise()
-        for operation in operations:
-            self._numbers += 1
-            operation.number = self._numbers
         self._events.put(("new", operations))
         return operations[-1].answer
 
@@ -314,11 +311,14 @@ class MiningClient:
                     closing = True
                 elif kind == "new":
                     held += what
+                    for operation in what:  # here, not where it is submitted: two threads submit
+                        self._numbers += 1
+                        operation.number = self._numbers
                 elif kind == "saved":
                     self._saved(*what)
                 elif kind == "done":
                     self._done(*what)
-                while held and not self._dependent(held[0]):
+                while held and self._error is None and not self._dependent(held[0]):
                     if held[0].logged:
                         self._log.append(held[0])
                     self._send(held.pop(0))

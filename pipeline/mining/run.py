@@ -59,6 +59,9 @@ class RunMining:
         def start() -> Any:
             self._client = MiningClient(self._transports, self.spec, incarnation, self.folder, **self._options)
             self._client.begin(snapshot.uri if snapshot is not None else None)
+            for name in (self.folder / "mining").names():
+                if name.startswith("log-"):  # of an earlier start, which cannot come back
+                    (self.folder / "mining").remove(name)
             if snapshot is not None:
                 self._load_pending(snapshot)
             return self._generation, self._client.delta(0) if self.needs.memory else None

@@ -195,6 +195,19 @@ def test_a_long_log_is_saved_by_the_client_itself(make_client: MakeClient, tmp_p
     assert client.status()[0]["rows"] == 800
 
 
+def test_its_own_snapshots_and_the_run_s_batches_do_not_mix_up(make_client: MakeClient) -> None:
+    """Both threads send; every batch counts, in its order."""
+    for shards in (1, 2):
+        client = make_client([Local(MiningServer()) for _ in range(shards)], log_bytes=2000, in_flight=50)
+        for step in range(400):
+            put(client, slice(step % 100, step % 100 + 20), step)
+        client.put(IDS[:0], VALUES[:0], LABELS[:0], 400)
+        found = client.wait(client.ask(Ask(119, 400, values=VALUES[:1])))
+        steps = dict(zip(found.ids[0].tolist(), found.steps[0].tolist(), strict=True))
+        assert [steps[int(i)] for i in IDS[:119]] == [min(300 + row, 399) for row in range(119)]
+        assert client.delta(0).version == 400 * 20
+
+
 def test_puts_wait_when_too_many_are_on_their_way(make_client: MakeClient) -> None:
     class Slow(Local):
         gate = threading.Event()
