@@ -36,7 +36,7 @@ from pipeline.mining.actor import Remote, start_servers
 from pipeline.mining.client import MiningClient
 from pipeline.mining.engines import ENGINES, Engine, build, choose
 from pipeline.mining.exact import Neighbours, Queries, Rows, rerank, search, search_all
-from pipeline.mining.server import Ask, Spec
+from pipeline.mining.messages import Ask, Spec
 from pipeline.mining.table import Table
 from pipeline.session import ray_session
 from pipeline.storage import Folder

@@ -28,9 +28,10 @@ from pipeline.data.loader import Item, PixelSource, load
 from pipeline.data.reader import fits_cache
 from pipeline.data.store import Store
 from pipeline.evaluation import Embedder, Result, Task, evaluate, test_task, validation_task
-from pipeline.mining.client import Local, Transport
+from pipeline.mining.line import Local, Transport
+from pipeline.mining.messages import Spec
 from pipeline.mining.run import RunMining
-from pipeline.mining.server import MiningServer, Spec
+from pipeline.mining.server import MiningServer
 from pipeline.model import build_trunk
 from pipeline.storage import Folder
 from pipeline.summary import read_changes, run_folder, summarise

@@ -19,8 +19,10 @@ from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.launch import run_in_process, run_on_ray
 from pipeline.mining.actor import Remote, start_servers
-from pipeline.mining.client import Local, MiningClient, ServerGone
-from pipeline.mining.server import Answer, Ask, MiningServer
+from pipeline.mining.client import MiningClient
+from pipeline.mining.line import Local, ServerGone
+from pipeline.mining.messages import Answer, Ask
+from pipeline.mining.server import MiningServer
 from pipeline.storage import Folder
 from pipeline.summary import run_folder
 from pipeline.tracking import read_metrics

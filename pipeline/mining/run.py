@@ -18,10 +18,11 @@ from torch import Tensor
 from methods.base import MiningNeeds, Which
 from pipeline.collectives import Ranks
 from pipeline.errors import RunError, UserError
-from pipeline.mining.client import MiningClient, Transport
+from pipeline.mining.client import MiningClient
 from pipeline.mining.dictionary import Dictionary
 from pipeline.mining.exact import Neighbours, Queries
-from pipeline.mining.server import Answer, Ask, Spec
+from pipeline.mining.line import Transport
+from pipeline.mining.messages import Answer, Ask, Spec
 from pipeline.storage import Folder
 
 

@@ -15,156 +15,22 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 
 from methods.base import Which
 from pipeline.errors import RunError, UserError
 from pipeline.mining.dictionary import Delta, Dictionary
-from pipeline.mining.engines import Engine, Index, Report, build
 from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
-from pipeline.mining.snapshot import Built, Header, read, write, write_arrays
+from pipeline.mining.generations import Generation, Generations
+from pipeline.mining.locks import ReadersWriter
+from pipeline.mining.messages import Answer, Ask, Batch, Order, Spec
+from pipeline.mining.snapshot import Header, read, write
 from pipeline.mining.table import Table
 from pipeline.storage import Folder
-
-Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # sample ids [rows], embeddings [rows, dim], labels [rows]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a run wants of its mining server; the same from one start of the run to the next.
-
-    Attributes:
-        run: whose state it is: run folder and trial.
-        dim: D of embeddings.
-        shard, shards: which of how many servers this is.
-        capacity: rows expected in this shard's table.
-        dtype: of the table.
-        engine, k, target, seed: of the index; see `engines.build`.
-        threads: for searches, and for building an index.
-        per_class, total: bounds of the memory; none of them: no memory.
-        memory_dtype: of its entries.
-        wait_s: how long an operation waits for those before it.
-    """
-
-    run: str
-    dim: int
-    capacity: int = 2**16
-    dtype: str = "float32"
-    engine: Engine = "auto"
-    k: int = 10
-    target: float = 0.95
-    seed: int = 0
-    threads: int = 1
-    per_class: int | None = None
-    total: int | None = None
-    memory_dtype: str = "float32"
-    wait_s: float = 120.0
-    shard: int = 0
-    shards: int = 1
-
-
-@dataclass(frozen=True)
-class Order:
-    """Where an operation stands among those of its client: `number`, after `previous`; from start `incarnation` of the run."""
-
-    incarnation: int
-    number: int
-    previous: int
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A search.
-
-    Attributes:
-        k: neighbours wanted.
-        step: of training, for which it is asked: declares the index generation.
-        values: float32 [queries, dim]; none: the stored embeddings of `ids`.
-        ids: sample of each query, left out of its answer; -1: none.
-        labels: class of each query; none: those stored with `ids`.
-        which: classes searched.
-        with_values: whether to return the found embeddings.
-        unknown: what to do for ids that have no stored embedding, where `values` is none.
-    """
-
-    k: int
-    step: int
-    values: Float[np.ndarray, "queries dim"] | None = None
-    ids: Int64[np.ndarray, " queries"] | None = None
-    labels: Int64[np.ndarray, " queries"] | None = None
-    which: Which = "all"
-    with_values: bool = False
-    unknown: str = "error"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a search found.
-
-    Attributes:
-        ids, distances: as in `Neighbours`.
-        labels: classes of the found rows; -1 where there is none.
-        steps: at which they were put; -1 where there is none.
-        values: their embeddings, float32 [queries, k, dim]; zeros where there is none; none if not asked for.
-        generation: of the index that proposed them; 0: exact search.
-        applied: number of the newest operation that it reflects.
-        recall: of that index, as measured when it was built; 1 for exact search.
-    """
-
-    ids: Int64[np.ndarray, "queries k"]
-    distances: np.ndarray
-    labels: Int64[np.ndarray, "queries k"]
-    steps: Int64[np.ndarray, "queries k"]
-    values: np.ndarray | None
-    generation: int
-    applied: int
-    recall: float = 1.0
-
-
-@dataclass
-class _Generation:
-    """One index: declared for steps from `from_step` on, built from the rows saved as `base`."""
-
-    number: int
-    from_step: int
-    base: str | None
-    sums: dict[str, str] = field(default_factory=dict)
-    saved: threading.Event = field(default_factory=threading.Event)
-    ready: threading.Event = field(default_factory=threading.Event)
-    index: Index | None = None
-    report: Report | None = None
-    error: str | None = None
-
-
-class _Turns:
-    """Many readers or one writer."""
-
-    def __init__(self) -> None:
-        self._lock, self._writer = threading.Condition(), threading.Lock()
-        self._readers = 0
-
-    @contextmanager
-    def read(self) -> Iterator[None]:
-        with self._writer, self._lock:
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._readers -= 1
-                self._lock.notify_all()
-
-    @contextmanager
-    def write(self) -> Iterator[None]:
-        with self._writer:  # keeps new readers out
-            with self._lock:
-                self._lock.wait_for(lambda: self._readers == 0)
-            yield
 
 
 class MiningServer:
@@ -172,21 +38,21 @@ class MiningServer:
 
     def __init__(self) -> None:
         self.token = uuid.uuid4().hex  # of this process: another one after a restart
-        self.incarnation = 0
+        self.incarnation = self.life = 0
         self.spec: Spec | None = None
         self._order = threading.Condition()
-        self._turns = _Turns()
+        self._turns = ReadersWriter()
         self._reset()
 
     def _reset(self) -> None:
         self.applied = 0
         self._table: Table | None = None
         self._memory: Dictionary | None = None
-        self._generations: list[_Generation] = []
+        self._generations = Generations(self.spec) if self.spec is not None else None
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
-    def begin(self, spec: Spec, incarnation: int, snapshot: str | None, applied: int = 0) -> str:
+    def begin(self, spec: Spec, incarnation: int, snapshot: str | None, applied: int = 0, life: int = 0) -> str:
         """Takes up a run: the state becomes exactly that of `snapshot` (a folder that `save` wrote), or empty.
 
         Args:
@@ -194,6 +60,7 @@ class MiningServer:
             incarnation: start of the run; operations of older ones are refused from now on.
             snapshot: folder URI, or none.
             applied: number of the operation that the snapshot was.
+            life: how often this start has begun before; operations of earlier lives are refused too.
 
         Returns:
             The process's token.
@@ -207,7 +74,7 @@ class MiningServer:
                 raise UserError(f"this mining server belongs to run {self.spec.run}, not to {spec.run}")
             if incarnation < self.incarnation:
                 raise RunError(_overtaken(incarnation, self.incarnation))
-            self.incarnation = incarnation
+            self.incarnation, self.life = incarnation, life
             self.spec = spec
             self._reset()
             with self._turns.write():
@@ -224,12 +91,13 @@ class MiningServer:
     def status(self) -> dict[str, Any]:
         """Token and id of the process, incarnation, applied, and what is stored."""
         table, memory = self._table, self._memory
-        newest = next((g.report for g in reversed(self._generations) if g.report is not None), None)
+        generations = self._generations.all if self._generations is not None else []
+        newest = next((g.report for g in reversed(generations) if g.report is not None), None)
         return {
             "token": self.token, "pid": os.getpid(), "incarnation": self.incarnation, "applied": self.applied,
             "rows": len(table) if table is not None else 0, "table_bytes": table.nbytes if table is not None else 0,
             "memory": len(memory) if memory is not None else 0, "index": newest,
-            "building": sum(not g.ready.is_set() for g in self._generations),
+            "building": sum(not g.ready.is_set() for g in generations),
         }  # fmt: skip
 
     @contextmanager
@@ -241,7 +109,7 @@ class MiningServer:
         with self._order:
             self._check(order)
             due = self._order.wait_for(
-                lambda: self.applied >= order.previous or order.incarnation != self.incarnation, self._spec.wait_s
+                lambda: self.applied >= order.previous or not self._is_current(order), self._spec.wait_s
             )
             self._check(order)
             if not due:
@@ -254,15 +122,18 @@ class MiningServer:
             yield first
         finally:  # a refused operation counts as applied: those after it go on
             with self._order:
-                if order.incarnation == self.incarnation:
+                if self._is_current(order):
                     self.applied = max(self.applied, order.number)
                     self._order.notify_all()
 
     def _check(self, order: Order) -> None:
         if self.spec is None:
             raise RunError("the mining server has not begun a run")
-        if order.incarnation != self.incarnation:
+        if not self._is_current(order):
             raise RunError(_overtaken(order.incarnation, self.incarnation))
+
+    def _is_current(self, order: Order) -> bool:
+        return (order.incarnation, order.life) == (self.incarnation, self.life)
 
     @property
     def _spec(self) -> Spec:
@@ -274,6 +145,12 @@ class MiningServer:
         if self._table is None:
             raise RunError("the mining server has not begun a run")
         return self._table
+
+    @property
+    def generations(self) -> Generations:
+        if self._generations is None:
+            raise RunError("the mining server has not begun a run")
+        return self._generations
 
     @property
     def memory(self) -> Dictionary:
@@ -308,33 +185,10 @@ class MiningServer:
             base: folder to save the rows in, from which the same index can be built again after a restart.
         """
         with self._turn(order) as first:
-            if first and not any(g.number == generation for g in self._generations):
+            if first:
                 with self._turns.read():
-                    rows = _copy(self.table.view())
-                in_use = max((g.number for g in self._generations if g.from_step <= step), default=0)
-                self._generations = [g for g in self._generations if g.number >= in_use]
-                self._build(_Generation(generation, from_step, base), rows, save=base is not None)
+                    self.generations.start(generation, step, from_step, base, self.table.view())
         return order.number
-
-    def _build(self, generation: _Generation, rows: Rows, save: bool) -> None:
-        spec = self._spec
-
-        def work() -> None:
-            try:
-                if save and generation.base is not None:
-                    arrays = {"values": rows.values, "ids": rows.ids, "labels": rows.labels}
-                    generation.sums = write_arrays(Folder(generation.base), "base", arrays)
-                generation.saved.set()
-                generation.index, generation.report = build(
-                    rows, spec.engine, spec.k, spec.target, spec.seed, spec.threads
-                )  # fmt: skip
-            except Exception as error:  # told to whoever asks for this generation
-                generation.error = f"{type(error).__name__}: {error}"
-            generation.saved.set()
-            generation.ready.set()
-
-        self._generations = [*self._generations, generation]
-        threading.Thread(target=work, daemon=True, name="build").start()
 
     # ---- what reads ----------------------------------------------------------------------------------------------
 
@@ -347,7 +201,7 @@ class MiningServer:
         with self._turn(order), self._turns.read():
             _check_k(ask.k)
             queries, known = self._queries(ask)
-            generation = self._generation(ask.step, wait=order is not None)
+            generation = self.generations.declared(ask.step, wait=order is not None)
             found = self._search(queries, ask.k, ask.which, generation)
             if known is not None:
                 found.ids[~known], found.distances[~known] = -1, np.inf
@@ -373,19 +227,7 @@ class MiningServer:
             values[known], labels[known], _ = self.table.get(ask.ids[known])
         return Queries(values, ask.ids, labels if ask.labels is None else ask.labels), known
 
-    def _generation(self, step: int, wait: bool) -> _Generation | None:
-        """The newest index declared for a step (or, without waiting, the newest that is ready)."""
-        declared = [g for g in self._generations if g.from_step <= step and (wait or g.ready.is_set())]
-        if not declared:
-            return None
-        newest = declared[-1]
-        if not newest.ready.wait(self._spec.wait_s):
-            raise RunError(f"index generation {newest.number} was not built within {self._spec.wait_s:g} s")
-        if newest.error is not None:
-            raise RunError(f"index generation {newest.number} could not be built: {newest.error}")
-        return newest
-
-    def _search(self, queries: Queries, k: int, which: Which, generation: _Generation | None) -> Neighbours:
+    def _search(self, queries: Queries, k: int, which: Which, generation: Generation | None) -> Neighbours:
         rows = self.table.view()
         index = generation.index if generation is not None else None
         if index is None or which == "same":
@@ -400,7 +242,7 @@ class MiningServer:
             found.ids[short], found.distances[short] = exact.ids, exact.distances
         return found
 
-    def _answer(self, found: Neighbours, with_values: bool, generation: _Generation | None) -> Answer:
+    def _answer(self, found: Neighbours, with_values: bool, generation: Generation | None) -> Answer:
         there = found.ids >= 0
         labels, steps = np.full(found.ids.shape, -1, np.int64), np.full(found.ids.shape, -1, np.int64)
         values, labels[there], steps[there] = self.table.get(found.ids[there])
@@ -465,13 +307,14 @@ class MiningServer:
         An index is never written: its rows are (`rebuild`'s base), where it was built from others than the present ones.
         """
         with self._turn(order), self._turns.read():
-            spec, generations = self._spec, self._generations
-            for g in generations:
-                g.saved.wait()
-            built = [Built(g.number, g.from_step, g.base, g.sums) for g in generations if g.base is not None]
+            spec = self._spec
             memory = self._memory.state() if self._memory is not None else None
             return write(
-                Folder(folder), Header(spec.run, spec.dim, spec.shard, spec.shards), self.table.state(), memory, built
+                Folder(folder),
+                Header(spec.run, spec.dim, spec.shard, spec.shards),
+                self.table.state(),
+                memory,
+                self.generations.saved(),
             )
 
     def _restore(self, folder: Folder, spec: Spec) -> None:
@@ -481,19 +324,12 @@ class MiningServer:
         if self._memory is not None and saved.memory is not None:
             self._memory.load(saved.memory)
         for built, base in saved.built:
-            largest = float(np.sqrt(np.square(base["values"], dtype=np.float64).sum(1)).max(initial=0))
-            rows = Rows(base["values"], base["ids"], base["labels"], largest)
-            generation = _Generation(built.number, built.from_step, built.base, built.sums)
-            self._build(generation, rows, save=not built.sums)
+            self.generations.restore(built, base)
 
 
 def _check_k(k: int) -> None:
     if k < 1:
         raise UserError(f"k is {k}: expected at least 1 neighbour")
-
-
-def _copy(rows: Rows) -> Rows:
-    return replace(rows, values=rows.values.copy(), ids=rows.ids.copy(), labels=rows.labels.copy())
 
 
 def _overtaken(old: int, new: int) -> str:

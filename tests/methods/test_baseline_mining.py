@@ -16,9 +16,10 @@ from methods import Batch
 from methods.baseline import Baseline, BaselineConfig
 from methods.optim import Clock
 from pipeline.collectives import Ranks
-from pipeline.mining.client import Local
+from pipeline.mining.line import Local
+from pipeline.mining.messages import Spec
 from pipeline.mining.run import RunMining
-from pipeline.mining.server import MiningServer, Spec
+from pipeline.mining.server import MiningServer
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext
 

@@ -16,8 +16,10 @@ import pytest
 
 from pipeline.errors import RunError, UserError
 from pipeline.mining import engines
-from pipeline.mining.client import Local, MiningClient, ServerGone
-from pipeline.mining.server import Answer, Ask, MiningServer, Spec
+from pipeline.mining.client import MiningClient
+from pipeline.mining.line import Local, ServerGone
+from pipeline.mining.messages import Answer, Ask, Spec
+from pipeline.mining.server import MiningServer
 from pipeline.mining.table import shard_of
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
@@ -53,7 +55,7 @@ class Mortal:
 
 @pytest.fixture
 def make_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("pipeline.mining.client._POLL_S", 0.01)
+    monkeypatch.setattr("pipeline.mining.line._POLL_S", 0.01)
     made: list[MiningClient] = []
 
     def make(transports: Any, spec: Spec = SPEC, snapshot: str | None = None, **options: Any) -> MiningClient:

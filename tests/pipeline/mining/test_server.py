@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RunError, UserError
-from pipeline.mining import server as module
+from pipeline.mining import generations as module
 from pipeline.mining import snapshot
 from pipeline.mining.exact import Queries, search
-from pipeline.mining.server import Answer, Ask, MiningServer, Order, Spec
+from pipeline.mining.messages import Answer, Ask, Order, Spec
+from pipeline.mining.server import MiningServer
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 
@@ -158,7 +159,23 @@ def test_an_older_start_of_the_run_is_refused(sent: Sent) -> None:
     for call in (lambda: sent.put(slice(0, 3)), lambda: Sent(sent.server, incarnation=1)):
         with pytest.raises(RunError, match="which start 2 has taken over"):
             call()
-    assert len(sent.server.table) == 0 and new.ask(values=VALUES[:1]).applied == 0
+    letting_go: list[Exception] = []
+
+    def stuck_again() -> None:
+        try:
+            sent.server.put(Order(2, 9, 8), 0, None, None)
+        except RunError as error:
+            letting_go.append(error)
+
+    thread = threading.Thread(target=stuck_again)
+    thread.start()
+    sent.server.begin(SPEC, 2, None, 0, life=1)  # the same start, after the death of another server
+    thread.join(2)
+    assert letting_go, "what was sent before is let go, and does not hold up what is sent again"
+    with pytest.raises(RunError):
+        new.put(slice(0, 3))
+    sent.server.begin(SPEC, 2, None)
+    assert len(sent.server.table) == 0 and Sent(sent.server, 3).ask(values=VALUES[:1]).applied == 0
     with pytest.raises(UserError, match="belongs to run runs/a, not to runs/b"):
         Sent(sent.server, 3, replace(SPEC, run="runs/b"))
     with pytest.raises(RunError, match="has not begun"):
@@ -169,8 +186,8 @@ def test_an_older_start_of_the_run_is_refused(sent: Sent) -> None:
 
 
 def test_an_index_is_used_from_its_declared_step_and_never_before(sent: Sent) -> None:
+    sent = Sent(sent.server, 1, replace(SPEC, engine="ivf", target=0.6))
     server = sent.server
-    server.spec = replace(SPEC, engine="ivf", target=0.6)
     sent.put(slice(0, 1500))
     server.rebuild(sent.order(), 1, 10, 20, None)
     assert sent.ask(step=19).generation == 0
@@ -178,14 +195,14 @@ def test_an_index_is_used_from_its_declared_step_and_never_before(sent: Sent) ->
     server.rebuild(sent.order(), 2, 30, 40, None)
     assert (sent.ask(step=39).generation, sent.ask(step=40).generation) == (1, 2)
     server.rebuild(sent.order(), 3, 50, 60, None)
-    assert [g.number for g in server._generations] == [2, 3], "what no step can use any more is gone"
+    assert [g.number for g in server.generations.all] == [2, 3], "what no step can use any more is gone"
 
 
 @pytest.mark.parametrize("which", ["all", "other", "same"])
 def test_the_index_knows_rows_that_came_after_it(sent: Sent, which: str) -> None:
     """New rows are searched exactly, moved ones ranked by where they are now, and no wanted class is missed."""
+    sent = Sent(sent.server, 1, replace(SPEC, engine="ivf", target=0.9))
     server = sent.server
-    server.spec = replace(SPEC, engine="ivf", target=0.9)
     sent.put(slice(0, 1500))
     server.rebuild(sent.order(), 1, 0, 0, None)
     sent.put(slice(1500, 2000))
@@ -199,7 +216,7 @@ def test_the_index_knows_rows_that_came_after_it(sent: Sent, which: str) -> None
     distance = {(q, i): d for q, row in enumerate(truth.ids) for i, d in zip(row, truth.distances[q], strict=True)}
     for q, row in enumerate(found.ids):
         assert all(distance.get((q, i), d) == d for i, d in zip(row, found.distances[q], strict=True))
-    assert server._generations[0].report is not None and server._generations[0].report.recall >= 0.9
+    assert server.generations.all[0].report is not None and server.generations.all[0].report.recall >= 0.9
     everything = sent.ask(values=VALUES[:3], labels=LABELS[:3], which=which, k=1999, step=5)
     exact = search(Queries(VALUES[:3], np.full(3, -1), LABELS[:3]), server.table.view(), 1999, which)  # type: ignore[arg-type]
     np.testing.assert_array_equal(everything.ids, exact.ids)
@@ -220,16 +237,16 @@ def test_a_build_that_fails_is_told_to_who_needs_it(sent: Sent, monkeypatch: pyt
 def test_a_search_does_not_wait_for_a_build(sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, build = threading.Event(), module.build
     monkeypatch.setattr(module, "build", lambda *a: gate.wait(10) and build(*a))
+    sent = Sent(sent.server, 1, replace(SPEC, engine="ivf", target=0.5))
     server = sent.server
-    server.spec = replace(SPEC, engine="ivf", target=0.5)
     sent.put(slice(0, 1500))
     server.rebuild(sent.order(), 1, 0, 5, None)
     sent.put(slice(1500, 1600))
     assert sent.ask(step=4).generation == 0
     assert server.search(None, Ask(3, 9, VALUES[:2])).generation == 0, "async takes what there is"
     gate.set()
-    assert sent.ask(step=5).generation == 1 and server._generations[0].index is not None
-    assert server._generations[0].index.rows == 1500, "built from the rows of its time"
+    assert sent.ask(step=5).generation == 1 and server.generations.all[0].index is not None
+    assert server.generations.all[0].index.rows == 1500, "built from the rows of its time"
 
 
 # ---- snapshots -------------------------------------------------------------------------------------------------------
@@ -237,8 +254,9 @@ def test_a_search_does_not_wait_for_a_build(sent: Sent, monkeypatch: pytest.Monk
 
 def test_a_snapshot_brings_everything_back(sent: Sent, folder: Folder) -> None:
     """Table, memory, and the same index: built again from the rows it was built from."""
+    spec = replace(SPEC, engine="ivf", target=0.6)
+    sent = Sent(sent.server, 1, spec)
     server = sent.server
-    server.spec = spec = replace(SPEC, engine="ivf", target=0.6)
     sent.put(slice(0, 1500), memory=True)
     server.rebuild(sent.order(), 4, 0, 3, (folder / "base-4").uri)
     sent.put(slice(1200, 1700), step=2)

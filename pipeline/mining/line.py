@@ -1,0 +1,325 @@
+"""The leader's line to the mining servers: operations go out in order from a thread of its own, and survive a server's death.
+
+Every operation that changes state is kept until a snapshot holds it. When a server dies, the line waits for the new one,
+puts all back to the last snapshot and sends again what came after, in the same order; whoever waits for an answer gets it,
+later.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+from pipeline.errors import RunError
+from pipeline.mining.messages import Answer, Order, Spec
+from pipeline.mining.server import MiningServer
+from pipeline.storage import Folder
+
+_POLL_S = 0.2  # between two tries to reach a server that is starting again
+_FRUITLESS = 5  # deaths in a row, without an answer between them, that end the run
+
+
+class ServerGone(Exception):
+    """The server's process has ended, or cannot be reached."""
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One server, near or far."""
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        """Starts a call; the future raises ServerGone if the server is not there, or what the method raised."""
+        ...
+
+
+class Local:
+    """A server in this process; a call has ended when `call` returns."""
+
+    def __init__(self, server: MiningServer) -> None:
+        self.server = server
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(getattr(self.server, method)(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@dataclass(eq=False)
+class Operation:
+    """One call to every shard, or to some.
+
+    Attributes:
+        method, arguments: of each shard's call, without its order.
+        merge: the shards' results, in their order, to the answer.
+        logged: whether it changes state, and so is kept until a snapshot holds it.
+        ordered: whether it takes its place among the others.
+        size: bytes that keeping it costs.
+        shards: that are called; none: all.
+    """
+
+    method: str
+    arguments: Callable[[int], tuple[Any, ...]]
+    merge: Callable[[list[Any]], Any]
+    logged: bool = False
+    ordered: bool = True
+    size: int = 0
+    shards: tuple[int, ...] | None = None
+    number: int = 0
+    answer: Future[Any] = field(default_factory=Future)
+    results: dict[int, Any] = field(default_factory=dict)
+
+
+class Line:
+    """Sends one run's operations; every method may be called from one thread, the run's.
+
+    Args:
+        transports: one for each shard.
+        spec: of the run.
+        incarnation: start of the run.
+        folder: of the run, for what the client itself saves.
+        ordered: consistency `exact`: a search reflects exactly the puts before it. False (`async`): it does not wait.
+        in_flight: puts on their way, after which `put` waits.
+        deadline_s: how long servers may be away before the run fails.
+        log_bytes: kept operations beyond this are saved in a snapshot of the client's own.
+    """
+
+    def __init__(
+        self,
+        transports: Sequence[Transport],
+        spec: Spec,
+        incarnation: int,
+        folder: Folder,
+        *,
+        ordered: bool = True,
+        in_flight: int = 8,
+        deadline_s: float = 120.0,
+        log_bytes: int = 2**28,
+    ) -> None:
+        self.transports, self.spec, self.incarnation, self.folder = list(transports), spec, incarnation, folder
+        self.ordered, self.deadline_s, self.log_bytes = ordered, deadline_s, log_bytes
+        self.recoveries = 0
+        self.lag = 0  # puts that the newest answer did not reflect yet (async)
+        self.recall, self.generation = 1.0, 0  # of the index that gave it
+        self._slots = threading.Semaphore(in_flight)
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._numbers = 0  # of the newest operation given out
+        self._sent = [0] * len(self.transports)  # newest ordered operation of each: what the next one names as previous
+        self._log: list[Operation] = []
+        self._waiting: dict[int, Operation] = {}  # sent, not yet answered
+        self._snapshot: tuple[str | None, int] = (None, 0)
+        self._spilling = False
+        self._life = 0  # of the servers; the next after a death
+        self._fruitless = 0  # deaths since the last answer
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._pump, daemon=True, name="mining")
+
+    def begin(self, snapshot: str | None) -> None:
+        """Puts the servers to the state of a snapshot (a folder that `save` wrote), or empty, and starts sending.
+
+        Raises:
+            UserError, RunError: a server refuses, or is not reached before the deadline.
+        """
+        self._snapshot = (snapshot, 0)
+        self._begin_servers(time.monotonic() + self.deadline_s)
+        self._thread.start()
+
+    def wait(self, answer: Future[Any]) -> Any:
+        """The result; the pump answers every operation, by an error if servers stay away."""
+        return answer.result()
+
+    def close(self) -> None:
+        """Ends the thread; what is on its way is waited for."""
+        if self._thread.is_alive():
+            self._events.put(("close", None))
+            self._thread.join(self.deadline_s)
+
+    def saving(self, folder: str) -> Operation:
+        def merge(results: list[dict[str, str]]) -> dict[str, str]:
+            return {f"{shard}/{name}": s for shard, sums in enumerate(results) for name, s in sums.items()}
+
+        operation = Operation("save", lambda _: (folder,), merge)
+        operation.answer.add_done_callback(lambda a: self._events.put(("saved", (folder, operation, a))))
+        return operation
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # ---- the thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, *operations: Operation) -> Future[Any]:
+        self.check()
+        self._events.put(("new", operations))
+        return operations[-1].answer
+
+    def _pump(self) -> None:
+        held: list[Operation] = []  # behind an operation whose arguments are another's answer
+        closing = False
+        while not (closing and not self._waiting and not held):
+            kind, what = self._events.get()
+            try:
+                if kind == "close":
+                    closing = True
+                elif kind == "new":
+                    held += what
+                    for operation in what:  # here, not where it is submitted: two threads submit
+                        self._numbers += 1
+                        operation.number = self._numbers
+                elif kind == "saved":
+                    self._saved(*what)
+                elif kind == "done":
+                    self._done(*what)
+                while held and self._error is None and not self._dependent(held[0]):
+                    if held[0].logged:
+                        self._log.append(held[0])
+                    self._send(held.pop(0))
+            except ServerGone:
+                self._recover()
+            except Exception as error:  # a bug here must not leave anybody waiting
+                self._fail(RunError(f"mining line: {type(error).__name__}: {error}"))
+            if self._error is not None:
+                for operation in held:
+                    operation.answer.set_exception(self._error)
+                held = []
+
+    def _dependent(self, operation: Operation) -> bool:
+        """Whether its arguments are still on their way: the fetch before a search by id."""
+        before = self._waiting.get(operation.number - 1)
+        return operation.method == "search" and before is not None and before.method == "fetch"
+
+    def _send(self, operation: Operation) -> None:
+        operation.results = {}
+        self._waiting[operation.number] = operation
+        for shard in self._shards(operation):
+            order: list[Any] = []
+            if operation.method != "status":
+                ordered = Order(self.incarnation, operation.number, self._sent[shard], self._life)
+                order = [ordered if operation.ordered else None]
+            if operation.ordered:
+                self._sent[shard] = operation.number
+            future = self.transports[shard].call(operation.method, *order, *operation.arguments(shard))
+            future.add_done_callback(functools.partial(self._arrived, operation, shard, self._life))
+
+    def _arrived(self, operation: Operation, shard: int, life: int, future: Future[Any]) -> None:
+        self._events.put(("done", (operation, shard, life, future)))
+
+    def _shards(self, operation: Operation) -> Sequence[int]:
+        return range(len(self.transports)) if operation.shards is None else operation.shards
+
+    def _done(self, operation: Operation, shard: int, life: int, future: Future[Any]) -> None:
+        if life != self._life or operation.number not in self._waiting:
+            return  # an answer of servers that have died since
+        error = future.exception()
+        if isinstance(error, ServerGone):
+            raise error
+        if error is not None:
+            del self._waiting[operation.number]
+            if operation.logged:  # a batch that a server refuses would be missing for ever
+                self._fail(error if isinstance(error, Exception) else RunError(str(error)))
+            operation.answer.set_exception(error)
+            return
+        operation.results[shard] = future.result()
+        shards = self._shards(operation)
+        if len(operation.results) < len(shards):
+            return
+        del self._waiting[operation.number]
+        self._fruitless = 0
+        result = operation.merge([operation.results[s] for s in shards])
+        if isinstance(result, Answer):
+            self.recall, self.generation = result.recall, result.generation
+            self.lag = sum(1 for o in self._log if o.method == "put" and o.number > result.applied)
+        operation.answer.set_result(result)
+        if operation.logged:
+            self._spill()
+
+    def _saved(self, folder: str, operation: Operation, answer: Future[Any]) -> None:
+        """A snapshot holds what came before it: the log may forget that."""
+        spill = (self.folder / "mining").uri
+        if operation.answer.exception() is not None:
+            self._spilling = self._spilling and not folder.startswith(spill)
+            return
+        old, self._snapshot = self._snapshot[0], (folder, operation.number)
+        self._log = [o for o in self._log if o.number > operation.number]
+        if folder.startswith(spill):
+            self._spilling = False
+        if old is not None and old != folder and old.startswith(f"{spill}/log-"):
+            Folder(old).remove()
+
+    def _spill(self) -> None:
+        if not self._spilling and sum(o.size for o in self._log) > self.log_bytes:
+            self._spilling = True
+            self.submit(self.saving((self.folder / "mining" / f"log-{self.incarnation}-{self._numbers}").uri))
+
+    # ---- death and recovery --------------------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Waits for the servers, puts all to the last snapshot, and sends again what came after it."""
+        deadline = time.monotonic() + self.deadline_s
+        while True:
+            self.recoveries += 1
+            self._fruitless += 1
+            if self._fruitless > _FRUITLESS:
+                self._fail(
+                    RunError(f"the mining servers died {_FRUITLESS} times without an answer: are they out of memory?")
+                )
+                return
+            self._life += 1  # answers from before are not for us any more
+            again = sorted(
+                {o.number: o for o in (*self._log, *self._waiting.values())}.values(), key=lambda o: o.number
+            )
+            try:
+                self._begin_servers(deadline)
+                self._waiting = {}
+                for operation in again:
+                    self._send_again(operation)
+                return
+            except ServerGone:
+                self._waiting |= {o.number: o for o in again if not o.answer.done()}
+            except Exception as error:
+                self._waiting |= {o.number: o for o in again if not o.answer.done()}
+                self._fail(error)
+                return
+
+    def _send_again(self, operation: Operation) -> None:
+        """Sends an operation a second time; one that had been answered is only applied."""
+        if operation.answer.done():
+            silent = replace(operation, answer=Future())
+            self._log[self._log.index(operation)] = silent
+            operation = silent
+        self._send(operation)
+
+    def _begin_servers(self, deadline: float) -> None:
+        folder, number = self._snapshot
+        for shard, transport in enumerate(self.transports):
+            spec = replace(self.spec, shard=shard, shards=len(self.transports))
+            if shard:
+                spec = replace(spec, per_class=None, total=None)
+            while True:
+                try:
+                    left = max(0.1, deadline - time.monotonic())
+                    transport.call("begin", spec, self.incarnation, folder, number, self._life).result(left)
+                    break
+                except (ServerGone, TimeoutError) as error:
+                    if time.monotonic() > deadline:
+                        raise RunError(
+                            f"mining server {shard} has not come back within {self.deadline_s:g} s ({error}): look at the "
+                            "cluster's free memory and CPUs, or raise mining.deadline_s"
+                        ) from error
+                    time.sleep(_POLL_S)
+        self._sent = [number] * len(self.transports)
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        for operation in self._waiting.values():
+            if not operation.answer.done():
+                operation.answer.set_exception(error)
+        self._waiting = {}
