@@ -89,7 +89,7 @@ class MiningConfig(Frozen):
     memory_dtype: Literal["float32", "float16"] = Field("float32", description="of the memory's entries")
     shards: int = Field(1, ge=1, description="servers, over which rows are spread", json_schema_extra=RUNTIME)
     cpus: int = Field(1, ge=1, description="threads of a server", json_schema_extra=RUNTIME)
-    gpus: float = Field(0, ge=0, description="of a server, for IVF indexes", json_schema_extra=RUNTIME)
+    gpus: float = Field(0.0, ge=0, description="of a server, for IVF indexes", json_schema_extra=RUNTIME)
     resource: str | None = Field(
         None, description="custom resource of the nodes for servers (not spot nodes)", json_schema_extra=RUNTIME
     )

@@ -160,7 +160,6 @@ METHOD_CASES: dict[str, dict[str, Any]] = {
     "proxies": {"method.loss": "ProxyAnchorLoss", "method.optimizer.loss_lr_multiplier": 10},
     "miner": {"method.loss": "TripletMarginLoss", "method.miner": "TripletMarginMiner"},
     "random_miner": {"method.loss": "TripletMarginLoss", "method.miner": "DistanceWeightedMiner"},
-    "memory": {"method.memory": 30, "method.loss": "ContrastiveLoss"},
     "mined": {"method.hard_negatives": 3, "method.memory": 8, "mining.engine": "ivf"},
     "two_optimizers": {"method.name": "two_optimizers"},
     "swept_plan": {"method.name": "swept_plan", "method.load_best_at": 1, "evaluation.every": "2 steps"},
