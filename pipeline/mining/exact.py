@@ -8,7 +8,7 @@ on what else was asked, or on how rows are spread over shards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,14 @@ class Rows:
         values: float32 or float16.
         ids, labels: of each row.
         largest: the largest length of a row.
+        classes: (positions in the order of their classes, the classes in that order), where it is known already.
     """
 
     values: np.ndarray
     ids: Int64[np.ndarray, " rows"]
     labels: np.ndarray
     largest: float
+    classes: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -275,9 +277,15 @@ def _margin(values: np.ndarray, rows: Rows) -> Tensor:
     return torch.from_numpy(bound.astype(np.float32) * np.float32(1.01))[:, None]
 
 
+def by_class(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the order of their classes, and the classes in that order."""
+    order = np.argsort(labels, kind="stable").astype(np.int32 if len(labels) < 2**31 else np.int64)
+    return order, labels[order]
+
+
 def _search_classes(queries: Queries, rows: Rows, k: int) -> Neighbours:
-    order = np.argsort(rows.labels, kind="stable")
-    ordered, wanted = rows.labels[order], _labels(queries)
+    order, ordered = rows.classes() if rows.classes is not None else by_class(rows.labels)
+    wanted = _labels(queries)
     start, stop = np.searchsorted(ordered, wanted, "left"), np.searchsorted(ordered, wanted, "right")
     parts = []
     for part in _chunks(stop - start, _MOST_PAIRS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Generations:
         """Starts building from a copy of the rows; what only steps before `step` could use is dropped."""
         if any(g.number == number for g in self.all):
             return
-        rows = replace(rows, values=rows.values.copy(), ids=rows.ids.copy(), labels=rows.labels.copy())
+        rows = Rows(rows.values.copy(), rows.ids.copy(), rows.labels.copy(), rows.largest)
         in_use = max((g.number for g in self.all if g.from_step <= step), default=0)
         self.all = [g for g in self.all if g.number >= in_use]
         self._build(Generation(number, from_step, base), rows, save=base is not None)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from pipeline.errors import UserError
-from pipeline.mining.exact import Rows
+from pipeline.mining.exact import Rows, by_class
 
 _TAIL = 1024  # new ids are merged into the sorted ones in batches of so many at least
 
@@ -17,7 +17,7 @@ _TAIL = 1024  # new ids are merged into the sorted ones in batches of so many at
 class Table:
     """Rows of embeddings that are overwritten in place, with their class and the step they are from.
 
-    Bytes a row: 4 D (or 2 D in float16) and 32. Memory is taken from the system as rows come, up to `capacity`; beyond it
+    Bytes a row: 4 D (or 2 D in float16) and 28, 8 more once classes have been asked for. Memory is taken from the system as rows come, up to `capacity`; beyond it
     the arrays are copied into larger ones.
 
     Args:
@@ -33,6 +33,7 @@ class Table:
         self._allocate(max(1, capacity))
         self._keys, self._rows = np.empty(0, np.int64), np.empty(0, np.int32)  # sorted ids and where they stand
         self._tail: dict[int, int] = {}  # ids since the last merge
+        self._classes: tuple[np.ndarray, np.ndarray] | None = None  # `by_class`, until a class gets or loses a row
 
     def __len__(self) -> int:
         return self.count
@@ -41,7 +42,8 @@ class Table:
     def nbytes(self) -> int:
         """Bytes in use."""
         each = sum(a.itemsize * (a.shape[1] if a.ndim == 2 else 1) for a in self._arrays().values())
-        return self.count * each + self._keys.nbytes + self._rows.nbytes + 100 * len(self._tail)
+        classes = 0 if self._classes is None else sum(a.nbytes for a in self._classes)
+        return self.count * each + self._keys.nbytes + self._rows.nbytes + classes + 100 * len(self._tail)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {"values": self._values, "ids": self._ids, "labels": self._labels, "steps": self._steps}
@@ -50,7 +52,7 @@ class Table:
         old = self._arrays() if self.count else {}
         self._values = np.empty((capacity, self.dim), self.dtype)
         self._ids, self._labels = np.empty(capacity, np.int64), np.empty(capacity, np.int32)
-        self._steps = np.empty(capacity, np.int64)
+        self._steps = np.empty(capacity, np.int32)
         for name, array in old.items():
             self._arrays()[name][: self.count] = array[: self.count]
 
@@ -80,6 +82,8 @@ class Table:
             self._tail.update(zip(ids[new].tolist(), rows[new].tolist(), strict=True))
             self.count += len(new)
             self._merge(max(_TAIL, self.count // 128))
+        if len(new) or not np.array_equal(self._labels[rows], labels):
+            self._classes = None
         self._values[rows], self._labels[rows], self._steps[rows] = embeddings, labels, step
         stored = self._values[rows].astype(np.float64)
         self.largest = max(self.largest, float(np.sqrt(np.square(stored).sum(1)).max(initial=0)))
@@ -122,12 +126,22 @@ class Table:
             raise UserError(
                 f"{len(missing)} of {len(ids)} sample ids have no embedding in the table (first: {_some(missing)}): put them first"
             )
-        return self._values[rows].astype(np.float32), self._labels[rows].astype(np.int64), self._steps[rows]
+        return (
+            self._values[rows].astype(np.float32),
+            self._labels[rows].astype(np.int64),
+            self._steps[rows].astype(np.int64),
+        )
 
     def view(self) -> Rows:
         """All rows, without copying: they change with the next `put`."""
         n = self.count
-        return Rows(self._values[:n], self._ids[:n], self._labels[:n], self.largest)
+        return Rows(self._values[:n], self._ids[:n], self._labels[:n], self.largest, self.by_class)
+
+    def by_class(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows in the order of their classes; kept until a class gets or loses one."""
+        if self._classes is None:
+            self._classes = by_class(self._labels[: self.count])
+        return self._classes
 
     def state(self) -> Mapping[str, np.ndarray]:
         """All that `restore` needs, without copying."""

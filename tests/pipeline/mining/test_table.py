@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.mining import table as module
+from pipeline.mining.exact import Queries, search
 from pipeline.mining.table import Table
+from tests.pipeline.mining.oracle import assert_equal, neighbours
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,6 +46,7 @@ def test_bytes_of_a_row(dtype: str, width: int) -> None:
     table = Table(dim, dtype, rows)
     for part in np.array_split(np.random.default_rng(0).permutation(rows), 7):
         table.put(part, np.ones((len(part), dim), np.float32), part, 1)
+    table.by_class()
     assert width * dim * rows < table.nbytes <= (width * dim + 40) * rows
     assert table.view().values.dtype == dtype
 
@@ -65,3 +68,18 @@ def test_bad_rows_are_refused_whole_and_named() -> None:
     assert len(table) == 1
     with pytest.raises(UserError, match=r"1 of 2 sample ids have no embedding in the table \(first: 7\)"):
         table.get(np.array([1, 7]))
+
+
+def test_members_of_a_class_are_found_again_after_every_change() -> None:
+    table, random = Table(2), np.random.default_rng(0)
+    for step in range(6):
+        ids = random.choice(40, 10, replace=False)
+        table.put(
+            ids, random.normal(size=(10, 2)).astype(np.float32), (ids + step // 3) % 4, step
+        )  # moves between classes
+        rows = table.view()
+        queries = Queries(np.zeros((4, 2), np.float32), np.full(4, -1), np.arange(4))
+        assert_equal(search(queries, rows, 50, "same"), neighbours(queries, rows, 50, "same"))
+    before = table.by_class()
+    table.put(rows.ids[:3], np.ones((3, 2), np.float32), rows.labels[:3].astype(np.int64), 9)
+    assert table.by_class() is before, "new embeddings alone do not sort again"
