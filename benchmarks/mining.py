@@ -16,6 +16,7 @@ medians over pairs; CPU-seconds are those of the process, or of the actor's proc
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import resource
 import statistics
@@ -248,17 +249,26 @@ def fresh(code: str) -> list[float]:
 
 
 def table_bytes(count: int, dim: int, dtype: str) -> float:
-    """Resident bytes a row: growth of the process while the table fills, in batches and in random order."""
+    """Resident bytes a row: growth of the process while the table fills, in batches of 1,024 in random order."""
+    order, batch = np.random.default_rng(0).permutation(count), np.ones((1024, dim), np.float32)
+
+    def fill(rows: int) -> Table:
+        table = Table(dim, dtype, rows)
+        for start in range(0, rows, 1024):
+            ids = order[start : min(start + 1024, rows)]
+            table.put(ids, batch[: len(ids)], ids, 0)
+        return table
+
+    fill(2**15)  # what the program itself takes
     before = resident()
-    table = Table(dim, dtype, count)
-    order = np.random.default_rng(0).permutation(count)
-    for start in range(0, count, 8192):
-        ids = order[start : start + 8192]
-        table.put(ids, np.ones((len(ids), dim), np.float32), ids, 0)
-    return (resident() - before) / count
+    table = fill(count)
+    table.by_class()
+    return (resident() - before) / len(table)
 
 
 def resident() -> int:
+    """Bytes of this process in memory, after what it has freed was given back to the system."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
