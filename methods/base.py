@@ -159,8 +159,8 @@ class Mining(Protocol):
     """
 
     @property
-    def memory(self) -> Memory:
-        """Of past embeddings; after `put` it holds the batch."""
+    def memory(self) -> Memory | None:
+        """Of past embeddings, if the method asked for it; after `put` it holds the batch."""
         ...
 
     def put(
@@ -218,6 +218,7 @@ class Context(Protocol):
         shards: the slots of the batch that each rank encodes, in rank order.
         work: for sharing out work among the ranks.
         upcoming: samples of the next step, if it is of the same epoch.
+        mining: the mining server; none unless the method's config says what it mines.
     """
 
     labels: Int64[np.ndarray, " samples"]
@@ -231,9 +232,7 @@ class Context(Protocol):
     upcoming: Int64[np.ndarray, " slots"] | None
 
     @property
-    def mining(self) -> Mining:
-        """The mining server; only for a method whose config says what it mines."""
-        ...
+    def mining(self) -> Mining | None: ...
 
     def encode(self, role: str | Sequence[str] | None = None) -> Float[Tensor, "batch features"]:
         """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.

@@ -32,7 +32,7 @@ from pydantic import Field, model_validator
 from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
-from methods.base import Batch, Context, Method, MethodConfig, MiningNeeds
+from methods.base import Batch, Context, Method, MethodConfig, Mining, MiningNeeds
 from methods.functional import global_generators
 from methods.optim import Length
 
@@ -155,15 +155,15 @@ class Baseline(Method):
                 module.register_buffer(name, value)
 
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
-        c = self.config
-        if c.mining is None:
+        c, mining = self.config, context.mining
+        if mining is None:
             return super().training_step(batch, context)
-        negatives = self._hard_negatives(batch, context)
+        negatives = self._hard_negatives(batch, context, mining)
         embeddings = self.embed(context.encode())
         terms = {"batch": self.loss(embeddings, batch.labels, context)}
         with global_generators(context.seed, context.clock.step, 1):
-            if c.memory and c.memory_start.share(context.clock) >= 1 and len(context.mining.memory.labels):
-                m = context.mining.memory
+            m = mining.memory
+            if m is not None and c.memory_start.share(context.clock) >= 1 and len(m.labels):
                 others = m.features.to(embeddings.dtype)
                 found = _against(self.loss_function, self.miner, embeddings, batch.labels, others, m.labels)
                 terms["memory"] = c.memory_weight * found
@@ -174,12 +174,12 @@ class Baseline(Method):
         loss = torch.stack(list(terms.values())).sum()
         context.backward(loss)
         context.step("main")
-        context.mining.put(batch.ids, embeddings, batch.labels)
+        mining.put(batch.ids, embeddings, batch.labels)
         return {"loss": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
 
-    def _hard_negatives(self, batch: Batch, context: Context) -> tuple[Tensor, Tensor] | None:
+    def _hard_negatives(self, batch: Batch, context: Context, mining: Mining) -> tuple[Tensor, Tensor] | None:
         """Embeddings and classes of the samples that are near the batch's, each once; none in the first steps."""
-        k, mining = self.config.hard_negatives, context.mining
+        k = self.config.hard_negatives
         if not k:
             return None
         ask: dict[str, Any] = {"which": "other", "with_values": True, "unknown": "empty"}

@@ -77,25 +77,17 @@ class RunContext:
         self.shards: Sequence[slice] = ()
         self.work: MethodRanks = ranks
         self.upcoming: Int64[np.ndarray, " slots"] | None = None
-        self._mining = mining
+        self.mining: RunMining | None = mining
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
         self._awaits_backward = False
         self._encoded = 0  # calls of encode in this step
 
-    @property
-    def mining(self) -> RunMining:
-        if self._mining is None:
-            raise RuntimeError(
-                "the method's config says nothing of mining (MethodConfig.mining): no server was started"
-            )
-        return self._mining
-
     def begin_epoch(self, clock: Clock, epoch: int) -> None:
         self.clock = clock
         self.generator = seeded_generator(self.device, self.seed, epoch, 1)
-        if self._mining is not None:
-            self._mining.step = clock.step
+        if self.mining is not None:
+            self.mining.step = clock.step
 
     def begin_step(self, clock: Clock, plan: Plan, row: int, pixels: Tensor) -> Batch:
         """Sets up one step and returns its batch; `pixels` are those of this rank's slots."""
@@ -104,8 +96,8 @@ class RunContext:
         self._encoded = 0
         self._seed_global()  # dropout inside a backbone: the same after a resume
         self.upcoming = plan.ids[row + 1] if row + 1 < len(plan) else None
-        if self._mining is not None:
-            self._mining.step = clock.step
+        if self.mining is not None:
+            self.mining.step = clock.step
         self.shards = [self.ranks.slice(plan.ids.shape[1], rank) for rank in range(self.ranks.world)]
         self._plan_row, self._pixels, self._awaits_backward = (
             (plan, row),

@@ -47,7 +47,7 @@ class RunMining:
         self.needs, self.spec, self.ranks, self.device, self.folder = needs, spec, ranks, device, folder
         self._transports, self._swap_after, self._options = transports, swap_after, options
         self._client: MiningClient | None = None
-        self._memory: Dictionary | None = None
+        self.memory: Dictionary | None = None  # the mirror
         self._pending: dict[str, Future[Answer]] = {}
         self._generation = 0
         self.step = 0  # of training
@@ -70,8 +70,8 @@ class RunMining:
         self._generation, delta = self._by_leader(start)
         if delta is not None:
             dtype = getattr(torch, self.spec.memory_dtype)
-            self._memory = Dictionary(self.spec.dim, self.needs.per_class, self.needs.total, dtype, self.device)
-            self._memory.apply(delta)
+            self.memory = Dictionary(self.spec.dim, self.needs.per_class, self.needs.total, dtype, self.device)
+            self.memory.apply(delta)
 
     def rebuild(self) -> None:
         """Starts building a new index of the table, if an approximate one is used."""
@@ -123,17 +123,11 @@ class RunMining:
 
     # ---- for the method ------------------------------------------------------------------------------------------
 
-    @property
-    def memory(self) -> Dictionary:
-        if self._memory is None:
-            raise RuntimeError("the method's config asks for no memory (MiningNeeds.per_class, .total)")
-        return self._memory
-
     def put(
         self, ids: Int64[Tensor, " rows"], embeddings: Float[Tensor, "rows dim"], labels: Int64[Tensor, " rows"]
     ) -> None:
-        if self._memory is not None:
-            self._memory.append(embeddings, labels, ids)
+        if self.memory is not None:
+            self.memory.append(embeddings, labels, ids)
         if self.ranks.rank == 0:
             arrays = ids.cpu().numpy(), embeddings.detach().float().cpu().numpy(), labels.cpu().numpy()
             self._leader.put(*arrays, self.step, self.needs.table, self.needs.memory)

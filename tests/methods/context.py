@@ -29,6 +29,8 @@ class FakeContext:
         self.work: Any = Ranks()
         self.shards: Sequence[slice] = (slice(0, 10**6),)
         self.seen: list[tuple[str, dict[str, Tensor | None]]] = []
+        self.upcoming: Any = None
+        self.mining: Any = None
         self.loaded_best = 0
 
     def encode(self, role: Any = None) -> Tensor:

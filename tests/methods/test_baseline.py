@@ -40,6 +40,7 @@ class StubContext(Context):
         self.device, self.dtype, self.generator = torch.device("cpu"), torch.float64, torch.Generator()
         self.features = features
         self.calls: list[str] = []
+        self.upcoming = None
 
     def encode(self, role=None):
         self.calls.append("encode")

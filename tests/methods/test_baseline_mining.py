@@ -33,7 +33,6 @@ class MiningContext(FakeContext):
     def __init__(self, method: Baseline, folder: Path) -> None:
         super().__init__(method)
         self.labels = LABELS
-        self.upcoming: np.ndarray | None = None
         needs = method.config.mining
         assert needs is not None
         spec = Spec("run", DIM, per_class=needs.per_class, total=needs.total)
