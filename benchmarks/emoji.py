@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.table import Row, finish
 
-FOLD = ["data.validation_fold=0", "evaluation.every=4 epochs", "evaluation.clustering=false"]
+FOLD = ["data.validation_fold=0", "evaluation.every=4 epochs", "evaluation.test=false"]
 BASES = {
     "osm_caa": ["method.osm=false", "method.caa=false"],
     "intra_batch": ["method.graph=false"],

@@ -270,7 +270,7 @@ class Worker:
 
     def _measure_frozen(self) -> None:
         """The pretrained trunk's pooled features on the test classes, so that every run shows what training added."""
-        task = test_task(self.store)
+        task = self._test_task()
         if task is not None:
             self._say({"phase": "evaluating the frozen trunk"})
             result = evaluate(task, self.embedder, self.trunk, None, self.config.evaluation.recall_at)
@@ -280,6 +280,9 @@ class Worker:
         else:
             self.progress.frozen = {"queries": 0.0}
         self._save("checkpoints")
+
+    def _test_task(self) -> Task | None:
+        return test_task(self.store) if self.config.evaluation.test else None
 
     def _validate(self, clock: Clock) -> dict[str, float] | None:
         if self.validation is None:
@@ -303,7 +306,7 @@ class Worker:
         config, p = self.config, self.progress
         if config.evaluation.checkpoint == "best":
             self._load_best()
-        task = test_task(self.store)
+        task = self._test_task()
         metrics: dict[str, Any] = {}
         if task is not None:
             self._say({"phase": "evaluating on the test classes"})
