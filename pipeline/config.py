@@ -52,7 +52,9 @@ class EvaluationConfig(Frozen):
         "map@r", description="chooses the best checkpoint: map@r, r_precision, or recall@K of recall_at"
     )
     checkpoint: Literal["best", "last"] = Field("best", description="of which the final figures are")
-    test: bool = Field(True, description="measure the test classes, at the end; off for runs that only choose something")
+    test: bool = Field(
+        True, description="measure the test classes, at the end; off for runs that only choose something"
+    )
     clustering: bool = Field(True, description="NMI and AMI, at the end only")
     batch_size: int = Field(256, ge=1, description="images a forward pass", json_schema_extra=RUNTIME)
 

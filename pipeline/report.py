@@ -115,7 +115,7 @@ def _key_sentence(summary: Mapping[str, Any]) -> str:
     frozen, final = summary["frozen"], summary["final"]
     name = next((n for n in ("recall@1", *final) if n in final and n not in COUNTS), None)
     if name is None:
-        return "This dataset has no test images: nothing was measured on classes never seen in training."
+        return "Nothing was measured on classes never seen in training: no test images, or evaluation.test is off."
     short = escape(metric_title(name).replace("Recall@", "R@"))
     before = f"goes from {frozen[name]:.1f} % (frozen backbone) to" if name in frozen else "is"
     return (

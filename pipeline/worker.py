@@ -316,7 +316,8 @@ class Worker:
             if self.ranks.rank == 0:
                 self._keep_neighbours(task, result)
         if self.tracker is not None:
-            self.tracker.log(p.step, "test", metrics)
+            if metrics:
+                self.tracker.log(p.step, "test", metrics)
             self.tracker.sync()
         if self.ranks.rank == 0:
             self.run.write_json("summary.json", summarise(config, self.store, p, metrics, read_changes(self.run)))

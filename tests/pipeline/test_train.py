@@ -383,3 +383,14 @@ def test_everything_in_object_storage(bucket: str, run: Train, base: Base, tmp_p
     shard = base.store.manifest["shards"][0]["file"]
     source.remove(shard)
     assert_one_error(run(**settings, length="3 epochs"), 2, f"shard {source}/{shard} is missing")
+
+
+def test_a_run_that_only_chooses_leaves_the_test_classes_alone(base: Base) -> None:
+    recipe = base.recipe({"name": "chooses", "evaluation.test": False})
+    assert train.main([recipe]) == 0
+    folder = Folder(base.root / "runs" / "chooses")
+    kinds = {line["kind"] for line in read_metrics(folder)}
+    assert kinds == {"train", "validation"}
+    summary = folder.read_json("summary.json")
+    assert summary["final"] == {} and summary["validation"]["recall@1"] >= 0
+    folder.remove()
