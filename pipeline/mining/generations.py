@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.errors import RunError
-from pipeline.mining.engines import Index, Report, build
+from pipeline.mining.engines import Index, Report, build, choose
 from pipeline.mining.exact import Rows
 from pipeline.mining.messages import Spec
 from pipeline.mining.snapshot import Arrays, Built, write_arrays
@@ -43,7 +43,7 @@ class Generations:
 
     def start(self, number: int, step: int, from_step: int, base: str | None, rows: Rows) -> None:
         """Starts building from a copy of the rows; what only steps before `step` could use is dropped."""
-        if any(g.number == number for g in self.all):
+        if any(g.number == number for g in self.all) or (self.spec.engine == "auto" and choose(len(rows)) == "exact"):
             return
         rows = Rows(rows.values.copy(), rows.ids.copy(), rows.labels.copy(), rows.largest)
         in_use = max((g.number for g in self.all if g.from_step <= step), default=0)
@@ -82,7 +82,10 @@ class Generations:
             return None
         newest = declared[-1]
         if not newest.ready.wait(self.spec.wait_s):
-            raise RunError(f"index generation {newest.number} was not built within {self.spec.wait_s:g} s")
+            raise RunError(
+                f"index generation {newest.number} was not built within {self.spec.wait_s:g} s after its first use was due: "
+                "raise mining.swap_after, mining.cpus or mining.deadline_s"
+            )
         if newest.error is not None:
             raise RunError(f"index generation {newest.number} could not be built: {newest.error}")
         return newest

@@ -198,6 +198,12 @@ def test_an_index_is_used_from_its_declared_step_and_never_before(sent: Sent) ->
     assert [g.number for g in server.generations.all] == [2, 3], "what no step can use any more is gone"
 
 
+def test_few_rows_are_not_copied_for_an_index(sent: Sent, tmp_path: Path) -> None:
+    sent.put(slice(0, 1500))
+    sent.server.rebuild(sent.order(), 1, 0, 0, str(tmp_path / "base"))  # engine: auto
+    assert sent.ask().generation == 0 and sent.server.generations.all == [] and not (tmp_path / "base").exists()
+
+
 @pytest.mark.parametrize("which", ["all", "other", "same"])
 def test_the_index_knows_rows_that_came_after_it(sent: Sent, which: str) -> None:
     """New rows are searched exactly, moved ones ranked by where they are now, and no wanted class is missed."""
@@ -227,6 +233,7 @@ def test_a_build_that_fails_is_told_to_who_needs_it(sent: Sent, monkeypatch: pyt
         raise MemoryError("no room")
 
     monkeypatch.setattr(module, "build", fail)
+    sent = Sent(sent.server, 1, replace(SPEC, engine="ivf"))
     sent.put(slice(0, 10))
     sent.server.rebuild(sent.order(), 1, 0, 5, None)
     assert sent.ask(step=4).generation == 0
