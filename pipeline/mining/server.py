@@ -245,11 +245,12 @@ class MiningServer:
     def _answer(self, found: Neighbours, with_values: bool, generation: Generation | None) -> Answer:
         there = found.ids >= 0
         labels, steps = np.full(found.ids.shape, -1, np.int64), np.full(found.ids.shape, -1, np.int64)
-        values, labels[there], steps[there] = self.table.get(found.ids[there])
         stored = None
         if with_values:
             stored = np.zeros((*found.ids.shape, self.table.dim), np.float32)
-            stored[there] = values
+            stored[there], labels[there], steps[there] = self.table.get(found.ids[there])
+        else:
+            labels[there], steps[there] = self.table.about(found.ids[there])
         number, recall = 0, 1.0
         if generation is not None and generation.index is not None:
             number, recall = generation.number, generation.index.report.recall

@@ -120,17 +120,24 @@ class Table:
         Raises:
             UserError: ids that are not in the table, named.
         """
+        rows = self._rows_there(ids)
+        return self._values[rows].astype(np.float32), *self._about(rows)
+
+    def about(self, ids: Int64[np.ndarray, " some"]) -> tuple[np.ndarray, np.ndarray]:
+        """As `get`, without the embeddings."""
+        return self._about(self._rows_there(ids))
+
+    def _about(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._labels[rows].astype(np.int64), self._steps[rows].astype(np.int64)
+
+    def _rows_there(self, ids: np.ndarray) -> np.ndarray:
         rows = self.rows_of(ids)
         missing = ids[rows < 0]
         if len(missing):
             raise UserError(
                 f"{len(missing)} of {len(ids)} sample ids have no embedding in the table (first: {_some(missing)}): put them first"
             )
-        return (
-            self._values[rows].astype(np.float32),
-            self._labels[rows].astype(np.int64),
-            self._steps[rows].astype(np.int64),
-        )
+        return rows
 
     def view(self) -> Rows:
         """All rows, without copying: they change with the next `put`."""
