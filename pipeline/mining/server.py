@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +36,6 @@ class MiningServer:
     """One shard of a run's mining state. Every method may be called from any thread."""
 
     def __init__(self) -> None:
-        self.token = uuid.uuid4().hex  # of this process: another one after a restart
         self.incarnation = self.life = 0
         self.spec: Spec | None = None
         self._order = threading.Condition()
@@ -52,7 +50,7 @@ class MiningServer:
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
-    def begin(self, spec: Spec, incarnation: int, snapshot: str | None, applied: int = 0, life: int = 0) -> str:
+    def begin(self, spec: Spec, incarnation: int, snapshot: str | None, applied: int = 0, life: int = 0) -> None:
         """Takes up a run: the state becomes exactly that of `snapshot` (a folder that `save` wrote), or empty.
 
         Args:
@@ -61,9 +59,6 @@ class MiningServer:
             snapshot: folder URI, or none.
             applied: number of the operation that the snapshot was.
             life: how often this start has begun before; operations of earlier lives are refused too.
-
-        Returns:
-            The process's token.
 
         Raises:
             RunError: a newer start of the run has taken the server over.
@@ -86,15 +81,14 @@ class MiningServer:
                     self._restore(Folder(snapshot), spec)
             self.applied = applied
             self._order.notify_all()
-            return self.token
 
     def status(self) -> dict[str, Any]:
-        """Token and id of the process, incarnation, applied, and what is stored."""
+        """Id of the process, incarnation, applied, and what is stored."""
         table, memory = self._table, self._memory
         generations = self._generations.all if self._generations is not None else []
         newest = next((g.report for g in reversed(generations) if g.report is not None), None)
         return {
-            "token": self.token, "pid": os.getpid(), "incarnation": self.incarnation, "applied": self.applied,
+            "pid": os.getpid(), "incarnation": self.incarnation, "applied": self.applied,
             "rows": len(table) if table is not None else 0, "table_bytes": table.nbytes if table is not None else 0,
             "memory": len(memory) if memory is not None else 0, "index": newest,
             "building": sum(not g.ready.is_set() for g in generations),
