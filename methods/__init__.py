@@ -4,12 +4,14 @@ from methods.base import Batch, Context, Method, MethodConfig
 from methods.baseline import Baseline
 from methods.gca_hng import GcaHng
 from methods.intra_batch import IntraBatch
+from methods.mmsi import Mmsi
 from methods.osm_caa import OsmCaa
 
 METHODS: dict[str, type[Method]] = {
     "baseline": Baseline,
     "gca_hng": GcaHng,
     "intra_batch": IntraBatch,
+    "mmsi": Mmsi,
     "osm_caa": OsmCaa,
 }
 

@@ -14,7 +14,7 @@ random has to come from `context.generator` or from (context.seed, context.clock
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from methods.functional import Head
-from methods.optim import Clock, Frozen, Optimizer, OptimizerConfig, build_optimizer
+from methods.optim import Clock, Frozen, Length, Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, class_balanced
 
 
@@ -64,6 +64,11 @@ class MethodConfig(Frozen):
         return False
 
     @property
+    def freezes(self) -> bool:
+        """Whether the method needs frozen batch normalisation, as `Context.derivative` does."""
+        return False
+
+    @property
     def mining(self) -> MiningNeeds | None:
         """What the method mines; none: no mining server is started."""
         return None
@@ -82,6 +87,21 @@ class Batch:
     ids: Int64[Tensor, " batch"]
     labels: Int64[Tensor, " batch"]
     columns: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Of an objective; complete, and the same on every rank.
+
+    Attributes:
+        value: of the objective.
+        trunk: by the name of the trunk's parameter (those that are trained).
+        own: of the given tensors, in their order.
+    """
+
+    value: float
+    trunk: Mapping[str, Tensor]
+    own: Sequence[Tensor]
 
 
 @runtime_checkable
@@ -142,6 +162,11 @@ class Memory(Protocol):
 
     @property
     def features(self) -> Float[Tensor, "entries dim"]: ...
+
+    @property
+    def classes(self) -> Collection[int]:
+        """Classes that have entries."""
+        ...
 
     @property
     def labels(self) -> Int64[Tensor, " entries"]: ...
@@ -223,6 +248,7 @@ class Context(Protocol):
 
     labels: Int64[np.ndarray, " samples"]
     seed: int
+    length: Length
     clock: Clock
     device: torch.device
     dtype: torch.dtype
@@ -238,6 +264,36 @@ class Context(Protocol):
         """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.
 
         The trunk runs once a call; a second call before the `backward` of the first is an error (ask for both roles at once).
+        """
+        ...
+
+    def gradient(
+        self,
+        role: str | Sequence[str] | None,
+        objective: Callable[[Tensor], Tensor],
+        own: Sequence[Tensor] = (),
+        shift: Mapping[str, Tensor] | None = None,
+    ) -> Gradient:
+        """Gradient of `objective(features)`, aside from the step's own: nothing is added to any parameter's `.grad`.
+
+        Args:
+            role: slots whose pooled features the objective gets, as in `encode`; may be called between an `encode` and
+                its `backward`.
+            objective: the same on every rank.
+            own: tensors of the method to differentiate by as well.
+            shift: what to add to the trunk's parameters first, by name.
+
+        Raises:
+            RunError: the objective is not finite on some rank.
+        """
+        ...
+
+    def derivative(
+        self, role: str | Sequence[str] | None, direction: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch features"]]:
+        """Pooled features, and their derivative when the trunk's parameters move along `direction` (forward mode).
+
+        In float32 (float64) whatever the run's precision; batch normalisation has to be frozen (`MethodConfig.freezes`).
         """
         ...
 

@@ -269,6 +269,43 @@ def uniform_classes(
     return Plan(np.stack(rows))
 
 
+def each_class_once(
+    labels: Int64[np.ndarray, " samples"], classes_per_batch: int, samples_per_class: int, seed: int, epoch: int
+) -> Plan:
+    """Every class once an epoch, with K of its images (with repeats where it has fewer); rows are class-major.
+
+    The sampler of MMSI. Classes come in random order; those of an incomplete last batch are left out of the epoch.
+
+    Raises:
+        ValueError: there are fewer classes than P.
+
+    Cost: O(N log N).
+    """
+    random = np.random.default_rng([seed, epoch, 0x3E1])
+    order = np.lexsort((random.random(len(labels)), labels))  # by class, shuffled within
+    sizes = np.bincount(labels)
+    starts, present = np.cumsum(sizes) - sizes, np.flatnonzero(sizes)
+    if len(present) < classes_per_batch:
+        raise ValueError(
+            f"batches of {classes_per_batch} classes, but the training set has {len(present)}: lower the number of classes "
+            "in a batch"
+        )
+    chosen = random.permutation(present)[: len(present) // classes_per_batch * classes_per_batch]
+    column = np.broadcast_to(np.arange(samples_per_class), (len(chosen), samples_per_class))
+    again = random.integers(0, sizes[chosen][:, None], column.shape)
+    column = np.where(sizes[chosen][:, None] >= samples_per_class, column, again)
+    ids = order[starts[chosen][:, None] + column]
+    return Plan(ids.reshape(-1, classes_per_batch * samples_per_class))
+
+
+def side_by_side(parts: Mapping[str, Plan]) -> Plan:
+    """Plans of equal length as roles of one: their slots one after the other, with a column `role`."""
+    names = np.array(list(parts))
+    role = np.repeat(names, [p.ids.shape[1] for p in parts.values()])
+    ids = np.concatenate([p.ids for p in parts.values()], 1)
+    return Plan(ids, {"role": np.broadcast_to(role, ids.shape)})
+
+
 def _by_class(labels: np.ndarray) -> list[np.ndarray]:
     """Samples of every class, in their order."""
     order = np.argsort(labels, kind="stable")

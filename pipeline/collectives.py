@@ -36,6 +36,10 @@ class Ranks:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks, without gradient."""
+        return value if self.world == 1 else _Sum.forward(value.detach())
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value (any small picklable object) on every rank."""
         if self.world == 1:

@@ -179,6 +179,11 @@ class Config(Frozen):
                 "the method goes back to its best weights (reload_best), but without data.validation_fold nothing says which: "
                 "set a fold, or method.reload_best to []"
             )
+        if self.method.freezes and self.model.batch_norm != "frozen":
+            raise ValueError(
+                f"{self.method.name} takes forward-mode derivatives of the trunk, whose batch normalisation has to be frozen for "
+                f"that: set model.batch_norm to frozen (it is {self.model.batch_norm})"
+            )
         if self.runtime.gpus_per_worker and self.precision == "float64":
             raise ValueError("precision float64 is for the CPU; use float32 or bf16 on a GPU")
         return self

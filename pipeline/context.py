@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from methods import Batch, Method
+from methods.base import Gradient
 from methods.base import Ranks as MethodRanks
 from methods.optim import Clock, Length, Optimizer
 from methods.plans import Plan
@@ -26,6 +28,20 @@ def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
     """A generator whose stream depends on the key alone."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed) >> 1)
+
+
+class _Part(NamedTuple):
+    """This rank's images of some slots.
+
+    Attributes:
+        pixels: of them.
+        start: their place among these slots of all ranks.
+        total: these slots of all ranks.
+    """
+
+    pixels: Tensor
+    start: int
+    total: int
 
 
 class RunContext:
@@ -111,10 +127,56 @@ class RunContext:
         return Batch(ids, labels, {name: column[row] for name, column in plan.columns.items()})
 
     def encode(self, role: str | Sequence[str] | None = None) -> Float[Tensor, "batch features"]:
-        if self._plan_row is None or self._pixels is None:
-            raise RuntimeError("encode is for training_step: there is no batch outside a step (use sweep)")
         if self._awaits_backward:
             raise RuntimeError("a second encode before backward: ask for all roles in one call")
+        part = self._part(role)
+        local = trunk_features(self.ddp, part.pixels, self.precision)
+        self._awaits_backward = torch.is_grad_enabled() and local.requires_grad
+        self._encoded += 1  # dropout in the method: the same on every rank, however much the trunk has drawn here
+        self._seed_global()
+        return gather(local, part.start, part.total, self.ranks)
+
+    def gradient(
+        self,
+        role: str | Sequence[str] | None,
+        objective: Callable[[Tensor], Tensor],
+        own: Sequence[Tensor] = (),
+        shift: Mapping[str, Tensor] | None = None,
+    ) -> Gradient:
+        part = self._part(role)
+        learnt = {n: p for n, p in self.trunk.named_parameters() if p.requires_grad}
+        at = learnt if shift is None else {n: (p + shift[n]).detach().requires_grad_() for n, p in learnt.items()}
+        with torch.enable_grad():
+            local = trunk_features(self._bare(at), part.pixels, self.precision)
+            loss = objective(gather(local, part.start, part.total, self.ranks))
+        self._check_finite(loss)
+        found = torch.autograd.grad(loss, [*at.values(), *own], allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip([*at.values(), *own], found, strict=True)]
+        # Every rank holds the same loss, so that the backward pass of `gather` has counted each of them.
+        shared = [self.ranks.sum(g) / self.ranks.world for g in grads[: len(at)]]
+        return Gradient(float(loss.detach()), dict(zip(at, shared, strict=True)), grads[len(at) :])
+
+    def derivative(
+        self, role: str | Sequence[str] | None, direction: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch features"]]:
+        part = self._part(role)
+        at = {n: p.detach() for n, p in self.trunk.named_parameters() if n in direction}
+        # autocast and fused attention have no forward mode
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            found = torch.func.jvp(
+                lambda p: trunk_features(self._bare(p), part.pixels, "float32"), (at,), ({n: direction[n] for n in at},)
+            )
+            local, tangent = (gather(t, part.start, part.total, self.ranks) for t in found[:2])
+            return local, tangent
+
+    def _bare(self, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """The trunk without DDP around it, with other parameters."""
+        return lambda pixels: torch.func.functional_call(self.trunk, dict(parameters), (pixels,))
+
+    def _part(self, role: str | Sequence[str] | None) -> _Part:
+        """What this rank encodes of the slots of a role."""
+        if self._plan_row is None or self._pixels is None:
+            raise RuntimeError("encode is for training_step: there is no batch outside a step (use sweep)")
         plan, row = self._plan_row
         slots = np.arange(plan.ids.shape[1])
         if role is not None:
@@ -124,11 +186,7 @@ class RunContext:
         mine = self.shards[self.ranks.rank]
         own = slots[(slots >= mine.start) & (slots < mine.stop)]
         pixels = self._pixels if role is None else self._pixels[torch.from_numpy(own - mine.start).to(self.device)]
-        local = trunk_features(self.ddp, pixels, self.precision)
-        self._awaits_backward = torch.is_grad_enabled() and local.requires_grad
-        self._encoded += 1  # dropout in the method: the same on every rank, however much the trunk has drawn here
-        self._seed_global()
-        return gather(local, int((slots < mine.start).sum()), len(slots), self.ranks)
+        return _Part(pixels, int((slots < mine.start).sum()), len(slots))
 
     def _seed_global(self) -> None:
         """Seeds torch's global generators from (seed, step, calls of encode); 100 times faster than torch.manual_seed."""
@@ -138,13 +196,16 @@ class RunContext:
             torch.cuda.manual_seed(seed)
 
     def backward(self, loss: Float[Tensor, ""], retain_graph: bool = False) -> None:
+        self._check_finite(loss)
+        loss.backward(retain_graph=retain_graph)
+        self._awaits_backward = False
+
+    def _check_finite(self, loss: Tensor) -> None:
         if self.ranks.any(not bool(torch.isfinite(loss.detach()).all()), self.device):
             raise RunError(
                 f"the loss is not finite at step {self.clock.step} (got {float(loss.detach())} on rank {self.ranks.rank}); "
                 f"nothing was learnt from it, and the last checkpoint stands. Lower the learning rate, or look at its images: {self._sources()}"
             )
-        loss.backward(retain_graph=retain_graph)
-        self._awaits_backward = False
 
     def _sources(self) -> str:
         if self._plan_row is None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods import Method
 from pipeline.collectives import Ranks, gather
@@ -68,7 +68,7 @@ class Embedder:
         return gather(torch.cat(parts), own.start, len(ids), self.ranks)
 
 
-def trunk_features(trunk: nn.Module, pixels: Tensor, precision: str) -> Tensor:
+def trunk_features(trunk: Callable[[Tensor], Tensor], pixels: Tensor, precision: str) -> Tensor:
     """Pooled features in at least float32, with the run's precision inside the trunk."""
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
         features = trunk(pixels)

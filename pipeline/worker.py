@@ -56,9 +56,10 @@ def run_mining(
     if needs is None:
         return None
     folder = run_folder(config)
+    memory_dtype = "float64" if config.precision == "float64" else m.memory_dtype
     spec = Spec(
         folder.uri, config.method.embedding_dim, samples // max(1, len(servers)) * 11 // 10 + 1, m.dtype, m.engine,
-        needs.neighbours, m.recall, config.seed, m.cpus, needs.per_class, needs.total, m.memory_dtype, m.deadline_s,
+        needs.neighbours, m.recall, config.seed, m.cpus, needs.per_class, needs.total, memory_dtype, m.deadline_s,
     )  # fmt: skip
     if not servers and ranks.rank == 0:
         servers = [Local(MiningServer())]

@@ -7,7 +7,7 @@ uses it, and so equals the server after the step's `put`; only one that starts l
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,9 @@ class Dictionary:
         return self._count
 
     @property
-    def num_classes(self) -> int:
-        return len(self._classes)
+    def classes(self) -> Collection[int]:
+        """Classes that have entries."""
+        return self._classes.keys()
 
     @property
     def features(self) -> Float[Tensor, "entries dim"]:

@@ -129,8 +129,16 @@ class RunMining:
         if self.memory is not None:
             self.memory.append(embeddings, labels, ids)
         if self.ranks.rank == 0:
-            arrays = ids.cpu().numpy(), embeddings.detach().float().cpu().numpy(), labels.cpu().numpy()
-            self._leader.put(*arrays, self.step, self.needs.table, self.needs.memory)
+            values = embeddings.detach()
+            values = values if self.spec.memory_dtype == "float64" else values.float()
+            self._leader.put(
+                ids.cpu().numpy(),
+                values.cpu().numpy(),
+                labels.cpu().numpy(),
+                self.step,
+                self.needs.table,
+                self.needs.memory,
+            )
 
     def neighbours(self, k: int, **ask: Any) -> Answer:
         wanted = self._ask(k, ask)

@@ -52,6 +52,12 @@ class FakeContext:
         optimizer.step(self.clock, self.length)
         optimizer.torch.zero_grad(set_to_none=True)
 
+    def gradient(self, role: Any, objective: Any, own: Any = (), shift: Any = None) -> Any:
+        raise AssertionError("not expected")
+
+    def derivative(self, role: Any, direction: Any) -> Any:
+        raise AssertionError("not expected")
+
     def sweep(self, ids: Any, embed: bool = True) -> Tensor:
         raise AssertionError("not expected")
 

@@ -50,6 +50,14 @@ METHODS_TRIED: dict[str, dict[str, Any]] = {
     "swept_plan": {"method.name": "swept_plan", "method.load_best_at": 2},
     "osm_caa": {"method.name": "osm_caa", "method.mode": "caffe"},
     "intra_batch": {"method.name": "intra_batch", "method.sampler": "number", "method.reload_best": [1, 2]},
+    "mmsi": {
+        "method.name": "mmsi",
+        "method.meta_classes": 3,
+        "method.alpha": 4,
+        "method.warmup_classes": 6,
+        "method.memory_per_class": 4,
+        "model.batch_norm": "frozen",
+    },
     "gca_hng": {
         "method.name": "gca_hng",
         "method.heads": 2,

@@ -62,7 +62,7 @@ def test_a_memory_is_lists_and_a_late_mirror_catches_up(
             lists.append(label, number)
             number += 1
     assert content(memory) == lists.entries
-    assert memory.num_classes == len({label for label, _ in lists.entries})
+    assert set(memory.classes) == {label for label, _ in lists.entries}
     delta = memory.delta(mirror.version)
     assert len(delta.slots) == 0 or not own
     mirror.apply(delta)

@@ -1,0 +1,469 @@
+"""MMSI against the authors' numbers, against double backward, and at the edges of what a batch can be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from methods import Batch
+from methods.mmsi import Mmsi, MmsiConfig, gradient_of_weights, loss, meta_loss, normalise, select
+from methods.optim import Clock, Length
+from methods.plans import Plan
+from pipeline.collectives import Ranks
+from pipeline.context import RunContext
+from pipeline.mining.dictionary import Dictionary
+from pipeline.model import Trunk
+from tests.methods.context import FakeContext
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+LOSSES, TRACE = np.load(GOLDEN / "mmsi_losses_f64.npz"), np.load(GOLDEN / "mmsi_trace_Con_f64.npz")
+NAMES = {"Con_a": "contrastive", "MS_a": "multi_similarity"}
+ALL = ("contrastive", "multi_similarity", "binomial", "lifted", "triplet")
+
+
+def golden(file: Any, key: str) -> Tensor:
+    return torch.from_numpy(file[key])
+
+
+def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(got, wanted.reshape(got.shape), rtol=tolerance, atol=tolerance)
+
+
+def entries(features: Tensor, labels: Tensor) -> Dictionary:
+    memory = Dictionary(features.shape[1], total=10**6, dtype=torch.float64)
+    memory.append(features, labels, torch.arange(len(labels)))
+    return memory
+
+
+# ---- the authors' numbers -------------------------------------------------------------------------------------------
+
+
+def golden_config(case: str) -> MmsiConfig:
+    margin, alpha, beta, base = (float(LOSSES[f"{case}/{k}"]) for k in ("margin", "alpha", "beta", "base"))
+    return MmsiConfig(loss=cast(Any, NAMES[case]), margin=margin, alpha=alpha, beta=beta, base=base)
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_golden_plain_loss_and_selection(case: str) -> None:
+    c, x, y = golden_config(case), golden(LOSSES, f"{case}/x").requires_grad_(), golden(LOSSES, f"{case}/y")
+    chosen = select(x @ x.T, y, c)
+    assert chosen.positives.sum(1).tolist() == LOSSES[f"{case}/ap_list"].tolist()
+    assert chosen.negatives.sum(1).tolist() == LOSSES[f"{case}/an_list"].tolist()
+    value = loss(x @ x.T, 1.0, chosen, c)
+    close(value, golden(LOSSES, f"{case}/plain_loss"))
+    value.backward()
+    assert x.grad is not None
+    close(x.grad, golden(LOSSES, f"{case}/plain_grad"))
+
+
+@pytest.mark.parametrize("weights", ["rand", "zero", "one"])
+@pytest.mark.parametrize("case", NAMES)
+def test_golden_weighted_loss(case: str, weights: str) -> None:
+    c, x, y = golden_config(case), golden(LOSSES, f"{case}/x").requires_grad_(), golden(LOSSES, f"{case}/y")
+    anchor, other, positive = golden(LOSSES, f"{case}/slots").long().T
+    chosen = select(x @ x.T, y, c)
+    slots = torch.zeros_like(chosen.slots)
+    slots[anchor, other] = True
+    assert torch.equal(slots, chosen.slots)
+    w = torch.zeros(slots.shape, dtype=torch.float64)
+    w[anchor, other] = golden(LOSSES, f"{case}/w_{weights}")
+    w.requires_grad_()
+    value = loss(x @ x.T, w, chosen, c)
+    wanted = golden(LOSSES, f"{case}/wloss_{weights}").clone()
+    slip = torch.zeros(len(anchor), dtype=torch.float64)
+    if case == "Con_a":  # they write -(1 + s) where 1 - s is meant
+        slip = 2 * positive.double() / len(x)
+        wanted += (slip * golden(LOSSES, f"{case}/w_{weights}")).sum()
+    close(value, wanted)
+    value.backward()
+    assert x.grad is not None and w.grad is not None
+    close(x.grad, golden(LOSSES, f"{case}/wgrad_x_{weights}"))
+    close(w.grad[anchor, other], golden(LOSSES, f"{case}/wgrad_w_{weights}") + slip)
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_golden_meta_loss(case: str) -> None:
+    v = golden(LOSSES, f"{case}/val_x").requires_grad_()
+    memory = entries(golden(LOSSES, f"{case}/dict_x"), golden(LOSSES, f"{case}/dict_y"))
+    ids = torch.full((len(v),), -1)
+    value = meta_loss(v, golden(LOSSES, f"{case}/val_y"), ids, memory, golden_config(case))
+    close(value, golden(LOSSES, f"{case}/meta_loss"))
+    value.backward()
+    assert v.grad is not None
+    close(v.grad, golden(LOSSES, f"{case}/meta_grad_val"))
+
+
+# ---- small networks, with the run's own context ---------------------------------------------------------------------
+
+
+class Net(Trunk):
+    """tanh(x W1ᵀ + b1) W2ᵀ + b2."""
+
+    def __init__(self, sizes: tuple[int, int, int]) -> None:
+        nn.Module.__init__(self)
+        self.fc1, self.fc2 = nn.Linear(*sizes[:2]), nn.Linear(*sizes[1:])
+
+    def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]
+        return self.fc2(torch.tanh(self.fc1(pixels)))
+
+    def set_mode(self, training: bool, ranks: Ranks) -> None:
+        pass
+
+
+class Unit(nn.Module):
+    """A head without parameters."""
+
+    def __init__(self, length: float = 1.0) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, features: Tensor) -> Tensor:
+        return nn.functional.normalize(features) * self.length
+
+
+class Memorised:
+    """A memory in float64, without a server."""
+
+    def __init__(self, dim: int, per_class: int) -> None:
+        self.memory, self.step = Dictionary(dim, per_class, dtype=torch.float64), 0
+
+    def put(self, ids: Tensor, embeddings: Tensor, labels: Tensor) -> None:
+        self.memory.append(embeddings, labels, ids)
+
+
+class Setting:
+    """A method over a small network, and its steps on given inputs."""
+
+    def __init__(self, config: MmsiConfig, sizes: tuple[int, int, int], classes: int, head: nn.Module | None = None):
+        torch.manual_seed(0)
+        self.net = Net(sizes).double()
+        self.method = Mmsi(config, sizes[2], classes).double()
+        if head is not None:
+            self.method.head = cast(Any, head)
+        self.mining = Memorised(config.embedding_dim, config.memory_per_class)
+        # 10,000 samples are enough for the slots of all steps
+        samples = cast(Any, SimpleNamespace(labels=np.zeros(10**4, np.int64), ids=np.arange(10**4)))
+        self.context = RunContext.__new__(RunContext)
+        init: Callable[..., None] = RunContext.__init__.__wrapped__ if hasattr(RunContext.__init__, "__wrapped__") else RunContext.__init__  # type: ignore[attr-defined]  # fmt: skip
+        init(
+            self.context, samples, 0, Length(value=100, unit="steps"), "float64", torch.device("cpu"), Ranks(), self.net,
+            self.method, cast(Any, None), lambda: None, cast(Any, self.mining),
+        )  # fmt: skip
+
+    def step(self, train_x: Tensor, train_y: Tensor, meta_x: Tensor, meta_y: Tensor) -> dict[str, float]:
+        labels = torch.cat([train_y, meta_y])
+        role = np.repeat(np.array(["train", "meta"]), [len(train_y), len(meta_y)])
+        ids = np.arange(len(labels))
+        plan = Plan(ids[None], {"role": role[None]})
+        self.context.labels = labels.numpy()
+        batch = self.context.begin_step(Clock(), plan, 0, torch.cat([train_x, meta_x]))
+        return self.method.training_step(Batch(batch.ids, labels, batch.columns), self.context)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {n: p.detach().clone() for m in (self.net, self.method) for n, p in m.named_parameters()}
+
+
+def test_golden_trace_of_the_official_trainer() -> None:
+    """18 iterations: memory, updates, weights and parameters."""
+    values = {k: float(TRACE[k]) for k in ("margin", "alpha", "beta", "base")}
+    config = MmsiConfig(
+        loss="contrastive", embedding_dim=8, memory_per_class=int(TRACE["d_size"]), warmup_classes=98, **values,
+        optimizer={"name": "adam", "lr": float(TRACE["lr"]), "weight_decay": float(TRACE["wd"])},
+    )  # fmt: skip
+    setting = Setting(config, (12, 16, 8), 200, Unit(1 + 1e-9))
+    setting.net.load_state_dict({n: golden(TRACE, f"init/{n}") for n in setting.net.state_dict()})
+    seen: list[Tensor] = []
+    import methods.mmsi as module
+
+    kept = module.normalise
+    module.normalise = lambda *a: seen.append(kept(*a)) or seen[-1]  # type: ignore[assignment, func-returns-value]
+    try:
+        for t in range(int(TRACE["n_steps"])):
+            x, y = golden(TRACE, f"s{t}/train_x"), golden(TRACE, f"s{t}/train_y")
+            updated = bool(TRACE[f"s{t}/updated"])
+            meta = (golden(TRACE, f"s{t}/val_x"), golden(TRACE, f"s{t}/val_y")) if updated else (x[:10], y[:10])
+            before = len(seen)
+            setting.step(x, y, *meta)
+            memory = setting.mining.memory
+            order = torch.argsort(memory.labels, stable=True)
+            wanted = torch.argsort(golden(TRACE, f"s{t}/dict_y"), stable=True)
+            assert torch.equal(memory.labels[order], golden(TRACE, f"s{t}/dict_y")[wanted])
+            if config.memory_per_class == 1:
+                close(memory.features[order], golden(TRACE, f"s{t}/dict_x")[wanted])
+            assert len(seen) - before == updated
+            if updated:
+                close(seen[-1], golden(TRACE, f"s{t}/W"))
+            for name, value in setting.net.state_dict().items():
+                close(value, golden(TRACE, f"s{t}/param/{name}"))
+    finally:
+        module.normalise = kept
+    assert len(seen) >= 10
+
+
+def make_problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    centres = torch.randn(8, 12, generator=random, dtype=torch.float64)
+    labels, meta = torch.arange(20) // 4, torch.arange(5)
+    x = centres[labels] + 0.7 * torch.randn(20, 12, generator=random, dtype=torch.float64)
+    v = centres[meta] + 0.7 * torch.randn(5, 12, generator=random, dtype=torch.float64)
+    return x, labels, v, meta
+
+
+def by_double_backward(setting: Setting, problem: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """-∂L_meta/∂w through the virtual step, as the authors' program takes it; the memory holds the batch already."""
+    x, y, v, vy = problem
+    config, lr = setting.method.config, setting.method.config.optimizer.lr
+    parameters = dict(setting.net.named_parameters()) | {
+        f"head.{n}": p for n, p in setting.method.head.named_parameters()
+    }
+
+    def embed(p: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        features = torch.func.functional_call(
+            setting.net, {n: t for n, t in p.items() if not n.startswith("head.")}, (inputs,)
+        )
+        head = {n.removeprefix("head."): t for n, t in p.items() if n.startswith("head.")}
+        return torch.func.functional_call(setting.method.head, head, (features,))
+
+    e = embed(parameters, x)
+    chosen = select(e @ e.T, y, config)
+    w = torch.full(chosen.slots.shape, config.w_init, dtype=torch.float64, requires_grad=True)
+    grads = torch.autograd.grad(loss(e @ e.T, w, chosen, config), list(parameters.values()), create_graph=True)
+    moved = {n: p - lr * g for (n, p), g in zip(parameters.items(), grads, strict=True)}
+    value = meta_loss(embed(moved, v), vy, torch.full((len(v),), -1), cast(Any, setting.mining.memory), config)
+    (u,) = torch.autograd.grad(value, w)
+    return torch.where(chosen.slots, -u, 0)
+
+
+@pytest.mark.parametrize("w_init", [0.0, 1.0])
+@pytest.mark.parametrize("name", ALL)
+def test_weights_are_those_of_double_backward(name: str, w_init: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MmsiConfig(
+        loss=cast(Any, name), embedding_dim=6, memory_per_class=50, warmup_classes=5, w_init=w_init, alpha=4.0,
+        margin={"contrastive": 0.1, "multi_similarity": 0.3, "lifted": 0.3}.get(name),
+        optimizer={"name": "sgd", "lr": 0.05},
+    )  # fmt: skip
+    setting, problem = Setting(config, (12, 10, 7), 5), make_problem()
+    twin = copy.deepcopy(setting)
+    seen = []
+    monkeypatch.setattr("methods.mmsi.gradient_of_weights", lambda *a: seen.append(gradient_of_weights(*a)) or seen[-1])
+    logs = setting.step(*problem)
+    twin.mining = setting.mining  # which holds the batch now
+    wanted = by_double_backward(twin, problem)
+    assert float(wanted.abs().max()) > 1e-8
+    torch.testing.assert_close(seen[0], wanted, rtol=1e-10, atol=1e-10 * float(wanted.abs().max()))
+    before, after = twin.parameters(), setting.parameters()
+    assert all(not torch.equal(before[n], after[n]) for n in before)
+    assert logs["skipped/no_weight"] == 0 and logs["meta_loss"] > 0
+    # and the step is one on the loss with these weights
+    e = twin.method.embed(twin.net(problem[0]))
+    chosen = select(e @ e.T, problem[1], config)
+    value = loss(e @ e.T, normalise(wanted, chosen), chosen, config)
+    assert logs["loss"] == pytest.approx(float(value.detach()), rel=1e-9)
+    value.backward()
+    for module, other in ((twin.net, setting.net), (twin.method.head, setting.method.head)):
+        for (n, p), q in zip(module.named_parameters(), other.parameters(), strict=True):
+            assert p.grad is not None
+            torch.testing.assert_close(p - 0.05 * p.grad, q, rtol=1e-9, atol=1e-12, msg=n)
+
+
+# ---- every loss, pair by pair ----------------------------------------------------------------------------------------
+
+
+def loop_loss(name: str, s: np.ndarray, w: np.ndarray | None, y: list[int], c: MmsiConfig) -> tuple[float, list[Any]]:
+    """The formulas of the docstring, one anchor at a time; returns what has a weight, too."""
+    n, total, slots = len(y), 0.0, []
+    for i in range(n):
+        near = [j for j in range(n) if j != i and y[j] == y[i]]
+        far = [j for j in range(n) if y[j] != y[i]]
+        if name == "triplet":
+            for p in near:
+                for q in far:
+                    if s[i, q] - s[i, p] + c.mined > 0:
+                        slots.append((i, p, q))
+                        total += max(0.0, (1 if w is None else w[len(slots) - 1]) * (s[i, q] - s[i, p]) + c.mined)
+            continue
+        if name == "contrastive":
+            far = [j for j in far if s[i, j] > c.mined]
+        elif c.mined is not None:
+            low, high = min((s[i, j] for j in near), default=np.inf), max((s[i, j] for j in far), default=-np.inf)
+            near, far = (
+                [j for j in near if high - s[i, j] + c.mined > 0],
+                [j for j in far if s[i, j] + c.mined - low > 0],
+            )
+            if not near or not far:
+                continue
+        slots += [(i, j) for j in sorted(near + far)]
+        ws = {j: s[i, j] * (1 if w is None else w[i, j]) for j in near + far}
+        if name == "contrastive":
+            total += sum((1 if w is None else w[i, j]) - ws[j] for j in near) + sum(ws[j] for j in far)
+        elif name == "multi_similarity":
+            total += 2 / c.beta * np.log1p(sum(np.exp(-c.beta * (ws[j] - c.base)) for j in near))
+            total += 2 / c.alpha * np.log1p(sum(np.exp(c.alpha * (ws[j] - c.base)) for j in far))
+        elif name == "lifted":
+            total += 2 / c.beta * np.log(sum(np.exp(-c.beta * ws[j]) for j in near))
+            total += 2 / c.alpha * np.log(sum(np.exp(c.alpha * ws[j]) for j in far))
+        else:
+            total += 2 / c.beta * sum(np.log1p(np.exp(-c.beta * (ws[j] - c.base))) for j in near) / max(1, len(near))
+            total += 2 / c.alpha * sum(np.log1p(np.exp(c.alpha * (ws[j] - c.base))) for j in far) / max(1, len(far))
+    return total / n, slots
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 1, 2, 2, 3], [0] * 6, list(range(6)), [0, 0, 0, 0, 1]], ids=str)
+@pytest.mark.parametrize("margin", [None, 0.5])
+@pytest.mark.parametrize("name", ALL)
+def test_every_loss_pair_by_pair(name: str, margin: float | None, labels: list[int]) -> None:
+    """Also of one class alone, of single images, of a class beside a single image."""
+    random = np.random.default_rng(len(labels))
+    x = random.standard_normal((len(labels), 4))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    c, s, y = (
+        MmsiConfig(loss=cast(Any, name), margin=margin, alpha=5.0),
+        torch.from_numpy(x @ x.T),
+        torch.tensor(labels),
+    )
+    chosen = select(s, y, c)
+    wanted, slots = loop_loss(name, s.numpy(), None, labels, c)
+    assert float(loss(s, 1.0, chosen, c)) == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+    assert int(chosen.slots.sum()) == len(slots)
+    w = torch.zeros(chosen.slots.shape, dtype=torch.float64)
+    w[chosen.slots] = torch.from_numpy(random.random(len(slots)))
+    listed = w[chosen.slots].numpy() if name == "triplet" else w.numpy()
+    assert float(loss(s, w, chosen, c)) == pytest.approx(
+        loop_loss(name, s.numpy(), listed, labels, c)[0], rel=1e-12, abs=1e-12
+    )
+    if slots:
+        s, w = s.requires_grad_(), w.requires_grad_()
+        assert torch.autograd.gradcheck(lambda s, w: loss(s, w, chosen, c), (s, w))
+
+
+def test_weights_per_sign() -> None:
+    x, y, _, _ = make_problem()
+    e = nn.functional.normalize(x)
+    c = MmsiConfig(loss="contrastive", margin=-1.0)
+    chosen = select(e @ e.T, y, c)
+    u = torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u[chosen.negatives] *= 1e-9
+    joint, apart = normalise(u, chosen), normalise(u, chosen, "per_sign")
+    assert float(joint.max()) == 1 and float(joint[chosen.negatives].max()) < 1e-8
+    assert float(apart[chosen.positives].max()) == float(apart[chosen.negatives].max()) == 1
+    assert bool((apart[u < 0] == 0).all()) and bool((apart[~chosen.slots] == 0).all())
+    assert torch.equal(normalise(-u.abs(), chosen), torch.zeros_like(u))
+
+
+# ---- steps that teach nothing ----------------------------------------------------------------------------------------
+
+
+def small(**config: Any) -> MmsiConfig:
+    values = {"loss": "contrastive", "embedding_dim": 6, "optimizer": {"name": "adam", "lr": 0.01}} | config
+    return MmsiConfig(**cast(Any, values))
+
+
+def test_nothing_is_learnt_until_the_memory_knows_enough_classes() -> None:
+    setting = Setting(small(warmup_classes=98), (12, 10, 7), 6)  # of the 6 there are, all
+    x, y, v, vy = make_problem()
+    before = setting.parameters()
+    for i in (1, 2):
+        logs = setting.step(x, y, v, vy)
+        assert logs["skipped/warm_up"] == i and logs["loss"] > 0 and "meta_loss" not in logs
+    assert all(torch.equal(p, before[n]) for n, p in setting.parameters().items())
+    assert len(setting.mining.memory) == 40
+    assert setting.step(x, y + 1, v, vy)["skipped/warm_up"] == 2
+    assert not all(torch.equal(p, before[n]) for n, p in setting.parameters().items())
+
+
+def test_steps_without_any_weight_are_skipped_and_counted() -> None:
+    x, y, v, vy = make_problem()
+    setting = Setting(small(warmup_classes=1, margin=2.0), (12, 10, 7), 40)
+    before = setting.parameters()
+    assert setting.step(x, torch.arange(20), v, vy + 20)["skipped/meta_zero"] == 1  # no pair on either side
+    setting = Setting(small(warmup_classes=1, margin=2.0), (12, 10, 7), 40)
+    assert setting.step(x, torch.arange(20), v, vy)["skipped/no_weight"] == 1  # meta pairs, none in the batch
+    assert all(torch.equal(p, before[n]) for n, p in setting.parameters().items())
+    logs = setting.step(x, y, v, vy)
+    assert logs["skipped/no_weight"] == 1 and logs["weight/positive_max"] == 1 and logs["weight/negative_max"] == 0
+    assert not all(torch.equal(p, before[n]) for n, p in setting.parameters().items())
+
+
+def test_without_meta_it_is_the_plain_loss() -> None:
+    config = small(meta=False, optimizer={"name": "sgd", "lr": 0.1})
+    assert config.mining is None and not config.freezes and small().freezes
+    setting, (x, y, _, _) = Setting(config, (12, 10, 7), 5), make_problem()
+    e = setting.method.embed(setting.net(x))
+    logs = setting.step(x, y, x[:0], y[:0])
+    assert logs["loss"] == pytest.approx(float(loss(e @ e.T, 1.0, select(e @ e.T, y, config), config)))
+
+
+def test_a_meta_image_can_be_kept_from_its_own_entry() -> None:
+    e = nn.functional.normalize(torch.randn(4, 6, dtype=torch.float64))
+    memory, ids, labels = entries(e, torch.tensor([0, 0, 1, 2])), torch.tensor([0, 2]), torch.tensor([0, 1])
+    with_own = float(meta_loss(e[ids], labels, ids, memory, small(margin=2.0)))
+    without = float(meta_loss(e[ids], labels, ids, memory, small(margin=2.0, exclude_same_image=True)))
+    assert with_own == pytest.approx(without)  # 1 - s is 0 there
+    c = small(loss="multi_similarity", exclude_same_image=True)
+    near, far = 2 / 2 * torch.log1p(torch.exp(-2 * (e[0] @ e[1] - 0.5))), torch.exp(40 * (e[0] @ e[2:].T - 0.5)).sum()
+    wanted = float(near + 2 / 40 * torch.log1p(far)) / 2  # the second image has no positive left
+    assert float(meta_loss(e[ids], labels, ids, memory, c)) == pytest.approx(wanted)
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+SIZES = [1, 2, 3, 5, 8, 5, 5, 20, 2, 7, 5]
+
+
+def plans(epochs: int, **config: Any) -> tuple[np.ndarray, list[Plan]]:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(SIZES)), SIZES))
+    values = {"classes_per_batch": 4, "samples_per_class": 3, "meta_classes": 3} | config
+    method = Mmsi(MmsiConfig(**values), 5, len(SIZES))
+    context = FakeContext(method)
+    context.labels, context.seed = labels, 5
+    return labels, [method.plan(epoch, context) for epoch in range(epochs)]
+
+
+def test_plan() -> None:
+    """Every class once an epoch, repeats only in small classes; meta images pass over all classes, without regard to epochs."""
+    labels, found = plans(30)
+    meta, left_out = [], set()
+    for plan in found:
+        assert plan.ids.shape == (2, 15) and (plan.columns["role"] == ["train"] * 12 + ["meta"] * 3).all()
+        groups = plan.ids[:, :12].reshape(8, 3)
+        classes = labels[groups]
+        assert (classes == classes[:, :1]).all() and len(set(classes[:, 0])) == 8
+        left_out |= set(range(11)) - set(classes[:, 0])
+        for group, c in zip(groups, classes[:, 0], strict=True):
+            assert len(set(group)) == 3 or SIZES[c] < 3
+        meta += list(labels[plan.ids[:, 12:]])
+    assert left_out == set(range(11))
+    for start in range(0, 60, 3):  # a pass: 3 steps of 3 classes out of 11
+        assert len(set(np.concatenate(meta[start : start + 3]))) == 9
+    assert set(np.concatenate(meta)) == set(range(11))
+    assert np.array_equal(plans(3)[1][2].ids, found[2].ids) and not np.array_equal(found[0].ids, found[1].ids)
+
+
+def test_plan_with_images_held_out() -> None:
+    labels, found = plans(40, meta_source="holdout", meta_share=0.2)
+    trained = {i for plan in found for i in plan.ids[:, :12].ravel().tolist()}
+    held = {i for plan in found for i in plan.ids[:, 12:].ravel().tolist()}
+    assert not trained & held and len(trained | held) == len(labels)
+    assert np.bincount(labels[list(held)]).tolist() == [0, 1, 1, 1, 2, 1, 1, 4, 1, 1, 1]
+
+
+def test_plan_refuses_batches_of_more_classes_than_there_are() -> None:
+    with pytest.raises(ValueError, match="batches of 12 classes, but the training set has 11"):
+        plans(1, classes_per_batch=12)
+    with pytest.raises(ValueError, match="meta_classes is 12, but meta images have 11 classes"):
+        plans(1, meta_classes=12)
+
+
+def test_config() -> None:
+    with pytest.raises(ValueError, match="a triplet's weight has no sign"):
+        MmsiConfig(loss="triplet", norm_scope="per_sign")
+    needs = MmsiConfig(memory_per_class=7, memory_total=70).mining
+    assert needs is not None and (needs.table, needs.per_class, needs.total) == (False, 7, 70)
