@@ -6,6 +6,7 @@ from methods.gca_hng import GcaHng
 from methods.intra_batch import IntraBatch
 from methods.mmsi import Mmsi
 from methods.osm_caa import OsmCaa
+from methods.smart_mining import SmartMining
 
 METHODS: dict[str, type[Method]] = {
     "baseline": Baseline,
@@ -13,6 +14,7 @@ METHODS: dict[str, type[Method]] = {
     "intra_batch": IntraBatch,
     "mmsi": Mmsi,
     "osm_caa": OsmCaa,
+    "smart_mining": SmartMining,
 }
 
 __all__ = ["METHODS", "Baseline", "Batch", "Context", "Method", "MethodConfig"]

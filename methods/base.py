@@ -189,9 +189,18 @@ class Mining(Protocol):
         ...
 
     def put(
-        self, ids: Int64[Tensor, " rows"], embeddings: Float[Tensor, "rows dim"], labels: Int64[Tensor, " rows"]
+        self,
+        ids: Int64[Tensor, " rows"],
+        embeddings: Float[Tensor, "rows dim"],
+        labels: Int64[Tensor, " rows"],
+        tag: str = "",
     ) -> None:
-        """Stores embeddings, as constants, in the table and the memory (those of the two that the method needs)."""
+        """Stores embeddings, as constants, in the table and the memory (those of the two that the method needs).
+
+        Args:
+            ids, embeddings, labels: of the rows; at most some thousands a call.
+            tag: what they are of (epoch, weights), for `all_pairs`.
+        """
         ...
 
     def neighbours(self, k: int, **ask: Any) -> Found:
@@ -217,14 +226,25 @@ class Mining(Protocol):
         ...
 
     def all_pairs(
-        self, k: int, which: Which = "all", reduce: Callable[..., Any] | None = None
-    ) -> tuple[Int64[np.ndarray, " rows"], list[Any]]:
-        """Exact lists of all rows of the table: (ids, [lists]); with `reduce`, what it makes of each block of lists.
+        self,
+        k: int,
+        which: Which = "all",
+        reduce: Callable[[Any, Any], Any] | None = None,
+        tag: str = "",
+        approximate: bool = False,
+    ) -> tuple[Int64[np.ndarray, " rows"], list[Any], float]:
+        """Lists of all rows of the table: (ids, [lists], recall); with `reduce`, what it makes of each block of lists.
 
         Args:
             k: length of a list.
             which: as in `neighbours`.
-            reduce: a function of (queries, lists), called in the server; only its result travels.
+            reduce: a function of (queries, lists), called where the lists are; only its result travels. Queries have `ids`,
+                `values` and `labels`; lists have `ids` and `distances`, as `Found`.
+            tag: that every row has to have been put with, since any other put; "": any.
+            approximate: through an index (`mining.engine`, `mining.recall`); else exact.
+
+        Raises:
+            UserError: rows of another tag.
         """
         ...
 
@@ -311,6 +331,10 @@ class Context(Protocol):
 
     def sweep(self, ids: Int64[np.ndarray, " some"], embed: bool = True) -> Float[Tensor, "some dim"]:
         """Embeddings (or pooled features) of many training samples without gradient or augmentation, shared by the ranks."""
+        ...
+
+    def digest(self) -> str:
+        """Names the present weights of trunk and method: alike only for equal weights."""
         ...
 
     def load_best(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -223,6 +224,14 @@ class RunContext:
         self.trunk.set_mode(True, self.ranks)
         self.method.train()
         return out
+
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for module in (self.trunk, self.method):
+            for name, value in module.state_dict().items():
+                found.update(name.encode())
+                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()[:16]
 
 
 def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:

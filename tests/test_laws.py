@@ -155,6 +155,13 @@ GRAPH: dict[str, Any] = {
         "lr": 0.5,
     },  # AdamW makes steps of gradients that are zero but for rounding
 }
+TRIPLETS: dict[str, Any] = {
+    "method.name": "smart_mining",
+    "method.triplets_per_batch": 4,
+    "method.classes_per_batch": 24,  # not asked for
+    "method.samples_per_class": 4,
+    "method.list_length": 12,
+}
 METHOD_CASES: dict[str, dict[str, Any]] = {
     "multi_similarity": {"method.loss": "MultiSimilarityLoss"},
     "proxies": {"method.loss": "ProxyAnchorLoss", "method.optimizer.loss_lr_multiplier": 10},
@@ -173,6 +180,7 @@ METHOD_CASES: dict[str, dict[str, Any]] = {
         "method.exclude_same_image": True,
         "method.w_init": 0.5,  # so that the rate, and the place of the meta gradient, count
     },
+    "smart_mining": TRIPLETS | {"method.random_epochs": 0},
     "gca_hng": GRAPH | {"method.edge_symmetry": False},
     "gca_hng_shared": GRAPH | {"method.shard_edges": True},
 }
@@ -203,6 +211,8 @@ NOT_TRAINED = (
     "sums",
     "iterations",
     "skipped",
+    "counts",
+    "_extra_state",
 )
 FIXED = {"method.graph.node_norm.bias", "method.network.norm.bias"}
 
@@ -283,7 +293,7 @@ def test_any_shares_train_the_same(runs: Runs, method: str, shares: tuple[int, .
     )
 
 
-@pytest.mark.parametrize("method", ["osm_caa", "intra_batch", "mmsi", "gca_hng", "gca_hng_shared"])
+@pytest.mark.parametrize("method", ["osm_caa", "intra_batch", "mmsi", "smart_mining", "gca_hng", "gca_hng_shared"])
 def test_an_empty_share_trains_the_same(runs: Runs, method: str) -> None:
     expected, zero = runs.single(method, "adamw", "sync"), zero_gradient(method, "sync") | SMALL
     check(runs(method, "adamw", "sync", (6, 6, 0)), expected, zero)

@@ -17,7 +17,7 @@ from methods.base import Which
 from pipeline.mining.dictionary import Delta
 from pipeline.mining.exact import Neighbours, Queries
 from pipeline.mining.line import Line, Operation
-from pipeline.mining.messages import Answer, Ask, merge_answers
+from pipeline.mining.messages import AllPairs, Answer, Ask, merge_answers
 from pipeline.mining.table import check, shard_of
 
 
@@ -32,8 +32,15 @@ class MiningClient(Line):
         step: int,
         table: bool = True,
         memory: bool = False,
+        tag: str = "",
     ) -> None:
         """Sends a batch on its way, to the table, the memory, or both; waits only while too many are.
+
+        Args:
+            ids, embeddings, labels: of the rows.
+            step: of training.
+            table, memory: where they go.
+            tag: what they are of; see `all_pairs`.
 
         Raises:
             UserError: another dimension, or rows that are not finite.
@@ -47,7 +54,7 @@ class MiningClient(Line):
             rows = (ids[mine], embeddings[mine], labels[mine]) if table and len(mine) else None
             whole = (ids, embeddings, labels) if memory and shard == 0 else None  # the first shard has all of it
             if rows is not None or whole is not None:
-                calls[shard] = (step, rows, whole)
+                calls[shard] = (step, rows, whole, tag)
         if not calls:
             return
         while not self._slots.acquire(timeout=0.5):
@@ -109,29 +116,37 @@ class MiningClient(Line):
         )
 
     def all_pairs(
-        self, k: int, which: Which = "all", reduce: Callable[[Queries, Neighbours], Any] | None = None
-    ) -> tuple[Int64[np.ndarray, " rows"], list[Any]]:
-        """Exact lists of all rows: (ids, results in blocks), the ids ascending if there is no `reduce`.
+        self,
+        k: int,
+        which: Which = "all",
+        reduce: Callable[[Queries, Neighbours], Any] | None = None,
+        tag: str = "",
+        approximate: bool = False,
+    ) -> AllPairs:
+        """Lists of all rows; see `MiningServer.all_pairs` and `AllPairs`.
 
         Raises:
+            UserError: rows of another tag.
             RunError: the servers have been away beyond the deadline.
         """
+        recall = 1.0
         if len(self.transports) == 1:
-            blocks = self._ordered("all_pairs", lambda r: r[0], k, which, reduce)
+            blocks, recall = self._ordered("all_pairs", lambda r: r[0], k, which, reduce, tag, approximate)
         else:
             blocks = []
-            for ids in self._ordered("all_ids", list):
+            for ids in self._ordered("all_ids", list, tag):
                 for start in range(0, len(ids), 2048):
                     queries = self._fetch(ids[start : start + 2048])
                     ask = Ask(k, 0, queries.values, queries.ids, queries.labels, which)
-                    lists = self._ordered("search_exactly", Neighbours.merge, ask)
+                    lists, found = self._ordered("search_lists", _merge_lists, ask, approximate)
+                    recall = min(recall, found)
                     blocks.append((queries.ids, lists if reduce is None else reduce(queries, lists)))
         ids = np.concatenate([b[0] for b in blocks]) if blocks else np.empty(0, np.int64)
         if reduce is not None or not blocks:
-            return ids, [b[1] for b in blocks]
+            return AllPairs(ids, [b[1] for b in blocks], recall)
         order = np.argsort(ids)
         lists = Neighbours.concatenate([b[1] for b in blocks])
-        return ids[order], [Neighbours(lists.ids[order], lists.distances[order])]
+        return AllPairs(ids[order], [Neighbours(lists.ids[order], lists.distances[order])], recall)
 
     def _fetch(self, ids: np.ndarray) -> Queries:
         """The stored embeddings and labels of samples, wherever they are."""
@@ -155,6 +170,10 @@ class MiningClient(Line):
     def status(self) -> list[dict[str, Any]]:
         """What every server holds."""
         return self.wait(self.submit(Operation("status", lambda _: (), list, ordered=False)))
+
+
+def _merge_lists(parts: list[tuple[Neighbours, float]]) -> tuple[Neighbours, float]:
+    return Neighbours.merge([lists for lists, _ in parts]), min(recall for _, recall in parts)
 
 
 def _nothing(results: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -110,6 +111,20 @@ class Answer:
     generation: int
     applied: int
     recall: float = 1.0
+
+
+class AllPairs(NamedTuple):
+    """Lists of all rows.
+
+    Attributes:
+        ids: of the rows, in the order of the blocks one after the other; ascending if there is no `reduce`.
+        blocks: [lists], a single block in the order of `ids`; with `reduce`, what it made of each block.
+        recall: of the index that proposed them; 1: exact.
+    """
+
+    ids: Int64[np.ndarray, " rows"]
+    blocks: list[Any]
+    recall: float
 
 
 def merge_answers(parts: list[Answer]) -> Answer:

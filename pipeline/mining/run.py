@@ -22,7 +22,7 @@ from pipeline.mining.client import MiningClient
 from pipeline.mining.dictionary import Dictionary
 from pipeline.mining.exact import Neighbours, Queries
 from pipeline.mining.line import Transport
-from pipeline.mining.messages import Answer, Ask, Spec
+from pipeline.mining.messages import AllPairs, Answer, Ask, Spec
 from pipeline.storage import Folder
 
 
@@ -124,21 +124,19 @@ class RunMining:
     # ---- for the method ------------------------------------------------------------------------------------------
 
     def put(
-        self, ids: Int64[Tensor, " rows"], embeddings: Float[Tensor, "rows dim"], labels: Int64[Tensor, " rows"]
+        self,
+        ids: Int64[Tensor, " rows"],
+        embeddings: Float[Tensor, "rows dim"],
+        labels: Int64[Tensor, " rows"],
+        tag: str = "",
     ) -> None:
         if self.memory is not None:
             self.memory.append(embeddings, labels, ids)
         if self.ranks.rank == 0:
             values = embeddings.detach()
             values = values if self.spec.memory_dtype == "float64" else values.float()
-            self._leader.put(
-                ids.cpu().numpy(),
-                values.cpu().numpy(),
-                labels.cpu().numpy(),
-                self.step,
-                self.needs.table,
-                self.needs.memory,
-            )
+            arrays = (ids.cpu().numpy(), values.cpu().numpy(), labels.cpu().numpy())
+            self._leader.put(*arrays, self.step, self.needs.table, self.needs.memory, tag)
 
     def neighbours(self, k: int, **ask: Any) -> Answer:
         wanted = self._ask(k, ask)
@@ -153,9 +151,14 @@ class RunMining:
         return self._by_leader(lambda: self._leader.wait(self._pending.pop(name)) if name in self._pending else None)
 
     def all_pairs(
-        self, k: int, which: Which = "all", reduce: Callable[[Queries, Neighbours], Any] | None = None
-    ) -> tuple[np.ndarray, list[Any]]:
-        return self._by_leader(lambda: self._leader.all_pairs(k, which, reduce))
+        self,
+        k: int,
+        which: Which = "all",
+        reduce: Callable[[Queries, Neighbours], Any] | None = None,
+        tag: str = "",
+        approximate: bool = False,
+    ) -> AllPairs:
+        return self._by_leader(lambda: self._leader.all_pairs(k, which, reduce, tag, approximate))
 
     # ---- within --------------------------------------------------------------------------------------------------
 

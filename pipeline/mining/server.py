@@ -23,13 +23,16 @@ from jaxtyping import Int64
 from methods.base import Which
 from pipeline.errors import RunError, UserError
 from pipeline.mining.dictionary import Delta, Dictionary
+from pipeline.mining.engines import Index, build
 from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from pipeline.mining.generations import Generation, Generations
 from pipeline.mining.locks import ReadersWriter
 from pipeline.mining.messages import Answer, Ask, Batch, Order, Spec
-from pipeline.mining.snapshot import Header, read, write
+from pipeline.mining.snapshot import Header, Tag, read, write
 from pipeline.mining.table import Table
 from pipeline.storage import Folder
+
+_BLOCK = 2048  # queries of one search for lists of all rows
 
 
 class MiningServer:
@@ -47,6 +50,10 @@ class MiningServer:
         self._table: Table | None = None
         self._memory: Dictionary | None = None
         self._generations = Generations(self.spec) if self.spec is not None else None
+        self._tag = Tag()
+        self._puts = 0
+        self._lists = threading.Lock()
+        self._list_index: tuple[tuple[int, int], Index | None, float] | None = None  # of (puts, k); its recall
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
@@ -154,8 +161,13 @@ class MiningServer:
 
     # ---- what changes state --------------------------------------------------------------------------------------
 
-    def put(self, order: Order, step: int, table: Batch | None, memory: Batch | None) -> int:
+    def put(self, order: Order, step: int, table: Batch | None, memory: Batch | None, tag: str = "") -> int:
         """Stores a batch in the table (overwriting), appends one to the memory; the second time, nothing happens.
+
+        Args:
+            step: of training.
+            table, memory: what is put there.
+            tag: whose embeddings these are, for lists of all rows that must be of one origin.
 
         Returns:
             The operation's number.
@@ -165,6 +177,8 @@ class MiningServer:
                 with self._turns.write():
                     if table is not None:
                         self.table.put(*table, step)
+                        self._puts, self._list_index = self._puts + 1, None
+                        self._tag = Tag(tag, step)
                     if memory is not None:
                         ids, embeddings, labels = (torch.from_numpy(np.array(a)) for a in memory)
                         self.memory.append(embeddings, labels, ids)
@@ -250,10 +264,25 @@ class MiningServer:
             number, recall = generation.number, generation.index.report.recall
         return Answer(found.ids, found.distances, labels, steps, stored, number, self.applied, recall)
 
-    def search_exactly(self, order: Order | None, ask: Ask) -> Neighbours:
-        """As `search`, whatever index there is; `values`, `ids` and `labels` have to be given."""
+    def search_lists(self, order: Order | None, ask: Ask, approximate: bool) -> tuple[Neighbours, float]:
+        """The lists of some rows of any shard, and the recall of the index that proposed them (1: exact)."""
         with self._turn(order), self._turns.read():
-            return search(self._queries(ask)[0], self.table.view(), ask.k, ask.which)
+            queries, rows = self._queries(ask)[0], self.table.view()
+            index, recall = self._index_of_all(ask.k, ask.which) if approximate else (None, 1.0)
+            return _lists(queries, rows, index, ask.k, ask.which), recall
+
+    def _index_of_all(self, k: int, which: Which) -> tuple[Index | None, float]:
+        """An index of the present rows, built when first asked for after a put."""
+        if which == "same":
+            return None, 1.0  # members of a class are found without one
+        with self._lists:
+            key = (self._puts, k)
+            if self._list_index is None or self._list_index[0] != key:
+                self._list_index = None
+                s = self._spec
+                index, report = build(self.table.view(), s.engine, k, s.target, s.seed, s.threads)
+                self._list_index = (key, index, report.recall)
+            return self._list_index[1:]
 
     def fetch(self, order: Order | None, ids: Int64[np.ndarray, " some"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which of the ids are here, and their embeddings and labels (of these only)."""
@@ -262,10 +291,25 @@ class MiningServer:
             values, labels, _ = self.table.get(ids[known])
             return known, values, labels
 
-    def all_ids(self, order: Order | None) -> np.ndarray:
-        """Ids of all rows, in the order in which they came."""
+    def all_ids(self, order: Order | None, tag: str = "") -> np.ndarray:
+        """Ids of all rows, in the order in which they came; see `all_pairs` for the tag."""
         with self._turn(order), self._turns.read():
+            self._check_tag(tag)
             return self.table.view().ids.copy()
+
+    def _check_tag(self, tag: str) -> None:
+        if not tag:
+            return
+        if self._tag.name != tag:
+            raise UserError(
+                f"lists of {tag!r} were asked for, but the table holds embeddings of {self._tag.name or 'training steps'!r}: "
+                "put those of all samples first"
+            )
+        old = int((self.table.state()["steps"] != self._tag.step).sum())
+        if old:
+            raise UserError(
+                f"lists of {tag!r} were asked for, but {old} of {len(self.table)} rows are older: put those of all samples first"
+            )
 
     def all_pairs(
         self,
@@ -273,21 +317,32 @@ class MiningServer:
         k: int,
         which: Which = "all",
         reduce: Callable[[Queries, Neighbours], Any] | None = None,
-    ) -> list[tuple[np.ndarray, Any]]:
-        """The exact lists of all rows: [(ids, lists)] in blocks, or what `reduce` makes of each block.
+        tag: str = "",
+        approximate: bool = False,
+    ) -> tuple[list[tuple[np.ndarray, Any]], float]:
+        """The lists of all rows, ([(ids, lists)] in blocks, recall), or what `reduce` makes of each block.
 
         Args:
             k: length of a list.
             which: classes searched.
             reduce: called with each block's queries and lists; only its result is returned.
+            tag: that all rows must have been put with, since the last other put; "": any.
+            approximate: through an index of the engine, if it reaches the recall; else exact, each pair compared once.
+
+        Raises:
+            UserError: k below 1, or rows of another tag.
         """
         with self._turn(order), self._turns.read():
             _check_k(k)
-            table, out = self.table.view(), []
-            for part, lists in search_all(table, k, which):
-                queries = as_queries(table, part)
+            self._check_tag(tag)
+            rows, out = self.table.view(), []
+            index, recall = self._index_of_all(k, which) if approximate and len(rows) else (None, 1.0)
+            found = search_all(rows, k, which) if index is None else _search_all(rows, index, k, which)
+            for part, lists in found:
+                queries = as_queries(rows, part)
                 out.append((queries.ids.copy(), lists if reduce is None else reduce(queries, lists)))
-            return out
+            self._list_index = None
+            return out, recall
 
     def delta(self, order: Order | None, since: int) -> Delta:
         """What a mirror of the memory lacks; see `Dictionary.delta`."""
@@ -310,16 +365,35 @@ class MiningServer:
                 self.table.state(),
                 memory,
                 self.generations.saved(),
+                self._tag,
             )
 
     def _restore(self, folder: Folder, spec: Spec) -> None:
         """Takes this shard's rows from a snapshot, whatever the number of shards that wrote it."""
         saved = read(folder, Header(spec.run, spec.dim, spec.shard, spec.shards))
-        self._table = Table.restore(saved.table, spec.capacity)
+        self._table, self._tag = Table.restore(saved.table, spec.capacity), saved.tag
         if self._memory is not None and saved.memory is not None:
             self._memory.load(saved.memory)
         for built, base in saved.built:
             self.generations.restore(built, base)
+
+
+def _search_all(rows: Rows, index: Index, k: int, which: Which) -> Iterator[tuple[slice, Neighbours]]:
+    for start in range(0, len(rows), _BLOCK):
+        part = slice(start, min(start + _BLOCK, len(rows)))
+        yield part, _lists(as_queries(rows, part), rows, index, k, which)
+
+
+def _lists(queries: Queries, rows: Rows, index: Index | None, k: int, which: Which) -> Neighbours:
+    """The lists of an index of all rows, re-ranked; what it left short, and without one all, by exact search."""
+    if index is None:
+        return search(queries, rows, k, which)
+    found = rerank(queries, rows, index.candidates(queries.values, k, which), k, which)
+    short = np.flatnonzero(found.ids[:, min(k, len(rows) - 1) - 1] < 0) if len(rows) > 1 else np.arange(0)
+    if len(short):
+        exact = search(queries[short], rows, k, which)
+        found.ids[short], found.distances[short] = exact.ids, exact.distances
+    return found
 
 
 def _check_k(k: int) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,14 @@ class Header:
 
 
 @dataclass(frozen=True)
+class Tag:
+    """What the last put into the table was of, and at which step; "": a batch in training."""
+
+    name: str = ""
+    step: int = -1
+
+
+@dataclass(frozen=True)
 class Built:
     """An index that was in use: its number, first step, and the folder and checksums of the rows it was built from."""
 
@@ -53,17 +62,18 @@ class Saved:
     table: Arrays
     memory: Arrays | None
     built: list[tuple[Built, Arrays]]
+    tag: Tag
 
 
 def write(
-    folder: Folder, header: Header, table: Arrays, memory: Arrays | None, built: Sequence[Built]
+    folder: Folder, header: Header, table: Arrays, memory: Arrays | None, built: Sequence[Built], tag: Tag = Tag()
 ) -> dict[str, str]:
     """Writes one shard's part; returns the checksum of every file."""
     target = folder / str(header.shard)
     sums = write_arrays(target, "table", table)
     if memory is not None:
         sums |= write_arrays(target, "memory", memory)
-    meta = asdict(header) | {"built": [asdict(b) for b in built], "sha256": sums}
+    meta = asdict(header) | {"built": [asdict(b) for b in built], "tag": asdict(tag), "sha256": sums}
     target.write_json("mining.json", meta)
     return sums
 
@@ -105,7 +115,12 @@ def read(folder: Folder, header: Header) -> Saved:
         if not same:
             first = Built(first.number, first.from_step, f"{first.base}-{header.shard}-of-{header.shards}", {})
         built.append((first, rows))
-    return Saved(table, memory or None, built)
+    return Saved(table, memory or None, built, _newest(metas))
+
+
+def _newest(metas: Sequence[Mapping[str, Any]]) -> Tag:
+    """Of the shards: a put reaches those that own its rows."""
+    return max((Tag(**meta["tag"]) for meta in metas), key=lambda tag: (tag.step, tag.name))
 
 
 def write_arrays(folder: Folder, name: str, arrays: Arrays) -> dict[str, str]:

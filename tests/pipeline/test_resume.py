@@ -38,11 +38,13 @@ from pipeline.tracking import read_metrics
 from tests.conftest import write_tiny_store
 from tests.pool import Pool, Program
 from tests.stubs import registered, tiny_values
-from tests.test_laws import Seen, check, make_worker, state, zero_gradient
+from tests.test_laws import TRIPLETS, Seen, check, make_worker, state, zero_gradient
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
-TIMED = {"images_per_second", "waiting", "seconds", "waiting_for_data"}
+TIMED = {"images_per_second", "waiting", "seconds", "waiting_for_data"} | {
+    f"seconds/{n}" for n in ("sweep", "lists", "rule")
+}
 METHODS_TRIED: dict[str, dict[str, Any]] = {
     "baseline": {"method.loss": "TripletMarginLoss", "method.miner": "DistanceWeightedMiner"},
     "mined": {"method.hard_negatives": 3, "method.memory": 30},
@@ -58,6 +60,7 @@ METHODS_TRIED: dict[str, dict[str, Any]] = {
         "method.memory_per_class": 4,
         "model.batch_norm": "frozen",
     },
+    "smart_mining": TRIPLETS | {"method.random_epochs": 1, "method.triplets_per_batch": 8},
     "gca_hng": {
         "method.name": "gca_hng",
         "method.heads": 2,
@@ -261,6 +264,7 @@ WRITES = [
     ("baseline", "checkpoints/step-00000000/checkpoint.json", 0, False),  # before there is any checkpoint
     ("two_optimizers", "checkpoints/step-00000006/optimizers.pt", 0, False),  # within a checkpoint
     ("swept_plan", "checkpoints/step-00000010/plan.npz", 0, True),
+    ("smart_mining", "checkpoints/step-00000010/plan.npz", 0, False),
     ("swept_plan", "best/step-00000004/checkpoint.json", 0, True),  # the best is saved, its checkpoint is not
     ("baseline", "best/step-00000012/checkpoint.json", -1, True),
     ("two_optimizers", "summary.json", -1, False),  # the test classes are measured, and logged
@@ -279,6 +283,31 @@ def test_killed_between_two_writes(make_run: MakeRun, references: dict[str, Refe
         assert run.folder.exists("report.html")
 
     side_by_side(kill_and_compare, WRITES)
+
+
+def test_killed_between_mining_and_training(store: Store, tmp_path: Path) -> None:
+    values = {"name": "hit", **METHODS_TRIED["smart_mining"]}
+    left = []
+    for name in ("calm", "hit"):
+        config = Config.model_validate(tiny_values(str(tmp_path), store.folder.uri, values | {"name": name}))
+        if name == "hit":
+            worker = make_worker(config, 0, (1,))
+            plan, method = worker.method.plan, worker.method
+
+            def mined(epoch: int, context: Any, plan: Any = plan, method: Any = method) -> Any:
+                found = plan(epoch, context)
+                if epoch == 2:
+                    assert method.seconds, "mined"
+                    raise KeyboardInterrupt
+                return found
+
+            worker.method.plan = mined  # type: ignore[method-assign]
+            with pytest.raises(KeyboardInterrupt):
+                worker()
+        worker = make_worker(config, 0, (1,))
+        worker()
+        left.append(state(worker))
+    same(left[1], left[0])
 
 
 # ---- stopped --------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def outcome(client: MiningClient, tmp_path: Path, name: str) -> list[Any]:
         if step == 7:
             client.rebuild(1, step, step + 2, str(tmp_path / f"{name}-base"))
     heard = [client.wait(answer) for answer in heard]
-    ids, (lists,) = client.all_pairs(5, "other")
+    ids, (lists,), _ = client.all_pairs(5, "other")
     delta = client.delta(0)
     return [*heard, ids, lists.ids, lists.distances, delta.features, delta.ids]
 

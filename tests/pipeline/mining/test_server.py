@@ -76,7 +76,7 @@ def test_an_answer_tells_all_about_the_found_rows(sent: Sent) -> None:
 
 def test_an_empty_server_answers(sent: Sent) -> None:
     found = sent.ask(values=VALUES[:2])
-    assert (found.ids == -1).all() and found.ids.shape == (2, 3) and sent.server.all_pairs(sent.order(), 3) == []
+    assert (found.ids == -1).all() and found.ids.shape == (2, 3) and sent.server.all_pairs(sent.order(), 3) == ([], 1.0)
 
 
 def test_operations_wait_for_their_turn_and_count_once(sent: Sent) -> None:
@@ -131,11 +131,11 @@ def test_bad_searches(sent: Sent, ask: dict[str, Any], message: str) -> None:
 def test_all_pairs_are_the_searches_of_every_row(sent: Sent) -> None:
     sent.put(slice(0, 500))
     for which in ("all", "other"):
-        ((ids, lists),) = sent.server.all_pairs(sent.order(), 6, which)  # type: ignore[arg-type]
+        ((ids, lists),), _ = sent.server.all_pairs(sent.order(), 6, which)  # type: ignore[arg-type]
         found = sent.ask(ids=ids, k=6, which=which)
         np.testing.assert_array_equal(lists.ids, found.ids)
         np.testing.assert_array_equal(lists.distances, found.distances)
-    reduced = sent.server.all_pairs(sent.order(), 6, "all", lambda q, n: int((n.ids >= 0).sum()))
+    reduced, _ = sent.server.all_pairs(sent.order(), 6, "all", lambda q, n: int((n.ids >= 0).sum()))
     assert [r for _, r in reduced] == [3000] and np.array_equal(reduced[0][0], IDS[:500])
     with pytest.raises(UserError, match="k is 0"):
         sent.server.all_pairs(sent.order(), 0)

@@ -1,0 +1,543 @@
+"""Smart Mining (Harwood, Kumar, Carneiro, Reid, Drummond, ICCV 2017, arXiv 1704.01285).
+
+At the start of every epoch all training images are embedded and the K nearest of each are listed. From an anchor's list come
+hard triplets that are not too hard, and a controller sets how hard, so that training errs as often as it should.
+
+    d the squared distance, +NN the nearest of the own class,  bound = κ d(+NN)
+    n_t  the t-th entry after +NN of another class with d >= bound            t = 1, 2, ... of an anchor
+    p_t  the first entry of the own class after n_t;   if there is none, a random image of the class that is not in the list
+
+The nearest positive only sets the radius within which nothing is taken; it is never part of a triplet. (Summaries that pair it
+with the nearest negative beyond it describe another rule.) So d(a, p) >= d(a, n) >= bound in every fully mined triplet: it
+violates the margin, by as little as possible. Large κ: few negatives are left, the rest of the triplets is random; κ <= 1: the
+hardest. The first epochs are random altogether.
+
+    J_t = max(0, 1 - D(a, n) / (D(a, p) + m))                                 D the distance, not squared
+    J_g = Var(d+) + Var(d-) + λ max(0, mean d+ - mean d- + t)                 d± = D² / 4, over the triplets of the batch
+    L   = w_triplet mean J_t + w_global J_g
+    e   = share of an epoch's triplets with J_t > 0;   κ = α e_target + β, with α <= 0, β fitted to the last (e, κ)
+
+Lists: the paper makes them with FANNG, a graph whose edge v -> w is dropped if v has an edge to some u with d(v, u) < d(v, w)
+and d(u, w) < d(v, w). That is the rule by which HNSW shrinks its lists of links and NSG prunes its edges, taken in ascending
+order of d(v, ·); the engines `hnsw` and `nsg` are today's form of it. What the method needs are the lists: by default they
+are exact. `lists: approximate` takes them from the index of the mining server, with its recall in the log.
+
+What the paper leaves open, and what is done: T = 1 triplet an anchor and epoch, batches of 64; κ starts on the line through
+(0, κ_max) and (1, κ_min), which stays in every fit with a small weight; κ is kept within [1, 64]; `lambda`, both weights: 0.8,
+1, 1. A list without a positive gives a random triplet; ties by sample id; an image that is alone in its class is a negative
+only; where a class has no image outside the list, any other of its positives is taken. D = √(D² + 1e-12).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from methods.base import Batch, Context, Method, MethodConfig, MiningNeeds
+from methods.optim import Length, OptimizerConfig, ScheduleConfig
+from methods.plans import Plan
+
+MINED, HALF_MINED, RANDOM = 0, 1, 2  # kinds: all mined | its positive is random | both are
+_SWEEP = 2**18  # images embedded in one go
+_PUT = 4096  # rows sent at once
+
+
+class SmartMiningConfig(MethodConfig):
+    name: Literal["smart_mining"] = "smart_mining"
+    embedding_dim: int = Field(64, ge=1, description="D")
+    triplets_per_batch: int = Field(64, ge=1, description="B: a batch has 3 B images")
+    triplets_per_anchor: int = Field(1, ge=1, description="T: of an anchor and epoch")
+    anchors: int | None = Field(None, ge=1, description="random anchors of an epoch; none: all images")
+    list_length: int = Field(1000, ge=2, description="K: neighbours listed of an anchor (at most all)")
+    lists: Literal["exact", "approximate"] = Field("exact", description="approximate: through mining.engine")
+    positives: Literal["list", "class"] = Field(
+        "list", description="positives in the list | all of the class, however far, up to K"
+    )
+    random_epochs: int = Field(2, ge=0, description="epochs of random triplets before mining starts")
+    mined_share: float = Field(1.0, ge=0, le=1, description="ρ: share of mined triplets in a batch; others are random")
+    adaptive: bool = Field(True, description="off: κ stays what it is")
+    kappa: float | None = Field(None, gt=0, description="κ of the first mined epoch (none: from the prior line)")
+    target_error: float = Field(0.6, ge=0, le=1, description="e_target")
+    kappa_min: float = Field(1.0, gt=0)
+    kappa_max: float = Field(64.0, gt=0)
+    window: int = Field(5, ge=1, description="epochs that κ is fitted to")
+    prior_weight: float = Field(0.1, ge=0, description="of the two points of the prior line in the fit")
+    margin: float = Field(0.2, gt=0, description="m of the triplet loss")
+    global_margin: float = Field(0.01, ge=0, description="t of the global loss")
+    lam: float = Field(0.8, ge=0, description="λ of the global loss")
+    w_triplet: float = Field(1.0, ge=0)
+    w_global: float = Field(1.0, ge=0)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, head_lr_multiplier=10,
+        schedule=ScheduleConfig(kind="step", every=Length(value=3, unit="epochs"), gamma=0.5),
+    )  # fmt: skip
+
+    @property
+    def mining(self) -> MiningNeeds | None:
+        return MiningNeeds(table=True, neighbours=self.list_length) if self.mined_share else None
+
+    @model_validator(mode="after")
+    def _check(self) -> SmartMiningConfig:
+        plain = MethodConfig.model_fields
+        for name in ("classes_per_batch", "samples_per_class"):
+            if getattr(self, name) != plain[name].default:
+                raise ValueError(
+                    f"smart_mining trains on triplets, not on classes × images: set triplets_per_batch, leave out {name}"
+                )
+        if self.kappa_min > self.kappa_max:
+            raise ValueError(f"kappa_min {self.kappa_min:g} is above kappa_max {self.kappa_max:g}")
+        if not self.adaptive and self.kappa is None:
+            raise ValueError("without adaptive, kappa has to be given")
+        return self
+
+
+# ---- which triplets --------------------------------------------------------------------------------------------------
+
+
+class Triplets(NamedTuple):
+    """Triplets in the order of their anchors, T of each.
+
+    Attributes:
+        anchor, positive, negative: samples.
+        kind: MINED, HALF_MINED or RANDOM.
+    """
+
+    anchor: Int64[np.ndarray, " triplets"]
+    positive: Int64[np.ndarray, " triplets"]
+    negative: Int64[np.ndarray, " triplets"]
+    kind: Int64[np.ndarray, " triplets"]
+
+
+class Classes:
+    """Who is in which class, and random members drawn from (key, anchor, draw) alone: in any order, in any process.
+
+    Args:
+        labels: of all samples.
+        key: of the draws.
+    """
+
+    def __init__(self, labels: Int64[np.ndarray, " samples"], key: tuple[int, ...]) -> None:
+        self.labels = labels
+        width = np.int32 if len(labels) < 2**31 else np.int64
+        self.order = np.argsort(labels, kind="stable").astype(width)
+        self.sizes = np.bincount(labels)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.place = np.empty(len(labels), width)  # of a sample within its class
+        self.place[self.order] = np.arange(len(labels)) - np.repeat(self.starts, self.sizes)
+        self.seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+
+    def draw(self, anchors: np.ndarray, draw: np.ndarray | int, most: np.ndarray) -> Int64[np.ndarray, " draws"]:
+        """A number in 0..most-1 for each anchor (splitmix64 of the anchor, the draw and the key)."""
+        with np.errstate(over="ignore"):
+            z = anchors.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + self.seed
+            z = _mixed(z) + np.asarray(draw, np.uint64) * np.uint64(0xD1B54A32D192ED03)
+        uniform = (_mixed(z) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return np.minimum((uniform * most).astype(np.int64), most - 1)
+
+    def random_positive(self, anchors: np.ndarray, draw: np.ndarray | int) -> Int64[np.ndarray, " draws"]:
+        """Another member of each anchor's class."""
+        c = self.labels[anchors]
+        r = self.draw(anchors, 2 * np.asarray(draw), self.sizes[c] - 1)
+        return self.order[self.starts[c] + r + (r >= self.place[anchors])].astype(np.int64)
+
+    def random_negative(self, anchors: np.ndarray, draw: np.ndarray | int) -> Int64[np.ndarray, " draws"]:
+        """A sample of another class."""
+        c = self.labels[anchors]
+        r = self.draw(anchors, 2 * np.asarray(draw) + 1, len(self.labels) - self.sizes[c])
+        return self.order[np.where(r < self.starts[c], r, r + self.sizes[c])].astype(np.int64)
+
+    def random_triplets(self, anchors: np.ndarray, draw: np.ndarray | int = 0) -> Triplets:
+        """One for each anchor, which must not be alone in its class."""
+        kind = np.full(len(anchors), RANDOM)
+        return Triplets(anchors, self.random_positive(anchors, draw), self.random_negative(anchors, draw), kind)
+
+    def outside(
+        self, anchors: np.ndarray, draw: np.ndarray, listed: np.ndarray, of: np.ndarray
+    ) -> Int64[np.ndarray, " draws"]:
+        """Another member of each anchor's class that is not among its listed ones; any other where there is none.
+
+        Args:
+            anchors: who asks.
+            draw: number of the draw.
+            listed: samples, all of them.
+            of: the (ascending) position in `anchors` that each belongs to.
+        """
+        c = self.labels[anchors]
+        # The anchor and its listed ones, as places within the class, ascending for each asker.
+        of = np.concatenate([np.arange(len(anchors)), of])
+        taken = np.concatenate([self.place[anchors], self.place[listed]])
+        order = np.lexsort((taken, of))
+        of, taken = of[order], taken[order]
+        counts = np.bincount(of, minlength=len(anchors))
+        starts = np.cumsum(counts) - counts
+        left = self.sizes[c] - counts
+        r = self.draw(anchors, 2 * draw, np.maximum(left, 1))
+        # The r-th place that is not taken: r plus the number of taken ones t_0 < t_1 < ... with t_i - i <= r.
+        before = taken - (np.arange(len(taken)) - np.repeat(starts, counts)) <= np.repeat(r, counts)
+        place = r + np.bincount(of, before, minlength=len(anchors)).astype(np.int64)
+        drawn = self.order[self.starts[c] + np.minimum(place, self.sizes[c] - 1)]
+        return np.where(left > 0, drawn.astype(np.int64), self.random_positive(anchors, draw))
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+class Chosen(NamedTuple):
+    """What the rule finds in lists: ranks in them, -1 where there is none.
+
+    Attributes:
+        negative, positive: of the t-th triplet of each anchor.
+        admitted: positives that a triplet may take.
+        first: rank of +NN.
+        bound: κ d(+NN); NaN without +NN.
+    """
+
+    negative: Int64[np.ndarray, "anchors t"]
+    positive: Int64[np.ndarray, "anchors t"]
+    admitted: Bool[np.ndarray, "anchors k"]
+    first: Int64[np.ndarray, " anchors"]
+    bound: Float64[np.ndarray, " anchors"]
+
+
+def choose(
+    same: Bool[np.ndarray, "anchors k"],
+    there: Bool[np.ndarray, "anchors k"],
+    distances: Float64[np.ndarray, "anchors k"],
+    kappa: float,
+    count: int,
+) -> Chosen:
+    """The mining rule (eq. 6 and Algorithm 1), on all lists at once.
+
+    Args:
+        same: whether an entry is of the anchor's class.
+        there: whether there is one: lists may be shorter than K.
+        distances: squared, ascending.
+        kappa: κ.
+        count: T, triplets wanted of an anchor.
+    """
+    rows, k = same.shape
+    none = ~same.any(1)
+    first = same.argmax(1)
+    nearest = distances[np.arange(rows), first]
+    bound = np.where(none, np.nan, kappa * nearest)
+    # Entries after +NN and not within the bound: a suffix of the list, as distances ascend.
+    start = (distances < np.where(none, np.inf, bound)[:, None]).sum(1)
+    start = np.where(none, k, np.maximum(start, first + 1))
+    suffix = (np.arange(k) >= start[:, None]) & there
+    admitted, foreign = suffix & same, suffix & ~same
+    negative = np.full((rows, count), -1)
+    row, rank = np.nonzero(foreign) if count > 1 else (np.flatnonzero(foreign.any(1)), np.empty(0, np.int64))
+    if count > 1:
+        each = np.bincount(row, minlength=rows)
+        turn = np.arange(len(row)) - np.repeat(np.cumsum(each) - each, each)
+        kept = turn < count
+        negative[row[kept], turn[kept]] = rank[kept]
+    else:
+        negative[row, 0] = foreign[row].argmax(1)
+    positive = np.full((rows, count), -1)
+    for t in range(count):
+        some = np.flatnonzero(negative[:, t] >= 0)
+        later = admitted[some] & (np.arange(k) > negative[some, t][:, None])
+        found = later.any(1)
+        positive[some[found], t] = later[found].argmax(1)
+    return Chosen(negative, positive, admitted, np.where(none, -1, first), bound)
+
+
+class Mined(NamedTuple):
+    """Of a block of anchors.
+
+    Attributes:
+        triplets: T of each anchor that is not alone in its class.
+        without_positive, without_negative: lists that have none.
+        seconds: spent on the rule.
+    """
+
+    triplets: Triplets
+    without_positive: int
+    without_negative: int
+    seconds: float
+
+
+def mine(
+    queries: Any,
+    lists: Any,
+    classes: Classes,
+    kappa: float,
+    count: int,
+    wanted: np.ndarray | None,
+    positives: Any = None,
+) -> Mined:
+    """Triplets of a block of anchors from their lists; a `reduce` of `Mining.all_pairs`.
+
+    Args:
+        queries: the anchors: `ids`.
+        lists: `ids` and squared `distances`, ascending; with `positives`, of other classes only.
+        classes: of all samples.
+        kappa: κ.
+        count: T.
+        wanted: whether each sample is an anchor; none: all.
+        positives: (ids [samples], lists of their own class).
+    """
+    started = time.perf_counter()
+    anchors, ids, distances = queries.ids, lists.ids, lists.distances
+    alone = classes.sizes[classes.labels[anchors]] < 2
+    kept = ~alone if wanted is None else ~alone & wanted[anchors]
+    anchors, ids, distances = anchors[kept], ids[kept], distances[kept]
+    if positives is not None:
+        ids, distances = _merged(anchors, ids, distances, *positives)
+    there = ids >= 0
+    same = there & (classes.labels[ids] == classes.labels[anchors][:, None])
+    found = choose(same, there, distances, kappa, count)
+    rows, draw = np.repeat(np.arange(len(anchors)), count), np.tile(np.arange(count), len(anchors))
+    negative, positive = found.negative.ravel(), found.positive.ravel()
+    kind = np.where(negative < 0, RANDOM, np.where(positive < 0, HALF_MINED, MINED))
+    n = ids[rows, np.maximum(negative, 0)]
+    p = ids[rows, np.maximum(positive, 0)]
+    half = np.flatnonzero(kind == HALF_MINED)
+    if len(half):
+        listed = found.admitted.copy()
+        some = np.flatnonzero(found.first >= 0)
+        listed[some, found.first[some]] = True  # +NN is in the list as well
+        askers, rank = np.nonzero(listed[rows[half]])
+        p[half] = classes.outside(anchors[rows[half]], draw[half], ids[rows[half]][askers, rank], askers)
+    none = np.flatnonzero(kind == RANDOM)
+    random = classes.random_triplets(anchors[rows[none]], draw[none])
+    p[none], n[none] = random.positive, random.negative
+    triplets = Triplets(anchors[rows], p, n, kind)
+    return Mined(
+        triplets, int((~same.any(1)).sum()), int((~(there & ~same).any(1)).sum()), time.perf_counter() - started
+    )
+
+
+def _merged(
+    anchors: np.ndarray, ids: np.ndarray, distances: np.ndarray, known: np.ndarray, own: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of other classes and of the own one, as one, by distance and id."""
+    rows = np.searchsorted(known, anchors)
+    ids, distances = np.concatenate([ids, own.ids[rows]], 1), np.concatenate([distances, own.distances[rows]], 1)
+    order = np.lexsort((ids, distances), axis=1)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
+
+
+# ---- the losses ------------------------------------------------------------------------------------------------------
+
+
+def triplet_loss(
+    anchor: Float[Tensor, "b dim"], positive: Float[Tensor, "b dim"], negative: Float[Tensor, "b dim"], margin: float
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """J_t of every triplet (eq. 2), and D²(a, p), D²(a, n)."""
+    near, far = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
+    ratio = (far + 1e-12).sqrt() / ((near + 1e-12).sqrt() + margin)
+    return torch.relu(1 - ratio), near, far
+
+
+def global_loss(near: Float[Tensor, " b"], far: Float[Tensor, " b"], margin: float, lam: float) -> Float[Tensor, ""]:
+    """J_g (eq. 3; Kumar B G, Carneiro, Reid, CVPR 2016) of squared distances, with biased variances."""
+    near, far = near / 4, far / 4
+    spread = near.var(correction=0) + far.var(correction=0)
+    return spread + lam * torch.relu(near.mean() - far.mean() + margin)
+
+
+# ---- the controller --------------------------------------------------------------------------------------------------
+
+
+class Controller:
+    """Sets κ so that an epoch errs as often as it should: κ = α e + β, fitted to the last epochs (eqs. 7 and 8).
+
+    Attributes:
+        history: (e, κ) of the last mined epochs.
+        alpha, beta: of the newest fit.
+        kappa: for the next epoch.
+        pinned: epochs in a row at an end of its range.
+    """
+
+    def __init__(self, config: SmartMiningConfig) -> None:
+        c = self.config = config
+        self.history: list[tuple[float, float]] = []
+        self.alpha, self.beta = c.kappa_min - c.kappa_max, c.kappa_max
+        self.pinned = 0
+        self.kappa = c.kappa if c.kappa is not None else self._within(self.alpha * c.target_error + self.beta)
+
+    def update(self, error: float) -> None:
+        """Takes in what share of the epoch's triplets had a gradient, at the present κ."""
+        c = self.config
+        self.history = [*self.history, (error, self.kappa)][-c.window :]
+        if not c.adaptive:
+            return
+        self.fit()
+        wanted = self.alpha * c.target_error + self.beta
+        self.kappa = self._within(wanted)
+        self.pinned = self.pinned + 1 if self.kappa != wanted else 0
+        if self.pinned == 3:
+            warnings.warn(
+                f"kappa has stood at its end {self.kappa:g} for 3 epochs, the error of the last is {error:.2f}: target_error "
+                f"{c.target_error:g} is out of reach; change it, or the range",
+                stacklevel=2,
+            )
+
+    def fit(self) -> None:
+        """Weighted least squares; a slope above zero would say that harder triplets err less: the last slope stays then."""
+        c = self.config
+        prior = [(0.0, c.kappa_max), (1.0, c.kappa_min)]
+        e, k = np.array(prior + self.history).T
+        w = np.array([c.prior_weight] * 2 + [1.0] * len(self.history))
+        if w.sum() == 0:
+            return
+        e_mean, k_mean = (w * e).sum() / w.sum(), (w * k).sum() / w.sum()
+        spread = (w * (e - e_mean) ** 2).sum()
+        slope = (w * (e - e_mean) * (k - k_mean)).sum() / spread if spread > 1e-12 else 1.0
+        if slope <= 0:
+            self.alpha = float(slope)
+        self.beta = float(k_mean - self.alpha * e_mean)
+
+    def _within(self, kappa: float) -> float:
+        return min(self.config.kappa_max, max(self.config.kappa_min, kappa))
+
+    def state(self) -> Float64[Tensor, " numbers"]:
+        numbers = [self.alpha, self.beta, self.kappa, float(self.pinned)]
+        return torch.tensor(numbers + [x for pair in self.history for x in pair], dtype=torch.float64)
+
+    def load(self, state: Float64[Tensor, " numbers"]) -> None:
+        values = state.tolist()
+        self.alpha, self.beta, self.kappa, self.pinned = values[0], values[1], values[2], int(values[3])
+        self.history = list(zip(values[4::2], values[5::2], strict=True))
+
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+
+
+class SmartMining(Method):
+    Config = SmartMiningConfig
+    plan_is_stored = True
+    counts: Tensor
+
+    def __init__(self, config: SmartMiningConfig, features: int, num_classes: int) -> None:
+        super().__init__(config, features, num_classes)
+        self.controller = Controller(config)
+        self.register_buffer(
+            "counts", torch.zeros(2, dtype=torch.int64)
+        )  # triplets with a gradient, and all, of the epoch
+        self.found = [1.0, 0.0, 0.0]  # recall of the lists, shares without a positive, without a negative
+        self.seconds: dict[str, float] = {}  # of the last mining
+
+    def get_extra_state(self) -> Tensor:
+        return torch.cat([torch.tensor(self.found, dtype=torch.float64), self.controller.state()])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.found = state[:3].tolist()
+        self.controller.load(state[3:].double())
+
+    def plan(self, epoch: int, context: Context) -> Plan:
+        """Triplets of all anchors in random order: slots of anchors, of positives, of negatives, with their kind."""
+        c = self.config
+        classes = Classes(context.labels, (context.seed, epoch, 0x53A))
+        random = np.random.default_rng([context.seed, epoch, 0x53B])
+        anchors = np.flatnonzero(classes.sizes[classes.labels] > 1)
+        if len(anchors) == 0 or len(np.flatnonzero(classes.sizes)) < 2:
+            raise ValueError("triplets need two classes, one of them with two images")
+        if c.anchors is not None:
+            anchors = np.sort(random.permutation(anchors)[: c.anchors])
+        drawn = classes.random_triplets(
+            np.repeat(anchors, c.triplets_per_anchor), np.tile(np.arange(c.triplets_per_anchor), len(anchors))
+        )
+        triplets = self._mine(epoch, anchors, classes, context) if self._mines(epoch) else drawn
+        order = random.permutation(len(drawn.anchor))
+        order = np.resize(order, -(-len(order) // c.triplets_per_batch) * c.triplets_per_batch)
+        order = order.reshape(-1, c.triplets_per_batch)
+        mined = np.arange(c.triplets_per_batch) < round(c.mined_share * c.triplets_per_batch)
+        anchor, positive, negative, kind = (
+            np.where(mined, a[order], b[order]) for a, b in zip(triplets, drawn, strict=True)
+        )
+        roles = np.repeat(np.array(["anchor", "positive", "negative"]), c.triplets_per_batch)
+        ids = np.concatenate([anchor, positive, negative], 1)
+        return Plan(ids, {"role": np.broadcast_to(roles, ids.shape), "kind": np.tile(kind, 3)})
+
+    def _mines(self, epoch: float | int) -> bool:
+        return epoch >= self.config.random_epochs and self.config.mined_share > 0
+
+    def _mine(self, epoch: int, anchors: np.ndarray, classes: Classes, context: Context) -> Triplets:
+        """Embeds all images, lists their neighbours, and takes triplets from the lists."""
+        c, mining = self.config, context.mining
+        assert mining is not None
+        tag = f"epoch {epoch}, weights {context.digest()}"
+        started = time.perf_counter()
+        everything, count = np.arange(len(context.labels)), len(context.labels)
+        for first in range(0, count, _SWEEP):
+            ids = everything[first : first + _SWEEP]
+            embeddings = context.sweep(ids)
+            for start in range(0, len(ids), _PUT):
+                part = slice(start, start + _PUT)
+                some = torch.from_numpy(ids[part])
+                mining.put(some, embeddings[part], torch.from_numpy(context.labels[ids[part]]), tag)
+        swept = time.perf_counter()
+        k = min(c.list_length, count - 1)
+        wanted = None if c.anchors is None else np.isin(everything, anchors)
+        which: Literal["all", "other"] = "all"
+        positives = None
+        if c.positives == "class":
+            which = "other"
+            known, lists, _ = mining.all_pairs(min(k, int(classes.sizes.max()) - 1), "same", None, tag)
+            positives = known, lists[0]
+        rule = functools.partial(
+            mine, classes=classes, kappa=self.controller.kappa, count=c.triplets_per_anchor, wanted=wanted, positives=positives
+        )  # fmt: skip
+        _, blocks, recall = mining.all_pairs(k, which, rule, tag, c.lists == "approximate")
+        listed = time.perf_counter()
+        parts = [b.triplets for b in blocks]
+        anchor = np.concatenate([p.anchor for p in parts])
+        order = np.argsort(anchor, kind="stable")  # blocks come in the order of the table
+        triplets = Triplets(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
+        lists_of = max(1, len(anchors))
+        self.found = [
+            recall,
+            sum(b.without_positive for b in blocks) / lists_of,
+            sum(b.without_negative for b in blocks) / lists_of,
+        ]
+        rule_s = sum(b.seconds for b in blocks)
+        self.seconds = {"sweep": swept - started, "lists": listed - swept - rule_s, "rule": rule_s}
+        return triplets
+
+    def on_epoch_end(self, epoch: int, context: Context, metrics: Mapping[str, float] | None) -> None:
+        if self._mines(epoch):
+            self.controller.update(float(self.counts[0]) / max(1, int(self.counts[1])))
+        self.counts.zero_()
+
+    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
+        c = self.config
+        anchor, positive, negative = self.embed(context.encode()).chunk(3)
+        triplet, near, far = triplet_loss(anchor, positive, negative, c.margin)
+        overall = global_loss(near, far, c.global_margin, c.lam)
+        loss = c.w_triplet * triplet.mean() + c.w_global * overall
+        context.backward(loss)
+        context.step("main")
+        active = triplet.detach() > 0
+        self.counts += torch.stack([active.sum(), torch.tensor(len(active), device=active.device)]).to(
+            self.counts.device
+        )
+        kind = batch.columns["kind"][: len(active)]
+        logs = {"loss": float(loss.detach()), "triplet": float(triplet.detach().mean()), "global": float(overall.detach()),
+                "error": float(self.counts[0]) / float(self.counts[1])}  # fmt: skip
+        logs |= {f"share/{n}": float((kind == k).mean()) for k, n in enumerate(("mined", "half_mined", "random"))}
+        if self._mines(context.clock.epoch):
+            t = self.controller
+            logs |= {"kappa": t.kappa, "alpha": t.alpha, "beta": t.beta, "pinned_epochs": float(t.pinned)}
+            names = ("recall", "lists_without_positive", "lists_without_negative")
+            logs |= {f"lists/{n}": v for n, v in zip(names, self.found, strict=True)}
+            logs |= {f"seconds/{n}": s for n, s in self.seconds.items()}
+        return logs
+
+
+__all__ = ["SmartMining", "SmartMiningConfig"]

@@ -1,0 +1,461 @@
+"""Smart Mining against the golden cases, against Algorithm 1 entry by entry, and at the edges of what a class can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from methods import Batch
+from methods.optim import Clock
+from methods.smart_mining import (
+    HALF_MINED,
+    MINED,
+    RANDOM,
+    Classes,
+    Controller,
+    Mined,
+    SmartMining,
+    SmartMiningConfig,
+    choose,
+    global_loss,
+    mine,
+    triplet_loss,
+)
+from pipeline.collectives import Ranks
+from pipeline.errors import UserError
+from pipeline.mining.line import Local
+from pipeline.mining.messages import Spec
+from pipeline.mining.run import RunMining
+from pipeline.mining.server import MiningServer
+from pipeline.storage import Folder
+from tests.methods.context import FakeContext
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = ("tight_k1", "sop_like_k2", "singletons")
+
+
+def lists(ids: np.ndarray, distances: np.ndarray) -> Any:
+    return SimpleNamespace(ids=ids, distances=distances)
+
+
+# ---- golden ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_triplets(case: str) -> None:
+    """Mined triplets and bounds exactly; random places hold what may stand there."""
+    g = np.load(GOLDEN / f"smart_mining_{case}.npz")
+    y, listed, distances, count, kappa = g["y"], g["S"], g["D2"], int(g["T"]), float(g["kappa"])
+    found = mine(SimpleNamespace(ids=np.arange(len(y))), lists(listed, distances), Classes(y, (1,)), kappa, count, None)
+    kept = np.flatnonzero(np.bincount(y)[y] > 1)
+    wanted, kinds = g["triplets"][kept].reshape(-1, 3), g["kind"][kept].ravel()
+    t = found.triplets
+    assert np.array_equal(t.kind, kinds) and (kinds == MINED).any() == (case != "singletons")
+    assert np.array_equal(t.anchor, np.repeat(kept, count))
+    mined, half, random = (kinds == k for k in (MINED, HALF_MINED, RANDOM))
+    assert np.array_equal(np.stack([t.anchor, t.positive, t.negative], 1)[mined], wanted[mined])
+    assert np.array_equal(t.negative[half], wanted[half, 2])
+    assert (
+        (y[t.positive] == y[t.anchor]).all() and (t.positive != t.anchor).all() and (y[t.negative] != y[t.anchor]).all()
+    )
+    same = y[listed] == y[:, None]
+    bound = choose(same, np.ones_like(same), distances, kappa, count).bound
+    np.testing.assert_allclose(bound[kept], g["bound"][kept], rtol=1e-12)
+    assert (distances[0] >= 0).all() and random.any() == (g["kind"][kept] == RANDOM).any()
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+def test_golden_losses(case: str) -> None:
+    """Of the fully mined triplets: every one of them has a loss."""
+    g = np.load(GOLDEN / f"smart_mining_{case}.npz")
+    x = torch.from_numpy(g["X"]).double()
+    a, p, n = torch.from_numpy(g["triplets"][g["kind"] == MINED]).T
+    loss, near, far = triplet_loss(x[a], x[p], x[n], 0.2)
+    np.testing.assert_allclose(loss, g["triplet_loss"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(near / 4, g["d_pos"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(far / 4, g["d_neg"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(global_loss(near, far, 0.01, 0.8), g["global_loss"], rtol=1e-6, atol=1e-9)
+    assert bool((loss > 0).all()) and float(g["train_error"]) == pytest.approx(float((loss > 0).double().mean()))
+
+
+# ---- Algorithm 1, entry by entry -------------------------------------------------------------------------------------
+
+
+def algorithm(anchor: int, listed: list[int], distances: list[float], y: np.ndarray, kappa: float, count: int) -> tuple[list[tuple[int, int, int]], set[int]]:  # fmt: skip
+    """(positive, negative, kind) of T triplets, -1 where it is random, and the members of `pos`."""
+    seen_positive, bound = False, 0.0
+    negatives: list[int] = []
+    positives: list[tuple[int, set[int]]] = []  # with the negatives that are nearer
+    for j, d in zip(listed, distances, strict=True):
+        if j < 0:
+            continue
+        if not seen_positive:
+            if y[j] == y[anchor]:
+                seen_positive, bound = True, kappa * d
+                positives.append((j, set()))
+            continue
+        if d < bound:
+            continue
+        if y[j] == y[anchor]:
+            positives.append((j, set(negatives)))
+        else:
+            negatives.append(j)
+    out, left = [], list(negatives)
+    for _ in range(count):
+        if not left:
+            out.append((-1, -1, RANDOM))
+            continue
+        n = left.pop(0)
+        p = next((j for j, nearer in positives if n in nearer), -1)
+        out.append((p, n, MINED if p >= 0 else HALF_MINED))
+    return out, {j for j, _ in positives}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=2, max_size=6),
+    kappa=st.sampled_from([0.5, 1.0, 1.3, 2.0, 50.0]),
+    count=st.integers(1, 4),
+    k=st.integers(1, 20),
+    levels=st.sampled_from([3, 1000]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_rule_is_algorithm_1(sizes: list[int], kappa: float, count: int, k: int, levels: int, seed: int) -> None:
+    """With ties, short lists, classes of one image, classes that fill the list."""
+    random = np.random.default_rng(seed)
+    y = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    total = len(y)
+    x = random.integers(0, levels, total).astype(np.float64)
+    d = (x[:, None] - x[None]) ** 2
+    np.fill_diagonal(d, np.inf)
+    order = np.lexsort((np.broadcast_to(np.arange(total), d.shape), d), axis=1)[:, :-1]
+    short = max(0, k - order.shape[1])
+    ids = np.pad(order[:, :k], ((0, 0), (0, short)), constant_values=-1)
+    distances = np.pad(np.take_along_axis(d, order, 1)[:, :k], ((0, 0), (0, short)), constant_values=np.inf)
+    classes = Classes(y, (seed,))
+    found = mine(SimpleNamespace(ids=np.arange(total)), lists(ids, distances), classes, kappa, count, None)
+    t = found.triplets
+    row = 0
+    for anchor in np.flatnonzero(np.bincount(y)[y] > 1):
+        wanted, admitted = algorithm(anchor, ids[anchor].tolist(), distances[anchor].tolist(), y, kappa, count)
+        for p, n, kind in wanted:
+            assert (t.anchor[row], t.kind[row]) == (anchor, kind)
+            assert kind == RANDOM or t.negative[row] == n
+            assert kind != MINED or t.positive[row] == p
+            if kind == HALF_MINED:
+                pool = set(np.flatnonzero(y == y[anchor])) - {anchor} - admitted
+                assert t.positive[row] in (pool or set(np.flatnonzero(y == y[anchor])) - {anchor})
+            assert y[t.positive[row]] == y[anchor] != y[t.negative[row]] and t.positive[row] != anchor
+            row += 1
+    assert row == len(t.anchor)
+    some = np.bincount(y)[y] > 1
+    inside = ids[some]
+    assert found.without_positive == int((~((y[inside] == y[some][:, None]) & (inside >= 0)).any(1)).sum())
+
+
+def test_what_follows_from_the_rule() -> None:
+    """Negatives of an anchor differ; none is nearer than the bound; fewer are left as κ grows; κ below 1 is κ = 1."""
+    random = np.random.default_rng(0)
+    y, x = np.repeat(np.arange(30), 8), random.standard_normal((240, 6))
+    x += 0.8 * random.standard_normal((30, 6))[y]
+    d = ((x[:, None] - x[None]) ** 2).sum(-1)
+    order = np.argsort(d, axis=1)[:, 1:]
+    distances, same = np.take_along_axis(d, order, 1), y[order] == y[:, None]
+    left = []
+    for kappa in (1.0, 1.2, 1.5, 3.0, 64.0):
+        c = choose(same, np.ones_like(same), distances, kappa, 3)
+        left.append(int((c.negative >= 0).sum()))
+        mined = (c.negative >= 0) & (c.positive >= 0)
+        rows = np.nonzero(mined)[0]
+        far, near = distances[rows, c.positive[mined]], distances[rows, c.negative[mined]]
+        assert len(rows) == 0 or ((far >= near).all() and (near >= c.bound[rows]).all())
+        assert all(len(set(r[r >= 0])) == (r >= 0).sum() for r in c.negative)
+        if len(rows):
+            loss, _, _ = triplet_loss(*(torch.from_numpy(x)[torch.from_numpy(i)] for i in (rows, order[rows, c.positive[mined]], order[rows, c.negative[mined]])), 0.2)  # fmt: skip
+            assert bool((loss > 0).all())
+    assert left == sorted(left, reverse=True) and left[0] > left[-1]
+    for a, b in zip(choose(same, np.ones_like(same), distances, 0.3, 2), choose(same, np.ones_like(same), distances, 1.0, 2), strict=True):  # fmt: skip
+        assert np.array_equal(a, b) or a.dtype == np.float64
+
+
+def test_random_members_are_uniform_and_depend_on_the_key_alone() -> None:
+    y = np.array([0] * 5 + [1] * 3 + [2] * 2)
+    classes, other = Classes(y, (1, 2)), Classes(y, (1, 3))
+    draws = np.arange(20_000)
+    for anchor in (0, 6, 9):
+        anchors = np.full(len(draws), anchor)
+        positive, negative = classes.random_positive(anchors, draws), classes.random_negative(anchors, draws)
+        for got, members in ((positive, np.flatnonzero(y == y[anchor])), (negative, np.flatnonzero(y != y[anchor]))):
+            members = members[members != anchor]
+            counts = np.bincount(got, minlength=10)
+            assert set(np.flatnonzero(counts)) == set(members)
+            assert abs(counts[members] / len(draws) - 1 / len(members)).max() < 0.015
+        assert np.array_equal(classes.random_positive(anchors[:7], draws[3:10]), positive[3:10])
+        assert not np.array_equal(other.random_negative(anchors, draws), negative)
+        outside = classes.outside(anchors, draws, np.empty(0, np.int64), np.empty(0, np.int64))
+        assert set(outside) == set(np.flatnonzero(y == y[anchor])) - {anchor}
+    # of class 0, without the anchor 2 and the listed 0 and 3, which stay for the second asker
+    drawn = classes.outside(
+        np.array([2] * 200 + [7]), np.arange(201), np.tile([3, 0], 200), np.repeat(np.arange(200), 2)
+    )
+    assert set(drawn[:200]) == {1, 4} and drawn[200] in (5, 6)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_the_losses() -> None:
+    """Those of the paper's formulas; finite for the same image twice."""
+    torch.manual_seed(0)
+    rows = [torch.nn.functional.normalize(torch.randn(6, 4, dtype=torch.float64)).requires_grad_() for _ in range(3)]
+    a, p, n = rows
+    loss, near, far = triplet_loss(a, p, n, 0.2)
+    loss.sum().backward()
+    u, v = far.sqrt()[:, None], near.sqrt()[:, None]
+    active = (loss > 0).double()[:, None]
+    assert bool(active.any())
+    dn, dp = active * (a - n) / (u * (v + 0.2)), -active * u / (v + 0.2) ** 2 * (a - p) / v
+    for row, wanted in ((n, dn), (p, dp), (a, -dn - dp)):
+        assert row.grad is not None
+        torch.testing.assert_close(row.grad, wanted.detach(), rtol=1e-9, atol=1e-11)
+    assert torch.autograd.gradcheck(lambda near, far: global_loss(near, far, 0.5, 0.8), (near.detach().requires_grad_(), far.detach().requires_grad_()))  # fmt: skip
+    twice = torch.ones(2, 3, requires_grad=True)
+    triplet_loss(twice, twice, twice, 0.2)[0].sum().backward()
+    assert twice.grad is not None and bool(torch.isfinite(twice.grad).all())
+
+
+def test_global_loss_is_that_of_the_whole_batch() -> None:
+    near, far = torch.rand(10, dtype=torch.float64), torch.rand(10, dtype=torch.float64)
+    p, n = near.numpy() / 4, far.numpy() / 4
+    wanted = p.var() + n.var() + 0.7 * max(0.0, p.mean() - n.mean() + 0.3)
+    assert float(global_loss(near, far, 0.3, 0.7)) == pytest.approx(wanted, rel=1e-12)
+    assert float(global_loss(near[:1], far[:1], 0.3, 0.7)) >= 0  # one triplet has no variance
+
+
+# ---- controller ------------------------------------------------------------------------------------------------------
+
+
+def test_controller_fits_a_line() -> None:
+    c = Controller(SmartMiningConfig(prior_weight=0, target_error=0.6))
+    c.history = [(0.31, 16.0), (0.42, 8.0), (0.55, 4.0)]
+    c.fit()
+    assert (c.alpha, c.beta) == (pytest.approx(-49.422633), pytest.approx(30.420323))
+    assert c.alpha * 0.6 + c.beta == pytest.approx(0.766744, abs=1e-6)
+    c.history, c.kappa = c.history[:2], 4.0
+    c.update(0.55)
+    assert c.kappa == 1.0 and c.pinned == 1
+
+
+def test_controller_starts_on_the_prior_line_and_keeps_its_slope() -> None:
+    c = Controller(SmartMiningConfig(target_error=0.6))
+    assert c.kappa == pytest.approx(64 - 63 * 0.6)
+    c.update(0.3)  # too easy: harder
+    first = c.kappa
+    assert first < 26 and c.alpha < 0
+    slope = c.alpha
+    c.history = [(0.3, 20.0), (0.6, 30.0), (0.9, 60.0)]
+    c.fit()
+    assert c.alpha == slope  # more errors at larger κ: not believed
+    assert c.beta == pytest.approx(np.average([64, 1, 20, 30, 60], weights=[0.1, 0.1, 1, 1, 1]) - slope * np.average([0, 1, 0.3, 0.6, 0.9], weights=[0.1, 0.1, 1, 1, 1]))  # fmt: skip
+    for _ in range(9):
+        c.update(0.5)
+    assert len(c.history) == 5
+    other = Controller(c.config)
+    other.load(c.state())
+    assert vars(other) == vars(c)
+
+
+@pytest.mark.filterwarnings("error")
+def test_controller_says_when_the_target_is_out_of_reach() -> None:
+    c = Controller(SmartMiningConfig(target_error=0.9))
+    c.update(0.1), c.update(0.1)
+    with pytest.warns(UserWarning, match="kappa has stood at its end 1 for 3 epochs, the error of the last is 0.10"):
+        c.update(0.1)
+
+
+def test_controller_that_is_switched_off() -> None:
+    c = Controller(SmartMiningConfig(adaptive=False, kappa=7))
+    c.update(0.1)
+    assert c.kappa == 7
+    with pytest.raises(ValueError, match="without adaptive, kappa has to be given"):
+        SmartMiningConfig(adaptive=False)
+    with pytest.raises(ValueError, match="set triplets_per_batch, leave out samples_per_class"):
+        SmartMiningConfig(samples_per_class=5)
+    with pytest.raises(ValueError, match="kappa_min 9 is above kappa_max 8"):
+        SmartMiningConfig(kappa_min=9, kappa_max=8)
+
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+
+LABELS = np.random.default_rng(3).permutation(np.repeat(np.arange(14), [1, 2, 3, 4, 5, 6, 7, 8, 2, 3, 9, 1, 4, 6]))
+EMBEDDINGS = torch.randn(len(LABELS), 5, generator=torch.Generator().manual_seed(4)) + 0.8 * torch.eye(14, 5)[LABELS]
+
+
+class Swept(FakeContext):
+    """Embeddings that are given, and real servers in this process."""
+
+    def __init__(self, method: SmartMining, folder: Path, shards: int = 1) -> None:
+        super().__init__(method)
+        self.labels, self.sweeps = LABELS, 0
+        needs = method.config.mining
+        assert needs is not None and needs.table
+        spec = Spec("run", 5, engine="exact", k=needs.neighbours)
+        servers = [Local(MiningServer()) for _ in range(shards)]
+        self.mining = RunMining(needs, spec, servers, Ranks(), self.device, Folder(folder))
+        self.mining.begin(1, None)
+
+    def sweep(self, ids: Any, embed: bool = True) -> Tensor:
+        self.sweeps += 1
+        return EMBEDDINGS[torch.from_numpy(ids)]
+
+
+def make(folder: Path, shards: int = 1, **config: Any) -> tuple[SmartMining, Swept]:
+    values = {"embedding_dim": 5, "triplets_per_batch": 8, "random_epochs": 1, "kappa": 1.1} | config
+    method = SmartMining(SmartMiningConfig(**values), 5, 14)
+    return method, Swept(method, folder, shards)
+
+
+@pytest.mark.parametrize("positives", ["list", "class"])
+@pytest.mark.parametrize("k", [4, 1000])
+def test_plans_do_not_depend_on_the_number_of_shards(tmp_path: Path, k: int, positives: str) -> None:
+    found = []
+    for shards in (1, 2, 4):
+        method, context = make(
+            tmp_path / str(shards), shards, list_length=k, positives=positives, triplets_per_anchor=2
+        )
+        found.append(method.plan(3, context))
+        assert context.sweeps == 1 and set(method.seconds) == {"sweep", "lists", "rule"}
+        context.mining.close()
+    assert all(np.array_equal(p.ids, found[0].ids) and np.array_equal(p.columns["kind"], found[0].columns["kind"]) for p in found)  # fmt: skip
+
+
+def test_all_of_the_class_counts_where_it_is_asked_for(tmp_path: Path) -> None:
+    """In short lists most positives are missing."""
+    shares = []
+    for length, positives in ((8, "list"), (8, "class"), (1000, "list"), (1000, "class")):
+        method, context = make(tmp_path / f"{length}{positives}", list_length=length, positives=positives)
+        shares.append(float((method.plan(1, context).columns["kind"] == MINED).mean()))
+    assert shares[0] < shares[1] < shares[2] == shares[3]
+
+
+def test_plan(tmp_path: Path) -> None:
+    """Random at first; then every image that is not alone is an anchor once, and equals the rule on its exact list."""
+    method, context = make(tmp_path)
+    first = method.plan(0, context)
+    assert context.sweeps == 0 and (first.columns["kind"] == RANDOM).all()
+    plan = method.plan(1, context)
+    anchors, positives, negatives = np.split(plan.ids, 3, axis=1)
+    assert (
+        plan.ids.shape[1] == 24 and (plan.columns["role"][0] == np.repeat(["anchor", "positive", "negative"], 8)).all()
+    )
+    assert set(anchors.ravel()) == set(np.flatnonzero(np.bincount(LABELS)[LABELS] > 1))
+    assert anchors.size - len(set(anchors.ravel())) < 8  # the last batch is filled up
+    kind = plan.columns["kind"][:, :8]
+    assert {MINED, HALF_MINED} <= set(kind.ravel())
+    x = EMBEDDINGS.numpy().astype(np.float64)
+    d = ((x[:, None] - x[None]) ** 2).sum(-1)
+    np.fill_diagonal(d, np.inf)
+    order = np.argsort(d, axis=1)[:, :-1]
+    for a, p, n, k in zip(anchors.ravel(), positives.ravel(), negatives.ravel(), kind.ravel(), strict=True):
+        ((wanted_p, wanted_n, wanted_kind),), _ = algorithm(
+            a, order[a].tolist(), d[a][order[a]].tolist(), LABELS, 1.1, 1
+        )
+        assert k == wanted_kind and (k == RANDOM or n == wanted_n) and (k != MINED or p == wanted_p)
+    again, context = make(tmp_path / "again")
+    assert np.array_equal(again.plan(1, context).ids, plan.ids)
+    assert not np.array_equal(first.ids, method.plan(2, context).ids)
+
+
+def test_share_and_anchors(tmp_path: Path) -> None:
+    method, context = make(tmp_path / "share", mined_share=0.25)
+    kind = method.plan(1, context).columns["kind"][:, :8]
+    assert (kind[:, 2:] == RANDOM).all() and (kind[:, :2] != RANDOM).mean() > 0.5
+    method, context = make(tmp_path / "anchors", anchors=20)
+    anchors = method.plan(1, context).ids[:, :8]
+    assert len(set(anchors.ravel())) == 20 and anchors.shape == (3, 8)
+    assert set(anchors.ravel()) != set(method.plan(2, context).ids[:, :8].ravel())
+    assert SmartMiningConfig(mined_share=0).mining is None
+
+
+def test_approximate_lists_of_full_recall_give_the_same_triplets(tmp_path: Path) -> None:
+    exact, context = make(tmp_path / "exact")
+    wanted = exact.plan(1, context)
+    method, context = make(tmp_path / "approximate", lists="approximate")
+    assert np.array_equal(method.plan(1, context).ids, wanted.ids) and method.found[0] == 1.0
+
+
+def test_lists_of_other_weights_are_refused(tmp_path: Path) -> None:
+    method, context = make(tmp_path)
+    method.plan(1, context)
+    mining = context.mining
+    ids = torch.arange(len(LABELS))
+    assert len(mining.all_pairs(3, tag="epoch 1, weights weights").ids) == len(LABELS)
+    with pytest.raises(UserError, match="lists of 'epoch 2, weights weights' were asked for, but the table holds embeddings of 'epoch 1, weights weights'"):  # fmt: skip
+        mining.all_pairs(3, tag="epoch 2, weights weights")
+    mining.step = 5
+    mining.put(ids[:10], EMBEDDINGS[:10], torch.from_numpy(LABELS[:10]), "epoch 2, weights weights")
+    with pytest.raises(UserError, match=f"but {len(LABELS) - 10} of {len(LABELS)} rows are older"):
+        mining.all_pairs(3, tag="epoch 2, weights weights")
+    mining.put(ids, EMBEDDINGS, torch.from_numpy(LABELS))  # of a training step
+    with pytest.raises(UserError, match="but the table holds embeddings of 'training steps'"):
+        mining.all_pairs(3, tag="epoch 2, weights weights")
+    assert len(mining.all_pairs(3).ids) == len(LABELS)
+
+
+def test_a_tag_survives_a_snapshot(tmp_path: Path) -> None:
+    method, context = make(tmp_path, shards=2)
+    method.plan(1, context)
+    context.mining.save(Folder(tmp_path / "snapshot"))
+    second = make(tmp_path / "other", shards=3)[1]
+    second.mining.begin(2, Folder(tmp_path / "snapshot"))
+    assert len(second.mining.all_pairs(3, tag="epoch 1, weights weights").ids) == len(LABELS)
+
+
+def test_steps_and_epochs(tmp_path: Path) -> None:
+    """The error of an epoch is that of its triplets; it moves κ; both survive in the state."""
+    method, context = make(tmp_path, kappa=None, random_epochs=0, target_error=0.5)
+    method.double()
+    plan, active, total = method.plan(0, context), 0, 0
+    for row in range(len(plan)):
+        context.clock = Clock(row, 0.1 * row)
+        context.features = EMBEDDINGS[torch.from_numpy(plan.ids[row])].double()
+        a, p, n = method.embed(context.features).chunk(3)
+        loss, near, far = triplet_loss(a, p, n, 0.2)
+        wanted = loss.mean() + global_loss(near, far, 0.01, 0.8)
+        columns = {name: column[row] for name, column in plan.columns.items()}
+        logs = method.training_step(Batch(torch.zeros(24, dtype=torch.int64), torch.zeros(24, dtype=torch.int64), columns), context)  # fmt: skip
+        active, total = active + int((loss > 0).sum()), total + 8
+        assert logs["loss"] == pytest.approx(float(wanted.detach()), rel=1e-9)
+        assert logs["error"] == active / total and logs["kappa"] == 32.5
+        assert logs["share/mined"] + logs["share/half_mined"] + logs["share/random"] == pytest.approx(1)
+    method.on_epoch_end(0, context, None)
+    assert method.controller.history == [(active / total, 32.5)] and method.counts.tolist() == [0, 0]
+    assert method.controller.kappa != 32.5
+    other = SmartMining(method.config, 5, 14).double()
+    other.load_state_dict(method.state_dict())
+    assert vars(other.controller) == vars(method.controller) and other.found == method.found
+    assert other.get_extra_state().dtype == torch.float64
+
+
+def test_too_few_classes(tmp_path: Path) -> None:
+    method, context = make(tmp_path)
+    for labels in (np.arange(5), np.zeros(5, np.int64)):
+        context.labels = labels
+        with pytest.raises(ValueError, match="triplets need two classes, one of them with two images"):
+            method.plan(0, context)
+
+
+def test_mined_is_what_travels() -> None:
+    """Nothing as long as a list."""
+    y = np.arange(50) // 5
+    ids = np.stack([np.random.default_rng(i).permutation(np.delete(np.arange(50), i)) for i in range(50)])
+    found = mine(SimpleNamespace(ids=np.arange(50)), lists(ids, np.sort(np.random.default_rng(0).random((50, 49)), 1)), Classes(y, (0,)), 1.0, 1, None)  # fmt: skip
+    assert isinstance(found, Mined) and all(len(column) == 50 for column in found.triplets)
