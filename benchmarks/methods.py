@@ -1,6 +1,6 @@
-"""Cost of the in-batch methods against a plain literal implementation of their formulas.
+"""Cost of the methods against plain literal implementations of their formulas.
 
-    python -m benchmarks.methods [--rounds 7] [--json PATH]
+    python -m benchmarks.methods [--only in_batch mmsi smart_mining] [--rounds 7] [--json PATH]
 
 Sizes are those of each paper's CUB setting: GCA-HNG 27 x 3 images, D = 512, two layers; Intra-Batch Connections 6 x 9 images,
 D = 512, one layer; OSM+CAA 8 x 7 images, D = 1024. The literal implementations follow the formulas as they are written: edge
@@ -8,7 +8,8 @@ lists with gathers and scatters for the graphs, loops over pairs for OSM+CAA. Bo
 before they are timed. What is timed is all that a step does after the embeddings, forward and backward: for GCA-HNG the graph
 and the synthesis of its phases A and C, for Intra-Batch Connections the message passing, for OSM+CAA the pair loss. Sides
 alternate; the ratio is the median over pairs. Memory is the peak of a step above the level between steps, in a fresh process.
-The last rows tell what share of a whole step that is with a ResNet-50 at 224 pixels (timed on 4 images, scaled to the batch).
+Of these methods, rows tell what share of a whole step that is with a ResNet-50 at 224 pixels (timed on 4 images, scaled to the
+batch). What is measured of MMSI and Smart Mining: see benchmarks/whole_set.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.table import Row, finish
+from benchmarks.whole_set import measure_mmsi, measure_rule, mmsi
 from methods.gca_hng import GcaHng, GcaHngConfig, Layout, kept_entries, synthesise, synthetic_npair
 from methods.intra_batch import IntraBatchConfig, MessageNetwork
 from methods.osm_caa import OsmCaaConfig, soft_mining_loss
@@ -239,15 +241,15 @@ def cpu_s(step: Step, repeats: int) -> float:
     return (time.process_time() - started) / repeats
 
 
-def peak_mib(name: str, ours: bool) -> float:
+def peak_mib(name: str, side: str) -> float:
     """Peak memory of a step above the level between steps, in a fresh process; freed tensors go back to the system at once."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.methods", "--peak", name, str(int(ours))]
+    command = [sys.executable, "-m", "benchmarks.methods", "--peak", name, side]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
-def measure_peak(name: str, ours: bool) -> None:
-    step = SIDES[name][0](ours)
+def measure_peak(name: str, side: str) -> None:
+    step = mmsi(side) if name == "mmsi" else SIDES[name][0](side == "ours")
     step()  # libraries that are loaded when first used
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status_mib("VmRSS")
@@ -275,29 +277,20 @@ def encoder_cpu_s() -> float:
     return cpu_s(step, 2) / 4
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(THREADS)
-    if options.peak:
-        measure_peak(options.peak[0], options.peak[1] == "1")
-        return 0
-    rows, seconds = [], {}
+def measure_in_batch(rounds: int) -> list[Row]:
+    rows, seconds = list[Row](), {}
     for name, (make, _) in SIDES.items():
         check(name)
         steps = [make(True), make(False)]
         repeats = [max(1, round(0.3 / max(1e-4, cpu_s(step, 2)))) for step in steps]
-        pairs = [[cpu_s(s, r) for s, r in zip(steps, repeats, strict=True)] for _ in range(options.rounds)]
+        pairs = [[cpu_s(s, r) for s, r in zip(steps, repeats, strict=True)] for _ in range(rounds)]
         ratio = statistics.median(a / b for a, b in pairs)
         ours, other = (statistics.median(side) for side in zip(*pairs, strict=True))
         seconds[name] = ours
         limit = PROMISED_TIME[name]
         rows.append(Row(f"{name}, CPU ms a step", 1e3 * ours, 1e3 * other, ratio, f"<= {limit}", ratio <= limit))
     for name, bound in PROMISED_MEMORY.items():
-        peaks = [statistics.median(peak_mib(name, ours) for _ in range(3)) for ours in (True, False)]
+        peaks = [statistics.median(peak_mib(name, side) for _ in range(3)) for side in ("ours", "theirs")]
         ratio = peaks[0] / peaks[1]
         bound = PROMISED_MEMORY.get(name)
         rows.append(
@@ -307,6 +300,30 @@ def main() -> int:
     for name, (_, batch) in SIDES.items():
         share = seconds[name] / (seconds[name] + batch * encoder)
         rows.append(Row(f"{name}, % of a step with ResNet-50", 100 * share))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sections = ["in_batch", "mmsi", "smart_mining"]
+    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    if options.peak:
+        measure_peak(*options.peak)
+        return 0
+    rows = []
+    if "in_batch" in options.only:
+        rows += measure_in_batch(options.rounds)
+    if "mmsi" in options.only:
+        rows += measure_mmsi(options.rounds, cpu_s, lambda side: peak_mib("mmsi", side))
+    if "smart_mining" in options.only:
+        rows += measure_rule(options.rounds)
     return finish(rows, options.json)
 
 

@@ -21,7 +21,10 @@ def test_presets_are_valid_and_leave_nothing_of_the_method_to_defaults(name: str
     config = load_config(name)
     assert config.method.name == name.split("/")[0]
     written = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    assert {"classes_per_batch", "samples_per_class", "embedding_dim", "optimizer"} <= set(written["method"])
+    shape = (
+        {"triplets_per_batch"} if config.method.name == "smart_mining" else {"classes_per_batch", "samples_per_class"}
+    )
+    assert shape | {"embedding_dim", "optimizer"} <= set(written["method"])
     assert config.name.startswith(name.split("/")[0]) or name.endswith("/emoji")
 
 
@@ -31,7 +34,10 @@ def test_there_is_one_for_each_paper_dataset_and_backbone_and_for_emoji() -> Non
         "intra_batch/sop_resnet50_released"
     }
     osm = {f"osm_caa/{d}_bninception{mode}" for d in ("cub", "cars", "mars", "lpw") for mode in ("", "_caffe")}
-    assert set(PAPERS) == gca | intra | osm
+    mmsi = {f"mmsi/{d}_bninception" for d in ("cub", "cars", "sop")}
+    mmsi |= {f"mmsi/{d}_bninception_contrastive" for d in ("cub", "cars")}
+    smart = {f"smart_mining/{d}_googlenet{profile}" for d in ("cub", "cars") for profile in ("", "_modern")}
+    assert set(PAPERS) == gca | intra | osm | mmsi | smart
     assert {f"{method}/emoji" for method in METHODS} <= set(preset_names())
 
 
@@ -111,6 +117,49 @@ def test_values_of_osm_caa(dataset: str, mode: str) -> None:
     assert (m.mode, m.sigma, m.alpha, m.lam) == (mode, sigma, 1.2, 0.5)
     assert (m.caa_mean, m.caa_sigma, m.ce_mean, m.ce_sigma) == (1.0, 0.68, 0.5, 0.18)
     assert [str(x) for x in m.optimizer.schedule.milestones] == [f"{x} steps" for x in milestones]
+
+
+MMSI: dict[str, tuple[Any, ...]] = {
+    "cub_bninception": ("multi_similarity", 1e-7, 0.05, 100, None, 98, "max"),
+    "cars_bninception": ("multi_similarity", 1e-7, 0.05, 100, None, 98, "max"),
+    "sop_bninception": ("multi_similarity", 1e-7, 0.03, 1000, 1_000_000, 1000, "avg+max"),
+    "cub_bninception_contrastive": ("contrastive", 1e-5, 0.8, 1, None, 98, "max"),
+    "cars_bninception_contrastive": ("contrastive", 1e-5, 0.8, 1, None, 98, "max"),
+}
+
+
+@pytest.mark.parametrize("name", MMSI)
+def test_values_of_mmsi(name: str) -> None:
+    config = load_config(f"mmsi/{name}")
+    m: Any = config.method
+    found = (
+        m.loss,
+        m.optimizer.lr,
+        m.margin,
+        m.memory_per_class,
+        m.memory_total,
+        m.warmup_classes,
+        config.model.pooling,
+    )
+    assert found == MMSI[name] and (m.alpha, m.beta, m.base, m.w_init, m.norm_scope) == (40, 2, 0.5, 0, "all")
+    assert (m.classes_per_batch, m.samples_per_class, m.meta_classes, m.embedding_dim) == (16, 5, 10, 512)
+    assert (m.optimizer.name, m.optimizer.weight_decay, m.meta_source) == ("adam", 5e-4, "train")
+    t = config.data.transforms
+    assert (t.size, t.resize, t.crop_scale, t.flip) == (227, 256, (0.16, 1), 0.5)
+    assert [round(255 * x) for x in config.model.mean or ()] == [128, 117, 104] and config.model.batch_norm == "frozen"
+
+
+@pytest.mark.parametrize("dataset", ["cub", "cars"])
+def test_values_of_smart_mining(dataset: str) -> None:
+    config, modern = (load_config(f"smart_mining/{dataset}_googlenet{profile}") for profile in ("", "_modern"))
+    m: Any = config.method
+    o = m.optimizer
+    assert (o.name, o.lr, o.momentum, o.weight_decay, o.head_lr_multiplier) == ("sgd", 0.1, 0.9, 5e-4, 10)
+    assert str(o.schedule.every) == "3 epochs" and o.schedule.gamma == 0.5 and str(config.length) == "20 epochs"
+    assert (m.embedding_dim, m.margin, m.global_margin, m.random_epochs, m.mined_share) == (64, 0.2, 0.01, 2, 1)
+    assert m.adaptive and 0.5 <= m.target_error <= 0.75 and config.data.transforms.size == 227
+    assert m.model_copy(update={"optimizer": modern.method.optimizer}) == modern.method
+    assert modern.method.optimizer.name == "adamw"
 
 
 @pytest.mark.parametrize(
