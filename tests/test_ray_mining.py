@@ -27,6 +27,7 @@ from pipeline.storage import Folder
 from pipeline.summary import run_folder
 from pipeline.tracking import read_metrics
 from tests.pipeline.mining.test_client import IDS, LABELS, SPEC, VALUES, assert_same
+from tests.pipeline.test_resume import METHODS_TRIED
 from tests.test_ray import on_ray, silent, tensors
 
 pytestmark = pytest.mark.cluster
@@ -146,13 +147,8 @@ def test_twenty_random_kills(ray_here: Any, tmp_path: Path) -> None:
     assert total == 20
 
 
-MINED = {
-    "method.hard_negatives": 3,
-    "method.memory": 30,
-    "mining.shards": 2,
-    "length": "4 epochs",
-    "checkpoint.every": "3 steps",
-}
+MINED_RUN = {"mining.shards": 2, "length": "4 epochs", "checkpoint.every": "3 steps"}
+MINED = MINED_RUN | {"method.hard_negatives": 3, "method.memory": 30}
 
 
 def mining_actors(ray: Any, run: str) -> list[Any]:
@@ -161,42 +157,51 @@ def mining_actors(ray: Any, run: str) -> list[Any]:
 
 
 class Killer:
-    """Kills a mining server of a run once, in the middle of an epoch."""
+    """Kills all mining servers of a name at once, in the middle of an epoch."""
 
-    def __init__(self, ray: Any, run: str) -> None:
-        self.ray, self.run, self.victims = ray, run, list[int]()
+    def __init__(self, ray: Any, run: str, step: int) -> None:
+        self.ray, self.run, self.step, self.victims = ray, run, step, list[int]()
 
     def __call__(self, state: dict[str, Any]) -> None:
-        if not self.victims and state["progress"].get("step", 0) >= 5:
-            self.victims.append(self.ray.get(mining_actors(self.ray, self.run)[0].status.remote())["pid"])
-            os.kill(self.victims[0], signal.SIGKILL)
+        if not self.victims and state["progress"].get("step", 0) >= self.step:
+            actors = mining_actors(self.ray, self.run)
+            self.victims += [s["pid"] for s in self.ray.get([actor.status.remote() for actor in actors])]
+            for victim in self.victims:
+                os.kill(victim, signal.SIGKILL)
 
 
-def test_two_runs_of_one_name_never_meet_and_one_survives_its_mining_server(
+TWINS: list[tuple[dict[str, Any], int]] = [
+    (METHODS_TRIED["mmsi"], 5),
+    (METHODS_TRIED["smart_mining"] | {"length": "3 epochs"}, 14),
+]
+
+
+def test_two_runs_of_one_name_never_meet_and_survive_their_mining_servers(
     ray_here: Any, make_config: Callable[..., Config], store: Store, tmp_path: Path
 ) -> None:
-    """At once on one cluster; each ends with the weights that it has alone in one process, bit for bit."""
+    """At once on one cluster, servers killed twice; each ends with the weights it has alone in one process, bit for bit."""
     runs = []
-    for seed in (0, 1):
-        config = on_ray(make_config(MINED | {"seed": seed}, name="twin"), loader="in_process", workers=1)
+    for seed, (changes, _) in enumerate(TWINS):
+        config = on_ray(make_config(MINED_RUN | changes | {"seed": seed}, name="twin"), loader="in_process", workers=1)
         runs.append(config.model_copy(update={"storage": str(tmp_path / f"storage{seed}")}))
-    killer = Killer(ray_here, "twin")
+    killers = [Killer(ray_here, "twin", step) for _, step in TWINS]
     threads = [
         threading.Thread(target=run_on_ray, args=(config, store.folder.uri, show, ray_here))
-        for config, show in zip(runs, (killer, silent), strict=True)
+        for config, show in zip(runs, killers, strict=True)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert killer.victims, "the kill never happened"
+    assert all(killer.victims for killer in killers), "a kill never happened"
     for config in runs:
         alone = config.model_copy(update={"storage": str(tmp_path / f"alone{config.seed}")})
         run_in_process(alone, store.folder.uri, silent)
         first, second = tensors(config), tensors(alone)
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     lines = [[x for x in read_metrics(run_folder(c)) if x["kind"] == "train"][-1] for c in runs]
-    assert max(line["mining/recoveries"] for line in lines) >= 1 and lines[0]["hard"] > 0 and lines[0]["memory"] > 0
+    assert all(line["mining/recoveries"] >= 1 for line in lines)
+    assert lines[0]["weight/positive_max"] == 1 and lines[1]["share/random"] < 1
     deadline = time.monotonic() + 20
     while mining_actors(ray_here, "twin") and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -209,7 +214,7 @@ def test_two_workers_whose_mining_server_dies_end_with_the_same_weights(
 ) -> None:
     runs = {name: on_ray(make_config(MINED, name=name), loader="in_process") for name in ("calm", "hit")}
     run_on_ray(runs["calm"], store.folder.uri, silent, ray_here)
-    killer = Killer(ray_here, "hit")
+    killer = Killer(ray_here, "hit", 5)
     run_on_ray(runs["hit"], store.folder.uri, killer, ray_here)
     calm, hit = tensors(runs["calm"]), tensors(runs["hit"])
     assert killer.victims and calm.keys() == hit.keys() and all(torch.equal(calm[n], hit[n]) for n in calm)
