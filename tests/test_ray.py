@@ -220,6 +220,7 @@ def logged_steps(path: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(
     ray_here: Any, store: Store, tmp_path: Path
 ) -> None:

@@ -171,11 +171,12 @@ class Killer:
 
 
 TWINS: list[tuple[dict[str, Any], int]] = [
-    (METHODS_TRIED["mmsi"], 5),
-    (METHODS_TRIED["smart_mining"] | {"length": "3 epochs"}, 14),
+    (METHODS_TRIED["mmsi"] | {"length": "12 epochs"}, 5),
+    (METHODS_TRIED["smart_mining"] | {"length": "5 epochs"}, 12),
 ]
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_name_never_meet_and_survive_their_mining_servers(
     ray_here: Any, make_config: Callable[..., Config], store: Store, tmp_path: Path
 ) -> None:

@@ -264,7 +264,7 @@ WRITES = [
     ("baseline", "checkpoints/step-00000000/checkpoint.json", 0, False),  # before there is any checkpoint
     ("two_optimizers", "checkpoints/step-00000006/optimizers.pt", 0, False),  # within a checkpoint
     ("swept_plan", "checkpoints/step-00000010/plan.npz", 0, True),
-    ("smart_mining", "checkpoints/step-00000010/plan.npz", 0, False),
+    ("smart_mining", "plan.npz", 1, False),
     ("swept_plan", "best/step-00000004/checkpoint.json", 0, True),  # the best is saved, its checkpoint is not
     ("baseline", "best/step-00000012/checkpoint.json", -1, True),
     ("two_optimizers", "summary.json", -1, False),  # the test classes are measured, and logged
