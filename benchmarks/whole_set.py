@@ -1,6 +1,6 @@
 """The methods that mine beyond the batch, for `python -m benchmarks.methods`: MMSI's step, Smart Mining's rule.
 
-MMSI: a whole step of 80 + 10 images of 128 pixels with an EfficientNet-Lite0 and a memory of 98 classes x 100, against a plain
+MMSI: a whole step of 80 + 10 images of 64 pixels with an EfficientNet-Lite0 and a memory of 98 classes x 100, against a plain
 training step (the same loss, every weight 1), and against the form that differentiates through the virtual step twice.
 
 Smart Mining: triplets of 59,551 anchors from exact lists of 200, one thread, against Algorithm 1 as it is written, entry by
@@ -33,7 +33,7 @@ from pipeline.mining.dictionary import Dictionary
 from pipeline.mining.exact import Neighbours, search_all
 from pipeline.model import ModelConfig, build_trunk
 
-BATCH, META, SIZE, CLASSES = 80, 10, 128, 98
+BATCH, META, SIZE, CLASSES = 80, 10, 64, 98
 Step = Callable[[], list[Tensor]]
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from methods import Batch, Method
 from methods.base import Gradient
@@ -21,6 +20,7 @@ from pipeline.collectives import Ranks, gather
 from pipeline.data.store import Samples
 from pipeline.errors import RunError
 from pipeline.evaluation import Embedder, trunk_features
+from pipeline.forward_mode import ForwardMode
 from pipeline.mining.run import RunMining
 from pipeline.model import Trunk
 
@@ -97,6 +97,7 @@ class RunContext:
         self.mining: RunMining | None = mining
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
+        self._forward_mode = ForwardMode(trunk)
         self._awaits_backward = False
         self._encoded = 0  # calls of encode in this step
 
@@ -161,14 +162,11 @@ class RunContext:
         self, role: str | Sequence[str] | None, direction: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch features"]]:
         part = self._part(role)
-        at = {n: p.detach() for n, p in self.trunk.named_parameters() if n in direction}
-        # autocast and fused attention have no forward mode
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            found = torch.func.jvp(
-                lambda p: trunk_features(self._bare(p), part.pixels, "float32"), (at,), ({n: direction[n] for n in at},)
-            )
-            local, tangent = (gather(t, part.start, part.total, self.ranks) for t in found[:2])
-            return local, tangent
+        wanted = {n: direction[n] for n, p in self.trunk.named_parameters() if n in direction}
+        # without autocast, which has no forward mode
+        found = self._forward_mode(lambda trunk: trunk_features(trunk, part.pixels, "float32"), wanted)
+        local, tangent = (gather(t, part.start, part.total, self.ranks) for t in found)
+        return local, tangent
 
     def _bare(self, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         """The trunk without DDP around it, with other parameters."""
