@@ -23,10 +23,10 @@ from torch import Tensor
 from benchmarks.mining import make_rows
 from benchmarks.table import Row
 from methods.base import Batch
+from methods.mining_rule import HALF_MINED, MINED, Classes, mine
 from methods.mmsi import Mmsi, MmsiConfig, loss, meta_loss, normalise, select
 from methods.optim import Clock, Length
 from methods.plans import Plan
-from methods.smart_mining import HALF_MINED, MINED, Classes, mine
 from pipeline.collectives import Ranks
 from pipeline.context import RunContext
 from pipeline.mining.dictionary import Dictionary

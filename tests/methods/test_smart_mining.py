@@ -14,21 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from methods import Batch
+from methods.mining_rule import HALF_MINED, MINED, RANDOM, Classes, Mined, choose, mine
 from methods.optim import Clock
-from methods.smart_mining import (
-    HALF_MINED,
-    MINED,
-    RANDOM,
-    Classes,
-    Controller,
-    Mined,
-    SmartMining,
-    SmartMiningConfig,
-    choose,
-    global_loss,
-    mine,
-    triplet_loss,
-)
+from methods.smart_mining import Controller, SmartMining, SmartMiningConfig, global_loss, triplet_loss
 from pipeline.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.mining.line import Local
