@@ -34,7 +34,7 @@ positives alone: that is what the authors' program does, and what the defaults d
 Deviations: `norm_scope: per_sign` and `w_init` above 0 are ours. Self-pairs are left out by position (theirs: by s < 1);
 masks are found once a step (theirs: twice); a step without any positive u is skipped and counted (theirs: weights become
 NaN); contrastive is 1 - s (theirs, by a slip, -(1 + s): other values, the same gradients). The meta batch follows from
-(seed, step); theirs pauses while the memory fills. The virtual step has one rate for trunk and head.
+(seed, step); theirs pauses while the memory fills. `meta_start` trains on the plain loss first, within the run. The virtual step has one rate for trunk and head.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from methods.base import Batch, Context, Gradient, Memory, Method, MethodConfig, MiningNeeds
-from methods.optim import OptimizerConfig
+from methods.optim import Length, OptimizerConfig
 from methods.plans import Plan, each_class_once, side_by_side
 
 _MARGINS = {"contrastive": 0.8, "multi_similarity": 0.05, "binomial": None, "lifted": 0.1, "triplet": 0.1}
@@ -69,6 +69,10 @@ class MmsiConfig(MethodConfig):
     beta: float = Field(2.0, gt=0, description="β: of positives")
     base: float = Field(0.5, description="λ: similarity about which they turn")
     meta: bool = Field(True, description="off: the plain loss, every weight 1")
+    meta_start: Length = Field(
+        Length(value=0, unit="steps"),
+        description="the plain loss until then, as the authors start from a trained network",
+    )
     meta_classes: int = Field(10, ge=1, description="images of the meta batch, each of another class")
     meta_source: Literal["train", "holdout"] = Field(
         "train", description="meta images are drawn from all training images | from a share that is not trained on"
@@ -326,12 +330,18 @@ class Mmsi(Method):
         role = batch.columns["role"]
         train, meta = (torch.from_numpy(role == name).to(batch.ids.device) for name in ("train", "meta"))
         labels, memory = batch.labels[train], context.mining.memory
+        plain = c.meta_start.share(context.clock) < 1
         known = len(memory.classes) + len(set(labels.tolist()).difference(memory.classes))
-        with torch.set_grad_enabled(known >= self.warmup):
+        with torch.set_grad_enabled(plain or known >= self.warmup):
             embeddings = self.embed(context.encode("train"))
         context.mining.put(batch.ids[train], embeddings.detach(), labels)
         similarity = embeddings @ embeddings.T
         chosen = select(similarity, labels, c)
+        if plain:
+            value = loss(similarity, 1.0, chosen, c)
+            context.backward(value)
+            context.step("main")
+            return self._logs(value, None, None, chosen)
         if known < self.warmup:
             self.skipped[0] += 1
             return self._logs(loss(similarity, 1.0, chosen, c), None, None, chosen)

@@ -158,13 +158,15 @@ class Setting:
             self.method, cast(Any, None), lambda: None, cast(Any, self.mining),
         )  # fmt: skip
 
-    def step(self, train_x: Tensor, train_y: Tensor, meta_x: Tensor, meta_y: Tensor) -> dict[str, float]:
+    def step(
+        self, train_x: Tensor, train_y: Tensor, meta_x: Tensor, meta_y: Tensor, clock: Clock | None = None
+    ) -> dict[str, float]:
         labels = torch.cat([train_y, meta_y])
         role = np.repeat(np.array(["train", "meta"]), [len(train_y), len(meta_y)])
         ids = np.arange(len(labels))
         plan = Plan(ids[None], {"role": role[None]})
         self.context.labels = labels.numpy()
-        batch = self.context.begin_step(Clock(), plan, 0, torch.cat([train_x, meta_x]))
+        batch = self.context.begin_step(clock or Clock(), plan, 0, torch.cat([train_x, meta_x]))
         return self.method.training_step(Batch(batch.ids, labels, batch.columns), self.context)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -399,6 +401,20 @@ def test_without_meta_it_is_the_plain_loss() -> None:
     e = setting.method.embed(setting.net(x))
     logs = setting.step(x, y, x[:0], y[:0])
     assert logs["loss"] == pytest.approx(float(loss(e @ e.T, 1.0, select(e @ e.T, y, config), config)))
+
+
+def test_the_plain_loss_comes_first_where_it_is_asked_for() -> None:
+    """Every weight 1, whatever the memory knows; it fills all the same."""
+    config = small(meta_start="2 steps", warmup_classes=98, optimizer={"name": "sgd", "lr": 0.1})
+    setting, twin = Setting(config, (12, 10, 7), 5), Setting(small(meta=False, optimizer={"name": "sgd", "lr": 0.1}), (12, 10, 7), 5)  # fmt: skip
+    x, y, v, vy = make_problem()
+    for step in range(2):
+        logs, wanted = setting.step(x, y, v, vy, Clock(step)), twin.step(x, y, x[:0], y[:0])
+        assert logs["loss"] == pytest.approx(wanted["loss"]) and "meta_loss" not in logs
+    before = setting.parameters()
+    assert all(torch.equal(p, before[n]) for n, p in twin.parameters().items())
+    assert len(setting.mining.memory) == 40 and int(setting.method.skipped.sum()) == 0
+    assert "meta_loss" in setting.step(x, y, v, vy, Clock(2))
 
 
 def test_a_meta_image_can_be_kept_from_its_own_entry() -> None:
