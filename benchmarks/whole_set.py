@@ -175,7 +175,7 @@ def _algorithm(
     seen, bound = False, 0.0
     negatives: list[int] = []
     positives: list[tuple[int, set[int]]] = []
-    for j, d in zip(ids.tolist(), distances.tolist(), strict=True):
+    for j, d in zip(ids, distances, strict=True):
         if not seen:
             if labels[j] == labels[anchor]:
                 seen, bound = True, kappa * d

@@ -42,6 +42,7 @@ class Classes:
 
     def __init__(self, labels: Int64[np.ndarray, " samples"], key: tuple[int, ...]) -> None:
         self.labels = labels
+        self.short_labels = labels.astype(np.int32)  # they stay in a core's cache
         width = np.int32 if len(labels) < 2**31 else np.int64
         self.order = np.argsort(labels, kind="stable").astype(width)
         self.sizes = np.bincount(labels)
@@ -115,60 +116,70 @@ class Chosen(NamedTuple):
 
     Attributes:
         negative, positive: of the t-th triplet of each anchor.
-        admitted: positives that a triplet may take.
-        first: rank of +NN.
         bound: κ d(+NN); NaN without +NN.
+        rows, ranks: of +NN and of the positives that a triplet may take, by row and rank.
+        without_positive: lists that have none.
+        without_negative: lists that have none.
     """
 
     negative: Int64[np.ndarray, "anchors t"]
     positive: Int64[np.ndarray, "anchors t"]
-    admitted: Bool[np.ndarray, "anchors k"]
-    first: Int64[np.ndarray, " anchors"]
     bound: Float64[np.ndarray, " anchors"]
+    rows: Int64[np.ndarray, " entries"]
+    ranks: Int64[np.ndarray, " entries"]
+    without_positive: int
+    without_negative: int
 
 
 def choose(
     same: Bool[np.ndarray, "anchors k"],
-    there: Bool[np.ndarray, "anchors k"],
+    lengths: Int64[np.ndarray, " anchors"],
     distances: Float64[np.ndarray, "anchors k"],
     kappa: float,
     count: int,
 ) -> Chosen:
-    """The mining rule (eq. 6 and Algorithm 1), on all lists at once.
+    """The mining rule, on all lists at once: of their entries it looks at those of the own class, and a few beside them.
 
     Args:
         same: whether an entry is of the anchor's class.
-        there: whether there is one: lists may be shorter than K.
+        lengths: entries of each list.
         distances: squared, ascending.
         kappa: κ.
         count: T, triplets wanted of an anchor.
     """
-    rows, k = same.shape
-    none = ~same.any(1)
-    first = same.argmax(1)
-    nearest = distances[np.arange(rows), first]
-    bound = np.where(none, np.nan, kappa * nearest)
-    # Entries after +NN and not within the bound: a suffix of the list, as distances ascend.
-    start = (distances < np.where(none, np.inf, bound)[:, None]).sum(1)
-    start = np.where(none, k, np.maximum(start, first + 1))
-    suffix = (np.arange(k) >= start[:, None]) & there
-    admitted, foreign = suffix & same, suffix & ~same
-    negative = np.full((rows, count), -1)
-    row, rank = np.nonzero(foreign) if count > 1 else (np.flatnonzero(foreign.any(1)), np.empty(0, np.int64))
-    if count > 1:
-        each = np.bincount(row, minlength=rows)
-        turn = np.arange(len(row)) - np.repeat(np.cumsum(each) - each, each)
-        kept = turn < count
-        negative[row[kept], turn[kept]] = rank[kept]
-    else:
-        negative[row, 0] = foreign[row].argmax(1)
-    positive = np.full((rows, count), -1)
+    anchors, k = np.arange(len(same)), same.shape[1]
+    rows, ranks = np.divmod(np.flatnonzero(same), k)
+    counts = np.bincount(rows, minlength=len(same))
+    none = counts == 0
+    first = np.zeros(len(same), np.int64)
+    first[~none] = ranks[(np.cumsum(counts) - counts)[~none]]
+    bound = np.where(none, np.nan, kappa * distances[anchors, first])
+    # Where a triplet's entries start: after +NN, at the first distance that is not below the bound.
+    start, stop = np.where(none, lengths, first + 1), lengths.copy()
+    while (open_ := start < stop).any():
+        middle = (start + stop) // 2
+        below = distances[anchors, np.minimum(middle, k - 1)] < bound
+        start, stop = np.where(open_ & below, middle + 1, start), np.where(open_ & ~below, middle, stop)
+    kept = ranks >= start[rows]
+    own, own_ranks = rows[kept], ranks[kept]
+    held = np.bincount(own, minlength=len(same))
+    within = np.arange(len(own)) - np.repeat(np.cumsum(held) - held, held)
+    keys = own * (k + 1) + own_ranks
+    negative, positive = np.full((len(same), count), -1), np.full((len(same), count), -1)
     for t in range(count):
-        some = np.flatnonzero(negative[:, t] >= 0)
-        later = admitted[some] & (np.arange(k) > negative[some, t][:, None])
-        found = later.any(1)
-        positive[some[found], t] = later[found].argmax(1)
-    return Chosen(negative, positive, admitted, np.where(none, -1, first), bound)
+        # The t-th entry of another class: t, and as many further as entries of the own class stand before it.
+        passed = np.bincount(own[own_ranks - within - start[own] <= t], minlength=len(same))
+        rank = start + t + passed
+        there = rank < lengths
+        negative[there, t] = rank[there]
+        later = np.searchsorted(keys, anchors * (k + 1) + rank, "right")
+        found = there & (later < len(keys))
+        found[found] = own[later[found]] == anchors[found]
+        positive[found, t] = own_ranks[later[found]]
+    listed = kept | (ranks == first[rows])
+    return Chosen(
+        negative, positive, bound, rows[listed], ranks[listed], int(none.sum()), int((counts == lengths).sum())
+    )
 
 
 class Mined(NamedTuple):
@@ -213,9 +224,11 @@ def mine(
     anchors, ids, distances = anchors[kept], ids[kept], distances[kept]
     if positives is not None:
         ids, distances = _merged(anchors, ids, distances, *positives)
-    there = ids >= 0
-    same = there & (classes.labels[ids] == classes.labels[anchors][:, None])
-    found = choose(same, there, distances, kappa, count)
+    lengths = (ids >= 0).sum(1) if (ids[:, -1:] < 0).any() else np.full(len(ids), ids.shape[1])
+    same = classes.short_labels.take(ids, mode="clip") == classes.short_labels[anchors][:, None]
+    if (lengths < ids.shape[1]).any():
+        same &= ids >= 0
+    found = choose(same, lengths, distances, kappa, count)
     rows, draw = np.repeat(np.arange(len(anchors)), count), np.tile(np.arange(count), len(anchors))
     negative, positive = found.negative.ravel(), found.positive.ravel()
     kind = np.where(negative < 0, RANDOM, np.where(positive < 0, HALF_MINED, MINED))
@@ -223,18 +236,17 @@ def mine(
     p = ids[rows, np.maximum(positive, 0)]
     half = np.flatnonzero(kind == HALF_MINED)
     if len(half):
-        listed = found.admitted.copy()
-        some = np.flatnonzero(found.first >= 0)
-        listed[some, found.first[some]] = True  # +NN is in the list as well
-        askers, rank = np.nonzero(listed[rows[half]])
-        p[half] = classes.outside(anchors[rows[half]], draw[half], ids[rows[half]][askers, rank], askers)
+        # Each asks for a member of its class that is neither +NN nor could have been taken: those of its list.
+        counts = np.bincount(found.rows, minlength=len(anchors))
+        each, first = counts[rows[half]], (np.cumsum(counts) - counts)[rows[half]]
+        entries = np.repeat(first - (np.cumsum(each) - each), each) + np.arange(each.sum())
+        listed = ids[found.rows[entries], found.ranks[entries]]
+        p[half] = classes.outside(anchors[rows[half]], draw[half], listed, np.repeat(np.arange(len(half)), each))
     none = np.flatnonzero(kind == RANDOM)
     random = classes.random_triplets(anchors[rows[none]], draw[none])
     p[none], n[none] = random.positive, random.negative
     triplets = Triplets(anchors[rows], p, n, kind)
-    return Mined(
-        triplets, int((~same.any(1)).sum()), int((~(there & ~same).any(1)).sum()), time.perf_counter() - started
-    )
+    return Mined(triplets, found.without_positive, found.without_negative, time.perf_counter() - started)
 
 
 def _merged(

@@ -31,9 +31,8 @@ def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed) >> 1)
 
 
-_DERIVED_PIXELS = (
-    3 * 2**19
-)  # differentiated at once, while the step's own graph waits: 32 images of 128 pixels, 10 of 224
+# Numbers of images that are differentiated at once while the step's own graph waits: 16 images of 128 pixels, 5 of 224.
+_DERIVED_PIXELS = 3 * 2**18
 
 
 class _Part(NamedTuple):

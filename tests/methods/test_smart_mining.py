@@ -55,7 +55,7 @@ def test_golden_triplets(case: str) -> None:
         (y[t.positive] == y[t.anchor]).all() and (t.positive != t.anchor).all() and (y[t.negative] != y[t.anchor]).all()
     )
     same = y[listed] == y[:, None]
-    bound = choose(same, np.ones_like(same), distances, kappa, count).bound
+    bound = choose(same, np.full(len(same), same.shape[1]), distances, kappa, count).bound
     np.testing.assert_allclose(bound[kept], g["bound"][kept], rtol=1e-12)
     assert (distances[0] >= 0).all() and random.any() == (g["kind"][kept] == RANDOM).any()
 
@@ -157,9 +157,9 @@ def test_what_follows_from_the_rule() -> None:
     d = ((x[:, None] - x[None]) ** 2).sum(-1)
     order = np.argsort(d, axis=1)[:, 1:]
     distances, same = np.take_along_axis(d, order, 1), y[order] == y[:, None]
-    left = []
+    left, full = [], np.full(len(same), same.shape[1])
     for kappa in (1.0, 1.2, 1.5, 3.0, 64.0):
-        c = choose(same, np.ones_like(same), distances, kappa, 3)
+        c = choose(same, full, distances, kappa, 3)
         left.append(int((c.negative >= 0).sum()))
         mined = (c.negative >= 0) & (c.positive >= 0)
         rows = np.nonzero(mined)[0]
@@ -170,8 +170,8 @@ def test_what_follows_from_the_rule() -> None:
             loss, _, _ = triplet_loss(*(torch.from_numpy(x)[torch.from_numpy(i)] for i in (rows, order[rows, c.positive[mined]], order[rows, c.negative[mined]])), 0.2)  # fmt: skip
             assert bool((loss > 0).all())
     assert left == sorted(left, reverse=True) and left[0] > left[-1]
-    for a, b in zip(choose(same, np.ones_like(same), distances, 0.3, 2), choose(same, np.ones_like(same), distances, 1.0, 2), strict=True):  # fmt: skip
-        assert np.array_equal(a, b) or a.dtype == np.float64
+    for a, b in zip(choose(same, full, distances, 0.3, 2), choose(same, full, distances, 1.0, 2), strict=True):  # fmt: skip
+        assert np.array_equal(a, b) or np.asarray(a).dtype == np.float64
 
 
 def test_random_members_are_uniform_and_depend_on_the_key_alone() -> None:
