@@ -120,7 +120,7 @@ def read(folder: Folder, header: Header) -> Saved:
 
 def _newest(metas: Sequence[Mapping[str, Any]]) -> Tag:
     """Of the shards: a put reaches those that own its rows."""
-    return max((Tag(**meta["tag"]) for meta in metas), key=lambda tag: (tag.step, tag.name))
+    return max((Tag(**meta.get("tag", {})) for meta in metas), key=lambda tag: (tag.step, tag.name))
 
 
 def write_arrays(folder: Folder, name: str, arrays: Arrays) -> dict[str, str]:
