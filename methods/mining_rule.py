@@ -118,8 +118,7 @@ class Chosen(NamedTuple):
         negative, positive: of the t-th triplet of each anchor.
         bound: κ d(+NN); NaN without +NN.
         rows, ranks: of +NN and of the positives that a triplet may take, by row and rank.
-        without_positive: lists that have none.
-        without_negative: lists that have none.
+        without_positive, without_negative: whether a list has none.
     """
 
     negative: Int64[np.ndarray, "anchors t"]
@@ -127,8 +126,8 @@ class Chosen(NamedTuple):
     bound: Float64[np.ndarray, " anchors"]
     rows: Int64[np.ndarray, " entries"]
     ranks: Int64[np.ndarray, " entries"]
-    without_positive: int
-    without_negative: int
+    without_positive: Bool[np.ndarray, " anchors"]
+    without_negative: Bool[np.ndarray, " anchors"]
 
 
 def choose(
@@ -177,9 +176,7 @@ def choose(
         found[found] = own[later[found]] == anchors[found]
         positive[found, t] = own_ranks[later[found]]
     listed = kept | (ranks == first[rows])
-    return Chosen(
-        negative, positive, bound, rows[listed], ranks[listed], int(none.sum()), int((counts == lengths).sum())
-    )
+    return Chosen(negative, positive, bound, rows[listed], ranks[listed], none, counts == lengths)
 
 
 class Mined(NamedTuple):
@@ -221,16 +218,15 @@ def mine(
     anchors, ids, distances = queries.ids, lists.ids, lists.distances
     alone = classes.sizes[classes.labels[anchors]] < 2
     kept = ~alone if wanted is None else ~alone & wanted[anchors]
-    anchors, ids, distances = anchors[kept], ids[kept], distances[kept]
+    if kept.mean() < 0.5:  # else a copy takes longer than what it saves
+        anchors, ids, distances, kept = anchors[kept], ids[kept], distances[kept], np.ones(kept.sum(), bool)
     if positives is not None:
         ids, distances = _merged(anchors, ids, distances, *positives)
     lengths = (ids >= 0).sum(1) if (ids[:, -1:] < 0).any() else np.full(len(ids), ids.shape[1])
-    same = classes.short_labels.take(ids, mode="clip") == classes.short_labels[anchors][:, None]
-    if (lengths < ids.shape[1]).any():
-        same &= ids >= 0
-    found = choose(same, lengths, distances, kappa, count)
-    rows, draw = np.repeat(np.arange(len(anchors)), count), np.tile(np.arange(count), len(anchors))
-    negative, positive = found.negative.ravel(), found.positive.ravel()
+    found = choose(_same(classes.short_labels, anchors, ids, lengths), lengths, distances, kappa, count)
+    chosen = np.flatnonzero(kept)
+    rows, draw = np.repeat(chosen, count), np.tile(np.arange(count), len(chosen))
+    negative, positive = found.negative[chosen].ravel(), found.positive[chosen].ravel()
     kind = np.where(negative < 0, RANDOM, np.where(positive < 0, HALF_MINED, MINED))
     n = ids[rows, np.maximum(negative, 0)]
     p = ids[rows, np.maximum(positive, 0)]
@@ -246,7 +242,19 @@ def mine(
     random = classes.random_triplets(anchors[rows[none]], draw[none])
     p[none], n[none] = random.positive, random.negative
     triplets = Triplets(anchors[rows], p, n, kind)
-    return Mined(triplets, found.without_positive, found.without_negative, time.perf_counter() - started)
+    lacking, crowded = (int(m[chosen].sum()) for m in (found.without_positive, found.without_negative))
+    return Mined(triplets, lacking, crowded, time.perf_counter() - started)
+
+
+def _same(labels: np.ndarray, anchors: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Whether each entry is of its anchor's class; in parts that stay in a core's cache."""
+    out = np.empty(ids.shape, bool)
+    for start in range(0, len(ids), 1024):
+        part = slice(start, start + 1024)
+        np.equal(labels.take(ids[part], mode="clip"), labels[anchors[part]][:, None], out=out[part])
+    if (lengths < ids.shape[1]).any():
+        out &= ids >= 0
+    return out
 
 
 def _merged(
