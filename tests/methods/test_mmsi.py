@@ -151,6 +151,7 @@ class Setting:
         self.mining = Memorised(config.embedding_dim, config.memory_per_class)
         # 10,000 samples are enough for the slots of all steps
         samples = cast(Any, SimpleNamespace(labels=np.zeros(10**4, np.int64), ids=np.arange(10**4)))
+        # stand-ins for the dataset and the server: past the check of types at run time
         self.context = RunContext.__new__(RunContext)
         init: Callable[..., None] = RunContext.__init__.__wrapped__ if hasattr(RunContext.__init__, "__wrapped__") else RunContext.__init__  # type: ignore[attr-defined]  # fmt: skip
         init(
@@ -173,7 +174,7 @@ class Setting:
         return {n: p.detach().clone() for m in (self.net, self.method) for n, p in m.named_parameters()}
 
 
-def test_golden_trace_of_the_official_trainer() -> None:
+def test_golden_trace_of_the_official_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     """18 iterations: memory, updates, weights and parameters."""
     values = {k: float(TRACE[k]) for k in ("margin", "alpha", "beta", "base")}
     config = MmsiConfig(
@@ -183,30 +184,24 @@ def test_golden_trace_of_the_official_trainer() -> None:
     setting = Setting(config, (12, 16, 8), 200, Unit(1 + 1e-9))
     setting.net.load_state_dict({n: golden(TRACE, f"init/{n}") for n in setting.net.state_dict()})
     seen: list[Tensor] = []
-    import methods.mmsi as module
-
-    kept = module.normalise
-    module.normalise = lambda *a: seen.append(kept(*a)) or seen[-1]  # type: ignore[assignment, func-returns-value]
-    try:
-        for t in range(int(TRACE["n_steps"])):
-            x, y = golden(TRACE, f"s{t}/train_x"), golden(TRACE, f"s{t}/train_y")
-            updated = bool(TRACE[f"s{t}/updated"])
-            meta = (golden(TRACE, f"s{t}/val_x"), golden(TRACE, f"s{t}/val_y")) if updated else (x[:10], y[:10])
-            before = len(seen)
-            setting.step(x, y, *meta)
-            memory = setting.mining.memory
-            order = torch.argsort(memory.labels, stable=True)
-            wanted = torch.argsort(golden(TRACE, f"s{t}/dict_y"), stable=True)
-            assert torch.equal(memory.labels[order], golden(TRACE, f"s{t}/dict_y")[wanted])
-            if config.memory_per_class == 1:
-                close(memory.features[order], golden(TRACE, f"s{t}/dict_x")[wanted])
-            assert len(seen) - before == updated
-            if updated:
-                close(seen[-1], golden(TRACE, f"s{t}/W"))
-            for name, value in setting.net.state_dict().items():
-                close(value, golden(TRACE, f"s{t}/param/{name}"))
-    finally:
-        module.normalise = kept
+    monkeypatch.setattr("methods.mmsi.normalise", lambda *a: seen.append(normalise(*a)) or seen[-1])  # type: ignore[func-returns-value]
+    for t in range(int(TRACE["n_steps"])):
+        x, y = golden(TRACE, f"s{t}/train_x"), golden(TRACE, f"s{t}/train_y")
+        updated = bool(TRACE[f"s{t}/updated"])
+        meta = (golden(TRACE, f"s{t}/val_x"), golden(TRACE, f"s{t}/val_y")) if updated else (x[:10], y[:10])
+        before = len(seen)
+        setting.step(x, y, *meta)
+        memory = setting.mining.memory
+        order = torch.argsort(memory.labels, stable=True)
+        wanted = torch.argsort(golden(TRACE, f"s{t}/dict_y"), stable=True)
+        assert torch.equal(memory.labels[order], golden(TRACE, f"s{t}/dict_y")[wanted])
+        if config.memory_per_class == 1:
+            close(memory.features[order], golden(TRACE, f"s{t}/dict_x")[wanted])
+        assert len(seen) - before == updated
+        if updated:
+            close(seen[-1], golden(TRACE, f"s{t}/W"))
+        for name, value in setting.net.state_dict().items():
+            close(value, golden(TRACE, f"s{t}/param/{name}"))
     assert len(seen) >= 10
 
 
