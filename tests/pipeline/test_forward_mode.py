@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.collectives import Ranks
-from pipeline.forward_mode import ForwardMode
+from pipeline.forward_mode import derivative
 from pipeline.model import ModelConfig, Trunk, build_trunk
 
 
@@ -39,14 +38,12 @@ def _by_double_backward(trunk: nn.Module, pixels: Tensor, direction: dict[str, T
 
 
 @pytest.mark.parametrize(
-    ("backbone", "pooling", "folds"),
-    [("test_efficientnet", "avg", True), ("tf_efficientnet_lite0", "avg+max", True), ("bn_inception", "max", True), ("torchvision/googlenet", "avg", True), ("test_vit", "native", False)],
+    ("backbone", "pooling"),
+    [("test_efficientnet", "avg"), ("tf_efficientnet_lite0", "avg+max"), ("bn_inception", "max"), ("torchvision/googlenet", "avg"), ("test_vit", "native")],
 )  # fmt: skip
-def test_derivatives_of_trunks(backbone: str, pooling: str, folds: bool) -> None:
+def test_derivatives_of_trunks(backbone: str, pooling: str) -> None:
     trunk, pixels, direction = make(backbone, pooling)
-    forward = ForwardMode(trunk)
-    features, along = forward(lambda t: t(pixels), direction)
-    assert bool(forward._folds) == folds
+    features, along = derivative(trunk, lambda t: t(pixels), direction)
     torch.testing.assert_close(features, trunk(pixels).detach(), rtol=1e-10, atol=1e-10)
     wanted = by_double_backward(trunk, pixels, direction)
     assert float(wanted.norm()) > 1e-3
@@ -57,34 +54,9 @@ def test_derivatives_of_trunks(backbone: str, pooling: str, folds: bool) -> None
 def test_part_of_the_parameters() -> None:
     """Those that are not named stand still: of a kernel, of a normalisation, of neither."""
     trunk, pixels, direction = make("test_efficientnet")
-    forward = ForwardMode(trunk)
     names = [n for n in direction if "conv" in n][:2] + [n for n in direction if "bn" in n][:3]
     some = {n: direction[n] for n in names}
-    along = forward(lambda t: t(pixels), some)[1]
+    along = derivative(trunk, lambda t: t(pixels), some)[1]
     wanted = by_double_backward(trunk, pixels, some)
     torch.testing.assert_close(along, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))
     assert float(wanted.norm()) > 1e-6
-
-
-class Branching(nn.Module):
-    """A convolution whose output is used before its normalisation, too: it cannot be folded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval()
-        nn.init.uniform_(self.bn.weight, 0.5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return (F.relu(self.bn(y), inplace=True) + y).mean((2, 3))
-
-
-def test_what_cannot_be_folded_is_left_alone() -> None:
-    torch.manual_seed(0)
-    trunk, x = Branching().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    direction = {n: torch.randn_like(p) for n, p in trunk.named_parameters()}
-    forward = ForwardMode(trunk)
-    features, along = forward(lambda t: t(x), direction)
-    assert forward._folds == []
-    torch.testing.assert_close(features, trunk(x).detach())
-    torch.testing.assert_close(along, by_double_backward(trunk, x, direction))
