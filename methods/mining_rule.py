@@ -91,8 +91,7 @@ class Classes:
         # The anchor and its listed ones, as places within the class, ascending for each asker.
         of = np.concatenate([np.arange(len(anchors)), of])
         taken = np.concatenate([self.place[anchors], self.place[listed]])
-        order = np.lexsort((taken, of))
-        of, taken = of[order], taken[order]
+        of, taken = np.divmod(np.sort(of * len(self.labels) + taken), len(self.labels))
         counts = np.bincount(of, minlength=len(anchors))
         starts = np.cumsum(counts) - counts
         left = self.sizes[c] - counts
@@ -130,8 +129,19 @@ class Chosen(NamedTuple):
     without_negative: Bool[np.ndarray, " anchors"]
 
 
+class Entries(NamedTuple):
+    """Entries of lists that are of the anchor's class, by row, then rank.
+
+    Attributes:
+        rows, ranks: where they stand.
+    """
+
+    rows: Int64[np.ndarray, " entries"]
+    ranks: Int64[np.ndarray, " entries"]
+
+
 def choose(
-    same: Bool[np.ndarray, "anchors k"],
+    entries: Entries,
     lengths: Int64[np.ndarray, " anchors"],
     distances: Float64[np.ndarray, "anchors k"],
     kappa: float,
@@ -140,34 +150,40 @@ def choose(
     """The mining rule, on all lists at once: of their entries it looks at those of the own class, and a few beside them.
 
     Args:
-        same: whether an entry is of the anchor's class.
+        entries: of the own class.
         lengths: entries of each list.
         distances: squared, ascending.
         kappa: κ.
         count: T, triplets wanted of an anchor.
     """
-    anchors, k = np.arange(len(same)), same.shape[1]
-    rows, ranks = np.divmod(np.flatnonzero(same), k)
-    counts = np.bincount(rows, minlength=len(same))
+    rows, ranks = entries
+    anchors, k = np.arange(len(distances)), distances.shape[1]
+    counts = np.bincount(rows, minlength=len(anchors))
     none = counts == 0
-    first = np.zeros(len(same), np.int64)
+    first = np.zeros(len(anchors), np.int64)
     first[~none] = ranks[(np.cumsum(counts) - counts)[~none]]
     bound = np.where(none, np.nan, kappa * distances[anchors, first])
     # Where a triplet's entries start: after +NN, at the first distance that is not below the bound.
-    start, stop = np.where(none, lengths, first + 1), lengths.copy()
-    while (open_ := start < stop).any():
-        middle = (start + stop) // 2
-        below = distances[anchors, np.minimum(middle, k - 1)] < bound
-        start, stop = np.where(open_ & below, middle + 1, start), np.where(open_ & ~below, middle, stop)
+    start = np.where(none, lengths, first + 1)
+    searched, step = np.flatnonzero(start < lengths), 1
+    while len(searched):  # it mostly is near: look 1, 2, 4, ... entries further, then bisect what was passed over
+        at = start[searched]
+        ahead = np.minimum(at + step, lengths[searched]) - 1
+        below = distances[searched, ahead] < bound[searched]
+        start[searched] = np.where(below, ahead + 1, at)
+        if step > 1:
+            within = searched[~below]
+            start[within] = _bisect(distances, within, start[within], ahead[~below], bound[within])
+        searched, step = searched[below & (ahead + 1 < lengths[searched])], 2 * step
     kept = ranks >= start[rows]
     own, own_ranks = rows[kept], ranks[kept]
-    held = np.bincount(own, minlength=len(same))
+    held = np.bincount(own, minlength=len(anchors))
     within = np.arange(len(own)) - np.repeat(np.cumsum(held) - held, held)
     keys = own * (k + 1) + own_ranks
-    negative, positive = np.full((len(same), count), -1), np.full((len(same), count), -1)
+    negative, positive = np.full((len(anchors), count), -1), np.full((len(anchors), count), -1)
     for t in range(count):
         # The t-th entry of another class: t, and as many further as entries of the own class stand before it.
-        passed = np.bincount(own[own_ranks - within - start[own] <= t], minlength=len(same))
+        passed = np.bincount(own[own_ranks - within - start[own] <= t], minlength=len(anchors))
         rank = start + t + passed
         there = rank < lengths
         negative[there, t] = rank[there]
@@ -177,6 +193,17 @@ def choose(
         positive[found, t] = own_ranks[later[found]]
     listed = kept | (ranks == first[rows])
     return Chosen(negative, positive, bound, rows[listed], ranks[listed], none, counts == lengths)
+
+
+def _bisect(
+    distances: np.ndarray, rows: np.ndarray, start: np.ndarray, stop: np.ndarray, bound: np.ndarray
+) -> np.ndarray:
+    """The first rank in start..stop of each row whose distance is not below its bound, that at `stop` not being."""
+    while (start < stop).any():
+        middle = (start + stop) // 2
+        below = distances[rows, middle] < bound
+        start, stop = np.where(below, middle + 1, start), np.where(below, stop, middle)
+    return start
 
 
 class Mined(NamedTuple):
@@ -223,7 +250,7 @@ def mine(
     if positives is not None:
         ids, distances = _merged(anchors, ids, distances, *positives)
     lengths = (ids >= 0).sum(1) if (ids[:, -1:] < 0).any() else np.full(len(ids), ids.shape[1])
-    found = choose(_same(classes.short_labels, anchors, ids, lengths), lengths, distances, kappa, count)
+    found = choose(_own_entries(classes, anchors, ids), lengths, distances, kappa, count)
     chosen = np.flatnonzero(kept)
     rows, draw = np.repeat(chosen, count), np.tile(np.arange(count), len(chosen))
     negative, positive = found.negative[chosen].ravel(), found.positive[chosen].ravel()
@@ -246,15 +273,23 @@ def mine(
     return Mined(triplets, lacking, crowded, time.perf_counter() - started)
 
 
-def _same(labels: np.ndarray, anchors: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Whether each entry is of its anchor's class; in parts that stay in a core's cache."""
-    out = np.empty(ids.shape, bool)
-    for start in range(0, len(ids), 1024):
-        part = slice(start, start + 1024)
-        np.equal(labels.take(ids[part], mode="clip"), labels[anchors[part]][:, None], out=out[part])
-    if (lengths < ids.shape[1]).any():
-        out &= ids >= 0
-    return out
+def _own_entries(classes: Classes, anchors: np.ndarray, ids: np.ndarray) -> Entries:
+    """Entries of the anchors' own classes. Where a class has been seen in full, its list is not read any further."""
+    labels, k = classes.short_labels, ids.shape[1]
+    own = labels[anchors]
+    left = classes.sizes[own] - 1
+    keys, rows, first = [], np.arange(len(anchors)), 0
+    while first < k and len(rows):
+        last = min(k, max(16, 4 * first))
+        for start in range(0, len(rows), 4096):  # parts that stay in a core's cache
+            part = rows[start : start + 4096]
+            some = ids[part, first:last] if len(rows) < len(ids) else ids[start : start + 4096, first:last]
+            same = (labels.take(some, mode="clip") == own[part][:, None]) & (some >= 0)
+            row, rank = np.divmod(np.flatnonzero(same), last - first)
+            keys.append(part[row] * k + first + rank)
+            left[part] -= np.bincount(row, minlength=len(part))
+        rows, first = rows[left[rows] > 0], last
+    return Entries(*np.divmod(np.sort(np.concatenate(keys), kind="stable") if keys else np.zeros(0, np.int64), k))
 
 
 def _merged(

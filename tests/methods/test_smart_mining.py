@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from methods import Batch
-from methods.mining_rule import HALF_MINED, MINED, RANDOM, Classes, Mined, choose, mine
+from methods.mining_rule import HALF_MINED, MINED, RANDOM, Classes, Entries, Mined, choose, mine
 from methods.optim import Clock
 from methods.smart_mining import Controller, SmartMining, SmartMiningConfig, global_loss, triplet_loss
 from pipeline.collectives import Ranks
@@ -37,6 +37,10 @@ def lists(ids: np.ndarray, distances: np.ndarray) -> Any:
 # ---- golden ----------------------------------------------------------------------------------------------------------
 
 
+def entries_of(same: np.ndarray) -> Entries:
+    return Entries(*np.nonzero(same))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_golden_triplets(case: str) -> None:
     """Mined triplets and bounds exactly; random places hold what may stand there."""
@@ -55,7 +59,7 @@ def test_golden_triplets(case: str) -> None:
         (y[t.positive] == y[t.anchor]).all() and (t.positive != t.anchor).all() and (y[t.negative] != y[t.anchor]).all()
     )
     same = y[listed] == y[:, None]
-    bound = choose(same, np.full(len(same), same.shape[1]), distances, kappa, count).bound
+    bound = choose(entries_of(same), np.full(len(same), same.shape[1]), distances, kappa, count).bound
     np.testing.assert_allclose(bound[kept], g["bound"][kept], rtol=1e-12)
     assert (distances[0] >= 0).all() and random.any() == (g["kind"][kept] == RANDOM).any()
 
@@ -159,7 +163,7 @@ def test_what_follows_from_the_rule() -> None:
     distances, same = np.take_along_axis(d, order, 1), y[order] == y[:, None]
     left, full = [], np.full(len(same), same.shape[1])
     for kappa in (1.0, 1.2, 1.5, 3.0, 64.0):
-        c = choose(same, full, distances, kappa, 3)
+        c = choose(entries_of(same), full, distances, kappa, 3)
         left.append(int((c.negative >= 0).sum()))
         mined = (c.negative >= 0) & (c.positive >= 0)
         rows = np.nonzero(mined)[0]
@@ -170,7 +174,7 @@ def test_what_follows_from_the_rule() -> None:
             loss, _, _ = triplet_loss(*(torch.from_numpy(x)[torch.from_numpy(i)] for i in (rows, order[rows, c.positive[mined]], order[rows, c.negative[mined]])), 0.2)  # fmt: skip
             assert bool((loss > 0).all())
     assert left == sorted(left, reverse=True) and left[0] > left[-1]
-    for a, b in zip(choose(same, full, distances, 0.3, 2), choose(same, full, distances, 1.0, 2), strict=True):  # fmt: skip
+    for a, b in zip(choose(entries_of(same), full, distances, 0.3, 2), choose(entries_of(same), full, distances, 1.0, 2), strict=True):  # fmt: skip
         assert np.array_equal(a, b) or np.asarray(a).dtype == np.float64
 
 
