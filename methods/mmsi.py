@@ -14,17 +14,8 @@ v = ∂L_meta/∂θ at θ̂, the derivative Ė of the embeddings along v (one fo
     u = lr · d/dw ⟨∂L(S, w)/∂S, Ṡ⟩
 
 exactly, for any loss on similarities: one small backward pass on the meta batch and one derivative on n × n matrices.
-With w_init = 0 the virtual gradient is zero, θ̂ = θ, and lr cancels in w*. `loss` is one of
-
-    contrastive        1/n Σ_i [Σ_P (1 - s) w + Σ_N s w]                                  N: s > margin
-    multi_similarity   1/n Σ_i [2/β log(1 + Σ_P e^{-β(ws - λ)}) + 2/α log(1 + Σ_N e^{α(ws - λ)})]
-    binomial           1/n Σ_i [mean_P 2/β log(1 + e^{-β(ws - λ)}) + mean_N 2/α log(1 + e^{α(ws - λ)})]
-    lifted             1/n Σ_i [2/β log Σ_P e^{-βws} + 2/α log Σ_N e^{αws}]
-    triplet            1/n Σ_(i,p,q) max(0, w (s_iq - s_ip) + margin)                     active triplets
-
-Of multi_similarity, lifted (and binomial, if it is given a margin) the pairs are mined: a negative counts if it is nearer
-than the farthest positive plus margin, a positive if it is farther than the nearest negative minus margin; an anchor
-without either is left out. The meta loss is the same loss of the meta batch against the memory, every weight 1, unmined.
+With w_init = 0 the virtual gradient is zero, θ̂ = θ, and lr cancels in w*. `loss` is one of `mmsi_losses.py`; the meta loss is the
+same one, of the meta batch against the memory, every weight 1, unmined.
 
 Released by the authors: contrastive and multi_similarity; the others follow from the same scheme. Beside the paper's name
 for things: their meta batch comes from the training images themselves (`meta_source: train`), not from a validation set.
@@ -34,26 +25,25 @@ positives alone: that is what the authors' program does, and what the defaults d
 Deviations: `norm_scope: per_sign` and `w_init` above 0 are ours. Self-pairs are left out by position (theirs: by s < 1);
 masks are found once a step (theirs: twice); a step without any positive u is skipped and counted (theirs: weights become
 NaN); contrastive is 1 - s (theirs, by a slip, -(1 + s): other values, the same gradients). The meta batch follows from
-(seed, step); theirs pauses while the memory fills. `meta_start` trains on the plain loss first, within the run. The virtual step has one rate for trunk and head.
+(seed, step); theirs pauses while the memory fills. `meta_start` trains on the plain loss first, within the run. The virtual
+step has one rate for trunk and head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from methods.base import Batch, Context, Gradient, Memory, Method, MethodConfig, MiningNeeds
+from methods.mmsi_losses import BASES, MARGINS, Constants, Selection
 from methods.optim import Length, OptimizerConfig
 from methods.plans import Plan, each_class_once, side_by_side
-
-_MARGINS = {"contrastive": 0.8, "multi_similarity": 0.05, "binomial": None, "lifted": 0.1, "triplet": 0.1}
 
 
 class MmsiConfig(MethodConfig):
@@ -91,9 +81,10 @@ class MmsiConfig(MethodConfig):
     optimizer: OptimizerConfig = OptimizerConfig(name="adam", lr=1e-7, weight_decay=5e-4)
 
     @property
-    def mined(self) -> float | None:
-        """The margin in force; none (binomial only): no pair is mined away."""
-        return self.margin if self.margin is not None else _MARGINS[self.loss]
+    def constants(self) -> Constants:
+        """Those of the loss, its own margin if none is given."""
+        margin = self.margin if self.margin is not None else MARGINS[self.loss]
+        return Constants(margin, self.alpha, self.beta, self.base)
 
     @property
     def freezes(self) -> bool:
@@ -110,119 +101,6 @@ class MmsiConfig(MethodConfig):
         return self
 
 
-class Selection(NamedTuple):
-    """Which pairs a loss looks at.
-
-    Attributes:
-        positives: [anchor, other].
-        negatives: [anchor, other]; of a triplet loss [positive pair, in the order of the matrix; other].
-        slots: what has a weight; shape of `negatives`.
-    """
-
-    positives: Bool[Tensor, "anchors others"]
-    negatives: Bool[Tensor, "rows others"]
-    slots: Bool[Tensor, "rows others"]
-
-
-class Base(NamedTuple):
-    """A loss on similarities.
-
-    Attributes:
-        select: (similarities, positive pairs, negative pairs, config) to what is mined of them.
-        value: (similarities, weights, selection, config) to the sum over the anchors; weights 1.0 make it the plain loss.
-        meta: as `select`, for the meta batch against the memory.
-    """
-
-    select: Callable[[Tensor, Tensor, Tensor, MmsiConfig], Selection]
-    value: Callable[[Tensor, Tensor | float, Selection, MmsiConfig], Tensor]
-    meta: Callable[[Tensor, Tensor, Tensor, MmsiConfig], Selection]
-
-
-# ---- the losses ------------------------------------------------------------------------------------------------------
-
-
-def _margin(c: MmsiConfig) -> float:
-    assert c.mined is not None
-    return c.mined
-
-
-def _pairs(positives: Tensor, negatives: Tensor) -> Selection:
-    return Selection(positives, negatives, positives | negatives)
-
-
-def _both(positives: Tensor, negatives: Tensor) -> Selection:
-    """Without anchors that lack either."""
-    complete = positives.any(1, keepdim=True) & negatives.any(1, keepdim=True)
-    return _pairs(positives & complete, negatives & complete)
-
-
-def _mine(similarity: Tensor, positives: Tensor, negatives: Tensor, c: MmsiConfig) -> Selection:
-    """Multi-similarity mining (Wang et al., CVPR 2019)."""
-    if c.mined is None:
-        return _pairs(positives, negatives)
-    farthest = similarity.masked_fill(~positives, torch.inf).amin(1, keepdim=True)
-    nearest = similarity.masked_fill(~negatives, -torch.inf).amax(1, keepdim=True)
-    return _both(positives & (nearest - similarity + c.mined > 0), negatives & (similarity + c.mined - farthest > 0))
-
-
-def _above(similarity: Tensor, positives: Tensor, negatives: Tensor, c: MmsiConfig) -> Selection:
-    return _pairs(positives, negatives & (similarity > _margin(c)))
-
-
-def _active(similarity: Tensor, positives: Tensor, negatives: Tensor, c: MmsiConfig) -> Selection:
-    anchor, positive = positives.nonzero(as_tuple=True)
-    gap = similarity[anchor] - similarity[anchor, positive][:, None]
-    active = negatives[anchor] & (gap + _margin(c) > 0)
-    return Selection(positives, active, active)
-
-
-def _contrastive(s: Tensor, w: Tensor | float, chosen: Selection, c: MmsiConfig) -> Tensor:
-    return torch.where(chosen.positives, (1 - s) * w, 0).sum() + torch.where(chosen.negatives, s * w, 0).sum()
-
-
-def _multi_similarity(s: Tensor, w: Tensor | float, chosen: Selection, c: MmsiConfig) -> Tensor:
-    near = _log_sum(-c.beta * (w * s - c.base), chosen.positives, one=True)
-    return (
-        2 / c.beta * near.sum() + 2 / c.alpha * _log_sum(c.alpha * (w * s - c.base), chosen.negatives, one=True).sum()
-    )
-
-
-def _binomial(s: Tensor, w: Tensor | float, chosen: Selection, c: MmsiConfig) -> Tensor:
-    near = _mean(F.softplus(-c.beta * (w * s - c.base)), chosen.positives)
-    return 2 / c.beta * near.sum() + 2 / c.alpha * _mean(F.softplus(c.alpha * (w * s - c.base)), chosen.negatives).sum()
-
-
-def _lifted(s: Tensor, w: Tensor | float, chosen: Selection, c: MmsiConfig) -> Tensor:
-    near = _log_sum(-c.beta * w * s, chosen.positives, one=False)
-    return 2 / c.beta * near.sum() + 2 / c.alpha * _log_sum(c.alpha * w * s, chosen.negatives, one=False).sum()
-
-
-def _triplet(s: Tensor, w: Tensor | float, chosen: Selection, c: MmsiConfig) -> Tensor:
-    anchor, positive = chosen.positives.nonzero(as_tuple=True)
-    gap = s[anchor] - s[anchor, positive][:, None]
-    return torch.where(chosen.negatives, F.relu(w * gap + _margin(c)), 0).sum()
-
-
-def _log_sum(exponents: Tensor, mask: Tensor, one: bool) -> Tensor:
-    """log(Σ exp) over the masked entries of each row that has any, with a 1 in the sum or without."""
-    rows = mask.any(1)
-    kept = exponents[rows].masked_fill(~mask[rows], -torch.inf)
-    return torch.logsumexp(F.pad(kept, (0, 1), value=0.0) if one else kept, 1)
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)
-
-
-BASES: dict[str, Base] = {
-    "contrastive": Base(_above, _contrastive, _above),
-    "multi_similarity": Base(_mine, _multi_similarity, lambda s, p, n, c: _both(p, n)),
-    "binomial": Base(_mine, _binomial, lambda s, p, n, c: _pairs(p, n)),
-    "lifted": Base(_mine, _lifted, lambda s, p, n, c: _both(p, n)),
-    "triplet": Base(_active, _triplet, _active),
-}
-
-
 # ---- the weights -----------------------------------------------------------------------------------------------------
 
 
@@ -230,14 +108,14 @@ def select(similarity: Float[Tensor, "n n"], labels: Int64[Tensor, " n"], config
     """What the loss of a batch looks at."""
     same = labels[:, None] == labels[None]
     own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    return BASES[config.loss].select(similarity.detach(), same & ~own, ~same, config)
+    return BASES[config.loss].select(similarity.detach(), same & ~own, ~same, config.constants)
 
 
 def loss(
     similarity: Float[Tensor, "n n"], weights: Float[Tensor, "rows n"] | float, chosen: Selection, config: MmsiConfig
 ) -> Float[Tensor, ""]:
     """The loss of a batch, a weight for each slot of the selection."""
-    return BASES[config.loss].value(similarity, weights, chosen, config) / len(similarity)
+    return BASES[config.loss].value(similarity, weights, chosen, config.constants) / len(similarity)
 
 
 def meta_loss(
@@ -251,8 +129,8 @@ def meta_loss(
     similarity = embeddings @ memory.features.to(embeddings.dtype).T
     same = labels[:, None] == memory.labels[None]
     positives = same & (ids[:, None] != memory.ids[None]) if config.exclude_same_image else same
-    base = BASES[config.loss]
-    return base.value(similarity, 1.0, base.meta(similarity.detach(), positives, ~same, config), config) / len(labels)
+    base, c = BASES[config.loss], config.constants
+    return base.value(similarity, 1.0, base.meta(similarity.detach(), positives, ~same, c), c) / len(labels)
 
 
 def gradient_of_weights(

@@ -283,17 +283,19 @@ def loop_loss(name: str, s: np.ndarray, w: np.ndarray | None, y: list[int], c: M
         if name == "triplet":
             for p in near:
                 for q in far:
-                    if s[i, q] - s[i, p] + c.mined > 0:
+                    if s[i, q] - s[i, p] + c.constants.margin > 0:
                         slots.append((i, p, q))
-                        total += max(0.0, (1 if w is None else w[len(slots) - 1]) * (s[i, q] - s[i, p]) + c.mined)
+                        total += max(
+                            0.0, (1 if w is None else w[len(slots) - 1]) * (s[i, q] - s[i, p]) + c.constants.margin
+                        )
             continue
         if name == "contrastive":
-            far = [j for j in far if s[i, j] > c.mined]
-        elif c.mined is not None:
+            far = [j for j in far if s[i, j] > c.constants.margin]
+        elif c.constants.margin is not None:
             low, high = min((s[i, j] for j in near), default=np.inf), max((s[i, j] for j in far), default=-np.inf)
             near, far = (
-                [j for j in near if high - s[i, j] + c.mined > 0],
-                [j for j in far if s[i, j] + c.mined - low > 0],
+                [j for j in near if high - s[i, j] + c.constants.margin > 0],
+                [j for j in far if s[i, j] + c.constants.margin - low > 0],
             )
             if not near or not far:
                 continue
