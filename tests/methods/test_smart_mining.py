@@ -25,6 +25,7 @@ from pipeline.mining.run import RunMining
 from pipeline.mining.server import MiningServer
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext
+from tests.pipeline.mining.test_client import Mortal
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("tight_k1", "sop_like_k2", "singletons")
@@ -294,13 +295,12 @@ EMBEDDINGS = torch.randn(len(LABELS), 5, generator=torch.Generator().manual_seed
 class Swept(FakeContext):
     """Embeddings that are given, and real servers in this process."""
 
-    def __init__(self, method: SmartMining, folder: Path, shards: int = 1) -> None:
+    def __init__(self, method: SmartMining, folder: Path, servers: list[Any]) -> None:
         super().__init__(method)
         self.labels, self.sweeps = LABELS, 0
         needs = method.config.mining
         assert needs is not None and needs.table
         spec = Spec("run", 5, engine="exact", k=needs.neighbours)
-        servers = [Local(MiningServer()) for _ in range(shards)]
         self.mining = RunMining(needs, spec, servers, Ranks(), self.device, Folder(folder))
         self.mining.begin(1, None)
 
@@ -309,10 +309,11 @@ class Swept(FakeContext):
         return EMBEDDINGS[torch.from_numpy(ids)]
 
 
-def make(folder: Path, shards: int = 1, **config: Any) -> tuple[SmartMining, Swept]:
+def make(folder: Path, shards: int | list[Any] = 1, **config: Any) -> tuple[SmartMining, Swept]:
+    servers = [Local(MiningServer()) for _ in range(shards)] if isinstance(shards, int) else shards
     values = {"embedding_dim": 5, "triplets_per_batch": 8, "random_epochs": 1, "kappa": 1.1} | config
     method = SmartMining(SmartMiningConfig(**values), 5, 14)
-    return method, Swept(method, folder, shards)
+    return method, Swept(method, folder, servers)
 
 
 @pytest.mark.parametrize("positives", ["list", "class"])
@@ -327,6 +328,27 @@ def test_plans_do_not_depend_on_the_number_of_shards(tmp_path: Path, k: int, pos
         assert context.sweeps == 1 and set(method.seconds) == {"sweep", "lists", "rule"}
         context.mining.close()
     assert all(np.array_equal(p.ids, found[0].ids) and np.array_equal(p.columns["kind"], found[0].columns["kind"]) for p in found)  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_server_may_die_while_triplets_are_mined(
+    tmp_path: Path, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any call: while rows are put, while lists are made; what is sent again has the same tag."""
+    monkeypatch.setattr("pipeline.mining.line._POLL_S", 0.01)
+    method, context = make(tmp_path / "whole", 2)
+    wanted = method.plan(3, context)
+    context.mining.close()
+    deaths = 0
+    for death in range(2, 20):
+        servers = [Mortal({death}, after), Local(MiningServer())]
+        method, context = make(tmp_path / f"{death}", servers)
+        found = method.plan(3, context)
+        assert np.array_equal(found.ids, wanted.ids), death
+        assert (servers[0].calls > death) == (servers[0].begun > 1), "each death was noticed"
+        deaths += servers[0].begun > 1
+        context.mining.close()
+    assert deaths >= 4  # put, and the calls that make lists
 
 
 def test_all_of_the_class_counts_where_it_is_asked_for(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""The losses on similarities that MMSI weights; pairs are [anchor, other], a weight w stands beside its similarity s.
+
+    contrastive        1/n Σ_i [Σ_P (1 - s) w + Σ_N s w]                                  N: s > margin
+    multi_similarity   1/n Σ_i [2/β log(1 + Σ_P e^{-β(ws - λ)}) + 2/α log(1 + Σ_N e^{α(ws - λ)})]
+    binomial           1/n Σ_i [mean_P 2/β log(1 + e^{-β(ws - λ)}) + mean_N 2/α log(1 + e^{α(ws - λ)})]
+    lifted             1/n Σ_i [2/β log Σ_P e^{-βws} + 2/α log Σ_N e^{αws}]
+    triplet            1/n Σ_(i,p,q) max(0, w (s_iq - s_ip) + margin)                     active triplets
+
+Of multi_similarity, lifted (and binomial, if it is given a margin) the pairs are mined: a negative counts if it is nearer
+than the farthest positive plus margin, a positive if it is farther than the nearest negative minus margin; an anchor
+without either is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.nn import functional as F
+
+MARGINS = {"contrastive": 0.8, "multi_similarity": 0.05, "binomial": None, "lifted": 0.1, "triplet": 0.1}
+
+
+class Constants(NamedTuple):
+    """What the formulas have besides similarities.
+
+    Attributes:
+        margin: of mining; none (binomial only): no pair is mined away.
+        alpha, beta, base: α, β, λ.
+    """
+
+    margin: float | None
+    alpha: float
+    beta: float
+    base: float
+
+    @property
+    def limit(self) -> float:
+        """The margin of a loss that has one."""
+        assert self.margin is not None
+        return self.margin
+
+
+class Selection(NamedTuple):
+    """Which pairs a loss looks at.
+
+    Attributes:
+        positives: [anchor, other].
+        negatives: [anchor, other]; of a triplet loss [positive pair, in the order of the matrix; other].
+        slots: what has a weight; shape of `negatives`.
+    """
+
+    positives: Bool[Tensor, "anchors others"]
+    negatives: Bool[Tensor, "rows others"]
+    slots: Bool[Tensor, "rows others"]
+
+
+class Base(NamedTuple):
+    """A loss on similarities.
+
+    Attributes:
+        select: (similarities, positive pairs, negative pairs, constants) to what is mined of them.
+        value: (similarities, weights, selection, constants) to the sum over the anchors; weights 1.0 make it the plain loss.
+        meta: as `select`, for the meta batch against the memory.
+    """
+
+    select: Callable[[Tensor, Tensor, Tensor, Constants], Selection]
+    value: Callable[[Tensor, Tensor | float, Selection, Constants], Tensor]
+    meta: Callable[[Tensor, Tensor, Tensor, Constants], Selection]
+
+
+def _pairs(positives: Tensor, negatives: Tensor) -> Selection:
+    return Selection(positives, negatives, positives | negatives)
+
+
+def _both(positives: Tensor, negatives: Tensor) -> Selection:
+    """Without anchors that lack either."""
+    complete = positives.any(1, keepdim=True) & negatives.any(1, keepdim=True)
+    return _pairs(positives & complete, negatives & complete)
+
+
+def _mine(similarity: Tensor, positives: Tensor, negatives: Tensor, c: Constants) -> Selection:
+    """Multi-similarity mining (Wang et al., CVPR 2019)."""
+    if c.margin is None:
+        return _pairs(positives, negatives)
+    farthest = similarity.masked_fill(~positives, torch.inf).amin(1, keepdim=True)
+    nearest = similarity.masked_fill(~negatives, -torch.inf).amax(1, keepdim=True)
+    return _both(positives & (nearest - similarity + c.margin > 0), negatives & (similarity + c.margin - farthest > 0))
+
+
+def _above(similarity: Tensor, positives: Tensor, negatives: Tensor, c: Constants) -> Selection:
+    return _pairs(positives, negatives & (similarity > c.limit))
+
+
+def _active(similarity: Tensor, positives: Tensor, negatives: Tensor, c: Constants) -> Selection:
+    anchor, positive = positives.nonzero(as_tuple=True)
+    gap = similarity[anchor] - similarity[anchor, positive][:, None]
+    active = negatives[anchor] & (gap + c.limit > 0)
+    return Selection(positives, active, active)
+
+
+def _contrastive(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
+    return torch.where(chosen.positives, (1 - s) * w, 0).sum() + torch.where(chosen.negatives, s * w, 0).sum()
+
+
+def _multi_similarity(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
+    near = _log_sum(-c.beta * (w * s - c.base), chosen.positives, one=True)
+    return (
+        2 / c.beta * near.sum() + 2 / c.alpha * _log_sum(c.alpha * (w * s - c.base), chosen.negatives, one=True).sum()
+    )
+
+
+def _binomial(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
+    near = _mean(F.softplus(-c.beta * (w * s - c.base)), chosen.positives)
+    return 2 / c.beta * near.sum() + 2 / c.alpha * _mean(F.softplus(c.alpha * (w * s - c.base)), chosen.negatives).sum()
+
+
+def _lifted(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
+    near = _log_sum(-c.beta * w * s, chosen.positives, one=False)
+    return 2 / c.beta * near.sum() + 2 / c.alpha * _log_sum(c.alpha * w * s, chosen.negatives, one=False).sum()
+
+
+def _triplet(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
+    anchor, positive = chosen.positives.nonzero(as_tuple=True)
+    gap = s[anchor] - s[anchor, positive][:, None]
+    return torch.where(chosen.negatives, F.relu(w * gap + c.limit), 0).sum()
+
+
+def _log_sum(exponents: Tensor, mask: Tensor, one: bool) -> Tensor:
+    """log(Σ exp) over the masked entries of each row that has any, with a 1 in the sum or without."""
+    rows = mask.any(1)
+    kept = exponents[rows].masked_fill(~mask[rows], -torch.inf)
+    return torch.logsumexp(F.pad(kept, (0, 1), value=0.0) if one else kept, 1)
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+BASES: dict[str, Base] = {
+    "contrastive": Base(_above, _contrastive, _above),
+    "multi_similarity": Base(_mine, _multi_similarity, lambda s, p, n, c: _both(p, n)),
+    "binomial": Base(_mine, _binomial, lambda s, p, n, c: _pairs(p, n)),
+    "lifted": Base(_mine, _lifted, lambda s, p, n, c: _both(p, n)),
+    "triplet": Base(_active, _triplet, _active),
+}
