@@ -1,20 +1,17 @@
-"""Smart Mining against the golden cases, against Algorithm 1 entry by entry, and at the edges of what a class can be."""
+"""Smart Mining: golden losses, the controller, plans from real servers, steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from methods import Batch
-from methods.mining_rule import HALF_MINED, MINED, RANDOM, Classes, Entries, Mined, choose, mine
+from methods.mining_rule import HALF_MINED, MINED, RANDOM
 from methods.optim import Clock
 from methods.smart_mining import Controller, SmartMining, SmartMiningConfig, global_loss, triplet_loss
 from pipeline.collectives import Ranks
@@ -25,47 +22,17 @@ from pipeline.mining.run import RunMining
 from pipeline.mining.server import MiningServer
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext
+from tests.methods.test_mining_rule import algorithm
 from tests.pipeline.mining.test_client import Mortal
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = ("tight_k1", "sop_like_k2", "singletons")
+CASES = ("tight_k1", "sop_like_k2")
 
 
-def lists(ids: np.ndarray, distances: np.ndarray) -> Any:
-    return SimpleNamespace(ids=ids, distances=distances)
-
-
-# ---- golden ----------------------------------------------------------------------------------------------------------
-
-
-def entries_of(same: np.ndarray) -> Entries:
-    return Entries(*np.nonzero(same))
+# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden_triplets(case: str) -> None:
-    """Mined triplets and bounds exactly; random places hold what may stand there."""
-    g = np.load(GOLDEN / f"smart_mining_{case}.npz")
-    y, listed, distances, count, kappa = g["y"], g["S"], g["D2"], int(g["T"]), float(g["kappa"])
-    found = mine(SimpleNamespace(ids=np.arange(len(y))), lists(listed, distances), Classes(y, (1,)), kappa, count, None)
-    kept = np.flatnonzero(np.bincount(y)[y] > 1)
-    wanted, kinds = g["triplets"][kept].reshape(-1, 3), g["kind"][kept].ravel()
-    t = found.triplets
-    assert np.array_equal(t.kind, kinds) and (kinds == MINED).any() == (case != "singletons")
-    assert np.array_equal(t.anchor, np.repeat(kept, count))
-    mined, half, random = (kinds == k for k in (MINED, HALF_MINED, RANDOM))
-    assert np.array_equal(np.stack([t.anchor, t.positive, t.negative], 1)[mined], wanted[mined])
-    assert np.array_equal(t.negative[half], wanted[half, 2])
-    assert (
-        (y[t.positive] == y[t.anchor]).all() and (t.positive != t.anchor).all() and (y[t.negative] != y[t.anchor]).all()
-    )
-    same = y[listed] == y[:, None]
-    bound = choose(entries_of(same), np.full(len(same), same.shape[1]), distances, kappa, count).bound
-    np.testing.assert_allclose(bound[kept], g["bound"][kept], rtol=1e-12)
-    assert (distances[0] >= 0).all() and random.any() == (g["kind"][kept] == RANDOM).any()
-
-
-@pytest.mark.parametrize("case", CASES[:2])
 def test_golden_losses(case: str) -> None:
     """Of the fully mined triplets: every one of them has a loss."""
     g = np.load(GOLDEN / f"smart_mining_{case}.npz")
@@ -77,132 +44,6 @@ def test_golden_losses(case: str) -> None:
     np.testing.assert_allclose(far / 4, g["d_neg"], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(global_loss(near, far, 0.01, 0.8), g["global_loss"], rtol=1e-6, atol=1e-9)
     assert bool((loss > 0).all()) and float(g["train_error"]) == pytest.approx(float((loss > 0).double().mean()))
-
-
-# ---- Algorithm 1, entry by entry -------------------------------------------------------------------------------------
-
-
-def algorithm(anchor: int, listed: list[int], distances: list[float], y: np.ndarray, kappa: float, count: int) -> tuple[list[tuple[int, int, int]], set[int]]:  # fmt: skip
-    """(positive, negative, kind) of T triplets, -1 where it is random, and the members of `pos`."""
-    seen_positive, bound = False, 0.0
-    negatives: list[int] = []
-    positives: list[tuple[int, set[int]]] = []  # with the negatives that are nearer
-    for j, d in zip(listed, distances, strict=True):
-        if j < 0:
-            continue
-        if not seen_positive:
-            if y[j] == y[anchor]:
-                seen_positive, bound = True, kappa * d
-                positives.append((j, set()))
-            continue
-        if d < bound:
-            continue
-        if y[j] == y[anchor]:
-            positives.append((j, set(negatives)))
-        else:
-            negatives.append(j)
-    out, left = [], list(negatives)
-    for _ in range(count):
-        if not left:
-            out.append((-1, -1, RANDOM))
-            continue
-        n = left.pop(0)
-        p = next((j for j, nearer in positives if n in nearer), -1)
-        out.append((p, n, MINED if p >= 0 else HALF_MINED))
-    return out, {j for j, _ in positives}
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 7), min_size=2, max_size=6),
-    kappa=st.sampled_from([0.5, 1.0, 1.3, 2.0, 50.0]),
-    count=st.integers(1, 4),
-    k=st.integers(1, 20),
-    levels=st.sampled_from([3, 1000]),
-    seed=st.integers(0, 10**6),
-)
-def test_the_rule_is_algorithm_1(sizes: list[int], kappa: float, count: int, k: int, levels: int, seed: int) -> None:
-    """With ties, short lists, classes of one image, classes that fill the list."""
-    random = np.random.default_rng(seed)
-    y = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    total = len(y)
-    x = random.integers(0, levels, total).astype(np.float64)
-    d = (x[:, None] - x[None]) ** 2
-    np.fill_diagonal(d, np.inf)
-    order = np.lexsort((np.broadcast_to(np.arange(total), d.shape), d), axis=1)[:, :-1]
-    short = max(0, k - order.shape[1])
-    ids = np.pad(order[:, :k], ((0, 0), (0, short)), constant_values=-1)
-    distances = np.pad(np.take_along_axis(d, order, 1)[:, :k], ((0, 0), (0, short)), constant_values=np.inf)
-    classes = Classes(y, (seed,))
-    found = mine(SimpleNamespace(ids=np.arange(total)), lists(ids, distances), classes, kappa, count, None)
-    t = found.triplets
-    row = 0
-    for anchor in np.flatnonzero(np.bincount(y)[y] > 1):
-        wanted, admitted = algorithm(anchor, ids[anchor].tolist(), distances[anchor].tolist(), y, kappa, count)
-        for p, n, kind in wanted:
-            assert (t.anchor[row], t.kind[row]) == (anchor, kind)
-            assert kind == RANDOM or t.negative[row] == n
-            assert kind != MINED or t.positive[row] == p
-            if kind == HALF_MINED:
-                pool = set(np.flatnonzero(y == y[anchor])) - {anchor} - admitted
-                assert t.positive[row] in (pool or set(np.flatnonzero(y == y[anchor])) - {anchor})
-            assert y[t.positive[row]] == y[anchor] != y[t.negative[row]] and t.positive[row] != anchor
-            row += 1
-    assert row == len(t.anchor)
-    some = np.bincount(y)[y] > 1
-    inside = ids[some]
-    assert found.without_positive == int((~((y[inside] == y[some][:, None]) & (inside >= 0)).any(1)).sum())
-
-
-def test_what_follows_from_the_rule() -> None:
-    """Negatives of an anchor differ; none is nearer than the bound; fewer are left as κ grows; κ below 1 is κ = 1."""
-    random = np.random.default_rng(0)
-    y, x = np.repeat(np.arange(30), 8), random.standard_normal((240, 6))
-    x += 0.8 * random.standard_normal((30, 6))[y]
-    d = ((x[:, None] - x[None]) ** 2).sum(-1)
-    order = np.argsort(d, axis=1)[:, 1:]
-    distances, same = np.take_along_axis(d, order, 1), y[order] == y[:, None]
-    left, full = [], np.full(len(same), same.shape[1])
-    for kappa in (1.0, 1.2, 1.5, 3.0, 64.0):
-        c = choose(entries_of(same), full, distances, kappa, 3)
-        left.append(int((c.negative >= 0).sum()))
-        mined = (c.negative >= 0) & (c.positive >= 0)
-        rows = np.nonzero(mined)[0]
-        far, near = distances[rows, c.positive[mined]], distances[rows, c.negative[mined]]
-        assert len(rows) == 0 or ((far >= near).all() and (near >= c.bound[rows]).all())
-        assert all(len(set(r[r >= 0])) == (r >= 0).sum() for r in c.negative)
-        if len(rows):
-            loss, _, _ = triplet_loss(*(torch.from_numpy(x)[torch.from_numpy(i)] for i in (rows, order[rows, c.positive[mined]], order[rows, c.negative[mined]])), 0.2)  # fmt: skip
-            assert bool((loss > 0).all())
-    assert left == sorted(left, reverse=True) and left[0] > left[-1]
-    for a, b in zip(choose(entries_of(same), full, distances, 0.3, 2), choose(entries_of(same), full, distances, 1.0, 2), strict=True):  # fmt: skip
-        assert np.array_equal(a, b) or np.asarray(a).dtype == np.float64
-
-
-def test_random_members_are_uniform_and_depend_on_the_key_alone() -> None:
-    y = np.array([0] * 5 + [1] * 3 + [2] * 2)
-    classes, other = Classes(y, (1, 2)), Classes(y, (1, 3))
-    draws = np.arange(20_000)
-    for anchor in (0, 6, 9):
-        anchors = np.full(len(draws), anchor)
-        positive, negative = classes.random_positive(anchors, draws), classes.random_negative(anchors, draws)
-        for got, members in ((positive, np.flatnonzero(y == y[anchor])), (negative, np.flatnonzero(y != y[anchor]))):
-            members = members[members != anchor]
-            counts = np.bincount(got, minlength=10)
-            assert set(np.flatnonzero(counts)) == set(members)
-            assert abs(counts[members] / len(draws) - 1 / len(members)).max() < 0.015
-        assert np.array_equal(classes.random_positive(anchors[:7], draws[3:10]), positive[3:10])
-        assert not np.array_equal(other.random_negative(anchors, draws), negative)
-        outside = classes.outside(anchors, draws, np.empty(0, np.int64), np.empty(0, np.int64))
-        assert set(outside) == set(np.flatnonzero(y == y[anchor])) - {anchor}
-    # of class 0, without the anchor 2 and the listed 0 and 3, which stay for the second asker
-    drawn = classes.outside(
-        np.array([2] * 200 + [7]), np.arange(201), np.tile([3, 0], 200), np.repeat(np.arange(200), 2)
-    )
-    assert set(drawn[:200]) == {1, 4} and drawn[200] in (5, 6)
-
-
-# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 def test_gradients_of_the_losses() -> None:
@@ -465,11 +306,3 @@ def test_too_few_classes(tmp_path: Path) -> None:
         context.labels = labels
         with pytest.raises(ValueError, match="triplets need two classes, one of them with two images"):
             method.plan(0, context)
-
-
-def test_mined_is_what_travels() -> None:
-    """Nothing as long as a list."""
-    y = np.arange(50) // 5
-    ids = np.stack([np.random.default_rng(i).permutation(np.delete(np.arange(50), i)) for i in range(50)])
-    found = mine(SimpleNamespace(ids=np.arange(50)), lists(ids, np.sort(np.random.default_rng(0).random((50, 49)), 1)), Classes(y, (0,)), 1.0, 1, None)  # fmt: skip
-    assert isinstance(found, Mined) and all(len(column) == 50 for column in found.triplets)
