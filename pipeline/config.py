@@ -113,12 +113,17 @@ class RuntimeConfig(Frozen):
     loader: Literal["ray", "in_process"] = Field("ray", description="Ray Data pipeline, or a thread of the worker")
     loader_cpus: int = Field(1, ge=1, description="of each worker's Ray Data pipeline")
     max_failures: int = Field(3, ge=0, description="restarts of the workers after a crash")
-    cache: str | None = Field(
-        None, description="this node's copies of training splits (none: STORAGE/cache or ~/raydml/cache)"
-    )
-    cache_bytes: int = Field(100 * 2**30, ge=0, description="larger training splits are read from the store instead")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
     deterministic: bool = Field(True, description="ask torch for repeatable kernels")
+
+
+class CacheConfig(Frozen):
+    """Each node's copies of training splits, from which images are read at random."""
+
+    folder: str | None = Field(None, description="on the node's own disk (none: STORAGE/cache or ~/raydml/cache)")
+    max_bytes: int = Field(
+        100 * 2**30, ge=0, description="of all copies together; a split that is larger is read from the store instead"
+    )
 
 
 class Config(Frozen):
@@ -145,6 +150,7 @@ class Config(Frozen):
     mining: MiningConfig = MiningConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), json_schema_extra=RUNTIME)
+    cache: CacheConfig = Field(CacheConfig(), json_schema_extra=RUNTIME)
     runtime: RuntimeConfig = Field(RuntimeConfig(), json_schema_extra=RUNTIME)
 
     @field_validator("method", mode="before")

@@ -24,8 +24,8 @@ from pipeline.checkpoint import Checkpoints, Progress
 from pipeline.collectives import Ranks
 from pipeline.config import Config
 from pipeline.context import RunContext, learning_rates
+from pipeline.data.cache import Cache, split_bytes
 from pipeline.data.loader import Item, PixelSource, load
-from pipeline.data.reader import fits_cache
 from pipeline.data.store import Store
 from pipeline.evaluation import Embedder, Result, Task, evaluate, test_task, validation_task
 from pipeline.mining.line import Local, Transport
@@ -43,9 +43,10 @@ SEGMENT_STEPS = 512  # plans that are known ahead are loaded by one pipeline of 
 def pixel_source(config: Config, store: Store) -> PixelSource:
     """Where the run's pixels come from: this node's copy of the training split, or row groups where that is too large."""
     root = Folder(config.root)
-    cache = config.runtime.cache or (root / "cache" if root.is_local else Folder("~/raydml/cache")).uri
-    cached = cache if fits_cache(store, "train", config.runtime.cache_bytes) else None
-    return PixelSource(store.folder.uri, store.fingerprint, cached, config.data.transforms, config.seed)
+    folder = config.cache.folder or (root / "cache" if root.is_local else Folder("~/raydml/cache")).uri
+    fits = split_bytes(store, "train") <= config.cache.max_bytes
+    cache = Cache(folder, config.cache.max_bytes) if fits else None
+    return PixelSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed)
 
 
 def run_mining(

@@ -161,11 +161,11 @@ def tiny_values(root: str, store: str, changes: Mapping[str, Any] | None = None)
             "optimizer": {"name": "adamw", "lr": 3e-3, "eps": 1e-6},
         },
         "evaluation": {"batch_size": 16, "recall_at": [1, 2]},
+        "cache": {"folder": f"{root}/cache"},
         "runtime": {
             "workers": 0,
             "cpus_per_worker": 1,
             "loader": "in_process",
-            "cache": f"{root}/cache",
             "log_every": 1,
         },
     }

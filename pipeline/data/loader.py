@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from pipeline.data.cache import Cache
 from pipeline.data.reader import open_reader
 from pipeline.data.transforms import TransformConfig, decode, evaluation_pixels, training_pixels
 
@@ -35,14 +36,14 @@ class PixelSource:
 
     Attributes:
         uri, fingerprint: of the store.
-        cached: folder of this node's copy of the training split, or None to read row groups.
+        cache: of this node's copy of the training split, or None to read row groups.
         transforms: pixels wanted.
         seed: of the run, first part of every augmentation's key.
     """
 
     uri: str
     fingerprint: str
-    cached: str | None
+    cache: Cache | None
     transforms: TransformConfig
     seed: int = 0
 
@@ -60,9 +61,15 @@ class Item:
     key: tuple[int, int, int] | None = None
 
 
-def fetch(source: PixelSource, item: Item) -> UInt8[np.ndarray, "images 3 size size"]:
-    """Reads, decodes and transforms one item; a pure function of its arguments and the store."""
-    reader = open_reader(source.uri, source.fingerprint, source.cached)
+def fetch(source: PixelSource, item: Item, following: Item | None = None) -> UInt8[np.ndarray, "images 3 size size"]:
+    """Reads, decodes and transforms one item; a pure function of source, item and the store.
+
+    The bytes of the item that follows are asked for meanwhile.
+    """
+    reader = open_reader(source.uri, source.fingerprint, source.cache)
+    reader.ahead(item.ids)
+    if following is not None:
+        reader.ahead(following.ids)
     size = source.transforms.size
     out = np.empty((len(item.ids), 3, size, size), dtype=np.uint8)
     for i, data in enumerate(reader.read(item.ids)):
@@ -95,13 +102,14 @@ def load(
 
 def _load_in_process(source: PixelSource, items: Sequence[Item]) -> Iterator[Tensor]:
     """A thread fetches ahead: decoding releases the interpreter lock."""
+    following = [*items[1:], None]
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        pending = [pool.submit(fetch, source, item) for item in items[:PREFETCH]]
+        pending = [pool.submit(fetch, source, *pair) for pair in zip(items[:PREFETCH], following, strict=False)]
         try:
             for i in range(len(items)):
                 pixels = pending.pop(0).result()
                 if i + PREFETCH < len(items):
-                    pending.append(pool.submit(fetch, source, items[i + PREFETCH]))
+                    pending.append(pool.submit(fetch, source, items[i + PREFETCH], following[i + PREFETCH]))
                 yield torch.from_numpy(pixels)
         finally:
             for future in pending:
@@ -110,10 +118,11 @@ def _load_in_process(source: PixelSource, items: Sequence[Item]) -> Iterator[Ten
 
 def _fetch_block(rows: pa.Table, source: PixelSource) -> pa.Table:
     torch.set_num_threads(1)  # one task, one CPU
-    pixels = []
+    items = []
     for row in rows.to_pylist():
         key = None if row["epoch"] < 0 else (row["epoch"], row["step"], row["slot"])
-        pixels.append(fetch(source, Item(np.array(row["ids"], dtype=np.int64), key)).tobytes())
+        items.append(Item(np.array(row["ids"], dtype=np.int64), key))
+    pixels = [fetch(source, *pair).tobytes() for pair in zip(items, [*items[1:], None], strict=True)]
     return pa.table({"pixels": pa.array(pixels, pa.large_binary())})
 
 

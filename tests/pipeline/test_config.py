@@ -82,9 +82,9 @@ def test_numbers_with_exponents_in_a_recipe(tmp_path: Path) -> None:
 
 def test_set_creates_sections_and_reads_equals_signs_in_values(tmp_path: Path) -> None:
     file = write(tmp_path / "r.yaml", "name: x\n")
-    config = load_config(file, ["data.transforms.size=32", "runtime.cache=/a=b", "method.optimizer.schedule.every=3 epochs",
+    config = load_config(file, ["data.transforms.size=32", "cache.folder=/a=b", "method.optimizer.schedule.every=3 epochs",
                                 "method.optimizer.schedule.kind=step"])  # fmt: skip
-    assert config.data.transforms.size == 32 and config.runtime.cache == "/a=b"
+    assert config.data.transforms.size == 32 and config.cache.folder == "/a=b"
     assert str(config.method.optimizer.schedule.every) == "3 epochs"
 
 
@@ -234,7 +234,7 @@ CHANGES = {
     "checkpoint.every=3 steps": True,
     "runtime.workers=3": True,
     "runtime.loader=in_process": True,
-    "runtime.cache=/c": True,
+    "cache.folder=/c": True,
     "evaluation.batch_size=3": True,
     "seed=1": False,
     "name=other": False,

@@ -1,28 +1,26 @@
-"""Encoded images by id: two readers give the same bytes, the cache is made once, damage is named."""
+"""Encoded images by id: two readers give the same bytes, row groups are read ahead, damage is named."""
 
 from __future__ import annotations
 
-import os
+import itertools
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Set
+import time
+from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.config import Config
-from pipeline.data import reader
+from pipeline.data.cache import Cache, MappedReader, open_copy
 from pipeline.data.catalog import Entry
-from pipeline.data.reader import MappedReader, RowGroupReader, cache_file, fits_cache, make_cache, open_reader
+from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store, write_store
 from pipeline.errors import RunError
 from pipeline.prepare import run_here
 from pipeline.storage import Folder
-from pipeline.worker import pixel_source
 from tests.conftest import write_images
-from tests.pool import Pool
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +71,7 @@ def flip_image_byte(store: Store, shard: int) -> tuple[str, int]:
 
 def test_both_readers_give_the_bytes_that_were_written(store: Store, images: dict[int, bytes], tmp_path: Path) -> None:
     training = store.select(["train"]).ids
-    cached = open_reader(store.folder.uri, store.fingerprint, str(tmp_path / "cache"))
+    cached = open_reader(store.folder.uri, store.fingerprint, Cache(str(tmp_path / "cache"), 2**30))
     direct = open_reader(store.folder.uri, store.fingerprint, None)
     assert isinstance(cached, MappedReader) and isinstance(direct, RowGroupReader)
     random = np.random.default_rng(0)
@@ -88,7 +86,7 @@ def test_ids_with_gaps(store: Store, tmp_path: Path) -> None:
     opened, expected = small_store(tmp_path, reject={1, 2, 11})
     ids = opened.select(["train"]).ids
     assert (np.diff(ids) > 1).any()
-    for kind in (MappedReader(make_cache(opened, str(tmp_path / "cache"), "train")), RowGroupReader(opened)):
+    for kind in (open_copy(opened, Cache(str(tmp_path / "cache"), 2**30), "train"), RowGroupReader(opened)):
         assert kind.read(ids) == [expected[i] for i in ids]
 
 
@@ -99,103 +97,7 @@ def test_a_reader_is_opened_once_and_knows_its_store(copy: Store) -> None:
         open_reader(copy.folder.uri, "other", None)
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
-
-
-def test_the_cache_is_made_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = str(tmp_path / "deep" / "cache")
-    path = make_cache(store, cache, "train")
-    assert path == cache_file(store, cache, "train") and store.fingerprint in path.name
-    made = path.stat()
-    monkeypatch.setattr(Store, "shard_table", lambda *_: pytest.fail("read again"))
-    assert make_cache(store, cache, "train") == path
-    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (made.st_mtime_ns, made.st_ino)
-    assert not list(path.parent.glob("*.part"))
-
-
-def test_threads_that_start_together_make_it_once(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads: list[str] = []
-    original = Store.shard_table
-    monkeypatch.setattr(
-        Store, "shard_table", lambda self, record: (reads.append(record["file"]), original(self, record))[1]
-    )
-    barrier = threading.Barrier(6)
-
-    def make(_: int) -> Path:
-        barrier.wait()
-        return make_cache(store, str(tmp_path / "cache"), "train")
-
-    with ThreadPoolExecutor(6) as pool:
-        assert len(set(pool.map(make, range(6)))) == 1
-    assert sorted(reads) == sorted(s["file"] for s in store.manifest["shards"] if "train" in s["file"]), (
-        "each shard once"
-    )
-
-
-def read_in_process(
-    rank: int, world: int, uri: str, fingerprint: str, cache: str, ids: np.ndarray
-) -> tuple[int, list[bytes]]:
-    data = open_reader(uri, fingerprint, cache).read(ids)
-    (path,) = Path(cache).glob("*.arrow")
-    return path.stat().st_ino, data
-
-
-@pytest.mark.cluster
-def test_processes_that_start_together_share_one(
-    pool: Pool, store: Store, images: dict[int, bytes], tmp_path: Path
-) -> None:
-    ids = store.select(["train"]).ids
-    results = pool(read_in_process, 3, store.folder.uri, store.fingerprint, str(tmp_path / "cache"), ids)
-    assert len({inode for inode, _ in results}) == 1
-    assert all(data == [images[i] for i in ids] for _, data in results)
-    assert not list((tmp_path / "cache").glob("*.part"))
-
-
-def test_a_split_larger_than_allowed_is_read_from_the_store(make_config: Callable[..., Config], store: Store) -> None:
-    size = sum(s["bytes"] for s in store.manifest["shards"] if "train" in s["file"])
-    assert fits_cache(store, "train", size) and not fits_cache(store, "train", size - 1)
-    config = make_config({"runtime.cache_bytes": size})
-    assert pixel_source(config, store).cached == config.runtime.cache
-    assert pixel_source(make_config({"runtime.cache_bytes": size - 1}), store).cached is None
-    assert pixel_source(make_config({"runtime.cache": None}), store).cached == f"{config.root}/cache"
-    home = os.path.expanduser("~/raydml/cache")
-    assert pixel_source(make_config({"runtime.cache": None, "storage": "s3://b/x"}), store).cached == home
-
-
-def test_a_full_disk_is_told(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(RunError, match=r"cache has 0 MiB free, the copy of train needs 0: set runtime.cache"):
-        make_cache(store, str(tmp_path / "cache"), "train")
-
-
-def test_a_cache_folder_that_cannot_be_made_is_told(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"copy of train cannot be made in .*: set runtime\.cache") as caught:
-        make_cache(store, str(tmp_path / "file" / "cache"), "train")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_damaged_copy_is_named(store: Store, tmp_path: Path) -> None:
-    path = make_cache(store, str(tmp_path), "train")
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RunError, match=rf"{path.name} is damaged.*remove it"):
-        open_reader(store.folder.uri, store.fingerprint, str(tmp_path))
-
-
 # ---- damage ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_damaged_shard_is_named_and_no_copy_is_left(copy: Store, tmp_path: Path) -> None:
-    good = copy.folder.read(copy.manifest["shards"][1]["file"])
-    file, _ = flip_image_byte(copy, 1)
-    for _ in range(2):
-        with pytest.raises(RunError, match=f"shard .*{file} is damaged"):
-            open_reader(copy.folder.uri, copy.fingerprint, str(tmp_path / "cache"))
-        assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
-    copy.folder.write(file, good)  # copied again
-    open_reader(copy.folder.uri, copy.fingerprint, str(tmp_path / "cache"))
 
 
 def test_a_damaged_page_is_named(copy: Store) -> None:
@@ -230,15 +132,57 @@ def test_row_groups_in_object_storage(store: Store, images: dict[int, bytes], bu
 
 def test_row_groups_may_be_read_by_several_threads(tmp_path: Path) -> None:
     """Training prefetches in one thread while an evaluation reads in another; both share the reader."""
-    opened, expected = small_store(tmp_path, classes=15)  # 15 row groups, of which 8 are kept
-    direct = RowGroupReader(opened)
+    opened, expected = small_store(tmp_path, classes=15)
+    direct = RowGroupReader(opened, kept_bytes=5 * 2000)  # 15 row groups, of which some are kept
 
     def read(seed: int) -> bool:
         random = np.random.default_rng(seed)
-        return all(
-            direct.read(ids) == [expected[i] for i in ids]
-            for ids in (random.choice(opened.sample_id, 8) for _ in range(40))
-        )
+        draws = [random.choice(opened.sample_id, 8) for _ in range(41)]
+        for ids, following in itertools.pairwise(draws):
+            direct.ahead(following)
+            if direct.read(ids) != [expected[i] for i in ids]:
+                return False
+        return True
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(read, range(6)))
+
+
+def test_row_groups_are_read_ahead_several_at_once_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, expected = small_store(tmp_path, classes=12)
+    direct = RowGroupReader(opened)
+    direct.kept_bytes = sum(direct.weights[:6])
+    began, release = [], threading.Event()
+    original = RowGroupReader._read_group
+
+    def read_group(self: RowGroupReader, shard: int, group: int) -> object:
+        began.append(shard)
+        assert release.wait(30)
+        return original(self, shard, group)
+
+    monkeypatch.setattr(RowGroupReader, "_read_group", read_group)
+    direct.ahead(opened.sample_id[8:24])  # the third to the sixth class
+    while len(began) < 4:
+        time.sleep(0.001)
+    release.set()
+    assert sorted(began) == [2, 3, 4, 5], "without waiting for one another"
+    assert direct.read(opened.sample_id[8:24]) == [expected[i] for i in opened.sample_id[8:24]]
+    assert len(began) == 4, "what was read ahead is not read again"
+    direct.read(opened.sample_id[:20])
+    assert len(began) == 6 and len(direct.groups) == 6
+    direct.read(opened.sample_id[24:32])
+    assert len(direct.groups) <= 6, "no more is kept than allowed"
+    direct.read(opened.sample_id)
+    assert {shard for shard, _ in direct.groups} == set(range(12)), "but for what is asked for at once"
+
+
+def test_a_failed_read_is_tried_again(tmp_path: Path) -> None:
+    opened, expected = small_store(tmp_path)
+    file = opened.manifest["shards"][1]["file"]
+    data, direct = opened.folder.read(file), RowGroupReader(opened)
+    opened.folder.remove(file)
+    direct.ahead(opened.sample_id)  # nobody is told
+    with pytest.raises(RunError, match=f"{file} cannot be read"):
+        direct.read(opened.sample_id)
+    opened.folder.write(file, data)
+    assert direct.read(opened.sample_id) == [expected[i] for i in opened.sample_id]

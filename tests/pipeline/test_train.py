@@ -183,7 +183,7 @@ def test_a_flipped_bit_ends_the_run_with_the_name_of_the_shard(
         data[at] ^= 1
     damaged.write(shard["file"], bytes(data))
     before = base.files()
-    limit = {"runtime.cache_bytes": 10**9 if cached else 0, "runtime.cache": str(tmp_path / "cache")}
+    limit = {"cache.max_bytes": 10**9 if cached else 0, "cache.folder": str(tmp_path / "cache")}
     outcome = run(name="new", **{k.replace(".", "__"): v for k, v in limit.items()}, evaluation__clustering=False)
     assert_one_error(outcome, 1, f"shard {damaged}/{shard['file']} ")
     assert {k: v for k, v in base.files().items() if k.startswith("done/")} == before

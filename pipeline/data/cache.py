@@ -1,0 +1,191 @@
+"""This node's copies of training splits: Arrow files that all workers and trials of the node map.
+
+A copy is made once, from shards whose checksums are compared, and keeps a checksum of every image. The copies of a folder
+together stay below a number of bytes: those used longest ago go first, never one that some process has open. A lock lets one
+process build at a time; what a killed one left half-made is removed by the next.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import shutil
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from jaxtyping import Int64
+
+from pipeline.data.store import Store
+from pipeline.errors import RunError
+
+_SHARDS_AHEAD = 4  # read at once while a copy is made
+_SCHEMA = pa.schema([("sample_id", pa.int64()), ("image", pa.large_binary()), ("crc", pa.uint32())])
+
+
+class Cache(NamedTuple):
+    """Where copies are kept, and how large they may be.
+
+    Attributes:
+        folder: on this node.
+        max_bytes: of all copies in it.
+    """
+
+    folder: str
+    max_bytes: int
+
+
+class CacheFull(Exception):
+    """Other copies, which are in use, leave no room."""
+
+
+def split_bytes(store: Store, split: str) -> int:
+    """Size of a split's shards, and nearly that of its copy."""
+    return sum(s["bytes"] for s in _shards(store, split))
+
+
+def open_copy(store: Store, cache: Cache, split: str) -> MappedReader:
+    """Opens this node's copy of a split, made now unless it is there; safe to call from several processes.
+
+    Raises:
+        CacheFull: copies in use take the room.
+        RunError: a shard is damaged, the disk is too full, the folder cannot be written, or the copy is damaged.
+    """
+    path = Path(cache.folder) / f"{store.name}-{store.fingerprint}-{split}.arrow"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            if not path.exists():
+                with FileLock(path.parent / ".lock"):
+                    for part in path.parent.glob("*.part"):
+                        part.unlink()  # of a builder that was killed: the lock is ours
+                    if not path.exists():
+                        _make_room(path.parent, split_bytes(store, split), cache.max_bytes)
+                        _write(store, path, split)
+            file = _hold(path)
+            if file is not None:
+                return MappedReader(path, file)
+    except OSError as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"the copy of {split} cannot be made in {path.parent} ({reason}): set cache.folder") from error
+
+
+def _hold(path: Path) -> IO[bytes] | None:
+    """Opens a copy so that nobody removes it; none if it has just been removed."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    fcntl.flock(file, fcntl.LOCK_SH)
+    if os.fstat(file.fileno()).st_nlink == 0:
+        file.close()
+        return None
+    os.utime(path)
+    return file
+
+
+def _make_room(folder: Path, need: int, most: int) -> None:
+    """Removes copies that nobody has open, those used longest ago first, until there is room."""
+    copies = sorted((p.stat().st_mtime_ns, p.stat().st_size, p) for p in folder.glob("*.arrow"))
+    held = sum(size for _, size, _ in copies)
+    for _, size, path in copies:
+        if held + need <= most:
+            return
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            path.unlink()
+            held -= size
+    if held + need > most:
+        raise CacheFull(
+            f"{folder} may hold {most >> 20} MiB, copies in use take {held >> 20}, another {need >> 20} are needed"
+        )
+
+
+def _write(store: Store, path: Path, split: str) -> None:
+    need, free = split_bytes(store, split), shutil.disk_usage(path.parent).free
+    if need > free:
+        raise RunError(
+            f"{path.parent} has {free >> 20} MiB free, the copy of {split} needs {need >> 20}: set cache.folder"
+        )
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+            for table in _tables(store, split):
+                images = table["image"].cast(pa.large_binary()).combine_chunks()
+                crc = pa.array([zlib.crc32(image.as_buffer()) for image in images], pa.uint32())
+                writer.write_batch(pa.record_batch([table["sample_id"].combine_chunks(), images, crc], schema=_SCHEMA))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _tables(store: Store, split: str) -> Iterator[pa.Table]:
+    """The split's shards, in order, a few of them read at once."""
+    records, pending = iter(_shards(store, split)), deque[Future[pa.Table]]()
+    with ThreadPoolExecutor(_SHARDS_AHEAD) as pool:
+        try:
+            for record in itertools.islice(records, _SHARDS_AHEAD):
+                pending.append(pool.submit(store.shard_table, record))
+            while pending:
+                yield pending.popleft().result()
+                for record in itertools.islice(records, 1):
+                    pending.append(pool.submit(store.shard_table, record))
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _shards(store: Store, split: str) -> list[dict[str, Any]]:
+    return [s for s in store.manifest["shards"] if s["file"].startswith(f"shards/{split}-")]
+
+
+class MappedReader:
+    """Random access into a node's copy; the operating system's page cache holds what is used often.
+
+    Args:
+        path: of the copy.
+        file: kept open, so that the copy is not removed to make room.
+
+    Raises:
+        RunError: the copy is damaged.
+    """
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self.path, self.file = path, file
+        try:
+            mapped = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = [mapped.get_batch(i) for i in range(mapped.num_record_batches)]
+        except pa.ArrowException as error:
+            raise self._damaged(str(error)) from error
+        self.ids = np.concatenate([np.asarray(b.column(0)) for b in batches])
+        self.starts = np.cumsum([0, *(len(b) for b in batches)])
+        self.images = [b.column(1) for b in batches]
+        self.sums = np.concatenate([np.asarray(b.column(2)) for b in batches])
+
+    def read(self, ids: Int64[np.ndarray, " some"]) -> list[bytes]:
+        rows = np.searchsorted(self.ids, ids)
+        parts = np.searchsorted(self.starts, rows, side="right") - 1
+        found = [self.images[p][int(r - self.starts[p])].as_py() for p, r in zip(parts, rows, strict=True)]
+        for image, row in zip(found, rows, strict=True):
+            if zlib.crc32(image) != self.sums[row]:
+                raise self._damaged(f"sample {self.ids[row]} has another checksum")
+        return found
+
+    def ahead(self, ids: Int64[np.ndarray, " some"]) -> None:
+        """Nothing has to be fetched ahead."""
+
+    def _damaged(self, reason: str) -> RunError:
+        return RunError(f"{self.path} is damaged ({reason}): remove it, it is made again")
+
+
+__all__ = ["Cache", "CacheFull", "MappedReader", "open_copy", "split_bytes"]
