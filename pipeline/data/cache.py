@@ -27,6 +27,7 @@ from pipeline.data.store import Store
 from pipeline.errors import RunError
 
 _SHARDS_AHEAD = 4  # read at once while a copy is made
+_FORMAT = 2  # of a copy; part of its name, so that another program's copies are left alone
 _SCHEMA = pa.schema([("sample_id", pa.int64()), ("image", pa.large_binary()), ("crc", pa.uint32())])
 
 
@@ -58,7 +59,7 @@ def open_copy(store: Store, cache: Cache, split: str) -> MappedReader:
         CacheFull: copies in use take the room.
         RunError: a shard is damaged, the disk is too full, the folder cannot be written, or the copy is damaged.
     """
-    path = Path(cache.folder) / f"{store.name}-{store.fingerprint}-{split}.arrow"
+    path = Path(cache.folder) / f"{store.name}-{store.fingerprint}-{split}.v{_FORMAT}.arrow"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -164,6 +165,8 @@ class MappedReader:
         self.path, self.file = path, file
         try:
             mapped = pa.ipc.open_file(pa.memory_map(str(path)))
+            if not mapped.schema.equals(_SCHEMA):
+                raise pa.ArrowInvalid(f"it has the columns {mapped.schema.names}")
             batches = [mapped.get_batch(i) for i in range(mapped.num_record_batches)]
         except pa.ArrowException as error:
             raise self._damaged(str(error)) from error

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.config import Config
@@ -224,6 +225,16 @@ def test_a_truncated_copy_is_named(store: Store, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RunError, match=rf"{path.name} is damaged.*remove it"):
         open_reader(store.folder.uri, store.fingerprint, cache)
+
+
+def test_a_file_with_other_columns_is_named(store: Store, tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path), PLENTY)
+    path = open_copy(store, cache, "train").path
+    table = pa.table({"sample_id": [1], "image": [b""]})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(RunError, match=r"is damaged \(it has the columns \['sample_id', 'image'\]\): remove it"):
+        open_copy(store, cache, "train")
 
 
 def test_a_changed_byte_is_named(tmp_path: Path) -> None:
