@@ -1,10 +1,12 @@
 """Files by URI, the same calls for a local path and for object storage ("s3://bucket/..."), through fsspec and s3fs.
 
-Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...); what faults do, and errors,
+is written in `pipeline.s3`. An object appears there whole or not at all.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import posixpath
@@ -15,7 +17,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError, first_line
 
 
 class Folder:
@@ -46,15 +48,19 @@ class Folder:
     def fs(self) -> Any:
         if self._fs is None:
             try:
-                options = {} if self.is_local else {"use_listings_cache": False}
-                self._fs = fsspec.core.url_to_fs(self.uri, **options)[0]
+                if self.uri.startswith(("s3://", "s3a://")):
+                    from pipeline.s3 import S3, patience
+
+                    self._fs = S3(patience())
+                else:
+                    self._fs = fsspec.core.url_to_fs(self.uri)[0]
             except (ImportError, ValueError) as error:
                 raise UserError(f"storage {self.uri!r} cannot be opened: {error}") from error
         return self._fs
 
     def path(self, name: str = "") -> str:
         """The path that the file system's own calls (and pyarrow's) take."""
-        bare = self.uri if self.is_local else self.uri.split("://", 1)[1]
+        bare = self.uri if self.is_local else self.fs._strip_protocol(self.uri)
         return posixpath.join(bare, name) if name else bare
 
     def exists(self, name: str = "") -> bool:
@@ -67,11 +73,39 @@ class Folder:
         except FileNotFoundError:
             return []
 
+    def find(self) -> list[str]:
+        """Paths of all files below, relative to this folder, sorted."""
+        root = self.path()
+        return sorted(path[len(root) :].strip("/") for path in self.fs.find(root))
+
     def size(self, name: str) -> int:
         return int(self.fs.size(self.path(name)))
 
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of each file of a subfolder, by name, from one listing; empty if there is none."""
+        try:
+            entries = self.fs.ls(self.path(name), detail=True)
+        except FileNotFoundError:
+            return {}
+        return {posixpath.basename(e["name"]): int(e["size"]) for e in entries if e["type"] == "file"}
+
     def read(self, name: str) -> bytes:
         return bytes(self.fs.cat_file(self.path(name)))
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`.
+
+        Raises:
+            RunError: the file ends before.
+        """
+        data = bytes(self.fs.cat_file(self.path(name), start=start, end=end)) if start < end else b""
+        if len(data) != end - start:
+            raise RunError(f"{self.uri}/{name} gave {len(data)} of {end - start} bytes from {start}: copy it again")
+        return data
+
+    def open(self, name: str, size: int | None = None) -> io.IOBase:
+        """A file to read from at any place; in object storage, every read is one request, and one asks for an unknown size."""
+        return open(self.path(name), "rb") if self.is_local else _Ranges(self, name, size)
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file whole: a reader sees the old one or the new one, never a part."""
@@ -117,7 +151,41 @@ class Folder:
             self.write(probe, b"")
             self.remove(probe)
         except Exception as error:  # every file system has its own errors for "not allowed"
-            raise UserError(f"storage {self.uri!r} is not writable ({type(error).__name__}: {error})") from error
+            raise UserError(f"storage {self.uri!r} is not writable ({first_line(error)})") from error
+
+
+class _Ranges(io.RawIOBase):
+    """A file in object storage."""
+
+    def __init__(self, folder: Folder, name: str, size: int | None) -> None:
+        self._folder, self._name, self._at = folder, name, 0
+        self._size = folder.size(name) if size is None else size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = max(self._at, min(self._at + len(buffer), self._size))
+        data = self._folder.read_range(self._name, self._at, end)
+        buffer[: len(data)] = data
+        self._at = end
+        return len(data)
+
+
+def read_file(uri: str) -> bytes:
+    """A single file, by its path or URI."""
+    parent, _, name = Folder(uri).uri.rpartition("/")
+    return Folder(parent or "/").read(name)
 
 
 def home() -> str:

@@ -360,12 +360,16 @@ class Worker:
     def _save(self, kind: str) -> None:
         if self.ranks.rank == 0:
             plan, mining = (self.plan, self.mining) if kind == "checkpoints" else (None, None)
-            more = None if mining is None else lambda folder: mining.save(folder / "mining")
+
+            def more(folder: Folder) -> None:
+                if mining is not None:
+                    mining.save(folder / "mining")
+                if self.tracker is not None:
+                    self.tracker.sync()  # before the checkpoint counts: whoever resumes from it finds its lines
+
             self.checkpoints.save(kind, self.progress, self.trunk, self.method, self.context.optimizers, plan, more)
             if mining is not None:
                 mining.prune([self.checkpoints.folder(kind, step) for step in self.checkpoints.steps()])
-            if self.tracker is not None:
-                self.tracker.sync()
         self.ranks.barrier()
 
     def _load_best(self) -> None:

@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Other processes are got ready while the first tests run."""
-    if any({"pool", "make_run"} & set(getattr(item, "fixturenames", ())) for item in session.items):
+    if any({"pool", "make_run", "one_proxy"} & set(getattr(item, "fixturenames", ())) for item in session.items):
         warm_up()
 
 

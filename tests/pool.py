@@ -12,7 +12,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing import connection, forkserver
 from typing import Any
@@ -153,13 +153,22 @@ class Program:
         log: file that takes its output; `log.writes` lists the files it writes, in order.
         kill_at_write: SIGKILL itself at this file write (0 is the first).
         after: kill just after that write, not just before it.
+        environment: variables beside those of the fork server.
 
     The report at the end of a run is replaced by an empty file: drawing it takes longer than these runs.
     """
 
-    def __init__(self, arguments: list[str], log: str, kill_at_write: int | None = None, after: bool = False) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        log: str,
+        kill_at_write: int | None = None,
+        after: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.log = log
-        self.process = fork_server().Process(target=_program, args=(arguments, log, kill_at_write, after))
+        given = (arguments, log, kill_at_write, after, dict(environment or {}))
+        self.process = fork_server().Process(target=_program, args=given)
         self.process.start()
 
     def signal(self, number: int) -> None:
@@ -186,7 +195,9 @@ class Program:
             return file.read()
 
 
-def _program(arguments: list[str], log: str, kill_at_write: int | None, after: bool) -> None:
+def _program(
+    arguments: list[str], log: str, kill_at_write: int | None, after: bool, environment: Mapping[str, str]
+) -> None:
     import signal
     import sys
 
@@ -194,6 +205,7 @@ def _program(arguments: list[str], log: str, kill_at_write: int | None, after: b
     from pipeline.storage import Folder
     from tests.stubs import registered
 
+    os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

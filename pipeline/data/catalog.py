@@ -75,13 +75,13 @@ def folder(root: str) -> list[Entry]:
     if not place.exists():
         raise UserError(f"folder {place} does not exist")
     entries = []
-    for path in sorted(place.fs.find(place.path())):
-        parts = path[len(place.path()) :].strip("/").split("/")
+    for path in place.find():
+        parts = path.split("/")
         if any(part.startswith(".") for part in parts):
             continue
         if len(parts) != 2:
-            raise UserError(f"{path}: expected images as {place}/CLASS/IMAGE, one folder a class")
-        entries.append(Entry(path if place.is_local else f"{place.uri.split('://')[0]}://{path}", parts[0]))
+            raise UserError(f"{place}/{path}: expected images as {place}/CLASS/IMAGE, one folder a class")
+        entries.append(Entry(f"{place}/{path}", parts[0]))
     if not entries:
         raise UserError(f"no image in {place}: expected {place}/CLASS/IMAGE")
     return split_classes(sorted(entries, key=lambda e: (e.class_name, e.source)))

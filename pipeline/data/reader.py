@@ -88,12 +88,10 @@ class RowGroupReader:
         return wanted
 
     def _read_group(self, shard: int, group: int) -> pa.ChunkedArray:
-        name = self.store.manifest["shards"][shard]["file"]
-        path = self.store.folder.path(name)
+        record = self.store.manifest["shards"][shard]
+        name = record["file"]
         try:
-            # object storage: one request for what is asked for, nothing read beyond it
-            options = {} if self.store.folder.is_local else {"cache_type": "none"}
-            with self.store.folder.fs.open(path, "rb", **options) as source:
+            with self.store.folder.open(name, record["bytes"]) as source:
                 known = self.metadata.get(shard)
                 file = pq.ParquetFile(source, metadata=known, page_checksum_verification=True)
                 self.metadata[shard] = file.metadata

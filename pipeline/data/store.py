@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +27,7 @@ from jaxtyping import Int64
 from pipeline.data.catalog import SPLITS, Entry, by_hash
 from pipeline.data.transforms import normalise
 from pipeline.errors import RunError, UserError
-from pipeline.storage import Folder
+from pipeline.storage import Folder, read_file
 
 FORMAT = 1
 ROW_GROUP = 64  # images: one random access reads at most this many from object storage
@@ -85,8 +84,9 @@ def write_shard(shard: Shard, target: Folder, max_side: int | None) -> dict[str,
     rejected: list[tuple[str, str, str]] = []
     for offset, (entry, label, fold) in enumerate(zip(shard.entries, shard.labels, shard.folds, strict=True)):
         try:
-            with fsspec.open(entry.source, "rb") as file:
-                image = normalise(file.read(), max_side)
+            image = normalise(read_file(entry.source), max_side)
+        except (UserError, RunError):  # the storage, not the image: a dataset must not depend on its faults
+            raise
         except Exception as error:  # missing, or bad bytes, on which each decoder raises what it likes
             reason = (str(error).strip().splitlines() or [""])[0].replace(entry.source, "")
             rejected.append((entry.source, entry.class_name, f"{type(error).__name__}: {reason}"))
@@ -226,8 +226,7 @@ class Store:
 
     def check_shards(self) -> None:
         """Compares the size of every shard with the manifest; one listing, no image is read."""
-        listing = self.folder.fs.ls(self.folder.path("shards"), detail=True) if self.folder.exists("shards") else []
-        sizes = {"shards/" + entry["name"].rsplit("/", 1)[1]: entry["size"] for entry in listing}
+        sizes = {f"shards/{name}": size for name, size in self.folder.sizes("shards").items()}
         for shard in self.manifest["shards"]:
             size = sizes.get(shard["file"])
             if size != shard["bytes"]:

@@ -1,8 +1,7 @@
-"""Object storage for the tests of the pipeline (a real S3 server in this process), and a finished run."""
+"""Object storage for the tests of the pipeline (a real S3 server), and a finished run."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,19 @@ from typing import Any
 import pytest
 import s3fs
 import yaml
-from moto.server import ThreadedMotoServer
 
 from pipeline import train
+from pipeline.s3 import S3
 from pipeline.storage import Folder
 from tests.conftest import write_tiny_store
+from tests.s3 import s3_server
 from tests.stubs import tiny_values
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
@@ -38,12 +34,12 @@ def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(key, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # instances remember the endpoint they were made with
-    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    S3.clear_instance_cache()  # instances remember the endpoint they were made with
+    fs = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
     fs.mkdir("bucket")
     yield "s3://bucket"
     fs.rm("bucket", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
+    S3.clear_instance_cache()
 
 
 @pytest.fixture(params=["local", "s3"])

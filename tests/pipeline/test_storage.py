@@ -12,6 +12,7 @@ import s3fs
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.s3 import S3
 from pipeline.storage import Folder
 
 
@@ -82,9 +83,8 @@ def test_unwritable_storage_is_one_line(kind: str, tmp_path: Path, request: pyte
     if kind == "no server":
         patch = request.getfixturevalue("monkeypatch")
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        patch.setattr(s3fs.S3FileSystem, "retries", 1)
-        s3fs.S3FileSystem.clear_instance_cache()
+        patch.setenv("RAYDML_S3_PATIENCE_S", "0")
+        S3.clear_instance_cache()
     with pytest.raises(UserError) as caught:
         Folder(uri).check_writable()
     assert uri in str(caught.value) and "\n" not in str(caught.value)

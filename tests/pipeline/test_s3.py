@@ -1,0 +1,382 @@
+"""Object storage with faults: what passes is waited out, what does not is one line, and a part is never taken for a whole."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import s3, train
+from pipeline.checkpoint import Checkpoints
+from pipeline.data import catalog
+from pipeline.data.reader import RowGroupReader, open_reader
+from pipeline.data.store import Store, write_store
+from pipeline.errors import RunError, UserError
+from pipeline.prepare import run_here
+from pipeline.storage import Folder, read_file
+from pipeline.tracking import read_metrics
+from tests.conftest import write_images
+from tests.pipeline.conftest import Base
+from tests.pool import Program
+from tests.s3 import Proxy
+
+NUMBERS = itertools.count()
+SECRET = "wJalrXUtnFEMI-K7MDENG-not-to-be-written"
+
+
+@pytest.fixture(autouse=True)
+def fresh_readers() -> Iterator[None]:
+    open_reader.cache_clear()
+    yield
+    open_reader.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def one_proxy(s3_endpoint: str) -> Iterator[Proxy]:
+    """The only endpoint in this module; faults may last 30 seconds."""
+    proxy = Proxy(s3_endpoint)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            s3.PATIENCE: "30",
+        }.items():
+            patch.setenv(name, value)
+        s3.S3.clear_instance_cache()
+        s3.S3(s3.patience()).mkdir("faults")
+        yield proxy
+    s3.S3.clear_instance_cache()
+    proxy.close()
+
+
+@pytest.fixture
+def proxy(one_proxy: Proxy) -> Iterator[Proxy]:
+    """Without faults yet."""
+    one_proxy.reset()
+    yield one_proxy
+    one_proxy.reset()
+
+
+@pytest.fixture
+def place(proxy: Proxy) -> Folder:
+    """An empty folder behind the proxy."""
+    return Folder(f"s3://faults/{next(NUMBERS)}")
+
+
+def copy(store: Store, target: Folder) -> Folder:
+    for name in store.folder.find():
+        target.write(name, store.folder.read(name))
+    return target
+
+
+# ---- a folder --------------------------------------------------------------------------------------------------------
+
+DATA = bytes(range(256)) * 40
+
+CALLS: dict[str, tuple[str, str, Callable[[Folder], Any], Any]] = {
+    "read": ("GET", "/x$", lambda folder: folder.read("x"), DATA),
+    "read_file": ("GET", "/x$", lambda folder: read_file(f"{folder}/x"), DATA),
+    "read_range": ("GET", "/x$", lambda folder: folder.read_range("x", 100, 9000), DATA[100:9000]),
+    "write": ("PUT", "/y$", lambda folder: (folder.write("y", DATA[::-1]), folder.read("y"))[1], DATA[::-1]),
+    "exists": ("HEAD", "/x$", lambda folder: folder.exists("x"), True),
+    "exists, a bucket": ("HEAD", "/faults$", lambda _: Folder("s3://faults").exists(), True),
+    "names": ("GET", "prefix=", lambda folder: folder.names(), ["x"]),
+    "find": ("GET", "prefix=", lambda folder: folder.find(), ["x"]),
+    "sizes": ("GET", "prefix=", lambda folder: folder.sizes(""), {"x": len(DATA)}),
+    "remove": ("POST", "delete", lambda folder: (folder.remove("x"), folder.exists("x"))[1], False),
+}
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "503": {"kind": "answer"},
+    "lost answer": {"kind": "lost"},
+    "reset": {"kind": "reset"},
+    "500": {"kind": "answer", "status": 500, "code": "InternalError"},
+    "429": {"kind": "answer", "status": 429, "code": "TooManyRequests"},
+    "400": {"kind": "answer", "status": 400, "code": "RequestTimeout"},
+    "not XML": {"kind": "answer", "status": 502, "text": "<html>Bad Gateway"},
+    "cut": {"kind": "cut"},
+    "short": {"kind": "short"},
+    "damaged": {"kind": "damaged"},
+    "upload cut": {"kind": "upload cut"},
+}
+ANY = ("503", "lost answer")
+TRIED = {call: ANY for call in CALLS} | {
+    "read": (*ANY, "reset", "500", "429", "400", "not XML", "cut", "short", "damaged"),
+    "read_range": (*ANY, "cut", "short"),
+    "write": (*ANY, "reset", "upload cut"),
+}
+
+
+@pytest.mark.parametrize(("call", "fault"), [(call, fault) for call, faults in TRIED.items() for fault in faults])
+def test_a_fault_that_passes_is_waited_out(call: str, fault: str, place: Folder, proxy: Proxy) -> None:
+    place.write("x", DATA)
+    method, key, do, expected = CALLS[call]
+    injected = proxy.inject(method=method, key=key, count=2, **FAULTS[fault])
+    assert do(place) == expected
+    assert injected.seen >= 3
+
+
+def test_a_silent_server_is_asked_again(place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers too late, or does not read what is sent."""
+    monkeypatch.setattr(s3, "ANSWER_S", 1.0)
+    monkeypatch.setattr(s3, "SLOWEST_BYTES_S", 1 << 30)
+    monkeypatch.setenv(s3.PATIENCE, "31")  # a client of its own
+    place = Folder(place.uri)
+    data = np.random.default_rng(0).bytes(16 << 20)  # more than fits into the buffers of a connection
+    late = proxy.inject("delay", "PUT", "/x$", delay_s=1.5)
+    stuck = proxy.inject("stall", "PUT", "/y$")
+    place.write("x", b"1")
+    place.write("y", data)
+    assert late.seen >= 2 and stuck.seen >= 2 and place.read("x") == b"1" and place.read("y") == data
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("503", "at last with 503 SlowDown injected: see to the storage"),
+        ("cut", "at last with ClientPayloadError: "),
+        ("short", "at last with ShortBody: got 5120 of 10240 bytes"),
+        ("damaged", "at last with FlexibleChecksumError: "),
+    ],
+)
+def test_a_fault_that_lasts_is_one_line(
+    fault: str, says: str, place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.write("x", DATA)
+    monkeypatch.setenv(s3.PATIENCE, "0.4")
+    injected = proxy.inject(method="GET", key="/x$", count=1000, **FAULTS[fault])
+    with pytest.raises(RunError, match=f"^{place}/x: get_object failed, .*{says}.*{s3.PATIENCE}.* 0.4 s") as caught:
+        Folder(place.uri).read("x")
+    found = re.search(r"failed, (\d+) tries in \d s", str(caught.value))
+    assert found is not None and int(found[1]) == injected.seen >= 2
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_takes_a_lasting_fault_for_an_answer(
+    call: str, place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above all not for "there is no such file"."""
+    place.write("x", DATA)
+    monkeypatch.setenv(s3.PATIENCE, "0")
+    method, key, do, _ = CALLS[call]
+    proxy.inject("answer", method, key, count=1000)
+    with pytest.raises(RunError, match="failed, 1 tries"):
+        do(Folder(place.uri))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (400, "ExpiredToken", "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN"),
+        (403, "ExpiredToken", "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN"),
+        (403, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
+        (403, "AccessDenied", "what this key may do in the bucket"),
+        (404, "NoSuchBucket", "check the name of the bucket, AWS_ENDPOINT_URL"),
+        (400, "AuthorizationHeaderMalformed", "check AWS_DEFAULT_REGION"),
+    ],
+)
+@pytest.mark.parametrize("call", ["read_range", "write", "names"])
+def test_what_does_not_pass_is_said_at_once(
+    call: str, status: int, code: str, says: str, place: Folder, proxy: Proxy
+) -> None:
+    place.write("x", DATA)
+    method, key, do, _ = CALLS[call]
+    injected = proxy.inject("answer", method, key, count=1000, status=status, code=code)
+    with pytest.raises(UserError, match=f"^{place}.*{status} {code} injected.*{says}") as caught:
+        do(place)
+    assert injected.seen == 1 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_refusal_without_a_reason(status: int, place: Folder, proxy: Proxy) -> None:
+    """The answer to HEAD has no body; 400 is what S3 gives for an expired token (botocore then asks for the region)."""
+    injected = proxy.inject("answer", "HEAD", count=1000, status=status)
+    with pytest.raises(UserError, match=f"^{place}/x: head_object failed .{status} .*AWS_SESSION_TOKEN"):
+        place.exists("x")
+    assert injected.seen <= 2
+
+
+def test_what_could_not_be_removed_is_tried_again(place: Folder, proxy: Proxy) -> None:
+    """S3 says so in an answer of status 200, which s3fs does not read."""
+    place.write("x", DATA)
+    errors = "<DeleteResult><Error><Key>x</Key><Code>{}</Code><Message>injected</Message></Error></DeleteResult>"
+    proxy.inject("answer", "POST", "delete", status=200, text=errors.format("InternalError"))
+    place.remove("x")
+    assert not place.exists("x")
+    place.write("x", DATA)
+    proxy.inject("answer", "POST", "delete", count=1000, status=200, text=errors.format("AccessDenied"))
+    with pytest.raises(UserError, match=f"^{place}/x: delete_objects failed .*AccessDenied"):
+        place.remove("x")
+
+
+def test_large_objects_travel_in_parts(place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)  # the least that S3 allows
+    data = np.random.default_rng(0).bytes((11 << 20) + 7)
+    faults = [
+        proxy.inject("answer", "PUT", "partNumber=2"),
+        proxy.inject("lost", "POST", "x.uploadId="),  # carried out: the second completion finds no such upload
+        proxy.inject("cut", "GET", "/x$", first=1),
+        proxy.inject("reset", "GET", "/x$", first=3),
+    ]
+    place.write("x", data)
+    assert proxy.count("PUT", "partNumber=") >= 4
+    assert place.read("x") == data
+    assert proxy.count("GET", "/x$") >= 5 and all(fault.hit.is_set() for fault in faults)
+
+
+def test_an_object_that_is_replaced_while_it_is_read(place: Folder, proxy: Proxy) -> None:
+    """Its new content, whole: another length than the one asked for first is no fault then."""
+    place.write("x", DATA)
+    slow = proxy.inject("delay", "GET", "/x$", delay_s=0.5)
+    with ThreadPoolExecutor(1) as threads:
+        read = threads.submit(place.read, "x")
+        assert slow.hit.wait(10)
+        place.write("x", b"new")
+        assert read.result() == b"new"
+
+
+def test_errors_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch, one_proxy: Proxy) -> None:
+    monkeypatch.setenv(s3.PATIENCE, "soon")
+    with pytest.raises(UserError, match=f"{s3.PATIENCE} is 'soon', expected seconds"):
+        Folder("s3://faults").exists("x")
+    monkeypatch.setenv(s3.PATIENCE, "32")  # a client of its own
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
+    with pytest.raises(UserError, match="^s3://faults/x: .*Invalid endpoint: localhost.*: check .*AWS_ENDPOINT_URL"):
+        Folder("s3://faults").exists("x")
+
+
+# ---- stores ----------------------------------------------------------------------------------------------------------
+
+
+def test_row_groups(base: Base, place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(copy(base.store, place))
+    everything = np.random.default_rng(0).permutation(store.sample_id)
+    expected = RowGroupReader(base.store).read(everything)
+    for kind, first in (("cut", 1), ("short", 3), ("answer", 5), ("reset", 7)):
+        proxy.inject(kind, "GET", "shards/", first=first)
+    assert RowGroupReader(store).read(everything) == expected
+    assert all(fault.hit.is_set() for fault in proxy.faults)
+    proxy.reset()
+    monkeypatch.setenv(s3.PATIENCE, "0.4")
+    shard = store.manifest["shards"][0]["file"]
+    proxy.inject("short", "GET", shard, first=1, count=1000)  # the first read is of the footer
+    with pytest.raises(RunError, match=rf"^{place}/{shard}: get_object failed, .* with ShortBody: got \d+ of \d+ bytes"):
+        RowGroupReader(Store(Folder(place.uri))).read(store.sample_id[:1])
+
+
+def test_prepare(place: Folder, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From images in object storage: the store that prepare makes on a local disk, or none."""
+    for path, name in write_images(tmp_path / "images", {f"c{i}": 3 for i in range(6)}, seed=0, side=8):
+        (place / "images").write(f"{name}/{Path(path).name}", Path(path).read_bytes())
+
+    def prepare(images: str, target: Folder) -> Store:
+        return write_store("x", catalog.folder(images), target, run_here, num_folds=2, images_per_shard=4)
+
+    expected = prepare(str(tmp_path / "images"), Folder(tmp_path / "store"))
+    for kind, method, key in (
+        ("answer", "GET", "prefix=.*images"), ("cut", "GET", "c1/0.png"), ("damaged", "GET", "c3/2.png"),
+        ("reset", "PUT", "shards/"), ("upload cut", "PUT", "train-00001"), ("lost", "PUT", "manifest.json"),
+    ):  # fmt: skip
+        proxy.inject(kind, method, key)
+    made = prepare((place / "images").uri, place / "store")
+    assert all(fault.hit.is_set() for fault in proxy.faults)
+    assert made.manifest == expected.manifest and made.fingerprint == expected.fingerprint
+
+    monkeypatch.setenv(s3.PATIENCE, "0.4")
+    for method, key in (("PUT", "shards/train-00001"), ("GET", "c1/0.png")):  # an image is not rejected for it
+        proxy.reset()
+        proxy.inject("upload cut" if method == "PUT" else "cut", method, key, count=1000)
+        with pytest.raises(RunError, match=f"^{place}/.*{key}.*: {method.lower()}_object failed, "):
+            prepare((place / "images").uri, Folder(place.uri) / "store")
+        with pytest.raises(UserError, match=f"no prepared dataset in {place}/store"):
+            Store(place / "store")
+    proxy.reset()
+    assert prepare((place / "images").uri, place / "store").fingerprint == expected.fingerprint
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def left(run: Folder) -> dict[str, Any]:
+    """What equal runs have in common."""
+    step = Checkpoints(run).steps()[-1]
+    files = ("trunk.safetensors", "method.safetensors", "optimizers.pt")
+    weights = {name: run.read(f"checkpoints/step-{step:08d}/{name}") for name in files}
+    lines = [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_metrics(run)]
+    return weights | {"lines": lines, "final": run.read_json("summary.json")["final"]}
+
+
+@pytest.fixture
+def recipe(base: Base, place: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The run of `base` with store and storage behind the proxy."""
+    return base.recipe(
+        {
+            "storage": place.uri,
+            "data.source": copy(base.store, place / "data" / "x").uri,
+            "runtime.cache": str(tmp_path / "cache"),
+            "checkpoint.every": "2 steps",
+        }
+    )
+
+
+def test_a_run_among_faults(
+    recipe: str, base: Base, place: Folder, proxy: Proxy, capfd: pytest.CaptureFixture
+) -> None:
+    for kind, method, key in (
+        ("answer", "GET", "manifest.json"), ("cut", "GET", "shards/train-00000"), ("short", "GET", "shards/test"),
+        ("answer", "HEAD", "incarnation"), ("reset", "PUT", "trunk.safetensors"), ("upload cut", "PUT", "optimizers.pt"),
+        ("lost", "PUT", "checkpoint.json"), ("answer", "GET", "prefix=.*checkpoints"), ("lost", "POST", "delete"),
+        ("reset", "PUT", "metrics.jsonl"), ("cut", "GET", "summary.json"), ("answer", "PUT", "report.html"),
+    ):  # fmt: skip
+        proxy.inject(kind, method, key)
+    assert train.main([recipe]) == 0
+    assert [fault.key for fault in proxy.faults if not fault.hit.is_set()] == []
+    run = place / "runs" / "done"
+    assert left(run) == left(base.run)
+    said = "".join(capfd.readouterr()).encode()
+    written = {name: run.read(name) for name in run.find()} | {"printed": said, "recipe": Path(recipe).read_bytes()}
+    assert "report.html" in written and "config.yaml" in written
+    assert [name for name, data in written.items() if SECRET.encode() in data] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "files"),
+    [
+        ("stall", "step-00000004/method.safetensors", ["trunk.safetensors"]),
+        ("withheld", "step-00000002/checkpoint.json", None),  # it has just become one
+    ],
+    ids=["in the middle of a file", "after the last file"],
+)
+def test_a_run_killed_while_it_uploads_a_checkpoint(
+    kind: str, file: str, files: list[str] | None, recipe: str, base: Base, place: Folder, proxy: Proxy, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """By SIGKILL, in a process that gets endpoint and credentials from its environment."""
+    monkeypatch.setattr(train, "write_report", lambda run, store: run.write("report.html", b""))
+    stuck = proxy.inject(kind, "PUT", f"checkpoints/{file}")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "RAYDML_"))}
+    program = Program([recipe], str(tmp_path / "log"), environment=environment)
+    assert stuck.hit.wait(60), program.output()
+    program.signal(signal.SIGKILL)
+    assert program.wait() == -signal.SIGKILL
+    proxy.reset()
+    run = place / "runs" / "done"
+    if files is not None:
+        assert run.names(f"checkpoints/{file.partition('/')[0]}") == files
+    assert Checkpoints(run).steps() == [0, 2]
+    capsys.readouterr()
+    assert train.main([recipe]) == 0
+    assert "resumed at step 2" in capsys.readouterr().err
+    assert left(run) == left(base.run)
+    assert SECRET not in program.output()
