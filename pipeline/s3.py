@@ -141,7 +141,9 @@ class S3(S3FileSystem):
         options["chunksize"] = PART_BYTES
         try:
             await super()._pipe_file(path, data, **options)
-        except FileNotFoundError:  # NoSuchUpload: a completion was carried out and its answer lost, or was it? Once more
+        except (
+            FileNotFoundError
+        ):  # NoSuchUpload: a completion was carried out and its answer lost, or was it? Once more
             await super()._pipe_file(path, data, **options)
 
     async def _exists(self, path: str) -> bool:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 STARTED_S = 60
@@ -28,9 +29,9 @@ def s3_server() -> Iterator[str]:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + STARTED_S
-            while not (found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", open(log.name).read())):
+            while not (found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", Path(log.name).read_text())):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the S3 server did not start:\n{open(log.name).read()}")
+                    raise RuntimeError(f"the S3 server did not start:\n{Path(log.name).read_text()}")
                 time.sleep(0.05)
             yield found[1]
         finally:

@@ -252,7 +252,7 @@ def test_errors_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch, one_pro
         Folder("s3://faults").exists("x")
     monkeypatch.setenv(s3.PATIENCE, "32")  # a client of its own
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
-    with pytest.raises(UserError, match="^s3://faults/x: .*Invalid endpoint: localhost.*: check .*AWS_ENDPOINT_URL"):
+    with pytest.raises(UserError, match=r"^s3://faults/x: .*Invalid endpoint: localhost.*: check .*AWS_ENDPOINT_URL"):
         Folder("s3://faults").exists("x")
 
 
@@ -271,7 +271,9 @@ def test_row_groups(base: Base, place: Folder, proxy: Proxy, monkeypatch: pytest
     monkeypatch.setenv(s3.PATIENCE, "0.4")
     shard = store.manifest["shards"][0]["file"]
     proxy.inject("short", "GET", shard, first=1, count=1000)  # the first read is of the footer
-    with pytest.raises(RunError, match=rf"^{place}/{shard}: get_object failed, .* with ShortBody: got \d+ of \d+ bytes"):
+    with pytest.raises(
+        RunError, match=rf"^{place}/{shard}: get_object failed, .* with ShortBody: got \d+ of \d+ bytes"
+    ):
         RowGroupReader(Store(Folder(place.uri))).read(store.sample_id[:1])
 
 
@@ -324,15 +326,13 @@ def recipe(base: Base, place: Folder, tmp_path: Path, monkeypatch: pytest.Monkey
         {
             "storage": place.uri,
             "data.source": copy(base.store, place / "data" / "x").uri,
-            "runtime.cache": str(tmp_path / "cache"),
+            "cache.folder": str(tmp_path / "cache"),
             "checkpoint.every": "2 steps",
         }
     )
 
 
-def test_a_run_among_faults(
-    recipe: str, base: Base, place: Folder, proxy: Proxy, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_run_among_faults(recipe: str, base: Base, place: Folder, proxy: Proxy, capfd: pytest.CaptureFixture) -> None:
     for kind, method, key in (
         ("answer", "GET", "manifest.json"), ("cut", "GET", "shards/train-00000"), ("short", "GET", "shards/test"),
         ("answer", "HEAD", "incarnation"), ("reset", "PUT", "trunk.safetensors"), ("upload cut", "PUT", "optimizers.pt"),
