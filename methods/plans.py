@@ -65,8 +65,8 @@ def class_balanced(
         raise ValueError(
             f"none of the {len(sizes)} training classes has two images: there is no positive pair to train on"
         )
-    groups, owners = _groups(labels, samples_per_class, random)
-    counts = np.bincount(owners)
+    order = _shuffled(labels, random)
+    groups, counts = _groups(order, sizes, samples_per_class, random)
     if len(counts) < classes_per_batch:
         singles = int((sizes == 1).sum())
         shared = f" ({singles} classes of one image share groups of {samples_per_class})" if singles else ""
@@ -75,60 +75,54 @@ def class_balanced(
             f"different classes{shared}: lower classes_per_batch, or train on more classes"
         )
     steps = max(-(-len(groups) // classes_per_batch), int(counts.max()))
-    table = _deal(owners, counts, steps, classes_per_batch, random)
-    _fill(table, groups, owners, counts, random)
-    ids = np.stack(groups)[table].reshape(steps, classes_per_batch * samples_per_class)
-    _complete(ids, labels, random)
+    table = _deal(counts, steps, classes_per_batch, random)
+    _fill(table, counts, random)
+    ids = groups[table].reshape(steps, classes_per_batch * samples_per_class)
+    _complete(ids, labels, order, sizes, random)
     return Plan(ids)
 
 
-def _groups(labels: np.ndarray, size: int, random: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """Cuts every class into groups of `size` samples; returns them with the (dense) number of the class that owns each."""
-    shuffled = random.permutation(len(labels))
-    members = [shuffled[ids] for ids in _by_class(labels[shuffled])]
-    groups: list[np.ndarray] = []
-    owners: list[int] = []
-    singles: list[int] = []
-    owner = 0
-    for ids in members:
-        if len(ids) == 1:
-            singles.append(int(ids[0]))
-        if len(ids) < 2:
-            continue
-        short = -len(ids) % size
-        if short:  # the last group takes samples of the earlier groups first, repeats only when the class is too small
-            earlier = ids[: len(ids) - (size - short)]
-            extra = random.permutation(earlier)[:short]
-            if len(extra) < short:
-                extra = np.concatenate([extra, random.choice(ids, short - len(extra))])
-            ids = np.concatenate([ids, extra])
-        groups += list(ids.reshape(-1, size))
-        owners += [owner] * (len(ids) // size)
-        owner += 1
-    mixed = random.permutation(np.array(singles, dtype=np.int64))
-    for start in range(0, len(mixed), size):
-        group = np.full(size, -1, dtype=np.int64)  # what stays empty here is filled once its step is known
-        group[: len(mixed[start : start + size])] = mixed[start : start + size]
-        groups.append(group)
-        owners.append(owner)
-        owner += 1
-    return groups, np.array(owners, dtype=np.int64)
+def _groups(
+    order: np.ndarray, sizes: np.ndarray, size: int, random: np.random.Generator
+) -> tuple[Int64[np.ndarray, "groups size"], Int64[np.ndarray, " owners"]]:
+    """Cuts every class of several samples into groups of `size`, then the single ones; -1 is left empty.
+
+    Returns them with the number of groups of each owner, in order: the classes, then each group of single ones for itself.
+    """
+    starts, several = np.cumsum(sizes) - sizes, np.flatnonzero(sizes > 1)
+    n = sizes[several]
+    counts = -(-n // size)
+    places = _places(counts, size)
+    last, earlier = np.cumsum(counts) - 1, (counts - 1) * size
+    # A last group that is short takes samples of the earlier groups; repeats only where the class is too small.
+    large, small = np.flatnonzero(n % size * (n > size)), np.flatnonzero(n < size)
+    for which, drawn in (
+        (large, _distinct(size - 1, earlier[large], random)),
+        (small, random.integers(0, n[small, None], (len(small), size - 1))),
+    ):
+        own = places[last[which], 1:]
+        places[last[which], 1:] = np.where(own < n[which, None], own, drawn)
+    places += np.repeat(starts[several], counts)[:, None]
+    groups = order[places]
+    singles = random.permutation(order[starts[sizes == 1]])
+    mixed = np.full(-(-len(singles) // size) * size, -1, dtype=np.int64)  # the rest is filled once its step is known
+    mixed[: len(singles)] = singles
+    if len(mixed):
+        groups = np.concatenate([groups, mixed.reshape(-1, size)])
+    return groups, np.concatenate([counts, np.ones(len(mixed) // size, dtype=np.int64)])
 
 
 def _deal(
-    owners: np.ndarray, counts: np.ndarray, steps: int, classes: int, random: np.random.Generator
+    counts: np.ndarray, steps: int, classes: int, random: np.random.Generator
 ) -> Int64[np.ndarray, "steps classes"]:
-    """Gives every group a step, no class twice in one; returns group numbers, -1 where a step is still short.
+    """Gives every group a step, no owner twice in one; returns group numbers, -1 where a step is still short.
 
-    Classes in random order take consecutive entries of a chain of random permutations of the steps. Only the class that
+    Owners in random order take consecutive entries of a chain of random permutations of the steps. Only the owner that
     spans two permutations could meet a step twice; the second permutation is then reordered.
     """
-    start = np.concatenate([[0], np.cumsum(counts)])
-    by_class = np.argsort(owners, kind="stable")
-    sequence = np.concatenate(
-        [random.permutation(by_class[start[c] : start[c + 1]]) for c in random.permutation(len(counts))]
-    )
-    run_owner = owners[sequence]
+    dealt = random.permutation(len(counts))
+    owners = np.repeat(dealt, counts[dealt])
+    sequence = (np.cumsum(counts) - counts)[owners] + _counted(counts[dealt])
     table = np.full((steps, classes), -1, dtype=np.int64)
     before = np.empty(0, dtype=np.int64)
     for column in range(classes):
@@ -136,10 +130,9 @@ def _deal(
         if low >= high:
             break
         turn = random.permutation(steps)
-        if column and run_owner[low] == run_owner[low - 1]:  # a class continues from the permutation before
-            owner = run_owner[low]
-            used = before[run_owner[low - steps : low] == owner]
-            need = int((run_owner[low:high] == owner).sum())
+        if column and owners[low] == owners[low - 1]:  # an owner continues from the permutation before
+            used = before[owners[low - steps : low] == owners[low]]
+            need = int((owners[low:high] == owners[low]).sum())
             free = turn[~np.isin(turn, used)]
             turn = np.concatenate([free[:need], random.permutation(np.concatenate([free[need:], used]))])
         table[turn[: high - low], column] = sequence[low:high]
@@ -147,30 +140,38 @@ def _deal(
     return table[random.permutation(steps)]
 
 
-def _fill(
-    table: np.ndarray, groups: list[np.ndarray], owners: np.ndarray, counts: np.ndarray, random: np.random.Generator
+def _fill(table: np.ndarray, counts: np.ndarray, random: np.random.Generator) -> None:
+    """Fills short steps, in place, with groups of owners that the step does not have yet. Full columns come first."""
+    starts, owners = np.cumsum(counts) - counts, np.repeat(np.arange(len(counts)), counts)
+    for column in range(table.shape[1]):
+        short = np.flatnonzero(table[:, column] < 0)
+        if len(short):
+            owner = _another(owners[table[short, :column]], np.full(len(short), len(counts)), random)
+            table[short, column] = starts[owner] + random.integers(0, counts[owner])
+
+
+def _complete(
+    ids: np.ndarray, labels: np.ndarray, order: np.ndarray, sizes: np.ndarray, random: np.random.Generator
 ) -> None:
-    """Fills short steps, in place, with groups of classes that the step does not have yet."""
-    by_class = np.split(np.argsort(owners, kind="stable"), np.cumsum(counts)[:-1])
-    for step in np.flatnonzero((table < 0).any(axis=1)):
-        row = table[step]
-        present = owners[row[row >= 0]]
-        absent = np.setdiff1d(np.arange(len(counts)), present, assume_unique=False)
-        missing = np.flatnonzero(row < 0)
-        for slot, owner in zip(missing, random.choice(absent, len(missing), replace=False), strict=True):
-            row[slot] = random.choice(by_class[owner])
-
-
-def _complete(ids: np.ndarray, labels: np.ndarray, random: np.random.Generator) -> None:
     """Fills empty slots, in place, with one image each of classes absent from the step.
 
     Where no class is absent, with images of classes that have several: a single image never stands beside itself.
     """
-    several = np.bincount(labels)[labels] > 1
-    for step, slot in zip(*np.nonzero(ids < 0), strict=True):
-        row = ids[step]
-        present = np.isin(labels, labels[row[row >= 0]])
-        row[slot] = random.choice(np.flatnonzero(several if present.all() else ~present))
+    steps, none = np.flatnonzero((ids < 0).any(axis=1)), len(sizes)
+    rows, several = ids[steps], order[sizes[labels[order]] > 1] if len(steps) else order
+    sizes, starts = np.append(sizes, 0), np.append(np.cumsum(sizes) - sizes, len(labels))
+    while (rows < 0).any():  # as often as slots are empty: equally many in each of these steps
+        present = np.sort(np.where(rows < 0, none, labels[rows]), axis=1)
+        widths = sizes[present]
+        widths[:, 1:][present[:, 1:] == present[:, :-1]] = 0
+        left = len(labels) - widths.sum(axis=1)
+        drawn = random.integers(0, np.maximum(left, 1))
+        for start, width in zip(starts[present].T, widths.T, strict=True):
+            drawn += np.where(drawn >= start, width, 0)
+        again = several[random.integers(0, len(several), len(rows))]
+        chosen = np.where(left > 0, order[np.minimum(drawn, len(order) - 1)], again)
+        rows[np.arange(len(rows)), (rows < 0).argmax(axis=1)] = chosen
+    ids[steps] = rows
 
 
 def combine(
@@ -216,21 +217,25 @@ def combine_any_shape(
 
 
 def _combine(labels: np.ndarray, groups_per_batch: int, group_size: int, random: np.random.Generator) -> Plan:
-    groups = []
-    for ids in _by_class(labels):
-        ids = random.permutation(ids)
-        if len(ids) < group_size:
-            ids = np.concatenate([ids, random.choice(ids, group_size - len(ids))])
-        missing = (len(ids) // group_size + 1) * group_size - len(ids)
-        groups += list(np.concatenate([ids, random.choice(ids, missing, replace=False)]).reshape(-1, group_size))
-    if len(groups) < groups_per_batch:
+    sizes = np.bincount(labels)
+    filled = np.maximum(sizes, group_size)
+    counts = filled // group_size + 1
+    places, last = _places(counts, group_size), np.cumsum(counts) - 1
+    large, small = np.flatnonzero(sizes >= group_size), np.flatnonzero(sizes < group_size)
+    own, more = places[last[large]], _distinct(group_size, sizes[large], random)
+    places[last[large]] = np.where(own < sizes[large, None], own, more)
+    own, more = places[last[small] - 1], random.integers(0, sizes[small, None], (len(small), group_size))
+    places[last[small] - 1] = first = np.where(own < sizes[small, None], own, more)
+    places[last[small]] = random.permuted(first, axis=1)
+    places += np.repeat(np.cumsum(sizes) - sizes, counts)[:, None]
+    if len(places) < groups_per_batch:
         raise ValueError(
             f"a batch of {groups_per_batch} groups of {group_size} images needs as many groups, the training set of "
-            f"{len(labels)} images gives {len(groups)}: lower classes_per_batch or samples_per_class"
+            f"{len(labels)} images gives {len(places)}: lower classes_per_batch or samples_per_class"
         )
-    order = random.permutation(len(groups))
-    order = np.concatenate([order, random.choice(len(groups), -len(groups) % groups_per_batch, replace=False)])
-    return Plan(np.stack(groups)[order].reshape(-1, groups_per_batch * group_size))
+    turn = random.permutation(len(places))
+    turn = np.concatenate([turn, random.choice(len(places), -len(places) % groups_per_batch, replace=False)])
+    return Plan(_shuffled(labels, random)[places[turn]].reshape(-1, groups_per_batch * group_size))
 
 
 def uniform_classes(
@@ -246,27 +251,28 @@ def uniform_classes(
         ValueError: there are fewer classes than P.
     """
     random = np.random.default_rng([seed, epoch, 0x6CA])
-    members = _by_class(labels)
-    if len(members) < classes_per_batch:
+    sizes, size = np.bincount(labels), samples_per_class
+    if len(sizes) < classes_per_batch:
         raise ValueError(
-            f"classes_per_batch is {classes_per_batch}, the training set has {len(members)} classes: lower classes_per_batch"
+            f"classes_per_batch is {classes_per_batch}, the training set has {len(sizes)} classes: lower classes_per_batch"
         )
-    steps = max(1, (len(labels) - 1) // (classes_per_batch * samples_per_class))
-    lists = [random.permutation(ids) for ids in members]
-    cursors = np.zeros(len(members), dtype=np.int64)
-    rows = []
-    for _ in range(steps):
-        row = []
-        for c in random.choice(len(members), classes_per_batch, replace=False):
-            if len(members[c]) < samples_per_class:
-                row.append(random.choice(members[c], samples_per_class))
-                continue
-            if cursors[c] + samples_per_class > len(lists[c]):
-                lists[c], cursors[c] = random.permutation(members[c]), 0
-            row.append(lists[c][cursors[c] : cursors[c] + samples_per_class])
-            cursors[c] += samples_per_class
-        rows.append(np.concatenate(row))
-    return Plan(np.stack(rows))
+    steps = max(1, (len(labels) - 1) // (classes_per_batch * size))
+    visited = _distinct(classes_per_batch, np.full(steps, len(sizes)), random).ravel()
+    visits = np.bincount(visited, minlength=len(sizes))
+    visit = np.empty(len(visited), dtype=np.int64)  # which of its class's visits each is
+    visit[np.argsort(visited, kind="stable")] = _counted(visits)
+    # A class's lists, one after the other, as many as its visits use up.
+    per_list = np.maximum(sizes // size, 1)
+    lists = np.where(sizes < size, 0, -(-visits // per_list))
+    lengths, first = np.repeat(sizes, lists), np.cumsum(lists) - lists
+    starts = np.cumsum(lengths) - lengths
+    members = _shuffled(np.repeat(np.arange(len(lengths)), lengths), random) - np.repeat(starts, lengths)
+    places = random.integers(0, sizes[visited][:, None], (len(visited), size))
+    large = np.flatnonzero(sizes[visited] >= size)
+    which, turn = np.divmod(visit[large], per_list[visited[large]])
+    places[large] = members[(starts[first[visited[large]] + which] + turn * size)[:, None] + np.arange(size)]
+    places += (np.cumsum(sizes) - sizes)[visited][:, None]
+    return Plan(np.argsort(labels, kind="stable")[places].reshape(steps, -1))
 
 
 def each_class_once(
@@ -306,7 +312,40 @@ def side_by_side(parts: Mapping[str, Plan]) -> Plan:
     return Plan(ids, {"role": np.broadcast_to(role, ids.shape)})
 
 
-def _by_class(labels: np.ndarray) -> list[np.ndarray]:
-    """Samples of every class, in their order."""
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(labels))[:-1])
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _shuffled(labels: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, " samples"]:
+    """Samples class by class, in random order within. No two keys are equal, so that every machine sorts them alike."""
+    order = random.permutation(len(labels))
+    keys = labels[order] * len(labels)
+    keys += np.arange(len(labels))
+    keys.sort()
+    keys %= len(labels)
+    return order[keys]
+
+
+def _counted(counts: np.ndarray) -> Int64[np.ndarray, " all"]:
+    """0, 1, ... of every owner in turn, as many as it has."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _places(counts: np.ndarray, size: int) -> Int64[np.ndarray, "groups size"]:
+    """Places 0, 1, ... within every class, which has so many groups."""
+    return _counted(counts)[:, None] * size + np.arange(size)
+
+
+def _another(taken: np.ndarray, below: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, " rows"]:
+    """For each row a number below its bound that is not among those taken (distinct ones), all equally likely."""
+    drawn = random.integers(0, below - taken.shape[1])
+    for number in np.sort(taken, axis=1).T:
+        drawn += drawn >= number
+    return drawn
+
+
+def _distinct(count: int, below: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, "rows count"]:
+    """For each row `count` different numbers below its bound, in random order; O(rows · count²)."""
+    drawn = np.empty((len(below), count), dtype=np.int64)
+    for column in range(count):
+        drawn[:, column] = _another(drawn[:, :column], below, random)
+    return drawn
