@@ -217,11 +217,12 @@ class Store:
         data = folder.read("catalog.parquet")
         if hashlib.sha256(data).hexdigest() != self.manifest["catalog"]["sha256"]:
             raise UserError(f"{folder}/catalog.parquet does not match its checksum: prepare the dataset again")
-        catalog = pq.read_table(io.BytesIO(data))
+        catalog = pq.read_table(io.BytesIO(data), read_dictionary=["split"])  # few texts, many rows
         self.sample_id = np.asarray(catalog["sample_id"])
         self.label = np.asarray(catalog["label"])
         self.fold = np.asarray(catalog["fold"])
-        self.split = np.asarray(catalog["split"].to_numpy(zero_copy_only=False), dtype="U7")
+        split = catalog["split"].combine_chunks()
+        self.split = np.array(split.dictionary.to_pylist(), dtype="U7")[split.indices]
         self._names = catalog["class_name"]
 
     def check_shards(self) -> None:
@@ -238,20 +239,24 @@ class Store:
 
     @functools.cached_property
     def class_name_of(self) -> dict[int, str]:
-        first = np.unique(self.label, return_index=True)
-        return {int(label): self._names[int(i)].as_py() for label, i in zip(*first, strict=True)}
+        labels, rows = np.unique(self.label, return_index=True)
+        return dict(zip(labels.tolist(), self._names.take(pa.array(rows)).to_pylist(), strict=True))
 
     def select(self, splits: Iterable[str], fold: int | None = None, without_fold: int | None = None) -> Samples:
-        """Images of some splits: of one validation fold only, or of all but one."""
+        """Images of some splits: of one validation fold only, or of all but one. O(images of the store)."""
         mask = np.isin(self.split, list(splits))
         if fold is not None:
             mask &= self.fold == fold
         if without_fold is not None:
             mask &= self.fold != without_fold
-        classes, labels = np.unique(self.label[mask], return_inverse=True)
-        return Samples(
-            self.sample_id[mask], labels.astype(np.int64), tuple(self.class_name_of[int(c)] for c in classes)
-        )
+        rows = np.flatnonzero(mask)
+        labels = self.label[rows]
+        present = np.bincount(labels) > 0  # the store numbers its classes from 0
+        labels = (np.cumsum(present) - 1)[labels]
+        of_class = np.empty(present.sum(), dtype=np.int64)
+        of_class[labels] = rows
+        names = self._names.take(pa.array(of_class)).to_pylist()
+        return Samples(self.sample_id[rows], labels, tuple(names))
 
     def shard_table(self, record: dict[str, Any]) -> pa.Table:
         """Reads one shard whole and compares its checksum.
