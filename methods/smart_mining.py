@@ -231,7 +231,7 @@ class SmartMining(Method):
         )
         roles = np.repeat(np.array(["anchor", "positive", "negative"]), c.triplets_per_batch)
         ids = np.concatenate([anchor, positive, negative], 1)
-        return Plan(ids, {"role": np.broadcast_to(roles, ids.shape), "kind": np.tile(kind, 3)})
+        return Plan(ids, {"role": np.broadcast_to(roles, ids.shape), "kind": np.tile(kind.astype(np.int8), 3)})
 
     def _mines(self, epoch: float | int) -> bool:
         return epoch >= self.config.random_epochs and self.config.mined_share > 0

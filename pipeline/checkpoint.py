@@ -232,14 +232,20 @@ def _contiguous(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _pack(plan: Plan) -> bytes:
-    """A plan as npz: its columns may hold text, which tensors cannot."""
+    """A plan as npz: its columns may hold text, which tensors cannot.
+
+    Random ids do not compress: they take the least bytes that hold them. A column that every step shares is stored once.
+    """
     buffer = io.BytesIO()
-    columns: dict[str, Any] = {f"column.{name}": column for name, column in plan.columns.items()}
-    np.savez_compressed(buffer, ids=plan.ids, **columns)
+    columns: dict[str, Any] = {
+        f"column.{name}": column if column.strides[0] else column[:1] for name, column in plan.columns.items()
+    }
+    np.savez(buffer, ids=plan.ids.astype(np.min_scalar_type(plan.ids.max())), **columns)
     return buffer.getvalue()
 
 
 def _unpack(data: bytes) -> Plan:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        columns = {n.removeprefix("column."): arrays[n] for n in arrays.files if n != "ids"}
-        return Plan(arrays["ids"], columns)
+        ids = arrays["ids"].astype(np.int64)
+        columns = {n: np.broadcast_to(arrays[n], ids.shape) for n in arrays.files if n != "ids"}
+        return Plan(ids, {n.removeprefix("column."): column for n, column in columns.items()})

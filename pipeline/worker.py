@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -237,17 +238,19 @@ class Worker:
 
     def _pixels(self, plans: list[tuple[int, Plan]]) -> Iterator[Tensor]:
         """Pixels of this rank's slots for the steps to come."""
-        items = []
-        step = self.progress.step
-        for index, (epoch, plan) in enumerate(plans):
-            own = self.ranks.slice(plan.ids.shape[1])
-            for row in range(self.progress.step_in_epoch if index == 0 else 0, len(plan)):
-                items.append(Item(self.samples.ids[plan.ids[row, own]], (epoch, step, own.start)))
-                step += 1
-        limit = self.config.length
-        if limit.unit == "steps":
-            items = items[: max(0, round(limit.value) - self.progress.step)]
+        p, length = self.progress, self.config.length
+        most = max(0, round(length.value) - p.step) if length.unit == "steps" else None
+        items = islice(self._items(plans, p.step, p.step_in_epoch), most)
         return load(self.source, items, self.config.runtime.loader, self.config.runtime.loader_cpus)
+
+    def _items(self, plans: list[tuple[int, Plan]], step: int, row: int) -> Iterator[Item]:
+        """This rank's slots from a row of the first plan on, each made when it is asked for: plans are long."""
+        for epoch, plan in plans:
+            own = self.ranks.slice(plan.ids.shape[1])
+            for ids in plan.ids[row:, own]:
+                yield Item(self.samples.ids[ids], (epoch, step, own.start))
+                step += 1
+            row = 0
 
     def _clock(self, plan: Plan) -> Clock:
         p = self.progress

@@ -80,8 +80,9 @@ def test_prepare_is_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: Path
 
 
 def test_both_loaders_give_the_same_pixels_in_the_same_order(
-    ray_here: Any, store: Store, make_config: Callable[..., Config]
+    ray_here: Any, store: Store, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loader, "PIPELINE_ITEMS", 12)  # two pipelines
     config = make_config()
     source = pixel_source(config, store)
     random = np.random.default_rng(0)

@@ -3,16 +3,19 @@
 Both engines take the same work items and give the same bytes in the same order. The Ray engine is a pipeline inside each
 worker over that worker's slice of the plan: several items packed in a block (one task has some 40 ms of overhead), uint8
 shipped, order preserved, limited to the worker's share of loader CPUs. It takes seconds to start the first time in a
-cluster and a tenth of a second later, so one pipeline serves a whole segment of the plan.
+cluster and a tenth of a second later, so one pipeline serves a whole segment of the plan; but every block is put into the
+object store before the first is fetched, which takes 5 CPU-ms of each, so a long segment is served by several.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from pipeline.data.transforms import TransformConfig, decode, evaluation_pixels,
 
 PREFETCH = 2  # items ready ahead of the step, in process
 BLOCK_BYTES = 16 * 2**20  # pixels in one Ray Data block
+PIPELINE_ITEMS = 4096  # at most, in one Ray Data pipeline: 2.5 CPU-seconds before the first
 REST_S = 0.02  # between two steps of Ray Data's scheduling loop
 
 
@@ -85,9 +89,9 @@ def fetch(source: PixelSource, item: Item, following: Item | None = None) -> UIn
 
 
 def load(
-    source: PixelSource, items: Sequence[Item], engine: str, loader_cpus: int = 1
+    source: PixelSource, items: Iterable[Item], engine: str, loader_cpus: int = 1
 ) -> Iterator[UInt8[Tensor, "images 3 size size"]]:
-    """Pixels of every item, in order.
+    """Pixels of every item, in order. Items are taken as they are needed: memory does not grow with their number.
 
     Args:
         source: where from.
@@ -95,21 +99,26 @@ def load(
         engine: "ray" or "in_process".
         loader_cpus: of this worker's Ray pipeline.
     """
-    if engine == "ray" and any(len(item.ids) for item in items):
-        return _load_ray(source, items, loader_cpus)
-    return _load_in_process(source, items)
+    items = iter(items)
+    if engine != "ray":
+        yield from _load_in_process(source, items)
+        return
+    while part := list(islice(items, PIPELINE_ITEMS)):
+        if any(len(item.ids) for item in part):
+            yield from _load_ray(source, part, loader_cpus)
+        else:
+            yield from _load_in_process(source, iter(part))
 
 
-def _load_in_process(source: PixelSource, items: Sequence[Item]) -> Iterator[Tensor]:
+def _load_in_process(source: PixelSource, items: Iterator[Item]) -> Iterator[Tensor]:
     """A thread fetches ahead: decoding releases the interpreter lock."""
-    following = [*items[1:], None]
+    pairs = pairwise(chain(items, [None]))
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        pending = [pool.submit(fetch, source, *pair) for pair in zip(items[:PREFETCH], following, strict=False)]
+        pending = deque(pool.submit(fetch, source, *pair) for pair in islice(pairs, PREFETCH))
         try:
-            for i in range(len(items)):
-                pixels = pending.pop(0).result()
-                if i + PREFETCH < len(items):
-                    pending.append(pool.submit(fetch, source, items[i + PREFETCH], following[i + PREFETCH]))
+            while pending:
+                pixels = pending.popleft().result()
+                pending.extend(pool.submit(fetch, source, *pair) for pair in islice(pairs, 1))
                 yield torch.from_numpy(pixels)
         finally:
             for future in pending:
@@ -122,7 +131,7 @@ def _fetch_block(rows: pa.Table, source: PixelSource) -> pa.Table:
     for row in rows.to_pylist():
         key = None if row["epoch"] < 0 else (row["epoch"], row["step"], row["slot"])
         items.append(Item(np.array(row["ids"], dtype=np.int64), key))
-    pixels = [fetch(source, *pair).tobytes() for pair in zip(items, [*items[1:], None], strict=True)]
+    pixels = [fetch(source, *pair).tobytes() for pair in pairwise([*items, None])]
     return pa.table({"pixels": pa.array(pixels, pa.large_binary())})
 
 

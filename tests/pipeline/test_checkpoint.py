@@ -119,6 +119,23 @@ def test_everything_comes_back_exactly(folder: Folder) -> None:
     assert_equal(other.step(3).tensors(), after)  # moments, step counts and rates too
 
 
+def test_a_stored_plan_takes_what_its_ids_and_its_own_columns_take(local: Folder) -> None:
+    """A column that all steps share, such as roles, is stored once: at ten million triplets it was a gigabyte of text."""
+    steps, slots = 500, 96
+    ids = np.random.default_rng(0).integers(0, 2**16, (steps, slots))
+    ids[3, 4] = 2**16 - 1
+    roles = np.broadcast_to(np.repeat(["anchor", "positive", "negative"], 32), ids.shape)
+    plan = Plan(ids, {"role": roles, "kind": (ids % 3).astype(np.int8)})
+    save(owner(local), Run(), 1, plan=plan)
+    assert len(local.read("checkpoints/step-00000001/plan.npz")) < 3 * ids.size + 8 * 4 * slots + 2000
+    run = Run()
+    again = Checkpoints(local).load("checkpoints", 1, run.trunk, run.method, run.optimizers)
+    assert again.ids.dtype == np.int64 and np.array_equal(again.ids, ids)
+    for name, column in plan.columns.items():
+        assert again.columns[name].dtype == column.dtype and np.array_equal(again.columns[name], column)
+        assert np.array_equal(again.columns[name][7], column[7])
+
+
 def test_weights_alone(local: Folder) -> None:
     """An evaluation, and the best weights at the end, leave the optimizers as they are."""
     save(owner(local), Run().step(1), 3, kind="best")

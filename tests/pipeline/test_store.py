@@ -98,6 +98,24 @@ def test_folds_divide_the_training_classes(store: Store) -> None:
     assert len(store.select(["gallery"])) == 0 and len(store.select(["train", "test"])) == len(store.sample_id)
 
 
+@pytest.mark.parametrize("options", [{}, {"fold": 1}, {"without_fold": 2}])
+def test_a_selection_row_by_row(store: Store, options: dict[str, int]) -> None:
+    """Against a loop over the catalogue; classes of other folds are absent, so that numbers shift."""
+    rows = store.folder.fs.open(store.folder.path("catalog.parquet"), "rb")
+    ids, labels, names = [], [], []
+    for row in pq.read_table(rows).to_pylist():
+        kept = row["split"] in ("train", "test")
+        kept = kept and options.get("fold", row["fold"]) == row["fold"] != options.get("without_fold")
+        if kept:
+            if row["class_name"] not in names:
+                names.append(row["class_name"])
+            ids.append(row["sample_id"])
+            labels.append(names.index(row["class_name"]))
+    found = store.select(["train", "test"], **options)
+    assert found.ids.tolist() == ids and found.labels.tolist() == labels and list(found.class_names) == names
+    assert found.labels.dtype == np.int64
+
+
 def test_layout_keeps_groups_in_one_fold_and_shards_within_a_split() -> None:
     entries = [Entry(f"{c}/{i}", f"c{c:02d}", split, group=f"g{c // 3}") for c in range(30) for i in range(4)
                for split in (["train"] if c < 24 else ["query", "gallery"])]  # fmt: skip

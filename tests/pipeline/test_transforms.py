@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 from collections.abc import Iterator
 
@@ -228,6 +229,34 @@ def test_loading_gives_what_fetch_gives_in_order(source: PixelSource, store: Sto
     assert [len(p) for p in load(source, [Item(np.zeros(0, dtype=np.int64))], "ray")] == [0], (
         "nothing to load needs no Ray"
     )
+
+
+def test_items_are_taken_when_they_are_needed(source: PixelSource, store: Store) -> None:
+    """An epoch of ten million images is not held as items."""
+    taken: list[Item] = []
+    endless = ((taken.append(item), item)[1] for item in itertools.cycle(items(store)))
+    stream = load(source, endless, "in_process")
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    assert len(taken) == 3 + PREFETCH
+
+
+def test_a_long_segment_is_served_by_several_pipelines(source: PixelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[Item]] = []
+
+    def pipeline(source: PixelSource, items: list[Item], loader_cpus: int) -> Iterator[torch.Tensor]:
+        started.append(items)
+        yield from (torch.full((1,), int(item.ids[0])) for item in items)
+
+    monkeypatch.setattr(loader, "_load_ray", pipeline)
+    monkeypatch.setattr(loader, "PIPELINE_ITEMS", 3)
+    taken: list[int] = []
+    numbered = ((taken.append(i), Item(np.array([i])))[1] for i in range(8))
+    stream = load(source, numbered, "ray")
+    assert int(next(stream)) == 0 and taken == [0, 1, 2]
+    assert [int(x) for x in stream] == list(range(1, 8))
+    assert [len(part) for part in started] == [3, 3, 2]
 
 
 def test_an_error_while_fetching_comes_out_where_it_belongs(
