@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def load(
 
 def _load_in_process(source: PixelSource, items: Iterator[Item]) -> Iterator[Tensor]:
     """A thread fetches ahead: decoding releases the interpreter lock."""
-    pairs = pairwise(chain(items, [None]))
+    pairs = _with_following(items)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
         pending = deque(pool.submit(fetch, source, *pair) for pair in islice(pairs, PREFETCH))
         try:
@@ -125,13 +125,24 @@ def _load_in_process(source: PixelSource, items: Iterator[Item]) -> Iterator[Ten
                 future.cancel()
 
 
+def _with_following(items: Iterable[Item]) -> Iterator[tuple[Item, Item | None]]:
+    """Each item with the one after it."""
+    item: Item | None = None
+    for following in items:
+        if item is not None:
+            yield item, following
+        item = following
+    if item is not None:
+        yield item, None
+
+
 def _fetch_block(rows: pa.Table, source: PixelSource) -> pa.Table:
     torch.set_num_threads(1)  # one task, one CPU
     items = []
     for row in rows.to_pylist():
         key = None if row["epoch"] < 0 else (row["epoch"], row["step"], row["slot"])
         items.append(Item(np.array(row["ids"], dtype=np.int64), key))
-    pixels = [fetch(source, *pair).tobytes() for pair in pairwise([*items, None])]
+    pixels = [fetch(source, *pair).tobytes() for pair in _with_following(items)]
     return pa.table({"pixels": pa.array(pixels, pa.large_binary())})
 
 
