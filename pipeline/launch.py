@@ -126,6 +126,7 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
     Raises:
         RunError: a worker failed more often than `runtime.max_failures`, or the run cannot go on.
     """
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -139,6 +140,7 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
         m = config.mining
         servers = start_servers(ray, config.name, m.shards, m.cpus, m.gpus, m.resource)
     loop = {"config": config.model_dump(mode="json"), "store": store_uri, "board": actor, "servers": servers}
+    notes = Folder(config.root) / "ray"
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=loop,
@@ -149,7 +151,8 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
         # Only Ray Train's own notes go here: checkpoints are ours, and are found by whoever resumes the run.
         run_config=RunConfig(
             name=config.name,
-            storage_path=(Folder(config.root) / "ray").uri,
+            storage_path=notes.path(),
+            storage_filesystem=None if notes.is_local else PyFileSystem(FSSpecHandler(notes.fs)),
             failure_config=FailureConfig(max_failures=runtime.max_failures),
         ),
     )

@@ -49,6 +49,8 @@ def run_on_ray(function: Callable[[Shard], dict[str, Any]], shards: list[Shard])
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             for value in batch["record"]:
                 record = cloudpickle.loads(value.as_py())
+                if isinstance(record, Exception):
+                    raise record
                 bar.advance(task, record["rows"] + len(record["rejected"]))
                 yield record
 
@@ -59,8 +61,11 @@ def run_here(function: Callable[[Shard], dict[str, Any]], shards: list[Shard]) -
 
 
 def _work(block: pa.Table, function: Callable[[Shard], dict[str, Any]]) -> pa.Table:
-    """One task of the pipeline: one shard in, its record out."""
-    record = function(cloudpickle.loads(block["shard"][0].as_py()))
+    """One task of the pipeline: one shard in, its record out, or the error that ends the whole."""
+    try:
+        record: Any = function(cloudpickle.loads(block["shard"][0].as_py()))
+    except (RunError, UserError) as error:  # Ray would wrap it
+        record = error
     return pa.table({"record": pa.array([cloudpickle.dumps(record)], pa.large_binary())})
 
 

@@ -17,7 +17,7 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 from botocore import exceptions as boto
@@ -52,6 +52,13 @@ Result = TypeVar("Result")
 
 class ShortBody(Exception):
     """An answer ended before its length, without an error of the connection."""
+
+
+class Large(NamedTuple):
+    """What is known of an object that has to be read in parts, all of one version."""
+
+    size: int
+    version: str
 
 
 def patience() -> float:
@@ -107,32 +114,28 @@ class S3(S3FileSystem):
         """An object, or its bytes from `start` to `end`; never less than that."""
         bucket, key, _version = self.split_path(path)
         place = {"Bucket": bucket, "Key": key}
-        if start is not None and end is not None:
-            return await self._get(place, (start, end))
-        head = await self._call_s3("head_object", **place)
-        size, version = head["ContentLength"], head["ETag"]
-        if size <= PART_BYTES:
-            return await self._get(place, sizes={version: size})
-        parts = [(s, min(s + PART_BYTES, size)) for s in range(0, size, PART_BYTES)]
-        return b"".join(await asyncio.gather(*(self._get(place | {"IfMatch": version}, part) for part in parts)))
+        found = await self._get(place, None if start is None or end is None else (start, end))
+        if isinstance(found, bytes):
+            return found
+        place["IfMatch"] = found.version
+        starts = range(0, found.size, PART_BYTES)
+        parts = await asyncio.gather(*(self._get(place, (s, min(s + PART_BYTES, found.size))) for s in starts))
+        return b"".join(part for part in parts if isinstance(part, bytes))
 
-    async def _get(
-        self, request: dict[str, str], part: tuple[int, int] | None = None, sizes: Mapping[str, int] | None = None
-    ) -> bytes:
-        """The bytes of one part, or of all; an object that is replaced meanwhile may have another size than `sizes` has."""
+    async def _get(self, request: Mapping[str, str], part: tuple[int, int] | None) -> bytes | Large:
+        """A part, or a whole object unless that is large."""
         if part is not None:
-            request = request | {"Range": f"bytes={part[0]}-{part[1] - 1}"}
+            request = {**request, "Range": f"bytes={part[0]}-{part[1] - 1}"}
 
-        async def once() -> bytes:
+        async def once() -> bytes | Large:
             response = await self._once("get_object", **request)
+            size = response["ContentLength"] if part is None else part[1] - part[0]
             async with response["Body"] as body:
+                if part is None and size > PART_BYTES:
+                    return Large(size, response["ETag"])
                 data = await body.read()
-            if part is not None:
-                expected = part[1] - part[0]
-            else:
-                expected = (sizes or {}).get(response["ETag"], response["ContentLength"])
-            if len(data) != expected:
-                raise ShortBody(f"got {len(data)} of {expected} bytes")
+            if len(data) != size:
+                raise ShortBody(f"got {len(data)} of {size} bytes")
             return data
 
         return await self._patiently("get_object", request, once)

@@ -24,14 +24,14 @@ STARTED_S = 60
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """Runs while the block does; the endpoint's URL."""
-    with tempfile.NamedTemporaryFile("w+") as log:
+    with tempfile.NamedTemporaryFile("w") as log:
         command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", "0"]
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + STARTED_S
-            while not (found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", Path(log.name).read_text())):
+            deadline, said = time.monotonic() + STARTED_S, Path(log.name)
+            while not (found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", said.read_text())):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the S3 server did not start:\n{Path(log.name).read_text()}")
+                    raise RuntimeError(f"the S3 server did not start:\n{said.read_text()}")
                 time.sleep(0.05)
             yield found[1]
         finally:
@@ -45,7 +45,7 @@ class Fault:
 
     Attributes:
         kind: "answer" (with `status` and S3's error `code`), "delay", "reset" before the request is passed on, "lost": the
-            answer is, after the server did the work, "withheld": it is until `release` is set, "cut": half of the answer's body under its full Content-Length,
+            answer is, after the server did the work, "cut": half of the answer's body under its full Content-Length,
             "short": half of it under the length of that half and without
             checksum, "damaged": one bit of it is another, "upload cut": half of the request's body reaches the server,
             "stall": the proxy stops reading the request until `release` is set.
@@ -56,7 +56,7 @@ class Fault:
         delay_s: of "delay".
         text: of "answer", instead of S3's error.
         seen: requests that matched.
-        hit: set when the fault happens; with "withheld" after the server did the work.
+        hit: set when the fault happens.
     """
 
     kind: str
@@ -150,8 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind = fault.kind if fault is not None else ""
         length = int(self.headers.get("Content-Length", 0))
         if fault is not None:
-            if kind != "withheld":
-                fault.hit.set()
+            fault.hit.set()
             if kind == "reset":
                 return self.reset()
             if kind == "stall":
@@ -167,10 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             text = fault.text or f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>"
             return self.answer(fault.status, {"Content-Type": "application/xml"}, text.encode())
         status, headers, data = self.forward(body)
-        if fault is not None and kind == "withheld":
-            fault.hit.set()
-            fault.release.wait()
-        if kind in ("lost", "withheld"):
+        if kind == "lost":
             return self.reset()
         sent = data[: len(data) // 2] if kind in ("cut", "short") else data
         if kind == "damaged":
