@@ -279,7 +279,7 @@ def test_an_error_while_fetching_comes_out_where_it_belongs(
 
 def test_closing_early_stops_the_thread(source: PixelSource, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[Item] = []
-    monkeypatch.setattr(loader, "fetch", lambda s, item: (fetched.append(item), fetch(s, item))[1])
+    monkeypatch.setattr(loader, "fetch", lambda s, item, _: (fetched.append(item), fetch(s, item))[1])
     stream = load(source, items(store), "in_process")
     next(stream)
     stream.close()
