@@ -5,9 +5,9 @@ Distinctive:
 - **Exact.** A float32 matrix product proposes neighbours, with a proven bound on its error; what the bound leaves open
   is decided in float64, ties by the smaller gallery row. No bit of a result depends on the size of the blocks, on how
   the queries are shared among ranks, or on the number of threads.
-- **Exact sums, not careful ones.** The float64 similarity is a sum of integers in disguise (`_Vectors.split`): every
-  order of summation gives the same bits, so BLAS may do it. Embeddings that collapsed to (nearly) one point, of which
-  float32 can order nothing, cost about 7 times the usual time.
+- **Exact sums, not careful ones.** The float64 similarity is a sum of integers in disguise (`similarity.Vectors`):
+  every order of summation gives the same bits, so BLAS may do it. Embeddings that collapsed to (nearly) one point, of
+  which float32 can order nothing, cost about 7 times the usual time.
 - **Recall at any k.** The rank of the first positive is counted, not searched, so its cost does not grow with k.
 - **Classes of any number and size.** Labels are sorted once; a class of thousands makes only its own queries deep.
 
@@ -19,9 +19,7 @@ ECCV 2020, arXiv 2003.08505. For a query with R relevant gallery rows:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import faiss
@@ -29,11 +27,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int, Int64
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from pipeline.similarity import Cosine, Vectors, largest, run_blocks, slices
+
 _PAIR_COST = 32  # comparing one pair exactly costs about as much as 32 elements of the exact matrix product
-_CHUNK_ELEMENTS = 2**17  # float64 elements of a temporary array in a loop over rows or pairs: 1 MiB, stays in cache
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,10 @@ def retrieve(
     """
     if keep < 1:
         raise ValueError(f"got keep={keep}: expected at least 1")
-    num_threads = torch.get_num_threads()
-    search = _Search.of(embeddings, labels, gallery, gallery_labels, memory_bytes // num_threads)
+    search = _Search.of(embeddings, labels, gallery, gallery_labels, memory_bytes // torch.get_num_threads())
     query_ids = np.arange(len(labels))[queries or slice(None)]
     num_relevant = search.num_relevant[query_ids]
-    depth = np.minimum(np.maximum(num_relevant, keep), len(search.gallery.rows) - search.leave_one_out)
+    depth = np.minimum(np.maximum(num_relevant, keep), search.num_gallery - search.leave_one_out)
     first_hit, neighbours = np.full(len(query_ids), -1), np.full((len(query_ids), keep), -1)
     average_precision, r_precision = np.zeros(len(query_ids)), np.zeros(len(query_ids))
 
@@ -130,10 +127,7 @@ def retrieve(
         neighbours[block, : ids.shape[1]] = ids[:, :keep]
 
     order = np.argsort(depth, kind="stable")  # deep queries share their blocks, so that the others stay shallow
-    blocks = [order[part] for part in _slices(len(order), search.rows_per_block(12))]
-    # A block a thread: BLAS's own threads would wait for each other in every product, 16 ms each on a busy machine.
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(rank, blocks))
+    run_blocks(rank, [order[part] for part in slices(len(order), search.rows_per_block(12))])
     first_hit[num_relevant == 0] = -1
     return Retrieval(first_hit, average_precision, r_precision, num_relevant, neighbours)
 
@@ -150,16 +144,17 @@ def clustering(
     Raises:
         ValueError: as `retrieve`; or fewer than two classes or no two rows of one, where the measures are undefined.
     """
-    vectors = _Vectors.of(embeddings, labels, "embeddings")
+    vectors = _labelled(embeddings, labels, "embeddings")
     _, classes = np.unique(labels.cpu().numpy(), return_inverse=True)
     num_classes = int(classes.max(initial=-1)) + 1
     if not 2 <= num_classes < len(classes):
         raise ValueError(f"got {num_classes} classes for {len(classes)} rows: expected at least 2, and fewer than rows")
     # faiss would otherwise train on 256 rows a class, and warn of classes with fewer than 39.
     limits = {"max_points_per_centroid": len(classes), "min_points_per_centroid": 1}
-    kmeans = faiss.Kmeans(vectors.rows.shape[1], num_classes, niter=iterations, seed=seed, gpu=False, **limits)
-    kmeans.train(vectors.unit32)
-    _, clusters = kmeans.assign(vectors.unit32)
+    unit = vectors.unit32()
+    kmeans = faiss.Kmeans(vectors.dim, num_classes, niter=iterations, seed=seed, gpu=False, **limits)
+    kmeans.train(unit)
+    _, clusters = kmeans.assign(unit)
     nmi = float(normalized_mutual_info_score(classes, clusters))
     return {"nmi": 100.0 * nmi, "ami": 100.0 * _adjusted_mutual_info(classes, clusters)}
 
@@ -193,52 +188,12 @@ def _expected_mutual_info(sizes_a: np.ndarray, sizes_b: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class _Vectors:
-    """Rows to compare: as given, their lengths in float64, and a float32 copy of length one."""
-
-    rows: np.ndarray
-    norms: np.ndarray
-    unit32: np.ndarray
-
-    @staticmethod
-    def of(embeddings: Tensor, labels: Tensor, name: str) -> _Vectors:
-        got = f"got {name} {embeddings.dtype} {tuple(embeddings.shape)} with labels {tuple(labels.shape)}"
-        if embeddings.dtype not in (torch.float32, torch.float64) or embeddings.ndim != 2 or not embeddings.numel():
-            raise ValueError(f"{got}: expected float32 or float64 [rows, dim], not empty")
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(f"{got}: expected one label a row")
-        rows = embeddings.detach().cpu().contiguous().numpy()
-        norms, unit32 = np.empty(len(rows)), np.empty(rows.shape, np.float32)
-        chunks = list(_slices(len(rows), _CHUNK_ELEMENTS // rows.shape[1]))
-        for part in chunks:
-            norms[part] = np.sqrt(np.square(rows[part], dtype=np.float64).sum(axis=1))
-        # Beyond these lengths the squares leave the range of float64. A NaN fails both comparisons.
-        bad = np.flatnonzero(~((norms > 1e-150) & (norms < 1e150)))
-        if len(bad):
-            raise ValueError(f"{len(bad)} of {len(rows)} {name} rows are zero or not finite, the first is row {bad[0]}")
-        for part in chunks:
-            unit32[part] = rows[part] / norms[part, None]
-        return _Vectors(rows, norms, unit32)
-
-    def split(self, ids: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-        """Unit rows as high + low, multiples of 2^-26 and of about 2^-52 sqrt(D), whose dot products are exact.
-
-        A product of two highs is a multiple of 2^-52, and by Cauchy-Schwarz all partial sums of high . high' are below
-        2, which is 2^53 such steps: float64 holds them exactly, whatever the order, fused or not. So it does those of
-        high . low' + low . high', as |low| <= 2^-27. With low . low' left out, the cosine is right to D 2^-50.
-        """
-        low = self.rows[ids] / self.norms[ids, None]
-        high = _round(low.copy(), 2.0**26)
-        low -= high
-        return high, _round(low, 2.0 ** (52 - math.ceil(math.log2(low.shape[1]) / 2)))
-
-
-@dataclass(frozen=True)
 class _Search:
     """Ranks the gallery for blocks of queries."""
 
-    queries: _Vectors
-    gallery: _Vectors
+    cosine: Cosine
+    query_units: np.ndarray  # float32 [queries, dim], of length one
+    gallery_units: np.ndarray  # the same of the gallery
     query_classes: np.ndarray  # int64 [queries]
     gallery_classes: np.ndarray  # int64 [gallery]
     num_relevant: np.ndarray  # int64 [queries]
@@ -253,22 +208,30 @@ class _Search:
         if (gallery is None) != (gallery_labels is None):
             raise ValueError("got only one of gallery and gallery_labels: give both or neither")
         leave_one_out = gallery is None
-        queries = target = _Vectors.of(embeddings, labels, "embeddings")
+        queries = target = _labelled(embeddings, labels, "embeddings")
         if gallery is not None and gallery_labels is not None:
-            target = _Vectors.of(gallery, gallery_labels, "gallery")
-        if queries.rows.shape[1] != target.rows.shape[1] or len(target.rows) - leave_one_out < 1:
-            got = f"embeddings {queries.rows.shape} and gallery {target.rows.shape}"
-            raise ValueError(f"got {got}: expected the same dimension, and a row to find besides the query")
+            target = _labelled(gallery, gallery_labels, "gallery")
+        if leave_one_out and len(queries) == 1:
+            raise ValueError("got 1 embedding: expected a row to find besides the query")
+        cosine = Cosine(queries, target)
         wanted = labels.cpu().numpy()
         searched = wanted if gallery_labels is None else gallery_labels.cpu().numpy()
         classes, gallery_classes, sizes = np.unique(searched, return_inverse=True, return_counts=True)
         position = np.minimum(np.searchsorted(classes, wanted), len(classes) - 1)
         query_classes = np.where(classes[position] == wanted, position, -1)
         num_relevant = np.where(query_classes < 0, 0, sizes[query_classes] - leave_one_out)
-        return _Search(queries, target, query_classes, gallery_classes, num_relevant, leave_one_out, memory_bytes)
+        units = queries.unit32()
+        target_units = units if leave_one_out else target.unit32()
+        return _Search(
+            cosine, units, target_units, query_classes, gallery_classes, num_relevant, leave_one_out, memory_bytes
+        )
+
+    @property
+    def num_gallery(self) -> int:
+        return len(self.cosine.gallery)
 
     def rows_per_block(self, bytes_per_similarity: int) -> int:
-        return max(1, self.memory_bytes // (bytes_per_similarity * len(self.gallery.rows)))
+        return max(1, self.memory_bytes // (bytes_per_similarity * self.num_gallery))
 
     @property
     def margin(self) -> float:
@@ -276,13 +239,13 @@ class _Search:
 
         n = D for the sum in any order, two more for rounding both vectors, the rest for comparing with a rounded bound.
         """
-        rounding = (self.gallery.rows.shape[1] + 8) * 2.0**-24
+        rounding = (self.cosine.gallery.dim + 8) * 2.0**-24
         return 2 * rounding / (1 - rounding)
 
     def rank(self, query_ids: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest `depth` gallery rows, nearest first, [queries, depth], and the rank of the first positive."""
         ids, first_hit, undecided = self._rank_by_float32(query_ids, depth)
-        for part in _slices(len(undecided), self.rows_per_block(24)):
+        for part in slices(len(undecided), self.rows_per_block(24)):
             chosen = undecided[part]
             ids[chosen], first_hit[chosen] = self._rank_exactly(query_ids[chosen], depth)
         return ids, first_hit
@@ -295,7 +258,7 @@ class _Search:
         the best positive and all that may stand on either side of it are within the margin of b; what lies between
         the two sets is certainly nearer than the best positive, and only counted.
         """
-        similarity = np.matmul(self.queries.unit32[query_ids], self.gallery.unit32.T)
+        similarity = np.matmul(self.query_units[query_ids], self.gallery_units.T)
         self._exclude_self(similarity, query_ids)
         positive = self.are_positive(query_ids, slice(None))
         best = similarity.max(axis=1, where=positive, initial=-np.inf, keepdims=True)
@@ -303,7 +266,7 @@ class _Search:
         ahead = similarity > best + self.margin
         first_hit = np.count_nonzero(ahead & ~near, axis=1)
         near |= (similarity >= best - self.margin) & ~ahead
-        undecided = np.count_nonzero(near, axis=1) > len(self.gallery.rows) // _PAIR_COST
+        undecided = np.count_nonzero(near, axis=1) > self.num_gallery // _PAIR_COST
         near[undecided] = False
 
         rows, near_ids = np.divmod(np.flatnonzero(near), near.shape[1])  # np.nonzero takes 5 times as long
@@ -328,45 +291,19 @@ class _Search:
         run = np.cumsum(np.append(True, ~close)[: len(rows)])
         members = np.flatnonzero(np.append(close, False) | np.append(False, close))
         exact = np.zeros(len(rows))
-        exact[members] = self._compare(query_ids[rows[members]], ids[members])
+        exact[members] = self.cosine.pairs(query_ids[rows[members]], ids[members])
         return ids[np.lexsort((ids, -exact, run))]
 
     def _rank_exactly(self, query_ids: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
         """`rank` by the exact similarities to the whole gallery: 3 float64 matrix products."""
-        similarity = self._compare_all(query_ids)
-        last = np.partition(similarity, -depth, axis=1)[:, [-depth]]
-        above, tied = similarity > last, similarity == last
-        room = depth - np.count_nonzero(above, axis=1, keepdims=True)
-        listed = above | (tied & (np.cumsum(tied, axis=1, dtype=np.int32) <= room))
-        ids = (np.flatnonzero(listed) % listed.shape[1]).reshape(len(query_ids), depth)
-        order = np.argsort(-np.take_along_axis(similarity, ids, axis=1), axis=1, kind="stable")
-
+        similarity = self.cosine.block(query_ids)
+        self._exclude_self(similarity, query_ids)
         positive = self.are_positive(query_ids, slice(None))
         best = similarity.max(axis=1, where=positive, initial=-np.inf, keepdims=True)
         tied = similarity == best
-        tied &= np.arange(len(self.gallery.rows)) < (tied & positive).argmax(axis=1)[:, None]
+        tied &= np.arange(self.num_gallery) < (tied & positive).argmax(axis=1)[:, None]
         first_hit = np.count_nonzero(similarity > best, axis=1) + np.count_nonzero(tied, axis=1)
-        return np.take_along_axis(ids, order, axis=1), first_hit
-
-    def _compare(self, query_ids: np.ndarray, gallery_ids: np.ndarray) -> np.ndarray:
-        """Exact similarities of pairs, float64 [pairs]: the same bits as `_compare_all` gives."""
-        similarity = np.empty(len(query_ids))
-        for part in _slices(len(query_ids), _CHUNK_ELEMENTS // self.gallery.rows.shape[1]):
-            high, low = self.queries.split(query_ids[part])
-            gallery_high, gallery_low = self.gallery.split(gallery_ids[part])
-            cross = np.einsum("pd,pd->p", high, gallery_low) + np.einsum("pd,pd->p", low, gallery_high)
-            similarity[part] = np.einsum("pd,pd->p", high, gallery_high) + cross
-        return similarity
-
-    def _compare_all(self, query_ids: np.ndarray) -> np.ndarray:
-        """Exact similarities to the whole gallery, float64 [queries, gallery]; -inf to itself."""
-        similarity = np.empty((len(query_ids), len(self.gallery.rows)))
-        high, low = self.queries.split(query_ids)
-        for part in _slices(similarity.shape[1], _CHUNK_ELEMENTS // high.shape[1]):
-            gallery_high, gallery_low = self.gallery.split(part)
-            similarity[:, part] = high @ gallery_high.T + (high @ gallery_low.T + low @ gallery_high.T)
-        self._exclude_self(similarity, query_ids)
-        return similarity
+        return largest(similarity, depth), first_hit
 
     def _exclude_self(self, similarity: np.ndarray, query_ids: np.ndarray) -> None:
         if self.leave_one_out:
@@ -377,16 +314,12 @@ class _Search:
         return self.gallery_classes[gallery_ids] == self.query_classes[query_ids, None]
 
 
-def _round(values: np.ndarray, steps: float) -> np.ndarray:
-    """Round in place to a multiple of 1 / steps (a power of two, so that nothing else is rounded)."""
-    values *= steps
-    np.rint(values, out=values)
-    values *= 1 / steps
-    return values
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, max(1, size)))
+def _labelled(embeddings: Tensor, labels: Tensor, name: str) -> Vectors:
+    """The embeddings as vectors; there has to be one label a row."""
+    vectors = Vectors.of(embeddings, name)
+    if labels.shape != (len(vectors),):
+        raise ValueError(f"got {name} {tuple(embeddings.shape)} with labels {tuple(labels.shape)}: expected one a row")
+    return vectors
 
 
 def _precisions(hits: np.ndarray, num_relevant: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

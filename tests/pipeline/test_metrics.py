@@ -7,7 +7,6 @@ import itertools
 import math
 import tracemalloc
 from dataclasses import fields
-from fractions import Fraction
 
 import faiss
 import numpy as np
@@ -19,7 +18,7 @@ from jaxtyping import TypeCheckError
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-from pipeline import metrics
+from pipeline import metrics, similarity
 from pipeline.metrics import Retrieval, clustering, retrieve
 
 FLOAT32_ONLY, EXACT_ONLY = 1, 10**9  # values of _PAIR_COST that send every query one way
@@ -156,7 +155,7 @@ def test_no_bit_depends_on_how_the_work_is_cut(monkeypatch, noise):
         parts = [retrieve(rows, labels, keep=5, queries=part) for part in ranges]
         assert_equal(Retrieval.concatenate(parts), whole)
         assert Retrieval.concatenate(parts).summary() == whole.summary()
-    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(similarity, "_CHUNK_ELEMENTS", 1000)
     assert_equal(retrieve(rows, labels, keep=5), whole)
     for way in (FLOAT32_ONLY, EXACT_ONLY):
         monkeypatch.setattr(metrics, "_PAIR_COST", way)
@@ -238,20 +237,6 @@ def test_memory_is_bounded():
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3, 64, 100, 512])
-def test_split_sums_are_exact(dim):
-    rows = torch.randn(6, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
-    vectors = metrics._Vectors.of(rows, torch.zeros(6, dtype=torch.int64), "rows")
-    high, low = vectors.split(slice(None))
-    for i in range(6):
-        for j in range(6):
-            parts = [(high[i], high[j]), (np.append(high[i], low[i]), np.append(low[j], high[j]))]
-            sums = [sum(Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)) for a, b in parts]
-            assert sums == [Fraction(float(a @ b)) for a, b in parts]
-            cosine = math.fsum(rows[i] * rows[j]) / math.sqrt(math.fsum(rows[i] ** 2) * math.fsum(rows[j] ** 2))
-            assert abs(float(sum(sums)) - cosine) < 1e-13
-
-
 @pytest.mark.parametrize("dim", [100, 1000])
 def test_margin_covers_the_float32_error(dim):
     """Equal terms after a large first one are all rounded the same way, when added one after the other."""
@@ -259,7 +244,7 @@ def test_margin_covers_the_float32_error(dim):
     rows = torch.rand(60, 1, generator=generator).expand(60, dim) + 0.1
     rows[:, 0] = 30 * torch.rand(60, generator=generator)
     search = metrics._Search.of(rows, torch.arange(60), None, None, 2**20)
-    unit, exact = search.queries.unit32, search._compare_all(np.arange(60))
+    unit, exact = search.query_units, search.cosine.block(np.arange(60))
     worst = 0.0
     for i, j in itertools.combinations(range(60), 2):
         in_order = np.cumsum(unit[i] * unit[j], dtype=np.float32)[-1]

@@ -1,0 +1,141 @@
+"""Cosine similarity to the same bits in every order of summation: what exact rankings are decided by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 2**17  # float64 elements of a temporary array in a loop over rows or pairs: 1 MiB, stays in cache
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Rows to compare: as given, and their lengths in float64."""
+
+    rows: np.ndarray
+    norms: Float64[np.ndarray, " rows"]
+
+    @staticmethod
+    def of(embeddings: Tensor, name: str) -> Vectors:
+        """Checks and measures float32 or float64 rows [rows, dim]; `name` is what an error calls them.
+
+        Raises:
+            ValueError: wrong dtype or shape; a row of length zero or with a NaN or infinity.
+        """
+        if embeddings.dtype not in (torch.float32, torch.float64) or embeddings.ndim != 2 or not embeddings.numel():
+            got = f"got {name} {embeddings.dtype} {tuple(embeddings.shape)}"
+            raise ValueError(f"{got}: expected float32 or float64 [rows, dim], not empty")
+        rows = embeddings.detach().cpu().contiguous().numpy()
+        norms = np.empty(len(rows))
+        for part in slices(len(rows), _CHUNK_ELEMENTS // rows.shape[1]):
+            norms[part] = np.sqrt(np.square(rows[part], dtype=np.float64).sum(axis=1))
+        # Beyond these lengths the squares leave the range of float64. A NaN fails both comparisons.
+        bad = np.flatnonzero(~((norms > 1e-150) & (norms < 1e150)))
+        if len(bad):
+            raise ValueError(f"{len(bad)} of {len(rows)} {name} rows are zero or not finite, the first is row {bad[0]}")
+        return Vectors(rows, norms)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> Vectors:
+        return Vectors(self.rows[part], self.norms[part])
+
+    @property
+    def dim(self) -> int:
+        return self.rows.shape[1]
+
+    def unit32(self) -> Float32[np.ndarray, "rows dim"]:
+        """A float32 copy of length one."""
+        unit = np.empty(self.rows.shape, np.float32)
+        for part in slices(len(unit), _CHUNK_ELEMENTS // self.dim):
+            unit[part] = self.rows[part] / self.norms[part, None]
+        return unit
+
+    def split(self, ids: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        """Unit rows as high + low, multiples of 2^-26 and of about 2^-52 sqrt(D), whose dot products are exact.
+
+        A product of two highs is a multiple of 2^-52, and by Cauchy-Schwarz all partial sums of high . high' are below
+        2, which is 2^53 such steps: float64 holds them exactly, whatever the order, fused or not. So it does those of
+        high . low' + low . high', as |low| <= 2^-27. With low . low' left out, the cosine is right to D 2^-50.
+        """
+        low = self.rows[ids] / self.norms[ids, None]
+        high = _round(low.copy(), 2.0**26)
+        low -= high
+        return high, _round(low, 2.0 ** (52 - math.ceil(math.log2(low.shape[1]) / 2)))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Exact similarities of queries and gallery rows: sums of integers in disguise, so that BLAS may add them up."""
+
+    queries: Vectors
+    gallery: Vectors
+
+    def __post_init__(self) -> None:
+        if self.queries.dim != self.gallery.dim:
+            got = f"queries {self.queries.rows.shape} and gallery {self.gallery.rows.shape}"
+            raise ValueError(f"got {got}: expected the same dimension")
+
+    def pairs(
+        self, query_ids: Int64[np.ndarray, " pairs"], gallery_ids: Int64[np.ndarray, " pairs"]
+    ) -> Float64[np.ndarray, " pairs"]:
+        """Of pairs: the same bits as `block` gives."""
+        similarity = np.empty(len(query_ids))
+        for part in slices(len(query_ids), _CHUNK_ELEMENTS // self.gallery.dim):
+            high, low = self.queries.split(query_ids[part])
+            gallery_high, gallery_low = self.gallery.split(gallery_ids[part])
+            cross = np.einsum("pd,pd->p", high, gallery_low) + np.einsum("pd,pd->p", low, gallery_high)
+            similarity[part] = np.einsum("pd,pd->p", high, gallery_high) + cross
+        return similarity
+
+    def block(self, query_ids: Int64[np.ndarray, " queries"]) -> Float64[np.ndarray, "queries gallery"]:
+        """To the whole gallery: 3 float64 matrix products."""
+        similarity = np.empty((len(query_ids), len(self.gallery)))
+        high, low = self.queries.split(query_ids)
+        for part in slices(similarity.shape[1], _CHUNK_ELEMENTS // high.shape[1]):
+            gallery_high, gallery_low = self.gallery.split(part)
+            similarity[:, part] = high @ gallery_high.T + (high @ gallery_low.T + low @ gallery_high.T)
+        return similarity
+
+
+def largest(similarity: Float64[np.ndarray, "queries gallery"], depth: int) -> Int64[np.ndarray, "queries depth"]:
+    """Columns of the `depth` largest values of each row, largest first, ties by the smaller column."""
+    last = np.partition(similarity, -depth, axis=1)[:, [-depth]]
+    above, tied = similarity > last, similarity == last
+    room = depth - np.count_nonzero(above, axis=1, keepdims=True)
+    listed = above | (tied & (np.cumsum(tied, axis=1, dtype=np.int32) <= room))
+    ids = (np.flatnonzero(listed) % listed.shape[1]).reshape(len(similarity), depth)
+    order = np.argsort(-np.take_along_axis(similarity, ids, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(ids, order, axis=1)
+
+
+def run_blocks(work: Callable[[np.ndarray], None], blocks: Iterable[np.ndarray]) -> None:
+    """Calls `work` on every block, one block a thread of torch.
+
+    BLAS's own threads would wait for each other in every product, 16 ms each on a busy machine.
+    """
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, blocks))
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` (at least 1) that cover `total`."""
+    size = max(1, size)
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _round(values: np.ndarray, steps: float) -> np.ndarray:
+    """Round in place to a multiple of 1 / steps (a power of two, so that nothing else is rounded)."""
+    values *= steps
+    np.rint(values, out=values)
+    values *= 1 / steps
+    return values
