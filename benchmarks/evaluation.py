@@ -1,8 +1,8 @@
-"""Exact evaluation: memory and time at the size of Stanford Online Products, and against pytorch-metric-learning.
+"""Exact evaluation: memory and time at the sizes of Stanford Online Products and MARS; against pytorch-metric-learning.
 
     python -m benchmarks.evaluation [--json PATH]
 
-Clustered random vectors stand in for embeddings; the noise is chosen for a Recall@1 near 60 %. 2 minutes of CPU time.
+Clustered random vectors stand in for embeddings; the noise is chosen for a Recall@1 near 60 %. 3 minutes of CPU time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from benchmarks.table import Row, finish
 from pipeline.metrics import clustering, retrieve
+from pipeline.reid import DISTRACTOR, Matches, Sightings, match
+from pipeline.reranking import Reranking
 
 MEMORY_PROMISE_MIB = 400
 RECALL_AT = (1, 10, 100, 1000)
@@ -52,11 +54,44 @@ def measure_at_product_size() -> dict[str, Any]:
     """To run in a fresh process: seconds, and peak resident memory above the level after the imports."""
     level = peak_mib(reset=True)  # before the embeddings are made: they count, 15 MiB
     embeddings, labels = clustered(product_sizes(), dim=64, noise=1.16)
+    return measure(
+        {
+            "retrieval": lambda: retrieve(embeddings, labels).summary(RECALL_AT),
+            "clustering": lambda: clustering(embeddings, labels),
+        },
+        level,
+    )
+
+
+def measure_at_mars_size() -> dict[str, Any]:
+    """As `measure_at_product_size`: 1,980 tracklets of 626 persons among 12,180, of which 3,000 are distractors."""
+    level = peak_mib(reset=True)  # the embeddings count, 58 MiB
+    generator = np.random.default_rng(0)
+    persons = np.concatenate([generator.integers(626, size=11_160), np.full(3000, 626)])
+    embeddings, _ = clustered(np.bincount(persons), dim=1024, noise=1.6)
+    order = torch.from_numpy(generator.permutation(11_160))  # of the rows of persons, which come first
+    queries, known = order[:1980], torch.cat([order[1980:], torch.arange(11_160, 14_160)])
+    labels = torch.from_numpy(np.sort(persons))
+    labels[11_160:] = DISTRACTOR
+    cameras = torch.from_numpy(generator.integers(6, size=len(labels)))
+    looked_for, gallery = (Sightings(embeddings[ids], labels[ids], cameras[ids]) for ids in (queries, known))
+
+    def again() -> Matches:
+        reranking = Reranking.of(looked_for.embeddings, gallery.embeddings)
+        return match(looked_for, gallery, reranking=reranking)
+
+    return measure(
+        {
+            "matching": lambda: match(looked_for, gallery).summary(),
+            "re-ranking": lambda: {f"re-ranked {name}": value for name, value in again().summary().items()},
+        },
+        level,
+    )
+
+
+def measure(parts: dict[str, Callable[[], dict[str, float]]], level: float) -> dict[str, Any]:
+    """What the parts return, and of each the seconds and the peak memory above `level`."""
     figures: dict[str, Any] = {}
-    parts: dict[str, Callable[[], dict[str, float]]] = {
-        "retrieval": lambda: retrieve(embeddings, labels).summary(RECALL_AT),
-        "clustering": lambda: clustering(embeddings, labels),
-    }
     for name, part in parts.items():
         peak_mib(reset=True)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -74,24 +109,21 @@ def peak_mib(reset: bool = False) -> float:
     return int(line.split()[1]) / 1024
 
 
-def product_size_rows() -> list[Row]:
-    command = [sys.executable, "-m", "benchmarks.evaluation", "--measure"]
+def rows_at_size(size: str, metrics: Sequence[str], parts: Sequence[str]) -> list[Row]:
+    command = [sys.executable, "-m", "benchmarks.evaluation", "--measure", size]
     figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    rows = [
-        Row(f"SOP size: {name}, %", figures[name])
-        for name in (*(f"recall@{k}" for k in RECALL_AT), "map@r", "r_precision", "nmi", "ami")
-    ]
-    for name in ("retrieval", "clustering"):
+    rows = [Row(f"{size} size: {name}, %", figures[name]) for name in metrics]
+    for name in parts:
         peak = figures[f"{name} MiB"]
         rows.append(
             Row(
-                f"SOP size: {name}, peak memory, MiB",
+                f"{size} size: {name}, peak memory, MiB",
                 peak,
                 promised=f"<= {MEMORY_PROMISE_MIB}",
                 ok=peak <= MEMORY_PROMISE_MIB,
             )
         )
-        rows += [Row(f"SOP size: {name}, {clock} s", figures[f"{name} {clock}"]) for clock in ("wall", "cpu")]
+        rows += [Row(f"{size} size: {name}, {clock} s", figures[f"{name} {clock}"]) for clock in ("wall", "cpu")]
     return rows
 
 
@@ -116,17 +148,22 @@ def comparison_rows(rounds: int = 5) -> list[Row]:
     return [*rows, Row("8,000 x 512: CPU s", ours_median, theirs_median, ours_median / theirs_median)]
 
 
+MEASURE = {"SOP": measure_at_product_size, "MARS": measure_at_mars_size}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the table to this file")
-    parser.add_argument(
-        "--measure", action="store_true", help="only print the figures of this process (used internally)"
-    )
+    parser.add_argument("--measure", choices=MEASURE, help="only print the figures of this process (used internally)")
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure_at_product_size()))
+        print(json.dumps(MEASURE[arguments.measure]()))
         return 0
-    return finish([*product_size_rows(), *comparison_rows()], arguments.json)
+    products = [*(f"recall@{k}" for k in RECALL_AT), "map@r", "r_precision", "nmi", "ami"]
+    persons = [prefix + name for prefix in ("", "re-ranked ") for name in ("cmc@1", "map", "map_trapezoidal")]
+    rows = rows_at_size("SOP", products, ("retrieval", "clustering"))
+    rows += rows_at_size("MARS", persons, ("matching", "re-ranking"))
+    return finish([*rows, *comparison_rows()], arguments.json)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from jaxtyping import Float, Float64, Int, Int64
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from torch import Tensor
 
-from pipeline.similarity import Cosine, Vectors, largest, run_blocks, slices
+from pipeline.similarity import Cosine, Vectors, run_blocks, slices
 
 _PAIR_COST = 32  # comparing one pair exactly costs about as much as 32 elements of the exact matrix product
 
@@ -298,12 +298,19 @@ class _Search:
         """`rank` by the exact similarities to the whole gallery: 3 float64 matrix products."""
         similarity = self.cosine.block(query_ids)
         self._exclude_self(similarity, query_ids)
+        last = np.partition(similarity, -depth, axis=1)[:, [-depth]]
+        above, tied = similarity > last, similarity == last
+        room = depth - np.count_nonzero(above, axis=1, keepdims=True)
+        listed = above | (tied & (np.cumsum(tied, axis=1, dtype=np.int32) <= room))
+        ids = (np.flatnonzero(listed) % listed.shape[1]).reshape(len(query_ids), depth)
+        order = np.argsort(-np.take_along_axis(similarity, ids, axis=1), axis=1, kind="stable")
+
         positive = self.are_positive(query_ids, slice(None))
         best = similarity.max(axis=1, where=positive, initial=-np.inf, keepdims=True)
         tied = similarity == best
         tied &= np.arange(self.num_gallery) < (tied & positive).argmax(axis=1)[:, None]
         first_hit = np.count_nonzero(similarity > best, axis=1) + np.count_nonzero(tied, axis=1)
-        return largest(similarity, depth), first_hit
+        return np.take_along_axis(ids, order, axis=1), first_hit
 
     def _exclude_self(self, similarity: np.ndarray, query_ids: np.ndarray) -> None:
         if self.leave_one_out:

@@ -107,17 +107,6 @@ class Cosine:
         return similarity
 
 
-def largest(similarity: Float64[np.ndarray, "queries gallery"], depth: int) -> Int64[np.ndarray, "queries depth"]:
-    """Columns of the `depth` largest values of each row, largest first, ties by the smaller column."""
-    last = np.partition(similarity, -depth, axis=1)[:, [-depth]]
-    above, tied = similarity > last, similarity == last
-    room = depth - np.count_nonzero(above, axis=1, keepdims=True)
-    listed = above | (tied & (np.cumsum(tied, axis=1, dtype=np.int32) <= room))
-    ids = (np.flatnonzero(listed) % listed.shape[1]).reshape(len(similarity), depth)
-    order = np.argsort(-np.take_along_axis(similarity, ids, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(ids, order, axis=1)
-
-
 def run_blocks(work: Callable[[np.ndarray], None], blocks: Iterable[np.ndarray]) -> None:
     """Calls `work` on every block, one block a thread of torch.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline import similarity
-from pipeline.similarity import Cosine, Vectors, largest
+from pipeline.similarity import Cosine, Vectors
 
 
 def random_rows(num: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -41,12 +41,6 @@ def test_pairs_and_blocks_give_the_same_bits(monkeypatch, dtype):
         np.testing.assert_array_equal(cosine.pairs(query, row), whole.ravel())
         np.testing.assert_array_equal(cosine.block(np.array([7, 2])), whole[[7, 2]])
     np.testing.assert_array_equal(Cosine(queries[3:5], gallery).block(np.arange(2)), whole[3:5])
-
-
-def test_largest_breaks_ties_by_the_smaller_column():
-    values = np.array([[1.0, 3.0, 2.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0], [5.0, -np.inf, -np.inf, 7.0, 6.0]])
-    assert largest(values, 3).tolist() == [[1, 3, 2], [0, 1, 2], [3, 4, 0]]
-    assert largest(values, 4)[2].tolist() == [3, 4, 0, 1]
 
 
 def test_bad_input_is_refused():

@@ -1,0 +1,293 @@
+"""Re-identification: is a person found again by another camera? CMC and mAP from queries to a gallery, exactly.
+
+A gallery row is *right* for a query if it shows the same person from another camera. It is *junk*, taken out of the
+query's ranking and neither right nor wrong, if it shows the same person from the same camera or is labelled `JUNK`.
+Everything else is wrong; so are persons nobody asks for, labelled `DISTRACTOR` (Zheng et al., "Scalable Person
+Re-identification", ICCV 2015: Market-1501; "MARS", ECCV 2016, whose identities 0000 and 00-1 are these two).
+
+With a query's R right rows at the ranks r_1 < r_2 < ... (0: first) of its filtered ranking:
+
+    CMC@k             share of queries with r_1 < k
+    AP                1/R * sum_i i / (r_i + 1)
+    AP, trapezoidal   1/R * sum_i (i / (r_i + 1) + [(i - 1) / r_i, or 1 if r_i = 0]) / 2
+
+The second is the area under the precision-recall curve by the trapezoidal rule, as in the evaluation scripts that came
+with Market-1501 and MARS, which OSM+CAA used. It is the smaller one, unless the ranking is perfect.
+
+The whole gallery is sorted by exact similarities. float32 proposals, which decide most of `metrics.retrieve`, would save
+little here: too many rows lie within the bound on their error of one of the right ones. Counting the rows ahead of each
+right one takes as long as sorting at 10 right rows a query, and longer at more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int, Int64
+from torch import Tensor
+
+from pipeline.reranking import Reranking
+from pipeline.similarity import Cosine, Vectors, run_blocks, slices
+
+DISTRACTOR = -1  # label of a person nobody asks for
+JUNK = -2  # label of what is nobody, such as a part of a body
+_BLOCK_BYTES = 40  # of temporary arrays, for a query and a gallery row
+_FRAMES = 4096  # that are widened to float64 at once
+
+
+@dataclass(frozen=True)
+class Sightings:
+    """Embeddings of persons: who, and seen by which camera.
+
+    Attributes:
+        embeddings: float32 or float64, of any length but zero.
+        labels: the person; 0 or more, in a gallery also `DISTRACTOR` and `JUNK`.
+        cameras: any integers.
+    """
+
+    embeddings: Float[Tensor, "rows dim"]
+    labels: Int[Tensor, " rows"]
+    cameras: Int[Tensor, " rows"]
+
+    def checked(self, name: str, least_label: int) -> tuple[Vectors, np.ndarray, np.ndarray]:
+        """Vectors, labels and cameras.
+
+        Raises:
+            ValueError: as `Vectors.of`; not one label and camera a row; a label below `least_label`.
+        """
+        vectors = Vectors.of(self.embeddings, name)
+        labels, cameras = self.labels.cpu().numpy(), self.cameras.cpu().numpy()
+        if not labels.shape == cameras.shape == (len(vectors),):
+            got = f"{len(vectors)} {name} rows with labels {labels.shape} and cameras {cameras.shape}"
+            raise ValueError(f"got {got}: expected one of each a row")
+        if labels.min() < least_label:
+            raise ValueError(
+                f"got label {labels.min()} in row {labels.argmin()} of the {name}: expected {least_label} or more "
+                f"(distractors, {DISTRACTOR}, and junk, {JUNK}, belong to the gallery)"
+            )
+        return vectors, labels, cameras
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Results per query, so that ranks can each do a range of the queries and concatenate.
+
+    Attributes:
+        first_hit: rank of the nearest right row in the filtered ranking, 0 is the nearest of all; -1 if there is none.
+        average_precision: in [0, 1]; 0 if the query has no right row.
+        average_precision_trapezoidal: the same by the trapezoidal rule.
+        num_relevant: R, the number of right rows.
+        neighbours: gallery rows of the nearest `keep` that are not junk, nearest first; -1 where there are fewer.
+    """
+
+    first_hit: Int64[np.ndarray, " queries"]
+    average_precision: Float64[np.ndarray, " queries"]
+    average_precision_trapezoidal: Float64[np.ndarray, " queries"]
+    num_relevant: Int64[np.ndarray, " queries"]
+    neighbours: Int64[np.ndarray, "queries keep"]
+
+    @staticmethod
+    def concatenate(parts: Sequence[Matches]) -> Matches:
+        """Join the results of consecutive ranges of queries, in their order."""
+        return Matches(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Matches)))
+
+    def summary(self, cmc_at: Sequence[int] = (1, 5, 10, 20)) -> dict[str, float | int]:
+        """Average over the queries that have a right row.
+
+        Args:
+            cmc_at: the k of CMC@k: the share of queries with a right row among their k nearest.
+
+        Returns:
+            `cmc@k` for each k, `map` and `map_trapezoidal` in percent; `queries`, the number averaged over;
+            `queries_without_positive`, the number left out.
+
+        Raises:
+            ValueError: no query has a right row, so that there is nothing to average.
+        """
+        counted = self.num_relevant > 0
+        if not counted.any():
+            raise ValueError(
+                f"none of the {len(counted)} queries has its person in the gallery, seen by another camera"
+            )
+        return {
+            **{f"cmc@{k}": 100.0 * float(np.mean(self.first_hit[counted] < k)) for k in cmc_at},
+            "map": 100.0 * float(np.mean(self.average_precision[counted])),
+            "map_trapezoidal": 100.0 * float(np.mean(self.average_precision_trapezoidal[counted])),
+            "queries": int(counted.sum()),
+            "queries_without_positive": int((~counted).sum()),
+        }
+
+
+def match(
+    queries: Sightings,
+    gallery: Sightings,
+    *,
+    distractors: Literal["wrong", "junk"] = "wrong",
+    reranking: Reranking | None = None,
+    part: slice | None = None,
+    keep: int = 10,
+    memory_bytes: int = 128 * 2**20,
+) -> Matches:
+    """Rank the gallery for each query by cosine similarity, exactly, ties by the smaller gallery row.
+
+    Time: 3 float64 matrix products Q x N x D, and sorting the N similarities of each query. Memory: about `memory_bytes`
+    beside the embeddings.
+
+    Args:
+        queries, gallery: who is looked for, and where. A gallery may hold the queries: they are junk to themselves.
+        distractors: what persons nobody asks for are. `junk` for the MARS figures of OSM+CAA, whose script ranks 00-1
+            instead: give those rows a label that no query has.
+        reranking: ranks by its distance instead of the cosine; made of the same rows.
+        part: range of queries to do, for one rank's share; default all.
+        keep: neighbours to return for each query.
+        memory_bytes: size of the temporary blocks. It changes time, never the result.
+
+    Raises:
+        ValueError: wrong dtype or shape; a row of length zero or with a NaN or infinity; a label that has no meaning;
+            a reranking of other rows.
+    """
+    if keep < 1:
+        raise ValueError(f"got keep={keep}: expected at least 1")
+    if distractors not in ("wrong", "junk"):
+        raise ValueError(f"got distractors={distractors!r}: expected 'wrong' or 'junk'")
+    wanted, labels, cameras = queries.checked("queries", 0)
+    searched, gallery_labels, gallery_cameras = gallery.checked("gallery", JUNK)
+    cosine = Cosine(wanted, searched)
+    if reranking is not None and reranking.shape != (len(wanted), len(searched)):
+        raise ValueError(
+            f"got a reranking of {reranking.shape} queries and gallery rows: expected {(len(wanted), len(searched))}"
+        )
+    similarity_of = cosine.block if reranking is None else reranking.block
+    junk = (gallery_labels == JUNK) | ((gallery_labels == DISTRACTOR) & (distractors == "junk"))
+    query_ids = np.arange(len(wanted))[part or slice(None)]
+    depth = min(keep, len(searched))
+    first_hit, num_relevant = np.full(len(query_ids), -1), np.zeros(len(query_ids), np.int64)
+    neighbours = np.full((len(query_ids), keep), -1)
+    precision, trapezoidal = np.zeros(len(query_ids)), np.zeros(len(query_ids))
+
+    def rank(block: np.ndarray) -> None:
+        ids = query_ids[block]
+        same = labels[ids, None] == gallery_labels
+        excluded = junk | (same & (cameras[ids, None] == gallery_cameras))
+        similarity = similarity_of(ids)
+        similarity[excluded] = -np.inf
+        order = _order(similarity)
+        hits = np.take_along_axis(same & ~excluded, order, axis=1)
+        num_relevant[block], first_hit[block], precision[block], trapezoidal[block] = _precisions(hits)
+        nearest = order[:, :depth]
+        neighbours[block, :depth] = np.where(np.take_along_axis(excluded, nearest, axis=1), -1, nearest)
+
+    size = memory_bytes // torch.get_num_threads() // (_BLOCK_BYTES * len(searched))
+    run_blocks(rank, [np.arange(len(query_ids))[block] for block in slices(len(query_ids), size)])
+    return Matches(first_hit, precision, trapezoidal, num_relevant, neighbours)
+
+
+def _order(similarity: np.ndarray) -> np.ndarray:
+    """Columns by similarity, largest first, ties by the smaller column; what is -inf comes last in any order."""
+    order = np.argsort(-similarity, axis=1)  # a third of the time of a stable sort, which only ties need
+    ordered = np.take_along_axis(similarity, order, axis=1)
+    tied = ((ordered[:, 1:] == ordered[:, :-1]) & ~np.isneginf(ordered[:, 1:])).any(axis=1)
+    order[tied] = np.argsort(-similarity[tied], axis=1, kind="stable")
+    return order
+
+
+def _precisions(hits: np.ndarray) -> tuple[np.ndarray, ...]:
+    """R, the first rank (-1: none) and both average precisions (0: none), from which ranks are hits, [queries, ranks].
+
+    Each query's sum runs from its first hit to its last, so the block it is in changes no bit.
+    """
+    queries, ranks = np.divmod(np.flatnonzero(hits), hits.shape[1])
+    num_relevant = np.bincount(queries, minlength=len(hits))
+    found = np.arange(1, len(queries) + 1) - (np.cumsum(num_relevant) - num_relevant)[queries]
+    at_hit = found / (ranks + 1)
+    before = np.where(ranks == 0, 1.0, (found - 1) / np.maximum(ranks, 1))
+    first_hit = np.full(len(hits), -1)
+    first_hit[num_relevant > 0] = ranks[found == 1]
+    means = (
+        np.bincount(queries, terms, len(hits)) / np.maximum(num_relevant, 1)
+        for terms in (at_hit, (at_hit + before) / 2)
+    )
+    return num_relevant, first_hit, *means
+
+
+@dataclass(frozen=True)
+class TrackSums:
+    """Sums of the embeddings of each tracklet's frames, which add up over batches and ranks.
+
+    On ranks: `TrackSums(own.tracks, ranks.sum(own.sums), ranks.sum(own.counts)).rows()`. Sums in the order of the frames
+    have the same bits however the frames are cut into batches; sums of ranks' sums differ by rounding in float64.
+
+    Attributes:
+        tracks: numbers of the tracklets, ascending.
+        sums: float64, on the CPU.
+        counts: frames seen of each.
+    """
+
+    tracks: Int64[np.ndarray, " tracks"]
+    sums: Float64[Tensor, "tracks dim"]
+    counts: Int64[Tensor, " tracks"]
+
+    @staticmethod
+    def empty(tracks: Int64[np.ndarray, " any"], dim: int) -> TrackSums:
+        """Nothing seen yet of these tracklets, given in any order and any number of times."""
+        unique = np.unique(tracks)
+        if not len(unique):
+            raise ValueError("got no tracks: expected at least one")
+        num = len(unique)
+        return TrackSums(unique, torch.zeros(num, dim, dtype=torch.float64), torch.zeros(num, dtype=torch.int64))
+
+    def add(self, embeddings: Float[Tensor, "frames dim"], tracks: Int64[np.ndarray, " frames"]) -> None:
+        """Adds frames, of any tracklets in any order.
+
+        Raises:
+            ValueError: not one tracklet a frame; other than the expected dimension; an unknown tracklet.
+        """
+        if embeddings.shape != (len(tracks), self.sums.shape[1]):
+            expected = (len(tracks), self.sums.shape[1])
+            raise ValueError(f"got frames {tuple(embeddings.shape)}: expected {expected}, one row a track number")
+        position = np.minimum(np.searchsorted(self.tracks, tracks), len(self.tracks) - 1)
+        unknown = self.tracks[position] != tracks
+        if unknown.any():
+            raise ValueError(
+                f"got a frame of track {tracks[unknown.argmax()]}: expected one of {len(self.tracks)} others"
+            )
+        index = torch.from_numpy(position)
+        for part in slices(len(tracks), _FRAMES):
+            self.sums.index_add_(0, index[part], embeddings[part].detach().cpu().double())
+        self.counts.add_(torch.bincount(index, minlength=len(self.tracks)))
+
+    def rows(self) -> Float64[Tensor, "tracks dim"]:
+        """The mean of each tracklet's frames, at length one; tracklets ascending.
+
+        Raises:
+            ValueError: a tracklet without a frame, or with a mean that is zero or not finite.
+        """
+        norms = self.sums.norm(dim=1, keepdim=True)  # of the mean, times the count, which a length of one cancels
+        for bad, what in [
+            (self.counts == 0, "have no frame"),
+            (~((norms[:, 0] > 0) & norms[:, 0].isfinite()), "have a mean that is zero or not finite"),
+        ]:
+            if bad.any():
+                first = self.tracks[int(bad.nonzero()[0])]
+                raise ValueError(f"{int(bad.sum())} of {len(self.tracks)} tracks {what}, the first is track {first}")
+        return self.sums / norms
+
+
+def pool_tracks(
+    embeddings: Float[Tensor, "frames dim"], tracks: Int64[np.ndarray, " frames"]
+) -> tuple[Int64[np.ndarray, " tracks"], Float64[Tensor, "tracks dim"]]:
+    """One row a tracklet: the mean of its frames' embeddings, at length one (OSM+CAA's test on MARS and LPW).
+
+    Returns:
+        The numbers of the tracklets, ascending, and their rows.
+
+    Raises:
+        ValueError: as `TrackSums`.
+    """
+    pooled = TrackSums.empty(tracks, embeddings.shape[-1])
+    pooled.add(embeddings, tracks)
+    return pooled.tracks, pooled.rows()
