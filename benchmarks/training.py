@@ -170,7 +170,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="raydml-bench-") as temporary:
         folder = Path(temporary)
-        subprocess.run([sys.executable, "-m", "pipeline.prepare", "emoji", "--out", str(folder / "data" / "emoji")],
+        subprocess.run([sys.executable, "-m", "pipeline.prepare", "emoji", "--to", str(folder / "data" / "emoji")],
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         sides = {
             "ours": lambda: ours(options.threads, folder),

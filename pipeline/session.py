@@ -124,20 +124,30 @@ def check_cluster(config: Config, ray: Any) -> None:
             f"mining.resource is {label!r}, which no node of the cluster has (known: {', '.join(sorted(limits)) or 'none'}): "
             "give it to the nodes that are not spot, or set mining.resource to null"
         )
+    check_visible(ray, Folder(config.root), "storage")
+
+
+def check_visible(ray: Any, folder: Folder, what: str) -> None:
+    """On several nodes: an error unless all see the local folder, into which this one can write."""
+    if not folder.is_local or len(ray.nodes()) < 2:
+        return
+    probe = f".visible-{uuid.uuid4().hex}"
+    folder.write(probe, b"")
+    try:
+        blind = blind_nodes(ray, folder.path(probe))
+    finally:
+        folder.remove(probe)
+    if blind:
+        raise UserError(
+            f"{what} {folder} is not visible on the nodes {', '.join(blind)}: "
+            f"set {what} to s3://... or to a folder that all nodes mount"
+        )
+
+
+def blind_nodes(ray: Any, path: str) -> list[str]:
+    """Addresses of the nodes on which a path of this one does not exist."""
     nodes = [n for n in ray.nodes() if n["Alive"]]
-    folder = Folder(config.root)
-    if len(nodes) > 1 and folder.is_local:
-        probe = f".visible-{uuid.uuid4().hex}"
-        folder.write(probe, b"")
-        try:
-            blind = [n["NodeManagerAddress"] for n in nodes if not _sees(ray, n["NodeID"], folder.path(probe))]
-        finally:
-            folder.remove(probe)
-        if blind:
-            raise UserError(
-                f"storage {folder} is not visible on the nodes {', '.join(blind)}: "
-                "set storage to s3://... or to a folder that all nodes mount"
-            )
+    return [n["NodeManagerAddress"] for n in nodes if len(nodes) > 1 and not _sees(ray, n["NodeID"], path)]
 
 
 def _cluster_maximum(ray: Any) -> dict[str, float]:

@@ -184,6 +184,9 @@ class _Ranges(io.RawIOBase):
 
 def read_file(uri: str) -> bytes:
     """A single file, by its path or URI."""
+    if "://" not in uri:
+        with open(uri, "rb") as file:
+            return file.read()
     parent, _, name = Folder(uri).uri.rpartition("/")
     return Folder(parent or "/").read(name)
 

@@ -42,7 +42,8 @@ def protocol(config: Config, store: Store) -> dict[str, Any]:
     }
     return {
         "profile": c.protocol,
-        "dataset": f"{store.name} ({store.fingerprint})",
+        "dataset": store.title,
+        **({"partial": "; ".join(store.partial)} if store.partial else {}),
         "classes": "disjoint: test classes are never trained on",
         "trained_on": "all training classes" if fold is None else f"training classes without fold {fold}",
         "checkpoint": f"{c.evaluation.checkpoint}"

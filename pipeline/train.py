@@ -131,7 +131,7 @@ def _dataset(config: Config) -> Store:
                 raise UserError(
                     "the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun"
                 )
-            preparing.prepare("emoji", catalog.emoji(), target)
+            preparing.prepare("emoji", catalog.emoji(), target, source="emoji")
         store = Store(target)
     store.check_shards()
     return store
@@ -241,6 +241,8 @@ def _show_summary(folder: Folder) -> None:
         f"protocol: {summary['protocol']['profile']}, {summary['protocol']['checkpoint']} checkpoint",
         highlight=False,
     )
+    if "partial" in summary["protocol"]:
+        out.print(f"partial dataset: {summary['protocol']['partial']}", highlight=False, soft_wrap=True)
     out.print(f"report: {folder}/report.html", highlight=False, soft_wrap=True)
 
 

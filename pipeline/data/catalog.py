@@ -1,4 +1,4 @@
-"""Where images come from: the built-in emoji, a folder of class folders, or a CSV list.
+"""Where images come from: the built-in emoji, a folder of class folders, or a CSV list; published datasets: `layouts`.
 
 A catalogue is a list of entries sorted by class, made without reading any image.
 """
@@ -14,21 +14,44 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 
 SPLITS = ("train", "test", "query", "gallery")
 
+Kind = Literal["distractor", "junk"]
+DISTRACTOR = -1  # label of gallery images that are of no class: to retrieve one is wrong
+JUNK = -2  # label of gallery images that evaluation passes over: to retrieve one is neither right nor wrong
+LABELS: dict[Kind, int] = {"distractor": DISTRACTOR, "junk": JUNK}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One image: where its bytes are, its class, and the group of classes that must stay on one side of every split."""
+    """One image: where its bytes are, and what is known of it.
+
+    Attributes:
+        source: local path or URI.
+        class_name: its class.
+        split: one of SPLITS.
+        group: of classes that must stay on one side of every split.
+        box: what of the image shows the class, as left, top, width, height in pixels as stored (before EXIF rotation).
+        track: the tracklet that it is a frame of, by any name that is unique in the dataset.
+        camera: that took it.
+        frame: its number in the tracklet.
+        kind: of images that are of no class, and only in a test split.
+    """
 
     source: str
     class_name: str
     split: str | None = None
     group: str | None = None
+    box: tuple[float, float, float, float] | None = None
+    track: str | None = None
+    camera: int | None = None
+    frame: int | None = None
+    kind: Kind | None = None
 
 
 def by_hash(names: Iterable[str]) -> list[str]:

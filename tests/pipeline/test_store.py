@@ -453,7 +453,7 @@ def test_max_side_reduces_the_longer_side_only(size: tuple[int, int], expected: 
         (["folder", "{tmp}/images", "--max-rejected", "2"], "--max-rejected between 0 and 1"),
         (["folder", "{tmp}/images", "--images-per-shard", "0"], "--images-per-shard at least 1"),
         (["folder", "{tmp}/images", "--folds", "9"], "3 training classes cannot be dealt into 9 validation folds"),
-        (["folder", "{tmp}/images", "--folds", "2", "--out", "{tmp}/images/c0/0.png/store"], "is not writable"),
+        (["folder", "{tmp}/images", "--folds", "2", "--to", "{tmp}/images/c0/0.png/store"], "is not writable"),
         (["csv", "{tmp}/nothing.csv"], "cannot be read"),
     ],
 )

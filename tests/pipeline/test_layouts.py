@@ -1,0 +1,465 @@
+"""The papers' datasets as their authors ship them: every row of their lists, from folders and archives, whole or not."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from pipeline.data import published
+from pipeline.data.catalog import Entry
+from pipeline.data.layouts import LAYOUTS
+from pipeline.data.published import Layout, Tree, listed, listing, opened
+from pipeline.errors import UserError
+from pipeline.storage import Folder
+from tests.pipeline import shipped
+from tests.pipeline.conftest import contents
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped.shrink(monkeypatch)
+
+
+def made(name: str, root: Path) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    shipped.WRITE[name](root)
+    return root
+
+
+def layout_of(name: str) -> Layout:
+    return LAYOUTS[name.split()[0]]
+
+
+def read(name: str, sources: list[str], scratch: Path, partial: bool = False) -> list[Entry]:
+    """Entries with sources relative to the top of the dataset."""
+    with opened(layout_of(name), sources, str(scratch)) as tree:
+        entries, _ = listed(layout_of(name), tree, partial)
+        assert all(Path(e.source).is_file() for e in entries)
+        return [replace(e, source=str(Path(e.source).relative_to(tree.root_of[_key(tree, e)]))) for e in entries]
+
+
+def _key(tree: Tree, entry: Entry) -> str:
+    return next(key for key in tree.root_of if tree.source(key) == entry.source)
+
+
+def missing(name: str, sources: list[str], scratch: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read(name, sources, scratch)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_counts_are_those_of_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert {name: layout.counts for name, layout in LAYOUTS.items()} == {
+        "cub": {"train": {"images": 5864, "classes": 100}, "test": {"images": 5924, "classes": 100}},
+        "cars": {"train": {"images": 8054, "classes": 98}, "test": {"images": 8131, "classes": 98}},
+        "sop": {"train": {"images": 59551, "classes": 11318}, "test": {"images": 60502, "classes": 11316}},
+        "inshop": {
+            "train": {"images": 25882, "classes": 3997},
+            "query": {"images": 14218, "classes": 3985},
+            "gallery": {"images": 12612, "classes": 3985},
+        },
+        "mars": {
+            "train": {"images": 509914, "classes": 625, "tracks": 8298},
+            "query": {"classes": 626, "tracks": 1980},
+            "query+gallery": {"images": 681089, "classes": 634, "tracks": 12180},
+        },
+        "lpw": {
+            "train": {"images": 418739, "classes": 1975},
+            "query": {"images": 63118, "classes": 756, "tracks": 756},
+            "gallery": {"images": 108690, "classes": 756},
+        },
+    }
+    assert {name: layout.protocol for name, layout in LAYOUTS.items()} == {
+        "cub": "leave_one_out", "cars": "leave_one_out", "sop": "leave_one_out", "inshop": "query_gallery",
+        "mars": "reid", "lpw": "query_gallery"}  # fmt: skip
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+
+def cub_entries() -> list[Entry]:
+    names = {99: "099.Gull é", 100: "100.Auk", 101: "101.Great Pelican", 102: "102.Wren"}
+    return [
+        Entry(
+            f"CUB_200_2011/images/{names[label]}/{names[label][4:]} {i}.jpg",
+            names[label],
+            "train" if label <= 100 else "test",
+            box=(8.0 + i, 4.0, 40.0, 20.0),
+        )
+        for i in range(12)
+        for label in [99 + i // 3]
+    ]
+
+
+CAR_NAMES = ["097.AM General Hummer SUV 2000", "098.Audi TT RS", "099.BMW Z4", "100.Ram C/V Cargo Van"]
+
+
+def cars_entries(path: Callable[[int], str]) -> list[Entry]:
+    return [
+        Entry(path(i), CAR_NAMES[i // 2], "train" if i < 4 else "test", box=(10.0, 4.0, 50.0 + i, 46.0))
+        for i in range(8)
+    ]
+
+
+def sop_entries() -> list[Entry]:
+    products = {1: "bicycle", 2: "coffee maker", 11319: "bicycle", 11320: "coffee maker"}
+    return [
+        Entry(
+            f"Stanford_Online_Products/{kind}_final/{product}0_{j}.JPG",
+            f"{product:05d} {kind}",
+            "train" if product < 10000 else "test",
+        )
+        for product, kind in products.items()
+        for j in range(3)
+    ]
+
+
+def inshop_entries() -> list[Entry]:
+    return [
+        Entry(
+            f"Img/img/WOMEN/Tees Tanks/id_0000000{item}/0{j}_1_front.jpg",
+            f"id_0000000{item}",
+            "train" if item < 3 else "query" if j == 1 else "gallery",
+            box=(10.0, 20.0, 40.0, 50.0),
+        )
+        for item in (1, 2, 3, 4)
+        for j in (1, 2, 3)
+    ]
+
+
+def mars_entries() -> list[Entry]:
+    tracks = [  # side, person, row, camera, frames, split, kind
+        ("train", "0001", 1, 1, 2, "train", None), ("train", "0001", 2, 2, 3, "train", None),
+        ("train", "0003", 3, 1, 1, "train", None), ("train", "0005", 4, 6, 2, "train", None),
+        ("test", "00-1", 1, 1, 2, "gallery", "junk"), ("test", "0000", 2, 3, 2, "gallery", "distractor"),
+        ("test", "0002", 3, 1, 2, "query", None), ("test", "0002", 4, 2, 3, "gallery", None),
+        ("test", "0004", 5, 1, 2, "query", None), ("test", "0004", 6, 5, 1, "gallery", None),
+    ]  # fmt: skip
+    return [
+        Entry(
+            f"bbox_{side}/{person}/{person}C{camera}T{row:04d}F{frame:03d}.jpg",
+            person,
+            split,
+            track=f"{side} {row:05d}",
+            camera=camera,
+            frame=frame,
+            kind=kind,
+        )
+        for side, person, row, camera, frames, split, kind in tracks
+        for frame in range(1, frames + 1)
+    ]
+
+
+def lpw_entries() -> list[Entry]:
+    cameras = {(1, 1): 1, (1, 2): 2, (1, 3): 3, (2, 1): 4, (2, 2): 5, (2, 3): 6, (2, 4): 7,
+               (3, 1): 8, (3, 2): 9, (3, 3): 10, (3, 4): 11}  # fmt: skip
+    return [
+        Entry(
+            f"pep_256x128/scen{scene}/view{view}/{person}/{frame}.jpg",
+            f"scen{scene}/000{person}",
+            "train" if scene > 1 else "query" if view == 2 else "gallery",
+            track=f"scen{scene}/000{person}/view{view}",
+            camera=camera,
+            frame=frame,
+        )
+        for (scene, view), camera in cameras.items()
+        for person in (1, 2)
+        for frame in (9, 10)
+    ]
+
+
+EXPECTED = {
+    "cub": cub_entries,
+    "cars": lambda: cars_entries(lambda i: f"car_ims/{i:06d}.jpg"),
+    "cars devkit": lambda: cars_entries(lambda i: f"cars_{'test' if i % 2 else 'train'}/{i:05d}.jpg"),
+    "sop": sop_entries,
+    "inshop": inshop_entries,
+    "mars": mars_entries,
+    "lpw": lpw_entries,
+}
+
+
+def in_order(entries: list[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda e: e.source)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_row_is_read(name: str, tmp_path: Path) -> None:
+    root = made(name, tmp_path / "in")
+    assert in_order(read(name, [str(root)], tmp_path / "scratch")) == in_order(EXPECTED[name]())
+
+
+PACKED = {
+    "cub": {"CUB_200_2011.tgz": None},
+    "cars": {"car_ims.tgz": ["car_ims"]},
+    "cars devkit": {"cars_train.tgz": ["cars_train"], "cars_test.tgz": ["cars_test"], "car_devkit.tgz": ["devkit"]},
+    "sop": {"Stanford_Online_Products.zip": None},
+    "inshop": {"In-shop Clothes Retrieval Benchmark.zip": None},
+    "mars": {"bbox_train.zip": ["bbox_train"], "bbox_test.zip": ["bbox_test"], "MARS-evaluation-master.zip": ["info"]},
+    "lpw": {"pep_256x128.tar": None},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_archives_in_a_folder_are_the_same(name: str, tmp_path: Path) -> None:
+    """As they are downloaded: archives, beside them what does not come in one."""
+    root, down = made(name, tmp_path / "in"), tmp_path / "down"
+    for archive, tops in PACKED[name].items():
+        shipped.pack(root, down / archive, tops)
+    for loose in root.glob("*.mat"):
+        (down / loose.name).write_bytes(loose.read_bytes())
+    before = contents(down)
+    assert in_order(read(name, [str(down)], tmp_path / "scratch")) == in_order(EXPECTED[name]())
+    assert contents(down) == before and not list((tmp_path / "scratch").iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+def test_one_archive_of_any_name(suffix: str, tmp_path: Path) -> None:
+    root = made("cub", tmp_path / "in")
+    archive = shipped.pack(root, tmp_path / f"download (1){suffix}")
+    assert in_order(read("cub", [archive], tmp_path / "scratch")) == in_order(cub_entries())
+
+
+def test_several_archives_and_folders_together(tmp_path: Path) -> None:
+    root = made("mars", tmp_path / "in")
+    parts = [shipped.pack(root, tmp_path / f"{i}.zip", [top]) for i, top in enumerate(("bbox_train", "bbox_test"))]
+    (root / "bbox_train").rename(tmp_path / "elsewhere")
+    (root / "bbox_test").rename(tmp_path / "elsewhere too")
+    assert in_order(read("mars", [*parts, str(root)], tmp_path / "scratch")) == in_order(mars_entries())
+
+
+def test_what_lies_unpacked_is_not_unpacked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = made("cub", tmp_path / "in")
+    shipped.pack(root, root / "CUB_200_2011.tgz")
+    monkeypatch.setattr(published, "scratch_folder", lambda _: pytest.fail("unpacked"))
+    assert len(read("cub", [str(root)], tmp_path / "scratch")) == 12
+    assert len(read("cub", [str(root / "CUB_200_2011")], tmp_path / "scratch")) == 12, "or the folder itself"
+
+
+def test_from_object_storage(bucket: str, tmp_path: Path) -> None:
+    root = made("sop", tmp_path / "in")
+    for path, data in contents(root).items():
+        Folder(bucket).write(f"sop/{path}", data)
+    Folder(bucket).write("sop.zip", Path(shipped.pack(root, tmp_path / "sop.zip")).read_bytes())
+    with opened(LAYOUTS["sop"], [f"{bucket}/sop"], str(tmp_path / "scratch")) as tree:
+        entries, lacks = listed(LAYOUTS["sop"], tree, False)
+    assert [e.source for e in entries] == [f"{bucket}/sop/{e.source}" for e in sop_entries()] and lacks == []
+    assert in_order(read("sop", [f"{bucket}/sop.zip"], tmp_path / "scratch")) == in_order(sop_entries())
+
+
+def test_names_that_a_mac_has_decomposed_are_found(tmp_path: Path) -> None:
+    root = made("cub", tmp_path / "in")
+    folder = root / "CUB_200_2011" / "images" / "099.Gull é"
+    for path in [*folder.iterdir(), folder]:
+        path.rename(path.parent / unicodedata.normalize("NFD", path.name))
+    with opened(LAYOUTS["cub"], [str(root)], str(tmp_path / "scratch")) as tree:
+        entries, _ = listed(LAYOUTS["cub"], tree, False)
+    assert len(entries) == 12 and all(Path(e.source).is_file() for e in entries)
+    assert entries[0].class_name == "099.Gull é" == unicodedata.normalize("NFC", "099.Gull é")
+
+
+def test_hidden_files_are_not_looked_at(tmp_path: Path) -> None:
+    root = made("lpw", tmp_path / "in")
+    frame = root / "pep_256x128/scen1/view1/1/9.jpg"
+    for name in ("__MACOSX/pep_256x128/scen1/view1/1/11.jpg", ".cache/scen1/view1/1/12.jpg"):
+        shipped.write(root / name, frame.read_bytes())
+    assert len(read("lpw", [str(root)], tmp_path / "scratch")) == 44
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    root = made("sop", tmp_path / "in")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(root)
+    assert sorted(listing(Folder(tmp_path / "here"))) == [f"link/{path}" for path in sorted(listing(Folder(root)))]
+
+
+# ---- what is missing -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_file_that_is_needed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "scratch_folder", lambda _: nullcontext(tmp_path / "unpacked"))
+    root = made(name, tmp_path / "in")
+    forms = [form for form in layout_of(name).forms if ("cars_meta.mat" in form) == (name == "cars devkit")]
+    for needed in forms[0]:
+        found = next(p for p in root.rglob("*") if p.name == needed.rstrip("/")) if needed != "img/" else root / "Img"
+        found.rename(tmp_path / "away")
+        text = missing(name, [str(root)], tmp_path / "scratch")
+        assert text.startswith(f"{layout_of(name).title}: {needed} is missing in {root}; expected ")
+        (tmp_path / "away").rename(found)
+
+
+def test_at_most_five_are_named_and_how_many_there_are(tmp_path: Path) -> None:
+    root = made("mars", tmp_path / "in")
+    (root / "bbox_train").rename(tmp_path / "away")
+    for path in (root / "info").iterdir():
+        path.unlink()
+    text = missing("mars", [str(root)], tmp_path / "scratch")
+    assert (
+        "train_name.txt, test_name.txt, tracks_train_info.mat, tracks_test_info.mat, query_IDX.mat and 1 more are missing"
+        in text
+    )
+
+
+def test_an_incomplete_dataset_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
+    root = made("cub", tmp_path / "in")
+    gone = sorted((root / "CUB_200_2011" / "images").rglob("*.jpg"))[:7]
+    for path in gone:
+        path.unlink()
+    text = missing("cub", [str(root)], tmp_path / "scratch")
+    assert "CUB-200-2011 is not complete: 7 of 12 listed images are missing" in text
+    assert "train: 0 of 6 images, 0 of 2 classes; test: 5 of 6 images (" in text
+    assert all(path.name in text for path in gone[:5]) and not any(path.name in text for path in gone[5:])
+    assert "and 2 more are missing" in text and "--partial" in text
+
+
+def test_a_partial_dataset_says_what_it_lacks(tmp_path: Path) -> None:
+    root = made("mars", tmp_path / "in")
+    (root / "bbox_test" / "0004" / "0004C5T0006F001.jpg").unlink()
+    (root / "bbox_train" / "0003" / "0003C1T0003F001.jpg").unlink()
+    with opened(LAYOUTS["mars"], [str(root)], str(tmp_path / "scratch")) as tree:
+        entries, lacks = listed(LAYOUTS["mars"], tree, True)
+    assert len(entries) == 18 and lacks == [
+        "2 of 20 listed images are missing",
+        "train: 7 of 8 images, 2 of 3 classes, 3 of 4 tracks",
+        "query+gallery: 11 of 12 images, 5 of 6 tracks",
+    ]
+
+
+def test_more_than_there_should_be_is_also_another_dataset(tmp_path: Path) -> None:
+    root = made("lpw", tmp_path / "in")
+    shipped.write(root / "pep_256x128/scen2/view1/3/1.jpg", b"x")
+    assert "train: 33 of 32 images, 5 of 4 classes:" in missing("lpw", [str(root)], tmp_path / "scratch")
+
+
+def test_a_dataset_of_nothing_is_an_error_even_if_it_may_be_partial(tmp_path: Path) -> None:
+    root = made("sop", tmp_path / "in")
+    for path in root.rglob("*.JPG"):
+        path.unlink()
+    with pytest.raises(UserError, match="Stanford Online Products: none of its 12 listed images is there"):
+        read("sop", [str(root)], tmp_path / "scratch", partial=True)
+
+
+def test_what_an_archive_lacks_is_told_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = made("cub", tmp_path / "in")
+    (root / "CUB_200_2011" / "classes.txt").unlink()
+    monkeypatch.setattr(published, "scratch_folder", lambda _: pytest.fail("unpacked"))
+    for name in ("x.zip", "x.tar"):
+        text = missing("cub", [shipped.pack(root, tmp_path / name)], tmp_path / "scratch")
+        assert "CUB-200-2011: classes.txt is missing in" in text
+
+
+def test_a_compressed_archive_that_lacks_something(tmp_path: Path) -> None:
+    root = made("cub", tmp_path / "in")
+    (root / "CUB_200_2011" / "classes.txt").unlink()
+    text = missing("cub", [shipped.pack(root, tmp_path / "x.tgz")], tmp_path / "scratch")
+    assert "classes.txt is missing in" in text and not list((tmp_path / "scratch").iterdir())
+
+
+def test_the_devkit_without_labels_of_the_test_images(tmp_path: Path) -> None:
+    root = made("cars devkit", tmp_path / "in")
+    (root / "cars_test_annos_withlabels.mat").rename(root / "devkit" / "cars_test_annos.mat")
+    assert "cars_test_annos_withlabels.mat is missing" in missing("cars", [str(root)], tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [("{tmp}/nothing", "does not exist"), ("{tmp}/in/attributes.txt", "is neither a folder nor an archive")],
+)
+def test_sources_that_are_none(source: str, says: str, tmp_path: Path) -> None:
+    made("cub", tmp_path / "in")
+    assert says in missing("cub", [source.format(tmp=tmp_path)], tmp_path / "scratch")
+
+
+def test_two_copies_in_one_folder_are_ambiguous(tmp_path: Path) -> None:
+    for copy in ("2010", "2011"):
+        made("cub", tmp_path / "in" / copy)
+    text = missing("cub", [str(tmp_path / "in")], tmp_path / "scratch")
+    assert "2010/CUB_200_2011/images.txt and in 2011/CUB_200_2011/images.txt" in text and "--from" in text
+
+
+def test_boxes_are_asked_for_only_when_wanted(tmp_path: Path) -> None:
+    root = made("cub", tmp_path / "in")
+    (root / "CUB_200_2011" / "bounding_boxes.txt").unlink()
+    assert {e.box for e in read("cub", [str(root)], tmp_path / "scratch")} == {None}
+    with (
+        pytest.raises(UserError, match=r"CUB-200-2011: bounding_boxes\.txt is missing"),
+        opened(LAYOUTS["cub"].with_boxes(), [str(root)], str(tmp_path / "scratch")),
+    ):
+        pass
+    assert LAYOUTS["cars"].with_boxes() == LAYOUTS["cars"]
+    for name in ("sop", "mars", "lpw"):
+        with pytest.raises(UserError, match="has no boxes: leave out --crop box"):
+            LAYOUTS[name].with_boxes()
+
+
+# ---- lists that cannot be right --------------------------------------------------------------------------------------
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_bytes().decode()
+    assert old in text
+    path.write_bytes(text.replace(old, new, 1).encode())
+
+
+def mat(path: Path, **variables: object) -> None:
+    savemat(path, variables)
+
+
+BAD_LISTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "a row without a path": ("cub", lambda r: edit(r / "CUB_200_2011/images.txt", "2 099.Gull é/Gull é 1.jpg", "2"), r"images\.txt, line 2: got '2', expected IMAGE_ID PATH"),
+    "an image without a class": ("cub", lambda r: edit(r / "CUB_200_2011/image_class_labels.txt", "5 100", "55 100"), r"image 5 \(100\.Auk/Auk 4\.jpg\) has no class"),
+    "a class without a name": ("cub", lambda r: edit(r / "CUB_200_2011/classes.txt", "102 ", "103 "), "image 10 .* has no class"),
+    "a box of words": ("cub", lambda r: edit(r / "CUB_200_2011/bounding_boxes.txt", "4.0 40.0", "4.0 wide"), r"bounding_boxes\.txt: got .* expected numbers"),
+    "a list that is no text": ("cub", lambda r: (r / "CUB_200_2011/classes.txt").write_bytes(b"1 \xff\xfe\n"), r"classes\.txt is not UTF-8 text"),
+    "no MATLAB file": ("cars", lambda r: (r / "cars_annos.mat").write_bytes(b"<html>"), r"cars_annos\.mat cannot be read as a MATLAB file"),
+    "other fields": ("cars", lambda r: mat(r / "cars_annos.mat", annotations=shipped.structs([{"class": 1}]), class_names=shipped.class_names()), r"annotations have the fields \['class'\], expected bbox_x1"),
+    "fewer names than classes": ("cars", lambda r: mat(r / "cars_annos.mat", annotations=shipped.structs([{"relative_im_path": "x.jpg", **shipped._car(0)}]), class_names=shipped.cells(["a"])), r"x\.jpg has class 97, there are 1 class names"),
+    "no annotations": ("cars", lambda r: mat(r / "cars_annos.mat", x=1), r"train: 0 of 4 images"),
+    "a row of three columns": ("sop", lambda r: edit(r / "Stanford_Online_Products/Ebay_test.txt", "7 11319 2 ", "7 11319 "), r"Ebay_test\.txt, line 2: got .*expected image_id class_id super_class_id path"),
+    "a product that is no number": ("sop", lambda r: edit(r / "Stanford_Online_Products/Ebay_test.txt", "7 11319", "7 bike"), r"Ebay_test\.txt: got \['bike'\], expected numbers"),
+    "another split": ("inshop", lambda r: edit(r / "Eval/list_eval_partition.txt", "query", "valid"), "has the status 'valid', expected train, query or gallery"),
+    "frames beyond the list": ("mars", lambda r: mat(r / "info/tracks_test_info.mat", x=np.array([[1, 99, -1, 1]])), r"tracks_test_info\.mat, row 1: frames 1 to 99, there are 12 names"),
+    "frames of another person": ("mars", lambda r: mat(r / "info/tracks_train_info.mat", x=np.array([[1, 2, 9, 1]])), r"row 1: frame '0001C1T0001F001\.jpg', expected one of 0009"),
+    "a frame of another name": ("mars", lambda r: edit(r / "info/train_name.txt", "0001C1T0001F002", "0001C1T0001"), r"row 1: frame '0001C1T0001\.jpg'"),
+    "a matrix of another shape": ("mars", lambda r: mat(r / "info/tracks_train_info.mat", x=np.ones((1, 3))), "expected one matrix of 4 columns"),
+    "two matrices": ("mars", lambda r: mat(r / "info/query_IDX.mat", x=1, y=2), "holds 2 variables, expected one matrix"),
+    "a fourth view of scene 1": ("lpw", lambda r: shipped.write(r / "pep_256x128/scen1/view4/1/1.jpg", b""), r"scen1/view4/1/1\.jpg: scene 1 has 3 views"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_a_list_that_cannot_be_right_is_named(case: str, tmp_path: Path) -> None:
+    name, damage, says = BAD_LISTS[case]
+    root = made(name, tmp_path / "in")
+    damage(root)
+    with pytest.raises(UserError, match=says) as caught:
+        read(name, [str(root)], tmp_path / "scratch")
+    assert "\n" not in str(caught.value)
+
+
+def test_one_car_and_one_name(tmp_path: Path) -> None:
+    """MATLAB writes an array of one struct as the struct, and a cell array of one name as the name."""
+    root = made("cars", tmp_path / "in")
+    row = {"relative_im_path": "car_ims/000000.jpg", **shipped._car(0), "class": 1}
+    mat(root / "cars_annos.mat", annotations=shipped.structs([row]), class_names=shipped.cells(["Acura"]))
+    assert [e.class_name for e in read("cars", [str(root)], tmp_path / "scratch", partial=True)] == ["001.Acura"]
+
+
+def test_splits_are_disjoint_in_classes() -> None:
+    for entries in (expected() for expected in EXPECTED.values()):
+        sides: dict[bool, set[str]] = {True: set(), False: set()}
+        for entry in entries:
+            sides[entry.split == "train"].add(entry.class_name)
+        assert not sides[True] & sides[False]
+        assert Counter(e.split for e in entries if e.kind) <= Counter(gallery=4)
