@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     if options.folds < 2 or options.images_per_shard < 1 or not 0 <= options.max_rejected <= 1:
         raise UserError("--folds has to be at least 2, --images-per-shard at least 1, --max-rejected between 0 and 1")
-    if min(options.max_side or 1, options.max_pixels) < 1:
+    if options.max_pixels < 1 or (options.max_side is not None and options.max_side < 1):
         raise UserError("--max-side and --max-pixels have to be at least 1")
     target = Folder(options.to) if options.to else _default_target(options)
     settings = {
