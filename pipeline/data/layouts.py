@@ -15,7 +15,7 @@ make the 636 identities of its test split; 626 people are queried. LPW's are tho
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ def numbers(name: str, convert: Callable[[Any], Any], values: Sequence[Any]) -> 
         raise UserError(f"{name}: got {values}, expected numbers ({error})") from error
 
 
-def read_cub(tree: Tree) -> list[Entry]:
+def read_cub(tree: Tree) -> Iterator[Entry]:
     """`images.txt`, `image_class_labels.txt`, `classes.txt`, `images/`, and `bounding_boxes.txt` where it is there."""
     class_of = {image: label for image, label in fields(tree, "image_class_labels.txt", "IMAGE_ID CLASS_ID")}
     names = {label: name for label, name in fields(tree, "classes.txt", "CLASS_ID NAME")}
@@ -72,7 +72,7 @@ def read_cub(tree: Tree) -> list[Entry]:
         for image, *box in fields(tree, "bounding_boxes.txt", "IMAGE_ID X Y WIDTH HEIGHT"):
             left, top, width, height = numbers("bounding_boxes.txt", float, box)
             boxes[image] = (left, top, width, height)
-    folder, entries = tree.get("images/"), []
+    folder = tree.get("images/")
     for image, path in fields(tree, "images.txt", "IMAGE_ID PATH"):
         label = class_of.get(image)
         if label not in names:
@@ -80,28 +80,24 @@ def read_cub(tree: Tree) -> list[Entry]:
                 f"images.txt: image {image} ({path}) has no class in image_class_labels.txt and classes.txt"
             )
         split = "train" if numbers("classes.txt", int, [label])[0] <= 100 else "test"
-        entries.append(Entry(f"{folder}/{path}", names[label], split, box=boxes.get(image)))
-    return entries
+        yield Entry(f"{folder}/{path}", names[label], split, box=boxes.get(image))
 
 
-def read_cars(tree: Tree) -> list[Entry]:
+def read_cars(tree: Tree) -> Iterator[Entry]:
     """`cars_annos.mat` with `car_ims/`, or the devkit's two lists, which together name the same 16,185 images."""
     if tree.find("cars_annos.mat"):
         known = tree.mat("cars_annos.mat")
         parent = tree.get("car_ims/").removesuffix("car_ims")
-        return _cars("cars_annos.mat", known, known.get("class_names"), "relative_im_path", parent)
+        yield from _cars("cars_annos.mat", known, known.get("class_names"), "relative_im_path", parent)
+        return
     names = tree.mat("cars_meta.mat").get("class_names")
-    train, test = "cars_train_annos.mat", "cars_test_annos_withlabels.mat"
-    return [
-        *_cars(train, tree.mat(train), names, "fname", tree.get("cars_train/") + "/"),
-        *_cars(test, tree.mat(test), names, "fname", tree.get("cars_test/") + "/"),
-    ]
+    for file, folder in (("cars_train_annos.mat", "cars_train/"), ("cars_test_annos_withlabels.mat", "cars_test/")):
+        yield from _cars(file, tree.mat(file), names, "fname", tree.get(folder) + "/")
 
 
-def _cars(file: str, known: dict[str, Any], names: Any, path: str, parent: str) -> list[Entry]:
+def _cars(file: str, known: dict[str, Any], names: Any, path: str, parent: str) -> Iterator[Entry]:
     """Entries of one annotation file. Its boxes are MATLAB's: corners counted from 1, both inside."""
     class_names, rows = np.atleast_1d([] if names is None else names), known.get("annotations", [])
-    entries = []
     for row in [rows] if isinstance(rows, dict) else rows:
         wanted = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", path)
         if not isinstance(row, dict) or not set(wanted) <= set(row):
@@ -112,23 +108,20 @@ def _cars(file: str, known: dict[str, Any], names: Any, path: str, parent: str) 
         name, split = str(scalar(class_names[label - 1])).strip(), "train" if label <= 98 else "test"
         box = (left - 1.0, top - 1.0, right - left + 1.0, bottom - top + 1.0)
         source = f"{parent}{str(scalar(row[path])).strip()}"
-        entries.append(Entry(source, f"{label:03d}.{name}", split, box=box))
-    return entries
+        yield Entry(source, f"{label:03d}.{name}", split, box=box)
 
 
-def read_sop(tree: Tree) -> list[Entry]:
+def read_sop(tree: Tree) -> Iterator[Entry]:
     """`Ebay_train.txt` and `Ebay_test.txt`; a class is a product, named with its category, as "00001 bicycle"."""
-    entries = []
     for split in ("train", "test"):
         file = f"Ebay_{split}.txt"
         parent = tree.get(file).removesuffix(file)
         for _, label, _, path in fields(tree, file, "image_id class_id super_class_id path", skip=1):
             name = f"{numbers(file, int, [label])[0]:05d} {path.split('/')[0].removesuffix('_final')}"
-            entries.append(Entry(f"{parent}{path}", name, split))
-    return entries
+            yield Entry(f"{parent}{path}", name, split)
 
 
-def read_inshop(tree: Tree) -> list[Entry]:
+def read_inshop(tree: Tree) -> Iterator[Entry]:
     """`list_eval_partition.txt`, `img/`, and the boxes of `list_bbox_inshop.txt` where it is there."""
     file, boxes = "list_eval_partition.txt", dict[str, Box]()
     if tree.find("list_bbox_inshop.txt"):
@@ -136,25 +129,23 @@ def read_inshop(tree: Tree) -> list[Entry]:
         for path, _, _, *corners in fields(tree, "list_bbox_inshop.txt", columns, skip=2, from_end=True):
             left, top, right, bottom = numbers("list_bbox_inshop.txt", float, corners)
             boxes[path] = (left, top, right - left, bottom - top)
-    parent, entries = tree.get("img/").removesuffix("img"), []
+    parent = tree.get("img/").removesuffix("img")
     for path, item, split in fields(tree, file, "image_name item_id evaluation_status", skip=2, from_end=True):
         if split not in ("train", "query", "gallery"):
             raise UserError(f"{file}: {path} has the status {split!r}, expected train, query or gallery")
-        entries.append(Entry(f"{parent}{path}", item, split, box=boxes.get(path)))
-    return entries
+        yield Entry(f"{parent}{path}", item, split, box=boxes.get(path))
 
 
 MARS_NAME = re.compile(r"(\d{4}|00-1)C\d+T\d+F(\d+)\.jpe?g", re.IGNORECASE)
 MARS_KINDS: dict[str, Kind] = {"0000": "distractor", "00-1": "junk"}
 
 
-def read_mars(tree: Tree) -> list[Entry]:
+def read_mars(tree: Tree) -> Iterator[Entry]:
     """Tracklets are rows (first, last, person, camera) over the lines of a list of names, all counted from 1.
 
     A frame 0001C1T0001F001.jpg lies in `bbox_train/0001/` or `bbox_test/0001/`.
     """
     queries = set(_rows(tree, "query_IDX.mat", 1)[:, 0].tolist())
-    entries = []
     for side in ("train", "test"):
         names = [line for line in tree.lines(f"{side}_name.txt") if line]
         folder, file = tree.get(f"bbox_{side}/"), f"tracks_{side}_info.mat"
@@ -171,8 +162,7 @@ def read_mars(tree: Tree) -> list[Entry]:
                         f"{file}, row {number}: frame {name!r}, expected one of {identity}, as {identity}C1T0001F001.jpg"
                     )
                 source, frame = f"{folder}/{identity}/{name}", int(matched[2])
-                entries.append(Entry(source, identity, split, track=track, camera=camera, frame=frame, kind=kind))
-    return entries
+                yield Entry(source, identity, split, track=track, camera=camera, frame=frame, kind=kind)
 
 
 def _rows(tree: Tree, file: str, columns: int) -> np.ndarray:
@@ -187,13 +177,12 @@ LPW_FRAME = re.compile(r"(?:.*/)?scen([123])/view(\d)/(\d+)/(\d+)\.jpe?g", re.IG
 LPW_VIEWS = {1: 3, 2: 4, 3: 4}
 
 
-def read_lpw(tree: Tree) -> list[Entry]:
+def read_lpw(tree: Tree) -> Iterator[Entry]:
     """Frames `scen1/view2/17/342.jpg`: scene, view, person, number. Persons are numbered in each scene anew.
 
     A tracklet is all that one view shows of a person. Queries are view 2 of scene 1, the gallery is its other two views.
     Cameras are numbered over all scenes: 1 to 3, 4 to 7, 8 to 11.
     """
-    entries = []
     for path in tree.root_of:
         matched = LPW_FRAME.fullmatch(path)
         if matched is None:
@@ -204,8 +193,7 @@ def read_lpw(tree: Tree) -> list[Entry]:
         split = "train" if scene > 1 else "query" if view == 2 else "gallery"
         camera = view + sum(views for earlier, views in LPW_VIEWS.items() if earlier < scene)
         name = f"scen{scene}/{person:04d}"
-        entries.append(Entry(path, name, split, track=f"{name}/view{view}", camera=camera, frame=frame))
-    return entries
+        yield Entry(path, name, split, track=f"{name}/view{view}", camera=camera, frame=frame)
 
 
 LAYOUTS = {

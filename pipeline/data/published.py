@@ -60,13 +60,11 @@ class Tree:
                 self.folders.add(folder)
                 folder = posixpath.dirname(folder)
 
-    def __contains__(self, path: str) -> bool:
-        return unicodedata.normalize("NFC", path) in self.root_of
-
-    def source(self, path: str) -> str:
-        """Local path or URI of a file."""
+    def source(self, path: str) -> str | None:
+        """Local path or URI of a file; None if there is none."""
         key = unicodedata.normalize("NFC", path)
-        return f"{self.root_of[key]}/{self.spelled.get(key, key)}"
+        root = self.root_of.get(key)
+        return None if root is None else f"{root}/{self.spelled.get(key, key)}"
 
     def find(self, name: str) -> str | None:
         """The path of the file `name`, or of the folder if it ends in a slash: the one nearest to the top.
@@ -109,7 +107,7 @@ class Tree:
         return {key: value for key, value in variables.items() if not key.startswith("__")}
 
     def _read(self, path: str) -> bytes:
-        parent, _, name = self.source(path).rpartition("/")
+        parent, _, name = f"{self.root_of[path]}/{self.spelled.get(path, path)}".rpartition("/")
         return Folder(parent).read(name)
 
 
@@ -128,7 +126,7 @@ class Layout:
         title: the dataset's name.
         forms: files and folders (with a slash) that have to be there, in one of several forms.
         archives: pattern of the names (without suffix, in lower case) of those archives in a folder that are unpacked.
-        read: the entries that the dataset's own lists name, each with its path in the tree as source.
+        read: yields the entries that the dataset's own lists name, each with its path in the tree as source.
         counts: how many images, classes and tracklets each split has; "query+gallery" is both together.
         protocol: see `store`.
         boxes: files that hold the boxes of the objects, beside those of `forms`; None if it has no boxes.
@@ -137,7 +135,7 @@ class Layout:
     title: str
     forms: tuple[tuple[str, ...], ...]
     archives: str
-    read: Callable[[Tree], list[Entry]]
+    read: Callable[[Tree], Iterator[Entry]]
     counts: dict[str, dict[str, int]]
     protocol: str
     boxes: tuple[str, ...] | None = None
@@ -183,13 +181,19 @@ def listed(layout: Layout, tree: Tree, partial: bool) -> tuple[list[Entry], list
     Raises:
         UserError: it lacks something and may not, or its lists cannot be read.
     """
-    entries = layout.read(tree)
-    lost = [e.source for e in entries if e.source not in tree]
-    found = [replace(e, source=tree.source(e.source)) for e in entries if e.source in tree]
-    problems = [f"{len(lost):,} of {len(entries):,} listed images are missing"] if lost else []
+    found: list[Entry] = []
+    lost: list[str] = []
+    for entry in layout.read(tree):
+        source = tree.source(entry.source)
+        if source is None:
+            lost.append(entry.source)
+        else:
+            found.append(replace(entry, source=source))
+    number = len(found) + len(lost)
+    problems = [f"{len(lost):,} of {number:,} listed images are missing"] if lost else []
     for splits, counts in layout.counts.items():
         got = count(found, splits.split("+"))
-        wrong = [f"{got[what]:,} of {number:,} {what}" for what, number in counts.items() if got[what] != number]
+        wrong = [f"{got[what]:,} of {wanted:,} {what}" for what, wanted in counts.items() if got[what] != wanted]
         if wrong:
             problems.append(f"{splits}: {', '.join(wrong)}")
     if problems and not partial:
@@ -199,7 +203,7 @@ def listed(layout: Layout, tree: Tree, partial: bool) -> tuple[list[Entry], list
             "or take it as it is with --partial, which every report will say"
         )
     if not found:
-        raise UserError(f"{layout.title}: none of its {len(entries):,} listed images is there")
+        raise UserError(f"{layout.title}: none of its {number:,} listed images is there")
     return found, problems
 
 
@@ -274,7 +278,7 @@ def opened(
 def _archives(layout: Layout, tree: Tree) -> list[tuple[str, str]]:
     """Archives in a tree that are the dataset's, each with the folder that it lies in."""
     paths = [p for p in tree.root_of if is_archive(p) and re.fullmatch(layout.archives, stem(p).lower())]
-    return [(tree.source(path), posixpath.dirname(path)) for path in sorted(paths)]
+    return [(source, posixpath.dirname(path)) for path in sorted(paths) if (source := tree.source(path))]
 
 
 def _look_ahead(

@@ -1,19 +1,28 @@
-"""Object storage for the tests of the pipeline (a real S3 server), and a finished run."""
+"""Object storage for the tests of the pipeline (a real S3 server), a finished run, and `prepare`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import functools
+import io
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import s3fs
 import yaml
 
-from pipeline import train
+from pipeline import prepare, train
+from pipeline.data.reader import RowGroupReader
+from pipeline.data.store import Store
+from pipeline.data.transforms import decode
 from pipeline.s3 import S3
 from pipeline.storage import Folder
 from tests.conftest import write_tiny_store
+from tests.pipeline import shipped
 from tests.s3 import s3_server
 from tests.stubs import tiny_values
 
@@ -79,3 +88,35 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     made = Base(tmp_path_factory.mktemp("train"))
     assert train.main([made.recipe()]) == 0
     return made
+
+
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> Cli:
+    """Runs the command in this process, without Ray, below a storage of its own; returns its status and what it says."""
+    shipped.shrink(monkeypatch)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAYDML_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(prepare, "ray_session", lambda cpus: nullcontext())
+    monkeypatch.setattr(prepare, "prepare", functools.partial(prepare.prepare, run=prepare.run_here))
+
+    def run(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        status = prepare.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert not out and (status == 0 or err.splitlines()[-1].startswith("error: "))
+        return status, err
+
+    return run
+
+
+def pixels(store: Store, ids: Any) -> list[np.ndarray]:
+    images = RowGroupReader(store).read(np.asarray(ids, np.int64))
+    return [decode(data).permute(1, 2, 0).numpy().astype(int) for data in images]
+
+
+def rejected(store: Folder) -> dict[str, str]:
+    rows = list(csv.reader(io.StringIO(store.read("rejected.csv").decode())))[1:]
+    return {Path(source).name: reason for source, _, reason in rows}

@@ -17,7 +17,10 @@ from PIL import Image
 from scipy.io import savemat
 
 from pipeline.data import catalog
+from pipeline.data.catalog import Entry
 from pipeline.data.layouts import LAYOUTS
+from pipeline.data.published import Layout, Tree, listed, opened
+from pipeline.errors import UserError
 
 
 @functools.cache
@@ -241,3 +244,39 @@ def pack(source: Path, target: Path, names: Sequence[str] | None = None) -> str:
 def _made(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+# ---- reading them
+
+
+def made(name: str, root: Path) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    WRITE[name](root)
+    return root
+
+
+def layout_of(name: str) -> Layout:
+    return LAYOUTS[name.split()[0]]
+
+
+def read(name: str, sources: list[str], scratch: Path, partial: bool = False) -> list[Entry]:
+    """Entries with sources relative to the top of the dataset."""
+    with opened(layout_of(name), sources, str(scratch)) as tree:
+        entries, _ = listed(layout_of(name), tree, partial)
+        assert all(Path(e.source).is_file() for e in entries)
+        return [replace(e, source=str(Path(e.source).relative_to(tree.root_of[_key(tree, e)]))) for e in entries]
+
+
+def _key(tree: Tree, entry: Entry) -> str:
+    return next(key for key in tree.root_of if tree.source(key) == entry.source)
+
+
+def missing(name: str, sources: list[str], scratch: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read(name, sources, scratch)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def in_order(entries: list[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda e: e.source)
