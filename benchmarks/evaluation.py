@@ -2,7 +2,7 @@
 
     python -m benchmarks.evaluation [--json PATH]
 
-Clustered random vectors stand in for embeddings; the noise is chosen for a Recall@1 near 60 %. 3 minutes of CPU time.
+Clustered random vectors stand in for embeddings; the noise is chosen for a Recall@1 near 60 %, or a mAP near 80 %. 3 minutes of CPU time.
 """
 
 from __future__ import annotations
@@ -64,17 +64,18 @@ def measure_at_product_size() -> dict[str, Any]:
 
 
 def measure_at_mars_size() -> dict[str, Any]:
-    """As `measure_at_product_size`: 1,980 tracklets of 626 persons among 12,180, of which 3,000 are distractors."""
-    level = peak_mib(reset=True)  # the embeddings count, 58 MiB
+    """As `measure_at_product_size`: 1,980 tracklets of 626 persons among 12,180, of which a third are distractors."""
+    level = peak_mib(reset=True)  # the embeddings count, 166 MiB with the copies that are made here
     generator = np.random.default_rng(0)
-    persons = np.concatenate([generator.integers(626, size=11_160), np.full(3000, 626)])
-    embeddings, _ = clustered(np.bincount(persons), dim=1024, noise=1.6)
-    order = torch.from_numpy(generator.permutation(11_160))  # of the rows of persons, which come first
-    queries, known = order[:1980], torch.cat([order[1980:], torch.arange(11_160, 14_160)])
-    labels = torch.from_numpy(np.sort(persons))
-    labels[11_160:] = DISTRACTOR
+    embeddings, labels = clustered(np.bincount(generator.integers(900, size=14_160)), dim=1024, noise=2.6)
+    labels[labels >= 626] = DISTRACTOR
+    persons, others = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
+    order = generator.permutation(persons)
     cameras = torch.from_numpy(generator.integers(6, size=len(labels)))
-    looked_for, gallery = (Sightings(embeddings[ids], labels[ids], cameras[ids]) for ids in (queries, known))
+    looked_for, gallery = (
+        Sightings(embeddings[ids], labels[ids], cameras[ids])
+        for ids in map(torch.from_numpy, (order[:1980], np.concatenate([order[1980:], others])))
+    )
 
     def again() -> Matches:
         reranking = Reranking.of(looked_for.embeddings, gallery.embeddings)

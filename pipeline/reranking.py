@@ -32,6 +32,7 @@ from torch import Tensor
 from pipeline.metrics import retrieve
 from pipeline.similarity import Cosine, Vectors, slices
 
+_OPPOSITES = 2048  # rows that are negated at once
 _CHUNK_ENTRIES = 2**18  # of sparse rows that are expanded at once, 10 to 40 bytes each
 
 
@@ -66,16 +67,15 @@ class Neighbourhoods:
             raise ValueError(f"got k1={k1} for {len(embeddings)} rows: expected at least 1 and fewer than rows")
         classes = torch.arange(len(embeddings))  # a class each: only neighbours are wanted, nothing is to be found
         nearest = retrieve(embeddings, classes, queries=part, keep=k1, memory_bytes=memory_bytes)
-        farthest = retrieve(
-            -embeddings,
-            -1 - classes,
-            gallery=embeddings,
-            gallery_labels=classes,
-            queries=part,
-            keep=1,
-            memory_bytes=memory_bytes,
-        )
-        return Neighbourhoods(nearest.neighbours, farthest.neighbours[:, 0])
+        share, farthest = embeddings[part or slice(None)], [np.empty(0, np.int64)]
+        for rows in slices(len(share), _OPPOSITES):
+            opposites = -share[rows]
+            nobody = torch.full((len(opposites),), -1)
+            found = retrieve(
+                opposites, nobody, gallery=embeddings, gallery_labels=classes, keep=1, memory_bytes=memory_bytes
+            )
+            farthest.append(found.neighbours[:, 0])
+        return Neighbourhoods(nearest.neighbours, np.concatenate(farthest))
 
     @staticmethod
     def concatenate(parts: Sequence[Neighbourhoods]) -> Neighbourhoods:

@@ -89,6 +89,7 @@ def test_no_bit_depends_on_how_the_work_is_cut(monkeypatch):
     shared = Reranking.of(queries, gallery, neighbourhoods=Neighbourhoods.concatenate(parts))
     np.testing.assert_array_equal(shared.block(np.arange(20)), whole)
     np.testing.assert_array_equal(shared.block(np.array([17, 3])), whole[[17, 3]])
+    monkeypatch.setattr(reranking, "_OPPOSITES", 7)
     for entries in (1, 300):
         monkeypatch.setattr(reranking, "_CHUNK_ENTRIES", entries)
         again = Reranking.of(queries, gallery)
@@ -130,9 +131,10 @@ def test_it_improves_the_ranking_of_clusters():
     assert plain + 5 < again < 100
 
 
-def test_collapsed_to_one_point():
+@pytest.mark.parametrize("point", [[0.3] * 7, [0.0, 1.0, 0.0]])
+def test_collapsed_to_one_point(point):
     """No distance is more than rounding; the neighbours are the first rows, and so are theirs."""
-    queries, gallery = torch.full((4, 7), 0.3), torch.full((20, 7), 0.6)
+    queries, gallery = torch.tensor([point] * 4), 2 * torch.tensor([point] * 20)
     distance = -Reranking.of(queries, gallery, k1=5, k2=2).block(np.arange(4))
     assert np.isfinite(distance).all() and (distance >= -1).all() and (distance <= 2).all()
     assert (distance[:, :2] < distance[:, 2:].min()).all()  # rows 4 and 5 of all, which are among the first
