@@ -255,6 +255,7 @@ class Context(Protocol):
 
     Attributes:
         labels: class of every training sample, 0..num_classes-1.
+        tracks: of video, the tracklet of every training sample.
         seed: of the run.
         clock: steps and epochs done.
         length: of the run, as `Length`.
@@ -267,6 +268,7 @@ class Context(Protocol):
     """
 
     labels: Int64[np.ndarray, " samples"]
+    tracks: Int64[np.ndarray, " samples"] | None
     seed: int
     length: Length
     clock: Clock

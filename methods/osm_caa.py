@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.base import Batch, Context, Method, MethodConfig
+from methods.plans import Plan
+from methods.tracklets import tracklets
 
 
 class OsmCaaConfig(MethodConfig):
@@ -155,6 +157,23 @@ class OsmCaa(Method):
         super().__init__(config, features, num_classes)
         self.classifier = nn.Linear(config.embedding_dim, num_classes)
         self.tracklet_classifier = nn.Linear(config.embedding_dim, num_classes) if config.frames > 1 else None
+
+    def plan(self, epoch: int, context: Context) -> Plan:
+        """Images of P classes; of video P identities × tracklets × frames."""
+        c = self.config
+        if c.frames == 1:
+            return super().plan(epoch, context)
+        if context.tracks is None:
+            raise ValueError(f"frames is {c.frames}, but the training images are of no tracklets: set frames to 1")
+        return tracklets(
+            context.labels,
+            context.tracks,
+            c.classes_per_batch,
+            c.samples_per_class // c.frames,
+            c.frames,
+            context.seed,
+            epoch,
+        )
 
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
         z = self.head.linear(context.encode())

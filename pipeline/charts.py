@@ -34,8 +34,9 @@ CHART_STYLE: Any = {
 
 
 def metric_title(metric: str) -> str:
-    known = {"map@r": "MAP@R", "r_precision": "R-Precision", "nmi": "NMI", "ami": "AMI"}
-    return known.get(metric, metric.replace("recall@", "Recall@").replace("_", " "))
+    known = {"map@r": "MAP@R", "r_precision": "R-Precision", "nmi": "NMI", "ami": "AMI", "map": "mAP",
+             "map_trapezoidal": "mAP, trapezoidal"}  # fmt: skip
+    return known.get(metric, metric.replace("recall@", "Recall@").replace("cmc@", "CMC@").replace("_", " "))
 
 
 def curves_section(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], metric: str) -> str:

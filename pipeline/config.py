@@ -43,14 +43,28 @@ class DataConfig(Frozen):
     transforms: TransformConfig = TransformConfig()
 
 
+class RerankingConfig(Frozen):
+    """k-reciprocal re-ranking (Zhong et al., CVPR 2017)."""
+
+    k1: int = Field(20, ge=1, description="neighbours that may be reciprocal")
+    k2: int = Field(6, ge=1, description="neighbours whose lists are averaged")
+    weight: float = Field(0.3, ge=0, le=1, description="of the original distance (the paper's lambda)")
+
+
 class EvaluationConfig(Frozen):
     """What is measured, and which checkpoint the final figures come from."""
 
     every: Length = Field(Length(value=1, unit="epochs"), description="how often to evaluate on the validation fold")
-    recall_at: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1)
+    recall_at: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1, description="every K of Recall@K, or of CMC")
     metric: str = Field(
-        "map@r", description="chooses the best checkpoint: map@r, r_precision, or recall@K of recall_at"
+        "map@r",
+        description="chooses the best checkpoint: map@r, r_precision, or recall@K of recall_at; of datasets of "
+        "re-identification map, map_trapezoidal, or cmc@K",
     )
+    distractors: Literal["wrong", "junk"] = Field(
+        "wrong", description="re-identification: gallery rows of people nobody asks for count as wrong | are left out"
+    )
+    reranking: RerankingConfig | None = Field(None, description="re-identification: k-reciprocal re-ranking")
     checkpoint: Literal["best", "last"] = Field("best", description="of which the final figures are")
     test: bool = Field(
         True, description="measure the test classes, at the end; off for runs that only choose something"
@@ -63,6 +77,7 @@ class EvaluationConfig(Frozen):
         if any(k < 1 for k in self.recall_at):
             raise ValueError(f"recall_at is {self.recall_at}, every K has to be at least 1")
         known = ["map@r", "r_precision", *(f"recall@{k}" for k in self.recall_at)]
+        known += ["map", "map_trapezoidal", *(f"cmc@{k}" for k in self.recall_at)]
         if self.metric not in known:
             raise ValueError(f"metric is {self.metric!r}, expected one of {known}")
         return self

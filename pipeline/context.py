@@ -79,7 +79,7 @@ class RunContext:
         load_best: Callable[[], None],
         mining: RunMining | None = None,
     ) -> None:
-        self.samples, self.labels = samples, samples.labels
+        self.samples, self.labels, self.tracks = samples, samples.labels, samples.tracks
         self.seed, self.length, self.precision = seed, length, precision
         self.device, self.ranks = device, ranks
         self.dtype = torch.float64 if precision == "float64" else torch.float32

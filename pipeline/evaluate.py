@@ -128,7 +128,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{store.folder} has changed since the run ({record['fingerprint']} -> {store.fingerprint})")
     if store.partial:
         Console(stderr=True).print(f"partial dataset: {'; '.join(store.partial)}", highlight=False, soft_wrap=True)
-    task = validation_task(config, store) if options.split == "validation" else test_task(store)
+    task = validation_task(config, store) if options.split == "validation" else test_task(config, store)
     if task is None:
         raise UserError(f"the run has no {options.split} images to evaluate")
     ranks, device = (

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jaxtyping import Int64
 from rich.console import Console
 
 from methods import METHODS, Context
@@ -24,7 +23,7 @@ from pipeline import prepare as preparing
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config, build_config, differences, load_config, to_yaml
 from pipeline.data import catalog
-from pipeline.data.store import Store
+from pipeline.data.store import Samples, Store
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.evaluation import test_task, validation_task
 from pipeline.launch import run_in_process, run_on_ray, under_torchrun
@@ -140,8 +139,8 @@ def _dataset(config: Config) -> Store:
 class _PlanContext(Context):
     """As much of a context as a plan may look at that is a pure function of the labels, the seed and the epoch."""
 
-    def __init__(self, labels: Int64[np.ndarray, " samples"], seed: int) -> None:
-        self.labels, self.seed, self.clock = labels, seed, Clock()
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self.labels, self.tracks, self.seed, self.clock = samples.labels, samples.tracks, seed, Clock()
 
 
 def _check_run(config: Config, store: Store) -> None:
@@ -158,18 +157,23 @@ def _check_run(config: Config, store: Store) -> None:
     method = METHODS[config.method.name](config.method, 8, int(samples.labels.max()) + 1)
     if not method.plan_is_stored:
         try:
-            method.plan(0, _PlanContext(samples.labels, config.seed))  # type: ignore[abstract]
+            method.plan(0, _PlanContext(samples, config.seed))  # type: ignore[abstract]
         except ValueError as error:
             raise UserError(f"method: {error}") from error
     single = np.flatnonzero(np.bincount(samples.labels) == 1)
     if len(single):
         first = samples.class_names[single[0]]
         console.print(f"{len(single):,} training classes have one image each (first: {first}): used as negatives only")
-    tasks = {"validation": validation_task(config, store), "test": test_task(store)}
+    tasks = {"validation": validation_task(config, store), "test": test_task(config, store)}
     for name, task in tasks.items():
         try:
             if task is not None:
                 task.check(cluster=config.evaluation.clustering and name == "test")
+                known = task.metrics(config.evaluation.recall_at)
+                if config.evaluation.metric not in known:
+                    raise ValueError(
+                        f"evaluation.metric is {config.evaluation.metric!r}, they are measured by {', '.join(known)}"
+                    )
         except ValueError as error:
             raise UserError(f"{name} classes of {store.folder}: {error}") from error
 

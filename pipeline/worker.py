@@ -287,7 +287,7 @@ class Worker:
         self._save("checkpoints")
 
     def _test_task(self) -> Task | None:
-        return test_task(self.store) if self.config.evaluation.test else None
+        return test_task(self.config, self.store) if self.config.evaluation.test else None
 
     def _validate(self, clock: Clock) -> dict[str, float] | None:
         if self.validation is None:
@@ -319,7 +319,7 @@ class Worker:
             result = evaluate(task, self.embedder, self.trunk, self.method, e.recall_at, e.clustering)
             metrics = result.metrics
             if self.ranks.rank == 0:
-                self._keep_neighbours(task, result)
+                self._keep_neighbours(result)
         if self.tracker is not None:
             if metrics:
                 self.tracker.log(p.step, "test", metrics)
@@ -331,14 +331,13 @@ class Worker:
             self.checkpoints.update(p)
         self.ranks.barrier()
 
-    def _keep_neighbours(self, task: Task, result: Result) -> None:
+    def _keep_neighbours(self, result: Result) -> None:
         """What each test query retrieved, for the report."""
-        gallery = task.gallery or task.queries
         neighbours = result.retrieval.neighbours
-        found = np.where(neighbours >= 0, gallery.ids[np.maximum(neighbours, 0)], -1)
+        found = np.where(neighbours >= 0, result.gallery.ids[np.maximum(neighbours, 0)], -1)
         buffer = io.BytesIO()
         np.savez_compressed(
-            buffer, query=task.queries.ids, neighbours=found, average_precision=result.retrieval.average_precision,
+            buffer, query=result.queries.ids, neighbours=found, average_precision=result.retrieval.average_precision,
             relevant=result.retrieval.num_relevant,
         )  # fmt: skip
         self.run.write("test_neighbours.npz", buffer.getvalue())

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from pipeline.data.catalog import DISTRACTOR, JUNK, LABELS, SPLITS, Entry, by_hash
 from pipeline.data.transforms import MAX_PIXELS, normalise
@@ -278,6 +278,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, chosen: Bool[np.ndarray, " samples"]) -> Samples:
+        """Some of them, with the classes of all."""
+        tracks, cameras, frames = (None if c is None else c[chosen] for c in (self.tracks, self.cameras, self.frames))
+        return Samples(self.ids[chosen], self.labels[chosen], self.class_names, tracks, cameras, frames)
 
 
 class Store:

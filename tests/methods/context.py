@@ -22,7 +22,7 @@ class FakeContext:
         self.optimizers = method.optimizers(trunk)
         self.names = {id(p): n for n, p in [*method.named_parameters(), *((f"trunk.{n}", p) for n, p in trunk.named_parameters())]}  # fmt: skip
         self.features = features
-        self.labels = np.zeros(0, dtype=np.int64)
+        self.labels, self.tracks = np.zeros(0, dtype=np.int64), None
         self.seed, self.clock, self.length = 0, Clock(), Length(value=10, unit="epochs")
         self.device, self.dtype = torch.device("cpu"), torch.float64
         self.generator = torch.Generator().manual_seed(0)

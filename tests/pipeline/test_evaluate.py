@@ -27,7 +27,7 @@ from pipeline.storage import Folder
 from pipeline.tracking import read_metrics
 from tests.conftest import write_images
 from tests.pipeline.conftest import Base, contents
-from tests.stubs import tiny_values
+from tests.stubs import tiny_config, tiny_values
 
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -220,7 +220,7 @@ def split_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def test_query_and_gallery_have_one_numbering_of_classes(split_store: Store) -> None:
-    task = task_of(split_store)
+    task = task_of(tiny_config("/nowhere", split_store.folder.uri), split_store)
     assert (len(task.queries), len(task.gallery)) == (5, 19)
     for side in (task.queries, task.gallery):
         for i, label in zip(side.ids, side.labels, strict=True):
@@ -253,7 +253,7 @@ def test_a_run_on_query_and_gallery(
     assert summary["final"]["queries"] == 5 and summary["protocol"]["checkpoint"] == "best by map@r on the TEST classes"
     assert {k: round(v, 4) for k, v in measure(run).items()} == summary["final"]
     neighbours = np.load(run / "test_neighbours.npz")
-    task = task_of(split_store)
+    task = task_of(tiny_config("/nowhere", split_store.folder.uri), split_store)
     assert set(neighbours["query"]) == set(task.queries.ids) and set(neighbours["neighbours"].ravel()) <= {
         *task.gallery.ids,
         -1,
@@ -280,7 +280,7 @@ def test_a_method_may_let_the_test_images_look_at_each_other(
 def test_queries_and_gallery_are_refined_together(
     split_store: Store, measure: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = task_of(split_store)
+    task = task_of(tiny_config("/nowhere", split_store.folder.uri), split_store)
     table = torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     monkeypatch.setattr(Baseline, "refine", lambda self, embeddings: table)
     changes = {"length": "1 steps", "evaluation.clustering": False, "evaluation.checkpoint": "last"}

@@ -1,0 +1,188 @@
+"""Video, end to end: OSM+CAA trained on tracklets, persons found again by another camera, tracklets pooled over ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from pipeline import train
+from pipeline.config import Config
+from pipeline.data.catalog import Entry
+from pipeline.data.loader import PixelSource
+from pipeline.data.store import Samples, Store, write_store
+from pipeline.data.transforms import TransformConfig
+from pipeline.evaluation import Embedder, Task, evaluate, units, validation_task
+from pipeline.evaluation import test_task as task_of
+from pipeline.model import ModelConfig, build_trunk
+from pipeline.prepare import run_here
+from pipeline.reid import Sightings, match, pool_tracks
+from pipeline.reranking import Reranking
+from pipeline.storage import Folder
+from tests.conftest import write_images
+from tests.pool import Pool
+from tests.stubs import tiny_config, tiny_values
+from tests.test_laws import FixedRanks
+
+FRAMES = (2, 5, 3, 4)  # of a person's four tracklets, by cameras 1, 2, 1, 2
+
+
+def write_video(root: Path) -> Store:
+    """12 persons train; 8 others are asked for by their first tracklet; a distractor and junk stand beside them."""
+    images = write_images(root / "images", {f"p{i:02d}": sum(FRAMES) for i in range(22)}, seed=1)
+    entries = []
+    for number, (path, person) in enumerate(images):
+        at = number % sum(FRAMES)
+        tracklet = int(np.searchsorted(np.cumsum(FRAMES), at, side="right"))
+        who = number // sum(FRAMES)
+        split = "train" if who < 12 else "query" if tracklet == 0 and who < 20 else "gallery"
+        kind: Any = {20: "distractor", 21: "junk"}.get(who)
+        entries.append(
+            Entry(path, person, split, track=f"{person}-{tracklet}", camera=1 + tracklet % 2, frame=at, kind=kind)
+        )
+    return write_store("video", entries, Folder(root / "store"), run_here, num_folds=3, protocol="reid")
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return write_video(tmp_path_factory.mktemp("video"))
+
+
+CHANGES = {
+    "method.name": "osm_caa",
+    "method.frames": 3,
+    "method.samples_per_class": 6,
+    "method.classes_per_batch": 2,
+    "method.embedding_dim": 8,
+    "evaluation.metric": "map",
+    "evaluation.recall_at": [1, 5],
+    "evaluation.clustering": False,
+    "length": "2 epochs",
+}
+
+
+def start(video: Store, tmp_path: Path, changes: dict[str, Any]) -> int:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_values(str(tmp_path), video.folder.uri, CHANGES | changes)))
+    return train.main([str(recipe)])
+
+
+def test_a_run_on_tracklets(video: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start(video, tmp_path, {}) == 0
+    run = tmp_path / "runs" / "tiny"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert len(steps) == 8 and all(line["tracklet_cross_entropy"] > 0 for line in steps), "8 persons train, 2 in a step"
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["final"]) == {"map", "map_trapezoidal", "cmc@1", "cmc@5", "queries", "queries_without_positive"}
+    assert (summary["final"]["queries"], summary["final"]["queries_without_positive"]) == (8, 0)
+    validations = [line for line in lines if line["kind"] == "validation"]
+    assert [line["queries"] for line in validations] == [16, 16], "each of 4 persons' tracklets asks"
+    neighbours = np.load(run / "test_neighbours.npz")
+    assert len(neighbours["query"]) == 8 and (neighbours["relevant"] == 2).all()
+    shown = video.track[np.searchsorted(video.sample_id, neighbours["neighbours"][:, 0])]
+    assert len(set(shown.tolist())) > 1
+    report = (run / "report.html").read_text()
+    assert "CMC@1" in report and "mAP" in report
+
+
+def test_what_is_measured_is_the_pooled_tracklets(video: Store) -> None:
+    """Against the steps by hand, for both tasks, with distractors as either, with and without re-ranking."""
+    embedder, trunk = make_embedder(video, FixedRanks(0, 1, (1,)))
+    found = []
+    for changes in ({}, {"evaluation.distractors": "junk"}, {"evaluation.reranking": {"k1": 6, "k2": 2}}):
+        config = config_of(video, changes)
+        task = task_of(config, video)
+        assert task is not None and task.reid and task.gallery is not None
+        assert len(units(task.queries)) == 8 and len(units(task.gallery)) == 40, "the gallery has the queries"
+        result = evaluate(task, embedder, trunk, None, (1, 5))
+        sides = []
+        for side in (task.queries, task.gallery):
+            tracks, rows = pool_tracks(embedder(side.ids, trunk, None), side.tracks)
+            first = np.array([np.flatnonzero(side.tracks == t)[0] for t in tracks])
+            sides.append(Sightings(rows, torch.from_numpy(side.labels[first]), torch.from_numpy(side.cameras[first])))
+        r = config.evaluation.reranking
+        again = None if r is None else Reranking.of(*(s.embeddings for s in sides), k1=r.k1, k2=r.k2, weight=r.weight)
+        expected = match(*sides, distractors=config.evaluation.distractors, reranking=again)
+        assert result.metrics == pytest.approx(expected.summary((1, 5)), abs=1e-9)
+        assert np.array_equal(result.retrieval.neighbours, expected.neighbours)
+        found.append(result.retrieval.neighbours)
+    assert not np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
+    fold = validation_task(config_of(video), video)
+    assert fold is not None and fold.reid and len(units(fold.queries)) == 16
+    assert evaluate(fold, embedder, trunk, None, (1,)).metrics["queries"] == 16
+
+
+def config_of(video: Store, changes: dict[str, Any] | None = None) -> Config:
+    return tiny_config("/nowhere", video.folder.uri, CHANGES | (changes or {}))
+
+
+def make_embedder(video: Store, ranks: Any) -> tuple[Embedder, Any]:
+    torch.manual_seed(0)
+    trunk = build_trunk(ModelConfig(backbone="test_efficientnet", weights="none"), 24).double()
+    source = PixelSource(video.folder.uri, video.fingerprint, None, TransformConfig(size=24))
+    return Embedder(source, "in_process", 1, 16, "float64", torch.device("cpu"), ranks), trunk
+
+
+def measure(rank: int, world: int, shares: tuple[int, ...], uri: str) -> tuple[dict[str, Any], Tensor]:
+    video = Store(Folder(uri))
+    embedder, trunk = make_embedder(video, FixedRanks(rank, world, shares))
+    config = config_of(video, {"evaluation.reranking": {"k1": 3, "k2": 2}})
+    task = task_of(config, video)
+    assert task is not None and task.gallery is not None
+    result = evaluate(task, embedder, trunk, None, (1, 5))
+    return result.metrics, embedder.pooled(task.gallery.ids, task.gallery.tracks, trunk, None)
+
+
+@pytest.mark.cluster
+def test_tracklets_are_pooled_over_ranks(pool: Pool, video: Store) -> None:
+    """Shares cut tracklets in two; one rank has no frame at all."""
+    ((expected, rows),) = pool(measure, 1, (1,), video.folder.uri)
+    for shares in ((7, 5), (5, 4, 3), (12, 0)):
+        for metrics, pooled in pool(measure, len(shares), shares, video.folder.uri):
+            assert metrics == expected
+            torch.testing.assert_close(pooled, rows, rtol=0, atol=1e-12)
+
+
+# ---- bad input, before anything is trained ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation.metric": "map@r"}, "evaluation.metric is 'map@r', they are measured by map, map_trapezoidal, cmc@1, cmc@5"),
+        ({"method.classes_per_batch": 9}, "batches of 9 identities, but the training set has 8"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told_first(
+    video: Store, tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert start(video, tmp_path, changes) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").rglob("*.safetensors"))
+
+
+def test_images_are_no_tracklets(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert start(store, tmp_path, {"evaluation.metric": "map@r"}) == 2
+    assert "frames is 3, but the training images are of no tracklets: set frames to 1" in capsys.readouterr().err
+
+
+def test_queries_that_no_other_camera_has_seen() -> None:
+    def samples(cameras: list[int]) -> Samples:
+        count = len(cameras)
+        return Samples(np.arange(count), np.arange(count) // 2, ("a", "b"), np.arange(count), np.array(cameras))
+
+    Task(samples([1, 1, 1, 2]), samples([1, 1, 1, 2]), reid=True).check(cluster=False)
+    alone = samples([1, 1, 2, 2])
+    with pytest.raises(ValueError, match="none of the 4 queries has another person seen by another camera to find"):
+        Task(alone, alone, reid=True).check(cluster=False)
+    strangers = replace(samples([2, 2, 1, 1]), labels=np.array([-1, -1, -2, -2]))
+    with pytest.raises(ValueError, match="none of the 4 queries"):
+        Task(alone, strangers, reid=True).check(cluster=False)
