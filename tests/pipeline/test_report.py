@@ -270,6 +270,22 @@ def test_a_run_that_is_not_reproducible_says_why(store: Store, tmp_path: Path) -
     assert "no: mining.consistency is async" in page.text and "auto, async" in page.text
 
 
+def test_a_partial_dataset_is_named_so_wherever_it_is_named(store: Store, tmp_path: Path) -> None:
+    assert "PARTIAL" not in report(make_run(tmp_path / "whole", store, None), store).html
+    folder = Folder(tmp_path / "store")
+    for name in ("catalog.parquet", *(shard["file"] for shard in store.manifest["shards"])):
+        folder.write(name, store.folder.read(name))
+    folder.write_json("manifest.json", store.manifest | {"partial": ["train: 1 of 2 images", "test: 3 of <4> images"]})
+    partial = Store(folder)
+    run = make_run(tmp_path / "run", partial, None)
+    page = report(run, partial)
+    protocol = run.read_json("summary.json")["protocol"]
+    assert protocol["dataset"] == f"colours ({store.fingerprint}, PARTIAL)"
+    assert protocol["partial"] == "train: 1 of 2 images; test: 3 of <4> images"
+    assert page.text.count(protocol["dataset"]) == 2, "in the header and in the protocol"
+    assert f"Partial dataset: {protocol['partial']}." in page.text and "<4>" not in page.html
+
+
 def test_the_paper_protocol_says_what_was_chosen_on(store: Store, tmp_path: Path) -> None:
     overrides = ["protocol=paper", "data.validation_fold=null"]
     page = report(make_run(tmp_path, store, None, overrides=overrides), store)

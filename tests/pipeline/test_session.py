@@ -111,6 +111,28 @@ def test_mining_servers_count_and_their_resource_has_to_exist(
         check_cluster(pinned, Cluster(CPU=8))
 
 
+def test_storage_has_to_be_seen_from_all_nodes(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": alive, "NodeID": i, "NodeManagerAddress": f"10.0.0.{i}"} for i, alive in enumerate((1, 1, 0, 1))]
+    cluster = Cluster(CPU=99)
+    monkeypatch.setattr(cluster, "nodes", lambda: nodes)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("pipeline.session._cluster_maximum", lambda ray: ray.resources)
+    config = make_config({"runtime.workers": 1})
+    seen: list[str] = []
+    monkeypatch.setattr(
+        "pipeline.session._sees", lambda ray, node, path: os.path.exists(path) and not seen.append(path)
+    )
+    check_cluster(config, cluster)
+    assert len(seen) == 3 and not os.path.exists(seen[0]), "every living node looked at a file that is gone now"
+    monkeypatch.setattr("pipeline.session._sees", lambda ray, node, path: node == 0)
+    with pytest.raises(
+        UserError, match=r"storage .* is not visible on the nodes 10\.0\.0\.1, 10\.0\.0\.3: set storage to s3"
+    ):
+        check_cluster(config, cluster)
+
+
 def test_torchrun_and_devices(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert not under_torchrun()
