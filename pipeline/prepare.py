@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -150,11 +151,17 @@ def main(arguments: list[str] | None = None) -> int:
     for name, layout in LAYOUTS.items():
         kinds.add_parser(name, parents=[shared, official], help=layout.title)
     options = parser.parse_args(arguments)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job, too, removes what it unpacked
     try:
         _run(options)
     except (UserError, RunError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -195,7 +202,8 @@ def _run(options: argparse.Namespace) -> None:
             stack.enter_context(ray_session(options.cpus or os.cpu_count() or 1))
         else:
             check_visible(ray, target, "--to")
-            _check_sources(ray, entries[0].source, "the images")
+            for entry in (entries[0], entries[-1]):
+                _check_sources(ray, entry.source, "the images")
         prepare(options.name or target.uri.rsplit("/", 1)[1], entries, target, **settings)
 
 
@@ -217,6 +225,8 @@ def _published(
 ) -> tuple[list[Entry], dict[str, Any]]:
     """Entries of a published dataset, and what `write_store` has to know of it; unpacked files last as long as `stack`."""
     layout = LAYOUTS[options.kind]
+    if options.max_unpacked is not None and options.max_unpacked <= 0:
+        raise UserError(f"--max-unpacked is {options.max_unpacked:g}, it has to be above 0 (GiB)")
     if options.crop:
         layout = layout.with_boxes()
 

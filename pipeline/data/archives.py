@@ -159,7 +159,7 @@ def _inside(archive: str, name: str) -> str:
     path = name.replace("\\", "/")
     if path.startswith("/") or path[1:3] == ":/" or ".." in path.split("/"):
         raise UserError(f"{archive} has the member {name!r}, outside of its own folder: refused")
-    return posixpath.normpath(path)
+    return posixpath.normpath(path)  # "./a" is "a"
 
 
 def _target(archive: str, name: str, folder: str, link: str) -> str:
@@ -171,16 +171,20 @@ def _target(archive: str, name: str, folder: str, link: str) -> str:
 
 
 def names_in(archive: str) -> list[str] | None:
-    """Names of its members where they can be told without unpacking it: of a zip, or a tar that is not compressed."""
+    """Paths of its members where they can be told without unpacking it: of a zip, or a tar that is not compressed.
+
+    Raises:
+        UserError: the archive is damaged, or a member is refused.
+    """
     if not archive.lower().endswith((".zip", ".tar")):
         return None
     try:
         with fsspec.open(archive, "rb") if "://" in archive else open(archive, "rb") as file:
             if archive.lower().endswith(".zip"):
                 with zipfile.ZipFile(file) as zipped:
-                    return [_spelled(info) for info in zipped.infolist() if not info.is_dir()]
+                    return [_inside(archive, _spelled(info)) for info in zipped.infolist() if not info.is_dir()]
             with tarfile.open(fileobj=file, mode="r:*") as tar:
-                return [info.name for info in tar if not info.isdir()]
+                return [_inside(archive, info.name) for info in tar if not info.isdir()]
     except DAMAGED as error:
         raise UserError(f"{archive} is damaged ({type(error).__name__}: {error}): download it again") from error
 

@@ -64,7 +64,10 @@ def numbers(name: str, convert: Callable[[Any], Any], values: Sequence[Any]) -> 
 
 
 def read_cub(tree: Tree) -> Iterator[Entry]:
-    """`images.txt`, `image_class_labels.txt`, `classes.txt`, `images/`, and `bounding_boxes.txt` where it is there."""
+    """`images.txt`, `image_class_labels.txt`, `classes.txt`, `images/`, and `bounding_boxes.txt` where it is there.
+
+    The corners of the boxes are taken as counted from 0.
+    """
     class_of = {image: label for image, label in fields(tree, "image_class_labels.txt", "IMAGE_ID CLASS_ID")}
     names = {label: name for label, name in fields(tree, "classes.txt", "CLASS_ID NAME")}
     boxes: dict[str, Box] = {}

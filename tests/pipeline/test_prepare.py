@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,7 @@ def test_training_says_that_the_dataset_is_partial(partial_run: Folder, capsys: 
         (["sop", "--from", "{in}", "--max-side", "0"], "--max-side and --max-pixels have to be at least 1"),
         (["sop", "--from", "{in}", "--folds", "3"], "2 training classes cannot be dealt into 3 validation folds"),
         (["sop", "--from", "{zip}", "--max-unpacked", "0.000001"], "more than allowed: raise --max-unpacked"),
+        (["sop", "--from", "{zip}", "--max-unpacked", "0"], "--max-unpacked is 0, it has to be above 0"),
         (["sop", "--from", "{zip}", "--scratch", "{zip}/x"], "cannot be used"),
     ],
 )
@@ -239,6 +241,25 @@ def test_what_is_refused_before_ray_starts(
     status, said = cli(*(a.format(**{"in": root, "zip": archive}) for a in arguments))
     assert status == 2 and says in said.splitlines()[-1]
     assert not list(tmp_path.glob("home/data/*/manifest.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_unpacked_is_removed_when_it_is_stopped(
+    number: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = shipped.pack(made("sop", tmp_path / "in"), tmp_path / "sop.tgz")
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    unpacked: list[Path] = []
+
+    def stop(*_: Any, **__: Any) -> None:
+        unpacked.extend((tmp_path / "scratch").glob("*/*"))
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(prepare, "prepare", stop)
+    status, said = cli("sop", "--from", archive, "--scratch", tmp_path / "scratch", "--folds", "2")
+    assert status == 130 and "interrupted" in said
+    assert unpacked and not list((tmp_path / "scratch").iterdir())
+    assert {s: signal.getsignal(s) for s in handlers} == handlers
 
 
 # ---- several nodes ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tarfile
 import unicodedata
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -190,6 +192,20 @@ def test_what_an_archive_lacks_is_told_before_it_is_unpacked(tmp_path: Path, mon
     for name in ("x.zip", "x.tar"):
         text = missing("cub", [shipped.pack(root, tmp_path / name)], tmp_path / "scratch")
         assert "CUB-200-2011: classes.txt is missing in" in text
+
+
+@pytest.mark.parametrize("spelling", ["./{}", "{}"])
+def test_names_as_tar_and_windows_spell_them(spelling: str, tmp_path: Path) -> None:
+    root = made("cub", tmp_path / "in")
+    names = sorted(contents(root))
+    with tarfile.open(tmp_path / "x.tar", "w") as tar, zipfile.ZipFile(tmp_path / "x.zip", "w") as zipped:
+        for name in names:
+            tar.add(root / name, spelling.format(name))
+            info = zipfile.ZipInfo("member")
+            info.filename = spelling.format(name).replace("/", "\\")
+            zipped.writestr(info, (root / name).read_bytes())
+    for archive in ("x.tar", "x.zip"):
+        assert in_order(read("cub", [str(tmp_path / archive)], tmp_path / "scratch")) == folder("cub", root)
 
 
 def test_a_compressed_archive_that_lacks_something(tmp_path: Path) -> None:

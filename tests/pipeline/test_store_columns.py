@@ -90,9 +90,7 @@ def test_images_of_no_class_are_never_trained_on(kind: str, tmp_path: Path) -> N
 def test_protocol_by_splits_also_of_stores_that_do_not_say_it(tmp_path: Path) -> None:
     images = write_images(tmp_path, {"a": 2, "b": 2, "c": 2}, seed=0)
     for splits, expected in ((("test", "test"), "leave_one_out"), (("query", "gallery"), "query_gallery")):
-        entries = [
-            Entry(p, n, "train" if n != "c" else splits[i % 2]) for i, (p, n) in enumerate(images)
-        ]
+        entries = [Entry(p, n, "train" if n != "c" else splits[i % 2]) for i, (p, n) in enumerate(images)]
         store = write(entries, tmp_path / expected)
         assert store.protocol == store.manifest["protocol"] == expected
         manifest = store.manifest.copy()
