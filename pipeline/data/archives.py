@@ -8,6 +8,7 @@ than its size (photographs do not: about 1×).
 from __future__ import annotations
 
 import contextlib
+import io
 import posixpath
 import shutil
 import stat
@@ -20,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from pipeline.errors import UserError
+from pipeline.storage import Folder
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 RATIO = 20  # a dataset's files together may unpack to so many times their size
 FLOOR = 1 << 30  # bytes that may always be unpacked
+BUFFER = 8 << 20  # bytes of one request to object storage
 DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError)
 
 
@@ -68,7 +69,7 @@ class Unpacker:
                 a folder inside it. What was written stays; the whole folder is to be removed.
         """
         try:
-            with fsspec.open(archive, "rb") if "://" in archive else open(archive, "rb") as file:
+            with _open(archive) as file:
                 for member in _members(archive, file, self._take):
                     self._write(archive, below, member)
         except DAMAGED as error:
@@ -103,6 +104,14 @@ class Unpacker:
             raise UserError(f"{archive}: {member.name} is a link to {member.link}, which is no file before it: refused")
         self._take(archive, target.stat().st_size)
         shutil.copyfile(target, path)
+
+
+def _open(archive: str) -> Any:
+    """The file of an archive, to read from at any place."""
+    if "://" not in archive:
+        return open(archive, "rb")
+    folder, _, name = archive.rpartition("/")
+    return io.BufferedReader(Folder(folder).open(name), BUFFER)  # type: ignore[arg-type]
 
 
 def _members(archive: str, file: Any, take: Callable[[str, int], None]) -> Iterator[Member]:
@@ -179,7 +188,7 @@ def names_in(archive: str) -> list[str] | None:
     if not archive.lower().endswith((".zip", ".tar")):
         return None
     try:
-        with fsspec.open(archive, "rb") if "://" in archive else open(archive, "rb") as file:
+        with _open(archive) as file:
             if archive.lower().endswith(".zip"):
                 with zipfile.ZipFile(file) as zipped:
                     return [_inside(archive, _spelled(info)) for info in zipped.infolist() if not info.is_dir()]

@@ -31,7 +31,7 @@ def listing(folder: Folder) -> Iterator[str]:
             below = os.path.relpath(place, folder.uri)
             yield from (name if below == "." else f"{below}/{name}" for name in names)
     else:
-        yield from (path[len(folder.path()) :].strip("/") for path in folder.fs.find(folder.path()))
+        yield from folder.find()
 
 
 class Tree:
