@@ -30,6 +30,7 @@ from pipeline.data.transforms import TransformConfig, decode, evaluation_pixels,
 
 PREFETCH = 2  # items ready ahead of the step, in process
 BLOCK_BYTES = 16 * 2**20  # pixels in one Ray Data block
+MOST_PER_BLOCK = 8  # items
 PIPELINE_ITEMS = 4096  # at most, in one Ray Data pipeline: 2.5 CPU-seconds before the first
 REST_S = 0.02  # between two steps of Ray Data's scheduling loop
 
@@ -136,6 +137,14 @@ def _with_following(items: Iterable[Item]) -> Iterator[tuple[Item, Item | None]]
         yield item, None
 
 
+def item_blocks(items: Sequence[Item], per_block: int) -> list[pa.Table]:
+    """Items as tables of so many rows: ids, epoch, step, slot; -1 where there is no key."""
+    keys = [item.key or (-1, -1, -1) for item in items]
+    numbers = {name: pa.array([key[i] for key in keys], pa.int64()) for i, name in enumerate(("epoch", "step", "slot"))}
+    table = pa.table({"ids": pa.array([item.ids for item in items], pa.list_(pa.int64())), **numbers})
+    return [table.slice(i, per_block) for i in range(0, len(items), per_block)]
+
+
 def _fetch_block(rows: pa.Table, source: PixelSource) -> pa.Table:
     torch.set_num_threads(1)  # one task, one CPU
     items = []
@@ -173,19 +182,9 @@ def _load_ray(source: PixelSource, items: Sequence[Item], loader_cpus: int) -> I
         context.custom_execution_callback_classes.append(Paced)  # type: ignore[arg-type]  # its base class is not public
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=loader_cpus)
-    keys = [item.key or (-1, -1, -1) for item in items]
-    table = pa.table(
-        {
-            "ids": pa.array([item.ids for item in items], pa.list_(pa.int64())),
-            **{
-                name: pa.array([key[i] for key in keys], pa.int64()) for i, name in enumerate(("epoch", "step", "slot"))
-            },
-        }
-    )
     size = source.transforms.size
     largest = max(len(item.ids) for item in items) * 3 * size * size
-    per_block = max(1, min(8, BLOCK_BYTES // largest))
-    blocks = [table.slice(i, per_block) for i in range(0, len(items), per_block)]
+    blocks = item_blocks(items, max(1, min(MOST_PER_BLOCK, BLOCK_BYTES // largest)))
     dataset = ray.data.from_arrow(blocks).map_batches(
         functools.partial(_fetch_block, source=source), batch_size=None, batch_format="pyarrow", num_cpus=1
     )
