@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from pipeline.data.cache import Cache, CacheFull, open_copy
-from pipeline.data.store import ROW_GROUP, Store
+from pipeline.data.store import Store
 from pipeline.errors import RunError
 from pipeline.storage import Folder
 
@@ -50,7 +50,7 @@ class RowGroupReader:
         shards = store.manifest["shards"]
         self.starts = np.cumsum([0, *(s["rows"] for s in shards)])
         # mean size of a shard's row groups, to count what is kept before it has arrived
-        self.weights = [s["bytes"] // -(-s["rows"] // ROW_GROUP) + 1 for s in shards]
+        self.weights = [s["bytes"] // -(-s["rows"] // store.row_group) + 1 for s in shards]
         self.kept_bytes = kept_bytes
         self.metadata: dict[int, pq.FileMetaData] = {}
         self.groups: OrderedDict[tuple[int, int], Future[pa.ChunkedArray]] = OrderedDict()
@@ -69,7 +69,7 @@ class RowGroupReader:
         """Shard, row group and row within it of every sample."""
         rows = np.searchsorted(self.store.sample_id, ids)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
-        groups, within = np.divmod(rows - self.starts[shards], ROW_GROUP)
+        groups, within = np.divmod(rows - self.starts[shards], self.store.row_group)
         return list(zip(shards.tolist(), groups.tolist(), within.tolist(), strict=True))
 
     def _want(self, keys: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Future[pa.ChunkedArray]]:

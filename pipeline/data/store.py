@@ -41,7 +41,7 @@ from pipeline.storage import Folder, read_file
 
 FORMAT = 1
 PROTOCOLS = ("leave_one_out", "query_gallery", "reid")
-ROW_GROUP = 64  # images: one random access reads at most this many from object storage
+ROW_GROUP = 16  # images: what one random access reads from object storage
 
 
 CATALOG = pa.schema(
@@ -244,6 +244,7 @@ def write_store(
                 for f in range(num_folds)
             ],
             "rejected": len(rejected),
+            "row_group": ROW_GROUP,
             "catalog": {"file": "catalog.parquet", "sha256": checksum},
             "shards": records,
         },
@@ -306,6 +307,7 @@ class Store:
         if self.protocol not in PROTOCOLS:
             raise UserError(f"{folder} is measured by {self.protocol!r}, this program knows {PROTOCOLS}: update raydml")
         self.name: str = self.manifest["name"]
+        self.row_group: int = self.manifest.get("row_group", 64)  # images; earlier versions did not say
         self.fingerprint: str = self.manifest["fingerprint"]
         self.partial: tuple[str, ...] = tuple(self.manifest.get("partial", ()))
         if not folder.exists("catalog.parquet"):

@@ -90,6 +90,22 @@ def test_ids_with_gaps(store: Store, tmp_path: Path) -> None:
         assert kind.read(ids) == [expected[i] for i in ids]
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_row_groups_of_any_size(tmp_path: Path, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest says how many images they hold; earlier ones did not, and it was 64."""
+    monkeypatch.setattr("pipeline.data.store.ROW_GROUP", 5 if said else 64)
+    found = write_images(tmp_path / "images", {"a": 75, "b": 4}, seed=0, side=8)
+    entries = [Entry(path, name, "train") for path, name in found]
+    made = write_store("x", entries, Folder(tmp_path / "store"), run_here, num_folds=2)
+    if not said:
+        made.folder.write_json("manifest.json", {k: v for k, v in made.manifest.items() if k != "row_group"})
+    monkeypatch.undo()
+    opened = Store(Folder(made.folder.uri))
+    ids = np.random.default_rng(0).permutation(opened.sample_id)
+    expected = bytes_of(opened)
+    assert RowGroupReader(opened).read(ids) == [expected[i] for i in ids]
+
+
 def test_a_reader_is_opened_once_and_knows_its_store(copy: Store) -> None:
     first = open_reader(copy.folder.uri, copy.fingerprint, None)
     assert open_reader(copy.folder.uri, copy.fingerprint, None) is first
