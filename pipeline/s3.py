@@ -33,7 +33,9 @@ PATIENCE_S = 60.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 8.0
 ANSWER_S = 15.0  # of silence of the server are a fault
 TOLD_AFTER_S = 5.0  # of faults, a warning is logged at each
-PART_BYTES = 32 << 20  # larger objects are read and written in parts, several at a time
+PART_BYTES = 32 << 20  # larger objects are read and written in parts
+PARTS_AT_ONCE = 4
+CONNECTIONS = 64  # more than are used at a time: a request that waits for one would look like a silent server
 SLOWEST_BYTES_S = 64 << 10  # an upload below this rate counts as stuck
 
 CREDENTIALS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN (or AWS_PROFILE)"
@@ -90,7 +92,12 @@ class S3(S3FileSystem):
     def __init__(self, patience_s: float | int = PATIENCE_S, **options: Any) -> None:
         self.patience_s = patience_s
         once = {"total_max_attempts": 1, "mode": "standard"}
-        settings = {"retries": once, "connect_timeout": ANSWER_S, "read_timeout": ANSWER_S}
+        settings = {
+            "retries": once,
+            "connect_timeout": ANSWER_S,
+            "read_timeout": ANSWER_S,
+            "max_pool_connections": CONNECTIONS,
+        }
         super().__init__(config_kwargs=settings, use_listings_cache=False, **options)
 
     async def _call_s3(self, method: str, *more: Any, **request: Any) -> Any:
@@ -112,15 +119,23 @@ class S3(S3FileSystem):
         self, path: str, version_id: Any = None, start: int | None = None, end: int | None = None, **_: Any
     ) -> bytes:
         """An object, or its bytes from `start` to `end`; never less than that."""
+        if (start is None) != (end is None):
+            raise ValueError(f"got start={start} and end={end}, expected both or none")
         bucket, key, _version = self.split_path(path)
         place = {"Bucket": bucket, "Key": key}
         found = await self._get(place, None if start is None or end is None else (start, end))
         if isinstance(found, bytes):
             return found
         place["IfMatch"] = found.version
-        starts = range(0, found.size, PART_BYTES)
-        parts = await asyncio.gather(*(self._get(place, (s, min(s + PART_BYTES, found.size))) for s in starts))
-        return b"".join(part for part in parts if isinstance(part, bytes))
+        some = asyncio.Semaphore(PARTS_AT_ONCE)
+
+        async def part(first: int) -> bytes:
+            async with some:
+                data = await self._get(place, (first, min(first + PART_BYTES, found.size)))
+                assert isinstance(data, bytes)  # a part is never too large
+                return data
+
+        return b"".join(await asyncio.gather(*(part(first) for first in range(0, found.size, PART_BYTES))))
 
     async def _get(self, request: Mapping[str, str], part: tuple[int, int] | None) -> bytes | Large:
         """A part, or a whole object unless that is large."""
@@ -141,12 +156,10 @@ class S3(S3FileSystem):
         return await self._patiently("get_object", request, once)
 
     async def _pipe_file(self, path: str, data: bytes, **options: Any) -> None:
-        options["chunksize"] = PART_BYTES
+        options |= {"chunksize": PART_BYTES, "max_concurrency": PARTS_AT_ONCE}
         try:
             await super()._pipe_file(path, data, **options)
-        except (
-            FileNotFoundError
-        ):  # NoSuchUpload: a completion was carried out and its answer lost, or was it? Once more
+        except FileNotFoundError:  # NoSuchUpload: it was completed and the answer lost, or was it? Once more
             await super()._pipe_file(path, data, **options)
 
     async def _exists(self, path: str) -> bool:
@@ -171,7 +184,10 @@ class S3(S3FileSystem):
             except Exception as error:
                 cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error  # s3fs translates
                 if not _passes(cause):
-                    raise _refusal(uri, method, cause, error) from error
+                    refusal = _refusal(uri, method, cause)
+                    if refusal is None:
+                        raise
+                    raise refusal from error
                 now = time.monotonic()
                 first = first or now
                 wait = jitter.uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1)))
@@ -207,8 +223,8 @@ def _passes(error: BaseException) -> bool:
     return isinstance(error, connection + damaged)
 
 
-def _refusal(uri: str, method: str, cause: BaseException, error: Exception) -> Exception:
-    """What is raised for an error that does not pass."""
+def _refusal(uri: str, method: str, cause: BaseException) -> Exception | None:
+    """What is raised for an error that does not pass; None: that there is no such object, or what is not of storage."""
     what = f"{uri}: {method} failed ({_reason(cause)})"
     status, code = _code(cause) if isinstance(cause, ClientError) else (0, "")
     if code in ("NoSuchBucket", "InvalidBucketName"):
@@ -219,9 +235,7 @@ def _refusal(uri: str, method: str, cause: BaseException, error: Exception) -> E
         return UserError(f"{what}: check {CREDENTIALS}, AWS_ENDPOINT_URL, and what this key may do in the bucket")
     if isinstance(cause, (boto.BotoCoreError, ValueError)):  # raised before anything is sent
         return UserError(f"{what}: check {CREDENTIALS}, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL")
-    if isinstance(error, (FileNotFoundError, FileExistsError)) or not isinstance(cause, ClientError):
-        return error
-    return RunError(what)
+    return RunError(what) if isinstance(cause, ClientError) and status != 404 else None
 
 
 def _reason(error: BaseException) -> str:

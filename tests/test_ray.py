@@ -25,15 +25,18 @@ from pipeline import prepare
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import DEFAULT_PRESET, Config, build_config
 from pipeline.data import catalog, loader
+from pipeline.data.catalog import Entry
 from pipeline.data.loader import Item, load
-from pipeline.data.store import Store
+from pipeline.data.store import Shard, Store, layout
 from pipeline.errors import RunError
 from pipeline.launch import run_in_process, run_on_ray
+from pipeline.s3 import S3
 from pipeline.storage import Folder
 from pipeline.summary import run_folder
 from pipeline.worker import pixel_source
 from tests.conftest import write_images
 from tests.pipeline.test_report import screenshot
+from tests.s3 import Proxy, s3_server
 from tests.stubs import tiny_values
 
 pytestmark = pytest.mark.cluster
@@ -77,6 +80,16 @@ def test_prepare_is_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: Path
     assert there.manifest == here.manifest
     assert len(there.manifest["shards"]) > 3
     assert "broken.png" in (tmp_path / "there" / "rejected.csv").read_text()
+
+
+def refuse(shard: Shard) -> dict[str, Any]:
+    raise RunError(f"{shard.file} cannot be written")
+
+
+def test_an_error_of_a_task_of_prepare_arrives_as_it_is(ray_here: Any) -> None:
+    shards = layout([Entry("x.png", "c", "train")], num_folds=2, images_per_shard=4)
+    with pytest.raises(RunError, match=r"^shards/train-00000\.parquet cannot be written$"):
+        list(prepare.run_on_ray(refuse, shards))
 
 
 def test_both_loaders_give_the_same_pixels_in_the_same_order(
@@ -261,6 +274,39 @@ def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(
         path = f"checkpoints/step-{whole['step']:08d}/{name}.safetensors"
         one, other = load_file(tmp_path / "runs" / "whole" / path), load_file(tmp_path / "runs" / "tiny" / path)
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_workers_in_object_storage_with_faults(
+    store: Store, tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Store, run folder and Ray Train's own notes: the weights of one process on a local disk."""
+    here = make_config({"length": "1 epochs", "precision": "float64"})
+    run_in_process(here, store.folder.uri, silent)
+    with s3_server() as endpoint:
+        proxy = Proxy(endpoint)
+        for name, value in {"AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "s3cr3t-of-test",
+                            "AWS_DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        S3.clear_instance_cache()
+        S3().mkdir("bucket")
+        for name in store.folder.find():
+            Folder("s3://bucket/data/tiny").write(name, store.folder.read(name))
+        for kind, method, key in (("answer", "PUT", "/ray/"), ("reset", "HEAD", "/ray/"), ("answer", "GET", "manifest.json"),
+                                  ("cut", "GET", "shards/"), ("lost", "PUT", "checkpoint.json")):  # fmt: skip
+            proxy.inject(kind, method, key)
+        settings = {"storage": "s3://bucket", "data.source": "tiny", "length": "1 epochs", "runtime.workers": 2}
+        recipe = write_recipe(tmp_path, store, **settings)
+        environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command(recipe), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert [fault.key for fault in proxy.faults if not fault.hit.is_set()] == []
+        there = tensors(here.model_copy(update={"storage": "s3://bucket"}))
+        torch.testing.assert_close(there, tensors(here), rtol=1e-9, atol=1e-12)
+        bucket = Folder("s3://bucket")
+        assert [name for name in bucket.find() if b"s3cr3t-of-test" in bucket.read(name)] == []
+        proxy.close()
+    S3.clear_instance_cache()
 
 
 def free_port() -> int:

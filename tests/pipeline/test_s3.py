@@ -148,15 +148,18 @@ def test_a_silent_server_is_asked_again(place: Folder, proxy: Proxy, monkeypatch
     ],
 )
 def test_a_fault_that_lasts_is_one_line(
-    fault: str, says: str, place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    fault: str, says: str, place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    """And a warning before, for those who wait."""
     place.write("x", DATA)
+    monkeypatch.setattr(s3, "TOLD_AFTER_S", -1.0)
     monkeypatch.setenv(s3.PATIENCE, "0.4")
     injected = proxy.inject(method="GET", key="/x$", count=1000, **FAULTS[fault])
     with pytest.raises(RunError, match=f"^{place}/x: get_object failed, .*{says}.*{s3.PATIENCE}.* 0.4 s") as caught:
         Folder(place.uri).read("x")
     found = re.search(r"failed, (\d+) tries in \d s", str(caught.value))
     assert found is not None and int(found[1]) == injected.seen >= 2
+    assert caplog.text.count(f"{place}/x: get_object failed, ") == injected.seen - 1 and "trying again" in caplog.text
     assert "\n" not in str(caught.value)
 
 
@@ -234,6 +237,8 @@ def test_large_objects_travel_in_parts(place: Folder, proxy: Proxy, monkeypatch:
 
 
 def test_errors_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch, one_proxy: Proxy) -> None:
+    with pytest.raises(ValueError, match="got start=1 and end=None, expected both or none"):
+        Folder("s3://faults").fs.cat_file("faults/x", start=1)
     monkeypatch.setenv(s3.PATIENCE, "soon")
     with pytest.raises(UserError, match=f"{s3.PATIENCE} is 'soon', expected seconds"):
         Folder("s3://faults").exists("x")
