@@ -11,9 +11,9 @@ import pytest
 import s3fs
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 from pipeline.s3 import S3
-from pipeline.storage import Folder
+from pipeline.storage import Folder, read_file
 
 
 def test_files_and_folders(folder: Folder) -> None:
@@ -29,6 +29,29 @@ def test_files_and_folders(folder: Folder) -> None:
         folder.read("b/nothing")
     again = pickle.loads(pickle.dumps(folder))
     assert again.uri == folder.uri == str(folder) and again.read("b/c/d.bin") == b"12345"
+
+
+def test_lists_and_parts(folder: Folder) -> None:
+    data = bytes(range(200))
+    for name in ("x", "sub/y", "sub/deep/z"):
+        folder.write(name, data)
+    folder.write("sub/empty", b"")
+    assert folder.find() == ["sub/deep/z", "sub/empty", "sub/y", "x"] and (folder / "nothing").find() == []
+    assert folder.sizes("sub") == {"empty": 0, "y": 200} and folder.sizes("nothing") == {}
+    assert folder.read_range("x", 10, 20) == data[10:20] and folder.read_range("x", 200, 200) == b""
+    assert folder.read("sub/empty") == b"" and read_file(f"{folder}/sub/y") == data
+    with folder.open("x") as file:
+        assert file.seek(-5, os.SEEK_END) == 195 and file.read(3) == data[195:198] and file.tell() == 198
+        assert file.read(100) == data[198:] and file.read(100) == b"" and file.seek(300) == 300 and file.read(1) == b""
+        assert file.seek(0) == 0 and file.seek(2, os.SEEK_CUR) == 2 and file.read() == data[2:]
+    with pytest.raises(FileNotFoundError):
+        folder.open("nothing")
+
+
+def test_a_part_beyond_the_end(tmp_path: Path) -> None:
+    Folder(tmp_path).write("x", b"123")
+    with pytest.raises(RunError, match=f"^{tmp_path}/x gave 2 of 4 bytes from 1: copy it again$"):
+        Folder(tmp_path).read_range("x", 1, 5)
 
 
 def test_remove(folder: Folder) -> None:
