@@ -30,11 +30,10 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
+from pipeline.data.catalog import DISTRACTOR, JUNK
 from pipeline.reranking import Reranking
 from pipeline.similarity import Cosine, Vectors, run_blocks, slices
 
-DISTRACTOR = -1  # label of a person nobody asks for
-JUNK = -2  # label of what is nobody, such as a part of a body
 _BLOCK_BYTES = 40  # of temporary arrays, for a query and a gallery row
 _FRAMES = 4096  # that are widened to float64 at once
 

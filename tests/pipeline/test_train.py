@@ -369,7 +369,7 @@ def test_everything_in_object_storage(bucket: str, run: Train, base: Base, tmp_p
     source = Folder(bucket) / "data" / "tiny"
     for name in ("manifest.json", "catalog.parquet", *(s["file"] for s in base.store.manifest["shards"])):
         source.write(name, base.store.folder.read(name))
-    settings = {"storage": bucket, "data__source": source.uri, "runtime__cache": str(tmp_path / "cache")}
+    settings = {"storage": bucket, "data__source": source.uri, "cache__folder": str(tmp_path / "cache")}
     assert run(**settings)[0] == 0
     remote = Folder(bucket) / "runs" / "done"
     for name in (n for n in contents(Path(base.run.path())) if n.endswith(".safetensors")):
