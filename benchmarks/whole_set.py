@@ -66,7 +66,7 @@ def mmsi(side: str) -> Step:
     role = np.repeat(np.array(["train", "meta"]), [BATCH, META])
     plan = Plan(np.arange(count)[None], {"role": role[None, :count]})
     context = RunContext(
-        cast(Any, SimpleNamespace(labels=labels, ids=np.arange(len(labels)))), 0, Length(value=100, unit="steps"), "float32",
+        cast(Any, SimpleNamespace(labels=labels, ids=np.arange(len(labels)), tracks=None)), 0, Length(value=100, unit="steps"), "float32",
         torch.device("cpu"), Ranks(), trunk, method, cast(Any, None), lambda: None, cast(Any, mining),
     )  # fmt: skip
 

@@ -150,7 +150,7 @@ class Setting:
             self.method.head = cast(Any, head)
         self.mining = Memorised(config.embedding_dim, config.memory_per_class)
         # 10,000 samples are enough for the slots of all steps
-        samples = cast(Any, SimpleNamespace(labels=np.zeros(10**4, np.int64), ids=np.arange(10**4)))
+        samples = cast(Any, SimpleNamespace(labels=np.zeros(10**4, np.int64), ids=np.arange(10**4), tracks=None))
         # stand-ins for the dataset and the server: past the check of types at run time
         self.context = RunContext.__new__(RunContext)
         init: Callable[..., None] = RunContext.__init__.__wrapped__ if hasattr(RunContext.__init__, "__wrapped__") else RunContext.__init__  # type: ignore[attr-defined]  # fmt: skip

@@ -248,6 +248,7 @@ def test_what_was_unpacked_is_removed_when_it_is_stopped(
     number: int, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = shipped.pack(made("sop", tmp_path / "in"), tmp_path / "sop.tgz")
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's background job does
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     unpacked: list[Path] = []
 
@@ -260,6 +261,7 @@ def test_what_was_unpacked_is_removed_when_it_is_stopped(
     assert status == 130 and "interrupted" in said
     assert unpacked and not list((tmp_path / "scratch").iterdir())
     assert {s: signal.getsignal(s) for s in handlers} == handlers
+    signal.signal(signal.SIGINT, ignored)
 
 
 # ---- several nodes ---------------------------------------------------------------------------------------------------
