@@ -70,6 +70,7 @@ def on_ray(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"runtime": config.runtime.model_copy(update={"workers": 2, **changes})})
 
 
+@pytest.mark.slow
 def test_prepare_is_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: Path) -> None:
     write_images(tmp_path / "images", {f"class{i}": 2 + i % 3 for i in range(10)}, seed=1)
     (tmp_path / "images" / "class3" / "broken.png").write_bytes(b"no image")
@@ -128,6 +129,7 @@ def test_a_pipeline_that_is_ahead_does_not_spin(
     assert sum(1 for _ in stream) == 199
 
 
+@pytest.mark.slow
 def test_two_ray_workers_one_of_them_killed_give_the_weights_of_one_process(
     ray_here: Any, make_config: Callable[..., Config], store: Store
 ) -> None:
@@ -177,6 +179,7 @@ def train_workers() -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_go_on_ends_at_once_with_its_own_words(
     ray_here: Any, make_config: Callable[..., Config], store: Store
 ) -> None:
