@@ -90,7 +90,14 @@ def write_simulated_store(table: pa.Table, folder: Folder) -> int:
     data = sink.getvalue()
     folder.write("catalog.parquet", data)
     checksum = {"file": "catalog.parquet", "sha256": hashlib.sha256(data).hexdigest()}
-    manifest = {"format": FORMAT, "name": "simulated", "fingerprint": "0", "catalog": checksum, "splits": {}, "shards": []}
+    manifest = {
+        "format": FORMAT,
+        "name": "simulated",
+        "fingerprint": "0",
+        "catalog": checksum,
+        "splits": {},
+        "shards": [],
+    }
     folder.write_json("manifest.json", manifest)
     return len(data)
 
