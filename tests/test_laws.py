@@ -143,7 +143,6 @@ def broken(defect: str | None) -> Iterator[None]:
 # ---- law 1: every gradient, every parameter, every figure -----------------------------------------------------------
 
 GRAPH: dict[str, Any] = {
-    "seed": 5,
     "method.name": "gca_hng",
     "method.layers": 2,
     "method.heads": 2,
@@ -174,7 +173,7 @@ METHOD_CASES: dict[str, dict[str, Any]] = {
     "swept_plan": {"method.name": "swept_plan", "method.load_best_at": 1, "evaluation.every": "2 steps"},
     "osm_caa": {"method.name": "osm_caa"},
     "intra_batch": {
-        "seed": 5,
+        "seed": 5,  # a draw in which no gradient is small by chance
         "method.name": "intra_batch",
         "method.layers": 2,
         "method.heads": 4,
@@ -270,15 +269,19 @@ def error(got: Tensor, expected: Tensor, scale: float | None = None) -> float:
 
 
 def check(got: list[Seen], expected: Seen, zero: set[str]) -> None:
-    """Equal to TOLERANCE. After its first step the graph network of GCA-HNG, on some draws of images, enlarges rounding up
-    to a hundredfold, which is no wrong gradient: that would be seen in the first step, and be 1e-4 at the last."""
+    """Equal to TOLERANCE.
+
+    GCA-HNG's graph network enlarges rounding tenfold from one optimizer step to the next (1e-14 at the first, 1e-8 at the
+    twentieth): all gradients of its first training step are held to TOLERANCE, later ones and the parameters to 1e-6.
+    """
     first = got[0]
     assert len(first.gradients) == len(expected.gradients)
-    later = 1000 * TOLERANCE if any(n.startswith("method.graph.") for n in expected.after) else TOLERANCE
+    grows = any(n.startswith("method.graph.") for n in expected.after)
+    later, exact = (1e-6, len(first.gradients) // 5) if grows else (TOLERANCE, 0)
     for i, (found, wanted) in enumerate(zip(first.gradients, expected.gradients, strict=True)):
         assert found.keys() == wanted.keys()
         errors = {n: error(found[n], wanted[n], 1e-3 if n in zero else None) for n in wanted}
-        assert max(errors.values()) <= (later if i else TOLERANCE), max(errors, key=errors.__getitem__)
+        assert max(errors.values()) <= (TOLERANCE if i < exact else later), max(errors, key=errors.__getitem__)
     errors = {
         n: error(first.after[n].double(), v.double(), 1.0 if n in zero else None) for n, v in expected.after.items()
     }
