@@ -20,7 +20,7 @@ ECCV 2020, arXiv 2003.08505. For a query with R relevant gallery rows:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
@@ -29,14 +29,14 @@ from jaxtyping import Float, Float64, Int, Int64
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from torch import Tensor
 
-from pipeline.similarity import Cosine, Vectors, run_blocks, slices
+from pipeline.similarity import Cosine, Ranged, Vectors, run_blocks, slices
 
 _PAIR_COST = 32  # comparing one pair exactly costs about as much as 32 elements of the exact matrix product
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """Results per query, so that ranks can each do a range of the queries and concatenate.
+class Retrieval(Ranged):
+    """Results per query.
 
     Attributes:
         first_hit: rank of the nearest relevant gallery row, 0 is the nearest of all; -1 if the query has none.
@@ -51,11 +51,6 @@ class Retrieval:
     r_precision: Float64[np.ndarray, " queries"]
     num_relevant: Int64[np.ndarray, " queries"]
     neighbours: Int64[np.ndarray, "queries keep"]
-
-    @staticmethod
-    def concatenate(parts: Sequence[Retrieval]) -> Retrieval:
-        """Join the results of consecutive ranges of queries, in their order."""
-        return Retrieval(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Retrieval)))
 
     def summary(self, recall_at: Sequence[int] = (1, 2, 4, 8)) -> dict[str, float | int]:
         """Average over the queries that have a relevant gallery row.

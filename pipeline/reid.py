@@ -22,7 +22,7 @@ right one takes as long as sorting at 10 right rows a query, and longer at more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pipeline.data.catalog import DISTRACTOR, JUNK
 from pipeline.reranking import Reranking
-from pipeline.similarity import Cosine, Vectors, run_blocks, slices
+from pipeline.similarity import Cosine, Ranged, Vectors, run_blocks, slices
 
 _BLOCK_BYTES = 40  # of temporary arrays, for a query and a gallery row
 _FRAMES = 4096  # that are widened to float64 at once
@@ -72,8 +72,8 @@ class Sightings:
 
 
 @dataclass(frozen=True)
-class Matches:
-    """Results per query, so that ranks can each do a range of the queries and concatenate.
+class Matches(Ranged):
+    """Results per query.
 
     Attributes:
         first_hit: rank of the nearest right row in the filtered ranking, 0 is the nearest of all; -1 if there is none.
@@ -88,11 +88,6 @@ class Matches:
     average_precision_trapezoidal: Float64[np.ndarray, " queries"]
     num_relevant: Int64[np.ndarray, " queries"]
     neighbours: Int64[np.ndarray, "queries keep"]
-
-    @staticmethod
-    def concatenate(parts: Sequence[Matches]) -> Matches:
-        """Join the results of consecutive ranges of queries, in their order."""
-        return Matches(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Matches)))
 
     def summary(self, cmc_at: Sequence[int] = (1, 5, 10, 20)) -> dict[str, float | int]:
         """Average over the queries that have a right row.

@@ -20,7 +20,6 @@ row, so no bit depends on blocks or ranks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,15 +29,15 @@ from scipy import sparse
 from torch import Tensor
 
 from pipeline.metrics import retrieve
-from pipeline.similarity import Cosine, Vectors, slices
+from pipeline.similarity import Cosine, Ranged, Vectors, slices
 
 _OPPOSITES = 2048  # rows that are negated at once
 _CHUNK_ENTRIES = 2**18  # of sparse rows that are expanded at once, 10 to 40 bytes each
 
 
 @dataclass(frozen=True)
-class Neighbourhoods:
-    """Of rows among all queries and gallery rows, so that ranks can each do a range of the rows and concatenate.
+class Neighbourhoods(Ranged):
+    """Of rows among all queries and gallery rows.
 
     Attributes:
         nearest: the k1 nearest other rows, nearest first.
@@ -76,11 +75,6 @@ class Neighbourhoods:
             )
             farthest.append(found.neighbours[:, 0])
         return Neighbourhoods(nearest.neighbours, np.concatenate(farthest))
-
-    @staticmethod
-    def concatenate(parts: Sequence[Neighbourhoods]) -> Neighbourhoods:
-        """Join the results of consecutive ranges of rows, in their order."""
-        return Neighbourhoods(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("nearest", "farthest")))
 
 
 @dataclass(frozen=True)

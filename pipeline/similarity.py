@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,18 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 2**17  # float64 elements of a temporary array in a loop over rows or pairs: 1 MiB, stays in cache
+
+Part = TypeVar("Part", bound="Ranged")
+
+
+class Ranged:
+    """A dataclass of arrays with one entry a row, so that ranks can each do a range of the rows."""
+
+    @classmethod
+    def concatenate(cls: type[Part], parts: Sequence[Part]) -> Part:
+        """Joins the results of consecutive ranges, in their order."""
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ import s3fs
 import yaml
 
 from pipeline import prepare, train
-from pipeline.data.reader import RowGroupReader
+from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store
 from pipeline.data.transforms import decode
 from pipeline.s3 import S3
@@ -120,3 +121,17 @@ def pixels(store: Store, ids: Any) -> list[np.ndarray]:
 def rejected(store: Folder) -> dict[str, str]:
     rows = list(csv.reader(io.StringIO(store.read("rejected.csv").decode())))[1:]
     return {Path(source).name: reason for source, _, reason in rows}
+
+
+@pytest.fixture
+def fresh_readers() -> Iterator[None]:
+    """Readers are kept for the life of a process."""
+    open_reader.cache_clear()
+    yield
+    open_reader.cache_clear()
+
+
+@pytest.fixture
+def copy(store: Store, tmp_path: Path) -> Store:
+    shutil.copytree(store.folder.path(), tmp_path / "copy")
+    return Store(Folder(tmp_path / "copy"))

@@ -25,10 +25,10 @@ from pipeline.data.store import Store
 from pipeline.errors import RunError
 from pipeline.storage import Folder
 from pipeline.worker import pixel_source
-from tests.pipeline.test_reader import bytes_of, copy, flip_image_byte, fresh_readers, small_store
+from tests.pipeline.test_reader import bytes_of, flip_image_byte, small_store
 from tests.pool import Pool
 
-__all__ = ["copy", "fresh_readers"]  # fixtures
+pytestmark = pytest.mark.usefixtures("fresh_readers")
 PLENTY = 2**30
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from methods import Baseline
 from pipeline import evaluate, train
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.catalog import Entry
-from pipeline.data.reader import open_reader
 from pipeline.data.store import Store, write_store
 from pipeline.evaluation import test_task as task_of
 from pipeline.metrics import clustering, retrieve
@@ -33,12 +32,9 @@ Evaluate = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command would take all cores; readers are kept for the life of a process."""
+def quiet(monkeypatch: pytest.MonkeyPatch, fresh_readers: None) -> None:
+    """The command would take all cores."""
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    open_reader.cache_clear()
-    yield
-    open_reader.cache_clear()
 
 
 @pytest.fixture

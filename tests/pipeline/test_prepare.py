@@ -24,10 +24,7 @@ from tests.pipeline.shipped import made
 
 ARGUMENTS = ["--folds", "2", "--images-per-shard", "5"]
 SPLITS = {
-    "cub": {"train": {"images": 6, "classes": 2}, "test": {"images": 6, "classes": 2}},
-    "cars": {"train": {"images": 4, "classes": 2}, "test": {"images": 4, "classes": 2}},
-    "sop": {"train": {"images": 6, "classes": 2}, "test": {"images": 6, "classes": 2}},
-    "inshop": {"train": {"images": 6, "classes": 2}, "query": {"images": 2, "classes": 2}, "gallery": {"images": 4, "classes": 2}},
+    **{name: shipped.COUNTS[name] for name in ("cub", "cars", "sop", "inshop")},
     "mars": {
         "train": {"images": 8, "classes": 3, "tracks": 4},
         "query": {"images": 4, "classes": 2, "tracks": 2},

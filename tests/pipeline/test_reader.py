@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import threading
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,24 +21,12 @@ from pipeline.prepare import run_here
 from pipeline.storage import Folder
 from tests.conftest import write_images
 
-
-@pytest.fixture(autouse=True)
-def fresh_readers() -> Iterator[None]:
-    """Readers are kept for the life of a process."""
-    open_reader.cache_clear()
-    yield
-    open_reader.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_readers")
 
 
 @pytest.fixture(scope="module")
 def images(store: Store) -> dict[int, bytes]:
     return bytes_of(store)
-
-
-@pytest.fixture
-def copy(store: Store, tmp_path: Path) -> Store:
-    shutil.copytree(store.folder.path(), tmp_path / "copy")
-    return Store(Folder(tmp_path / "copy"))
 
 
 def bytes_of(store: Store) -> dict[int, bytes]:

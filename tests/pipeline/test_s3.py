@@ -16,7 +16,7 @@ import pytest
 from pipeline import s3, train
 from pipeline.checkpoint import Checkpoints
 from pipeline.data import catalog
-from pipeline.data.reader import RowGroupReader, open_reader
+from pipeline.data.reader import RowGroupReader
 from pipeline.data.store import Store, write_store
 from pipeline.errors import RunError, UserError
 from pipeline.prepare import run_here
@@ -31,11 +31,7 @@ NUMBERS = itertools.count()
 SECRET = "wJalrXUtnFEMI-K7MDENG-not-to-be-written"
 
 
-@pytest.fixture(autouse=True)
-def fresh_readers() -> Iterator[None]:
-    open_reader.cache_clear()
-    yield
-    open_reader.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_readers")
 
 
 @pytest.fixture(scope="module")
