@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= -q
 BIN = $(VENV)/bin
+BROWSER := $(shell command -v chromium 2>/dev/null)
 
 .PHONY: install train test test-fast test-slow lint clean
 install: $(VENV)/.installed
@@ -22,10 +23,11 @@ lint: install
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/mypy --no-error-summary
 
 test: lint
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(if $(BROWSER),:,echo "chromium is not installed (apt-get install chromium): the report is not opened in a browser")
+	@$(BIN)/python -m pytest $(if $(BROWSER),,-m 'not slow and not browser') $(ARGS)
 
 test-fast: install
-	@$(BIN)/python -m pytest -m 'not slow and not cluster' $(ARGS)
+	@$(BIN)/python -m pytest -m 'not slow and not cluster and not browser' $(ARGS)
 
 test-slow: install
 	@$(BIN)/python -m pytest -m slow $(ARGS)

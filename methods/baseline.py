@@ -32,8 +32,9 @@ from pydantic import Field, model_validator
 from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
-from methods.base import Batch, Context, Method, MethodConfig, Mining, MiningNeeds
+from methods.base import Batch, Context, Method, MethodConfig
 from methods.functional import global_generators
+from methods.mining import Mining, MiningNeeds
 from methods.optim import Length
 
 GIVEN = {"num_classes", "embedding_size", "descriptors_dim"}  # arguments that follow from the data and the head

@@ -40,7 +40,8 @@ from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from methods.base import Batch, Context, Gradient, Memory, Method, MethodConfig, MiningNeeds
+from methods.base import Batch, Context, Gradient, Method, MethodConfig
+from methods.mining import Memory, MiningNeeds
 from methods.mmsi_losses import BASES, MARGINS, Constants, Selection
 from methods.optim import Length, OptimizerConfig
 from methods.plans import Plan, each_class_once, side_by_side

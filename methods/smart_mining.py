@@ -42,7 +42,8 @@ from jaxtyping import Float, Float64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from methods.base import Batch, Context, Method, MethodConfig, MiningNeeds
+from methods.base import Batch, Context, Method, MethodConfig
+from methods.mining import MiningNeeds
 from methods.mining_rule import Classes, Triplets, mine
 from methods.optim import Length, OptimizerConfig, ScheduleConfig
 from methods.plans import Plan

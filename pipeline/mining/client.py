@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from methods.base import Which
+from methods.mining import Which
 from pipeline.mining.dictionary import Delta
 from pipeline.mining.exact import Neighbours, Queries
 from pipeline.mining.line import Line, Operation

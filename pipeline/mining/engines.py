@@ -7,15 +7,15 @@ searches wider until the target is reached; an index that cannot reach it is not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import faiss
 import numpy as np
 
-from methods.base import Which
-from pipeline.mining.exact import Queries, Rows, rerank, search
+from methods.mining import Which
+from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search
 
 Engine = Literal["auto", "exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg"]
 ENGINES: tuple[Engine, ...] = ("exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg")
@@ -24,6 +24,7 @@ SAMPLED = 1000  # rows on which recall is measured
 _FEWEST = 1000  # rows; fewer are too few to train an index on, and nothing would be gained
 _EXACT_UP_TO = 2**13  # rows up to which `auto` stays exact: `python -m benchmarks.mining` shows why
 _AUTO_SHARE = 1 / 8  # of the lists that `auto` may look at: a scan of lists does an eighth of the arithmetic per second
+_BLOCK = 2048  # queries of one search for lists of all rows
 _WIDEN = 4  # a quantised index proposes so many times k rows
 
 
@@ -200,3 +201,22 @@ def _nsg(values: np.ndarray, seed: int) -> Made:
 _MAKERS: dict[str, Callable[[np.ndarray, int], Made]] = {
     "ivf": _ivf("flat"), "ivf_fp16": _ivf("fp16"), "ivf_pq": _ivf("pq"), "hnsw": _hnsw, "nsg": _nsg,
 }  # fmt: skip
+
+
+def all_lists(rows: Rows, index: Index, k: int, which: Which) -> Iterator[tuple[slice, Neighbours]]:
+    """The lists of all rows, block by block."""
+    for start in range(0, len(rows), _BLOCK):
+        part = slice(start, min(start + _BLOCK, len(rows)))
+        yield part, lists(as_queries(rows, part), rows, index, k, which)
+
+
+def lists(queries: Queries, rows: Rows, index: Index | None, k: int, which: Which) -> Neighbours:
+    """The lists of an index of all rows, re-ranked; what it left short, and without one all, by exact search."""
+    if index is None:
+        return search(queries, rows, k, which)
+    found = rerank(queries, rows, index.candidates(queries.values, k, which), k, which)
+    short = np.flatnonzero(found.ids[:, min(k, len(rows) - 1) - 1] < 0) if len(rows) > 1 else np.arange(0)
+    if len(short):
+        exact = search(queries[short], rows, k, which)
+        found.ids[short], found.distances[short] = exact.ids, exact.distances
+    return found

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from methods.base import Which
+from methods.mining import Which
 
 _GROUP = 16  # of every so many similarities only the largest enters the first selection
 SYMMETRIC_ROWS = 2**17  # up to which `search_all` compares each pair once

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64
 
-from methods.base import Which
+from methods.mining import Which
 from pipeline.mining.engines import Engine
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # sample ids [rows], embeddings [rows, dim], labels [rows]

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from methods.base import MiningNeeds, Which
+from methods.mining import MiningNeeds, Which
 from pipeline.collectives import Ranks
 from pipeline.errors import RunError, UserError
 from pipeline.mining.client import MiningClient

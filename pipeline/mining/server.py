@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from methods.base import Which
+from methods.mining import Which
 from pipeline.errors import RunError, UserError
 from pipeline.mining.dictionary import Delta, Dictionary
-from pipeline.mining.engines import Index, build
+from pipeline.mining.engines import Index, all_lists, build, lists
 from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from pipeline.mining.generations import Generation, Generations
 from pipeline.mining.locks import ReadersWriter
@@ -31,8 +31,6 @@ from pipeline.mining.messages import Answer, Ask, Batch, Order, Spec
 from pipeline.mining.snapshot import Header, Tag, read, write
 from pipeline.mining.table import Table
 from pipeline.storage import Folder
-
-_BLOCK = 2048  # queries of one search for lists of all rows
 
 
 class MiningServer:
@@ -269,7 +267,7 @@ class MiningServer:
         with self._turn(order), self._turns.read():
             queries, rows = self._queries(ask)[0], self.table.view()
             index, recall = self._index_of_all(ask.k, ask.which) if approximate else (None, 1.0)
-            return _lists(queries, rows, index, ask.k, ask.which), recall
+            return lists(queries, rows, index, ask.k, ask.which), recall
 
     def _index_of_all(self, k: int, which: Which) -> tuple[Index | None, float]:
         """An index of the present rows, built when first asked for after a put."""
@@ -337,7 +335,7 @@ class MiningServer:
             self._check_tag(tag)
             rows, out = self.table.view(), []
             index, recall = self._index_of_all(k, which) if approximate and len(rows) else (None, 1.0)
-            found = search_all(rows, k, which) if index is None else _search_all(rows, index, k, which)
+            found = search_all(rows, k, which) if index is None else all_lists(rows, index, k, which)
             for part, lists in found:
                 queries = as_queries(rows, part)
                 out.append((queries.ids.copy(), lists if reduce is None else reduce(queries, lists)))
@@ -376,24 +374,6 @@ class MiningServer:
             self._memory.load(saved.memory)
         for built, base in saved.built:
             self.generations.restore(built, base)
-
-
-def _search_all(rows: Rows, index: Index, k: int, which: Which) -> Iterator[tuple[slice, Neighbours]]:
-    for start in range(0, len(rows), _BLOCK):
-        part = slice(start, min(start + _BLOCK, len(rows)))
-        yield part, _lists(as_queries(rows, part), rows, index, k, which)
-
-
-def _lists(queries: Queries, rows: Rows, index: Index | None, k: int, which: Which) -> Neighbours:
-    """The lists of an index of all rows, re-ranked; what it left short, and without one all, by exact search."""
-    if index is None:
-        return search(queries, rows, k, which)
-    found = rerank(queries, rows, index.candidates(queries.values, k, which), k, which)
-    short = np.flatnonzero(found.ids[:, min(k, len(rows) - 1) - 1] < 0) if len(rows) > 1 else np.arange(0)
-    if len(short):
-        exact = search(queries[short], rows, k, which)
-        found.ids[short], found.distances[short] = exact.ids, exact.distances
-    return found
 
 
 def _check_k(k: int) -> None:

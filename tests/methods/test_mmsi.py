@@ -21,7 +21,6 @@ from pipeline.collectives import Ranks
 from pipeline.context import RunContext
 from pipeline.mining.dictionary import Dictionary
 from pipeline.model import Trunk
-from tests.methods.context import FakeContext
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LOSSES, TRACE = np.load(GOLDEN / "mmsi_losses_f64.npz"), np.load(GOLDEN / "mmsi_trace_Con_f64.npz")
@@ -271,92 +270,6 @@ def test_weights_are_those_of_double_backward(name: str, w_init: float, monkeypa
             torch.testing.assert_close(p - 0.05 * p.grad, q, rtol=1e-9, atol=1e-12, msg=n)
 
 
-# ---- every loss, pair by pair ----------------------------------------------------------------------------------------
-
-
-def loop_loss(name: str, s: np.ndarray, w: np.ndarray | None, y: list[int], c: MmsiConfig) -> tuple[float, list[Any]]:
-    """The formulas of the docstring, one anchor at a time; returns what has a weight, too."""
-    n, total, slots = len(y), 0.0, []
-    for i in range(n):
-        near = [j for j in range(n) if j != i and y[j] == y[i]]
-        far = [j for j in range(n) if y[j] != y[i]]
-        if name == "triplet":
-            for p in near:
-                for q in far:
-                    if s[i, q] - s[i, p] + c.constants.margin > 0:
-                        slots.append((i, p, q))
-                        total += max(
-                            0.0, (1 if w is None else w[len(slots) - 1]) * (s[i, q] - s[i, p]) + c.constants.margin
-                        )
-            continue
-        if name == "contrastive":
-            far = [j for j in far if s[i, j] > c.constants.margin]
-        elif c.constants.margin is not None:
-            low, high = min((s[i, j] for j in near), default=np.inf), max((s[i, j] for j in far), default=-np.inf)
-            near, far = (
-                [j for j in near if high - s[i, j] + c.constants.margin > 0],
-                [j for j in far if s[i, j] + c.constants.margin - low > 0],
-            )
-            if not near or not far:
-                continue
-        slots += [(i, j) for j in sorted(near + far)]
-        ws = {j: s[i, j] * (1 if w is None else w[i, j]) for j in near + far}
-        if name == "contrastive":
-            total += sum((1 if w is None else w[i, j]) - ws[j] for j in near) + sum(ws[j] for j in far)
-        elif name == "multi_similarity":
-            total += 2 / c.beta * np.log1p(sum(np.exp(-c.beta * (ws[j] - c.base)) for j in near))
-            total += 2 / c.alpha * np.log1p(sum(np.exp(c.alpha * (ws[j] - c.base)) for j in far))
-        elif name == "lifted":
-            total += 2 / c.beta * np.log(sum(np.exp(-c.beta * ws[j]) for j in near))
-            total += 2 / c.alpha * np.log(sum(np.exp(c.alpha * ws[j]) for j in far))
-        else:
-            total += 2 / c.beta * sum(np.log1p(np.exp(-c.beta * (ws[j] - c.base))) for j in near) / max(1, len(near))
-            total += 2 / c.alpha * sum(np.log1p(np.exp(c.alpha * (ws[j] - c.base))) for j in far) / max(1, len(far))
-    return total / n, slots
-
-
-@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 1, 2, 2, 3], [0] * 6, list(range(6)), [0, 0, 0, 0, 1]], ids=str)
-@pytest.mark.parametrize("margin", [None, 0.5])
-@pytest.mark.parametrize("name", ALL)
-def test_every_loss_pair_by_pair(name: str, margin: float | None, labels: list[int]) -> None:
-    """Also of one class alone, of single images, of a class beside a single image."""
-    random = np.random.default_rng(len(labels))
-    x = random.standard_normal((len(labels), 4))
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    c, s, y = (
-        MmsiConfig(loss=cast(Any, name), margin=margin, alpha=5.0),
-        torch.from_numpy(x @ x.T),
-        torch.tensor(labels),
-    )
-    chosen = select(s, y, c)
-    wanted, slots = loop_loss(name, s.numpy(), None, labels, c)
-    assert float(loss(s, 1.0, chosen, c)) == pytest.approx(wanted, rel=1e-12, abs=1e-12)
-    assert int(chosen.slots.sum()) == len(slots)
-    w = torch.zeros(chosen.slots.shape, dtype=torch.float64)
-    w[chosen.slots] = torch.from_numpy(random.random(len(slots)))
-    listed = w[chosen.slots].numpy() if name == "triplet" else w.numpy()
-    assert float(loss(s, w, chosen, c)) == pytest.approx(
-        loop_loss(name, s.numpy(), listed, labels, c)[0], rel=1e-12, abs=1e-12
-    )
-    if slots:
-        s, w = s.requires_grad_(), w.requires_grad_()
-        assert torch.autograd.gradcheck(lambda s, w: loss(s, w, chosen, c), (s, w))
-
-
-def test_weights_per_sign() -> None:
-    x, y, _, _ = make_problem()
-    e = nn.functional.normalize(x)
-    c = MmsiConfig(loss="contrastive", margin=-1.0)
-    chosen = select(e @ e.T, y, c)
-    u = torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    u[chosen.negatives] *= 1e-9
-    joint, apart = normalise(u, chosen), normalise(u, chosen, "per_sign")
-    assert float(joint.max()) == 1 and float(joint[chosen.negatives].max()) < 1e-8
-    assert float(apart[chosen.positives].max()) == float(apart[chosen.negatives].max()) == 1
-    assert bool((apart[u < 0] == 0).all()) and bool((apart[~chosen.slots] == 0).all())
-    assert torch.equal(normalise(-u.abs(), chosen), torch.zeros_like(u))
-
-
 # ---- steps that teach nothing ----------------------------------------------------------------------------------------
 
 
@@ -424,59 +337,3 @@ def test_a_meta_image_can_be_kept_from_its_own_entry() -> None:
     near, far = 2 / 2 * torch.log1p(torch.exp(-2 * (e[0] @ e[1] - 0.5))), torch.exp(40 * (e[0] @ e[2:].T - 0.5)).sum()
     wanted = float(near + 2 / 40 * torch.log1p(far)) / 2  # the second image has no positive left
     assert float(meta_loss(e[ids], labels, ids, memory, c)) == pytest.approx(wanted)
-
-
-# ---- plans -----------------------------------------------------------------------------------------------------------
-
-SIZES = [1, 2, 3, 5, 8, 5, 5, 20, 2, 7, 5]
-
-
-def plans(epochs: int, **config: Any) -> tuple[np.ndarray, list[Plan]]:
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(SIZES)), SIZES))
-    values = {"classes_per_batch": 4, "samples_per_class": 3, "meta_classes": 3} | config
-    method = Mmsi(MmsiConfig(**values), 5, len(SIZES))
-    context = FakeContext(method)
-    context.labels, context.seed = labels, 5
-    return labels, [method.plan(epoch, context) for epoch in range(epochs)]
-
-
-def test_plan() -> None:
-    """Every class once an epoch, repeats only in small classes; meta images pass over all classes, without regard to epochs."""
-    labels, found = plans(30)
-    meta, left_out = [], set()
-    for plan in found:
-        assert plan.ids.shape == (2, 15) and (plan.columns["role"] == ["train"] * 12 + ["meta"] * 3).all()
-        groups = plan.ids[:, :12].reshape(8, 3)
-        classes = labels[groups]
-        assert (classes == classes[:, :1]).all() and len(set(classes[:, 0])) == 8
-        left_out |= set(range(11)) - set(classes[:, 0])
-        for group, c in zip(groups, classes[:, 0], strict=True):
-            assert len(set(group)) == 3 or SIZES[c] < 3
-        meta += list(labels[plan.ids[:, 12:]])
-    assert left_out == set(range(11))
-    for start in range(0, 60, 3):  # a pass: 3 steps of 3 classes out of 11
-        assert len(set(np.concatenate(meta[start : start + 3]))) == 9
-    assert set(np.concatenate(meta)) == set(range(11))
-    assert np.array_equal(plans(3)[1][2].ids, found[2].ids) and not np.array_equal(found[0].ids, found[1].ids)
-
-
-def test_plan_with_images_held_out() -> None:
-    labels, found = plans(40, meta_source="holdout", meta_share=0.2)
-    trained = {i for plan in found for i in plan.ids[:, :12].ravel().tolist()}
-    held = {i for plan in found for i in plan.ids[:, 12:].ravel().tolist()}
-    assert not trained & held and len(trained | held) == len(labels)
-    assert np.bincount(labels[list(held)]).tolist() == [0, 1, 1, 1, 2, 1, 1, 4, 1, 1, 1]
-
-
-def test_plan_refuses_batches_of_more_classes_than_there_are() -> None:
-    with pytest.raises(ValueError, match="batches of 12 classes, but the training set has 11"):
-        plans(1, classes_per_batch=12)
-    with pytest.raises(ValueError, match="meta_classes is 12, but meta images have 11 classes"):
-        plans(1, meta_classes=12)
-
-
-def test_config() -> None:
-    with pytest.raises(ValueError, match="a triplet's weight has no sign"):
-        MmsiConfig(loss="triplet", norm_scope="per_sign")
-    needs = MmsiConfig(memory_per_class=7, memory_total=70).mining
-    assert needs is not None and (needs.table, needs.per_class, needs.total) == (False, 7, 70)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.base import Which
+from methods.mining import Which
 from pipeline.mining import exact
 from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from tests.pipeline.mining.oracle import assert_equal, clustered, neighbours

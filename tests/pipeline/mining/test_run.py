@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from methods.base import MiningNeeds
+from methods.mining import MiningNeeds
 from pipeline.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.mining import engines
