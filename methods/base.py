@@ -139,10 +139,11 @@ class Context(Protocol):
     @property
     def mining(self) -> Mining | None: ...
 
-    def encode(self, role: str | Sequence[str] | None = None) -> Float[Tensor, "batch features"]:
+    def encode(self, role: str | Sequence[str] | None = None, derive: bool = False) -> Float[Tensor, "batch features"]:
         """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.
 
         The trunk runs once a call; a second call before the `backward` of the first is an error (ask for both roles at once).
+        With `derive`, what the pass computes is kept for a `derivative` of the same slots, which takes less time then.
         """
         ...
 

@@ -212,7 +212,7 @@ class Mmsi(Method):
         plain = c.meta_start.share(context.clock) < 1
         known = len(memory.classes) + len(set(labels.tolist()).difference(memory.classes))
         with torch.set_grad_enabled(plain or known >= self.warmup):
-            embeddings = self.embed(context.encode("train"))
+            embeddings = self.embed(context.encode("train", derive=not plain and known >= self.warmup))
         context.mining.put(batch.ids[train], embeddings.detach(), labels)
         similarity = embeddings @ embeddings.T
         chosen = select(similarity, labels, c)

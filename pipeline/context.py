@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from pipeline.collectives import Ranks, gather
 from pipeline.data.store import Samples
 from pipeline.errors import RunError
 from pipeline.evaluation import Embedder, trunk_features
-from pipeline.forward_mode import derivative
+from pipeline.forward_mode import Outputs, derivative
 from pipeline.mining.run import RunMining
 from pipeline.model import Trunk
 
@@ -31,8 +33,8 @@ def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed) >> 1)
 
 
-# Numbers of images that are differentiated at once while the step's own graph waits: 16 images of 128 pixels, 5 of 224.
-_DERIVED_PIXELS = 3 * 2**18
+# Pixels of images that are differentiated at once while the step's own graph waits: 32 images of 128 pixels, 10 of 224.
+_DERIVED_PIXELS = 3 * 2**19
 
 
 class _Part(NamedTuple):
@@ -103,6 +105,8 @@ class RunContext:
         self._pixels: Tensor | None = None
         self._awaits_backward = False
         self._encoded = 0  # calls of encode in this step
+        self._outputs: Outputs | None = None  # of what was encoded last, for its derivative
+        self._derived: str | Sequence[str] | None = None
 
     def begin_epoch(self, clock: Clock, epoch: int) -> None:
         self.clock = clock
@@ -114,7 +118,7 @@ class RunContext:
         """Sets up one step and returns its batch; `pixels` are those of this rank's slots."""
         self.clock = clock
         self.generator = seeded_generator(self.device, self.seed, clock.step, 2)
-        self._encoded = 0
+        self._encoded, self._outputs = 0, None
         self._seed_global()  # dropout inside a backbone: the same after a resume
         self.upcoming = plan.ids[row + 1] if row + 1 < len(plan) else None
         if self.mining is not None:
@@ -131,11 +135,15 @@ class RunContext:
         labels = torch.from_numpy(self.labels[plan.ids[row]]).to(self.device)
         return Batch(ids, labels, {name: column[row] for name, column in plan.columns.items()})
 
-    def encode(self, role: str | Sequence[str] | None = None) -> Float[Tensor, "batch features"]:
+    def encode(self, role: str | Sequence[str] | None = None, derive: bool = False) -> Float[Tensor, "batch features"]:
         if self._awaits_backward:
             raise RuntimeError("a second encode before backward: ask for all roles in one call")
         part = self._part(role)
-        local = trunk_features(self.ddp, part.pixels, self.precision)
+        # under autocast they are not those of the derivative, which is of higher precision
+        self._outputs = Outputs() if derive and self.precision != "bf16" else None
+        self._derived = role
+        with self._outputs or nullcontext():
+            local = trunk_features(self.ddp, part.pixels, self.precision)
         self._awaits_backward = torch.is_grad_enabled() and local.requires_grad
         self._encoded += 1  # dropout in the method: the same on every rank, however much the trunk has drawn here
         self._seed_global()
@@ -167,11 +175,14 @@ class RunContext:
         part = self._part(role)
         wanted = {n: direction[n] for n, p in self.trunk.named_parameters() if n in direction}
         images = max(1, _DERIVED_PIXELS // part.pixels[0].numel() if len(part.pixels) else 1)
-        # without autocast, which has no forward mode
-        parts = [
-            derivative(self.trunk, lambda trunk, p=some: trunk_features(trunk, p, "float32"), wanted)  # type: ignore[misc]
-            for some in part.pixels.split(images)
-        ]
+        outputs, self._outputs = (self._outputs if role == self._derived else None), None
+        parts = []
+        for start in range(0, max(1, len(part.pixels)), images):
+            some = slice(start, start + images)
+            known = outputs.of(some) if outputs else None
+            # without autocast, which has no forward mode
+            run = functools.partial(trunk_features, pixels=part.pixels[some], precision="float32")
+            parts.append(derivative(self.trunk, run, wanted, known))
         local, tangent = (gather(torch.cat(t), part.start, part.total, self.ranks) for t in zip(*parts, strict=True))
         return local, tangent
 

@@ -33,7 +33,7 @@ class FakeContext:
         self.mining: Any = None
         self.loaded_best = 0
 
-    def encode(self, role: Any = None) -> Tensor:
+    def encode(self, role: Any = None, derive: bool = False) -> Tensor:
         assert self.features is not None
         return self.features
 

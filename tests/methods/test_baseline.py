@@ -42,7 +42,7 @@ class StubContext(Context):
         self.calls: list[str] = []
         self.upcoming = None
 
-    def encode(self, role=None):
+    def encode(self, role=None, derive=False):
         self.calls.append("encode")
         return self.features
 

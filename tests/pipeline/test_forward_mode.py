@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.collectives import Ranks
-from pipeline.forward_mode import derivative
+from pipeline.forward_mode import Outputs, derivative
 from pipeline.model import ModelConfig, Trunk, build_trunk
 
 
@@ -49,6 +49,70 @@ def test_derivatives_of_trunks(backbone: str, pooling: str) -> None:
     assert float(wanted.norm()) > 1e-3
     torch.testing.assert_close(along, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))
     assert not along.requires_grad and all(p.grad is None for p in trunk.parameters())
+    check_known(trunk, pixels, direction, features, along)
+
+
+def check_known(trunk: Trunk, pixels: Tensor, direction: dict[str, Tensor], features: Tensor, along: Tensor) -> None:
+    """The same, image by image, from what an earlier pass gave; its graph stays as it was."""
+    with Outputs() as outputs:
+        learnt = trunk(pixels)
+    for i in range(len(pixels)):
+        some = slice(i, i + 1)
+        found = derivative(trunk, lambda t, s=some: t(pixels[s]), direction, outputs.of(some))
+        torch.testing.assert_close(found[0], features[some], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found[1], along[some], rtol=1e-9, atol=1e-9 * float(along.abs().max()))
+    parameters = [p for p in trunk.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(learnt.square().sum(), parameters, allow_unused=True)
+    wanted = torch.autograd.grad(trunk(pixels).square().sum(), parameters, allow_unused=True)
+    torch.testing.assert_close(gradients, wanted, rtol=0, atol=0)
+
+
+class Small(nn.Module):
+    """Convolutions with what may follow them: clamps of each kind, in place and not, other functions in place, none."""
+
+    def __init__(self, after: nn.Module) -> None:
+        super().__init__()
+        self.first, self.after, self.second = nn.Conv2d(3, 4, 3), after, nn.Conv2d(4, 5, 3, groups=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.after(self.first(x))
+        return torch.tanh(self.second(x)).mean((2, 3))
+
+
+AFTER = [
+    nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(-0.1, 0.2), nn.SiLU(inplace=True), nn.Identity()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", AFTER, ids=str)
+@pytest.mark.parametrize("which", [["first.weight"], ["first.bias", "second.weight"], ["second.weight"], ["first.weight", "first.bias", "second.weight"]])  # fmt: skip
+def test_known_outputs(after: nn.Module, which: list[str]) -> None:
+    """Kernels alone, biases alone, all; whatever was overwritten since is computed anew."""
+    torch.manual_seed(0)
+    net, x = Small(after).double(), 3 * torch.randn(4, 3, 7, 7, dtype=torch.float64)
+    direction = {n: torch.randn_like(p) for n, p in net.named_parameters() if n in which}
+    with Outputs() as outputs:
+        net(x)
+    features, along = derivative(net, lambda t: t(x), direction)
+    known = derivative(net, lambda t: t(x), direction, outputs.of(slice(0, 4)))
+    torch.testing.assert_close(known, (features, along), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(along, by_double_backward(net, x, direction), rtol=1e-9, atol=1e-12)
+    assert float(along.norm()) > 1e-3
+
+
+def test_known_outputs_are_not_computed_again() -> None:
+    torch.manual_seed(0)
+    net, x = Small(nn.ReLU6(inplace=True)), torch.randn(4, 3, 7, 7)
+    direction = {n: torch.randn_like(p) for n, p in net.named_parameters()}
+    with Outputs() as outputs:
+        net(x)
+    for known, wanted in ((outputs.of(slice(0, 4)), 3), (None, 6)):
+        with torch.profiler.profile() as watched:
+            derivative(net, lambda t: t(x), direction, known)
+        # by kernel, and for the second by its input; torch's own: of both, by both, and the outputs
+        assert sum(e.count for e in watched.key_averages() if e.key == "aten::_convolution") == wanted
+    with pytest.raises(RuntimeError, match="not of this pass"):
+        derivative(net, lambda t: t(x), direction, outputs.of(slice(0, 3)))
 
 
 def test_part_of_the_parameters() -> None:
