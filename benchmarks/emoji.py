@@ -26,7 +26,7 @@ from benchmarks.table import Row, finish
 
 FOLD = ["data.validation_fold=0", "evaluation.every=4 epochs", "evaluation.test=false"]
 Run = tuple[str, list[str]]  # preset and what is set
-CONTRASTIVE = ["method.loss=contrastive", "method.margin=0.5"]
+CONTRASTIVE = ["method.loss=contrastive", "method.margin=0.5", "method.norm_scope=all", "method.w_init=0"]
 SEMI_HARD = [
     "method.loss=TripletMarginLoss",
     "method.loss_args={margin: 0.2}",
