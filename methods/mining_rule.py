@@ -89,18 +89,21 @@ class Classes:
         """
         c = self.labels[anchors]
         # The anchor and its listed ones, as places within the class, ascending for each asker.
-        of = np.concatenate([np.arange(len(anchors)), of])
-        taken = np.concatenate([self.place[anchors], self.place[listed]])
-        of, taken = np.divmod(np.sort(of * len(self.labels) + taken), len(self.labels))
-        counts = np.bincount(of, minlength=len(anchors))
+        counts = 1 + np.bincount(of, minlength=len(anchors))
+        bits = int(self.sizes.max()).bit_length()
+        keys = np.concatenate([np.arange(len(anchors)) << bits | self.place[anchors], of << bits | self.place[listed]])
+        taken = np.sort(keys) & (1 << bits) - 1
         starts = np.cumsum(counts) - counts
         left = self.sizes[c] - counts
         r = self.draw(anchors, 2 * draw, np.maximum(left, 1))
         # The r-th place that is not taken: r plus the number of taken ones t_0 < t_1 < ... with t_i - i <= r.
-        before = taken - (np.arange(len(taken)) - np.repeat(starts, counts)) <= np.repeat(r, counts)
-        place = r + np.bincount(of, before, minlength=len(anchors)).astype(np.int64)
-        drawn = self.order[self.starts[c] + np.minimum(place, self.sizes[c] - 1)]
-        return np.where(left > 0, drawn.astype(np.int64), self.random_positive(anchors, draw))
+        of = np.repeat(np.arange(len(anchors)), counts)
+        before = of[taken - np.arange(len(taken)) <= (r - starts)[of]]
+        place = r + np.bincount(before, minlength=len(anchors))
+        drawn = self.order[self.starts[c] + np.minimum(place, self.sizes[c] - 1)].astype(np.int64)
+        full = np.flatnonzero(left <= 0)
+        drawn[full] = self.random_positive(anchors[full], draw[full])
+        return drawn
 
 
 def _mixed(z: np.ndarray) -> np.ndarray:
@@ -285,11 +288,14 @@ def _own_entries(classes: Classes, anchors: np.ndarray, ids: np.ndarray) -> Entr
             part = rows[start : start + 4096]
             some = ids[part, first:last] if len(rows) < len(ids) else ids[start : start + 4096, first:last]
             same = (labels.take(some, mode="clip") == own[part][:, None]) & (some >= 0)
-            row, rank = np.divmod(np.flatnonzero(same), last - first)
-            keys.append(part[row] * k + first + rank)
+            entry = np.flatnonzero(same)
+            row = entry // (last - first)
+            keys.append(part[row] * k + first + entry - row * (last - first))
             left[part] -= np.bincount(row, minlength=len(part))
         rows, first = rows[left[rows] > 0], last
-    return Entries(*np.divmod(np.sort(np.concatenate(keys), kind="stable") if keys else np.zeros(0, np.int64), k))
+    found = np.sort(np.concatenate(keys), kind="stable") if keys else np.zeros(0, np.int64)
+    row = found // k
+    return Entries(row, found - row * k)
 
 
 def _merged(
