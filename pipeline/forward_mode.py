@@ -1,7 +1,8 @@
 """Forward-mode derivatives of a trunk: how its features move when its parameters do, in one pass, without a graph.
 
 A pass costs three convolutions for each of the network: the output, and its derivative by input and by kernel. Where the same
-images were encoded just before, `Outputs` has kept what convolutions and clamps gave, and the first of the three falls away.
+images were encoded just before, `Outputs` has kept what convolutions, their paddings and clamps gave, most of it for the backward
+pass anyway, and the first of the three falls away.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 _CLAMPS = (F.relu, F.relu6, F.hardtanh)  # activations whose output tells their derivative
+_KEPT = (F.conv2d, F.pad, *_CLAMPS)
 
 
 class Outputs(TorchFunctionMode):
-    """Within it, a pass over a network keeps the outputs of its convolutions and clamps, for `derivative` of the same pass."""
+    """Within it, a pass over a network keeps outputs, for `derivative` of the same pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +30,7 @@ class Outputs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is F.conv2d or func in _CLAMPS:
+        if func in _KEPT:
             last = self._kept[-1] if self._kept else None
             if func in _CLAMPS and last is not None and last.output.data_ptr() == out.data_ptr():
                 # In place: a convolution's output was clamped. Clamping it once more changes nothing.
@@ -88,15 +90,17 @@ class _Forward(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("inplace"):
             kwargs["inplace"] = False
-        if func is F.conv2d or func in _CLAMPS:
+        if func in _KEPT:
             kept = next(self._known, None)
             if kept is not None and kept.output is not None:
                 if kept.func is not func or len(kept.output) != len(args[0]):
                     raise RuntimeError("what is known is not of this pass")
                 if func is F.conv2d and len(args) > 2:
                     return _Convolution.apply(*args[:3], kept, args[3:], kwargs)
-                if func is not F.conv2d:
+                if func in _CLAMPS:
                     return _Clamp.apply(args[0], kept, _bounds(func, args, kwargs))
+                if func is F.pad and _with_zeros(*args[2:], **kwargs):
+                    return _Padding.apply(args[0], kept, args[1])
         return func(*args, **kwargs)
 
 
@@ -126,6 +130,22 @@ class _Convolution(torch.autograd.Function):
         return parts[0].add_(parts[1]) if len(parts) == 2 else parts[0]
 
 
+class _Padding(torch.autograd.Function):
+    """Derivative of a padding with zeros whose output is known."""
+
+    @staticmethod
+    def forward(x: Tensor, kept: _Kept, widths: Any) -> Tensor:
+        return kept.output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.widths = inputs[2]
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: Any) -> Tensor:
+        return F.pad(x, ctx.widths)
+
+
 class _Clamp(torch.autograd.Function):
     """Derivative of a clamp whose output is known: 1 between the bounds, 0 at and beyond them."""
 
@@ -150,3 +170,8 @@ def _bounds(func: Any, args: Any, kwargs: Any) -> tuple[float, float]:
     found = inspect.signature(F.hardtanh).bind(*args, **kwargs)
     found.apply_defaults()
     return found.arguments["min_val"], found.arguments["max_val"]
+
+
+def _with_zeros(mode: str = "constant", value: float | int | None = None) -> bool:
+    """Whether these arguments of `F.pad` say so."""
+    return mode == "constant" and not value

@@ -80,7 +80,8 @@ class Small(nn.Module):
 
 
 AFTER = [
-    nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(-0.1, 0.2), nn.SiLU(inplace=True), nn.Identity()
+    nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(-0.1, 0.2), nn.SiLU(inplace=True), nn.Identity(),
+    nn.ZeroPad2d(1), nn.ConstantPad2d((0, 2, 1, 0), 0.5), nn.ReflectionPad2d(1),
 ]  # fmt: skip
 
 
