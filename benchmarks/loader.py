@@ -38,7 +38,7 @@ from pipeline.data.catalog import Entry
 from pipeline.data.loader import Item, PixelSource, fetch, load
 from pipeline.data.store import Store, write_store
 from pipeline.data.transforms import TransformConfig, normalise
-from pipeline.prepare import run_here, run_on_ray
+from pipeline.jobs import run_here, run_on_ray
 from pipeline.session import ray_session
 from pipeline.storage import Folder
 

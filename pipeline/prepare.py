@@ -6,7 +6,6 @@ NAME is a published dataset (cub, cars, sop, inshop, mars, lpw) as its authors s
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import signal
 import sys
@@ -15,67 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import cloudpickle
-import pyarrow as pa
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from pipeline.data import catalog
 from pipeline.data.catalog import Entry
 from pipeline.data.layouts import LAYOUTS
 from pipeline.data.published import listed, opened
-from pipeline.data.store import Shard, Store, write_store
+from pipeline.data.store import Store, write_store
 from pipeline.data.transforms import MAX_PIXELS
 from pipeline.errors import RunError, UserError, first_line
+from pipeline.jobs import console, run_on_ray
 from pipeline.session import blind_nodes, check_visible, on_cluster, ray_session
 from pipeline.storage import Folder, home
-
-console = Console(stderr=True)
-
-
-def run_on_ray(function: Callable[[Shard], dict[str, Any]], shards: list[Shard]) -> Iterator[dict[str, Any]]:
-    """Maps over the shards with Ray Data, one task a shard, in any order; shows a progress bar in images."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = False
-
-    blocks = [pa.table({"shard": pa.array([cloudpickle.dumps(shard)], pa.large_binary())}) for shard in shards]
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        functools.partial(_work, function=function), batch_size=None, batch_format="pyarrow", num_cpus=1
-    )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("preparing", total=sum(len(s.entries) for s in shards))
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for value in batch["record"]:
-                record = cloudpickle.loads(value.as_py())
-                if isinstance(record, Exception):
-                    raise record
-                bar.advance(task, record["rows"] + len(record["rejected"]))
-                yield record
-
-
-def run_here(function: Callable[[Shard], dict[str, Any]], shards: list[Shard]) -> Iterator[dict[str, Any]]:
-    """The same in this process, without Ray."""
-    return map(function, shards)
-
-
-def _work(block: pa.Table, function: Callable[[Shard], dict[str, Any]]) -> pa.Table:
-    """One task of the pipeline: one shard in, its record out, or the error that ends the whole."""
-    try:
-        record: Any = function(cloudpickle.loads(block["shard"][0].as_py()))
-    except (RunError, UserError) as error:  # Ray would wrap it
-        record = error
-    return pa.table({"record": pa.array([cloudpickle.dumps(record)], pa.large_binary())})
 
 
 def prepare(

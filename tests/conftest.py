@@ -25,7 +25,7 @@ from methods import METHODS
 from pipeline.config import Config
 from pipeline.data.catalog import Entry
 from pipeline.data.store import Store, write_store
-from pipeline.prepare import run_here
+from pipeline.jobs import run_here
 from pipeline.storage import Folder
 from tests.pool import Pool, warm_up
 from tests.stubs import STUBS, tiny_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -17,24 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
-from pipeline import prepare
+from pipeline import embed, prepare
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import DEFAULT_PRESET, Config, build_config
 from pipeline.data import catalog, loader
 from pipeline.data.catalog import Entry
 from pipeline.data.loader import Item, load
 from pipeline.data.store import Shard, Store, layout
-from pipeline.errors import RunError
+from pipeline.errors import RunError, UserError
+from pipeline.jobs import run_here
+from pipeline.jobs import run_on_ray as map_on_ray
 from pipeline.launch import run_in_process, run_on_ray
 from pipeline.s3 import S3
 from pipeline.storage import Folder
 from pipeline.summary import run_folder
+from pipeline.trained import Trained
 from pipeline.worker import pixel_source
-from tests.conftest import write_images
+from tests.conftest import write_images, write_tiny_store
 from tests.pipeline.test_report import screenshot
 from tests.s3 import Proxy, s3_server
 from tests.stubs import tiny_values
@@ -70,14 +75,37 @@ def on_ray(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"runtime": config.runtime.model_copy(update={"workers": 2, **changes})})
 
 
+def test_embeddings_are_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Parts of a finished run's images, embedded by two processes; errors of a part come back as they are."""
+    store = write_tiny_store(tmp_path)
+    config = build_config(tiny_values(str(tmp_path), store.folder.uri, {"name": "done", "length": "2 steps"}))
+    run_in_process(config, store.folder.uri, silent)
+    trained = Trained(run_folder(config), config, store.folder.uri, store.fingerprint, "checkpoints", 2)
+    monkeypatch.setattr(embed, "PART", 7)
+    here, there = (Folder(tmp_path / name) for name in ("here", "there"))
+    found = [embed.embed(trained, ("train", "test"), to, workers, 2) for to, workers in ((here, 0), (there, 2))]
+    assert found[0] == found[1] and found[0]["parts"] > 2
+    for name in here.names():
+        if name.endswith(".parquet"):
+            one, other = (pq.read_table(io.BytesIO(folder.read(name))) for folder in (here, there))
+            assert one.drop_columns(["embedding"]).equals(other.drop_columns(["embedding"]))
+            x, y = (np.stack(t["embedding"].to_numpy()) for t in (one, other))
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    store.folder.write(
+        "manifest.json", store.folder.read("manifest.json").replace(store.fingerprint.encode(), b"0" * 16)
+    )
+    with pytest.raises(UserError, match="has changed since the run"):
+        list(map_on_ray(embed.Part(trained, ("test",), there), [range(3)], actors=1))
+
+
 @pytest.mark.slow
 def test_prepare_is_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: Path) -> None:
     write_images(tmp_path / "images", {f"class{i}": 2 + i % 3 for i in range(10)}, seed=1)
     (tmp_path / "images" / "class3" / "broken.png").write_bytes(b"no image")
     entries = catalog.folder(str(tmp_path / "images"))
     options: dict[str, Any] = {"images_per_shard": 6, "max_rejected": 0.1}
-    here = prepare.prepare("x", entries, Folder(tmp_path / "here"), prepare.run_here, **options)
-    there = prepare.prepare("x", entries, Folder(tmp_path / "there"), prepare.run_on_ray, **options)
+    here = prepare.prepare("x", entries, Folder(tmp_path / "here"), run_here, **options)
+    there = prepare.prepare("x", entries, Folder(tmp_path / "there"), map_on_ray, **options)
     assert there.manifest == here.manifest
     assert len(there.manifest["shards"]) > 3
     assert "broken.png" in (tmp_path / "there" / "rejected.csv").read_text()
@@ -90,7 +118,7 @@ def refuse(shard: Shard) -> dict[str, Any]:
 def test_an_error_of_a_task_of_prepare_arrives_as_it_is(ray_here: Any) -> None:
     shards = layout([Entry("x.png", "c", "train")], num_folds=2, images_per_shard=4)
     with pytest.raises(RunError, match=r"^shards/train-00000\.parquet cannot be written$"):
-        list(prepare.run_on_ray(refuse, shards))
+        list(map_on_ray(refuse, shards))
 
 
 def test_both_loaders_give_the_same_pixels_in_the_same_order(
@@ -401,7 +429,7 @@ def test_the_real_command_on_real_emoji(tmp_path: Path) -> None:
     """Two workers, a few steps, the shipped preset, real drawings and weights; then the report in a real browser."""
     environment = os.environ | {"RAYDML_HOME": str(tmp_path)}
     drawings = [e for e in catalog.emoji() if hash_of(e.class_name) < 0x10]  # every sixteenth emoji
-    data = prepare.prepare("emoji", drawings, Folder(tmp_path / "subset"), prepare.run_here)
+    data = prepare.prepare("emoji", drawings, Folder(tmp_path / "subset"), run_here)
     settings = [
         f"data.source={data.folder}",
         "length=4 steps",

@@ -66,6 +66,9 @@ class Shard:
     folds: tuple[int, ...]
     further: dict[str, tuple[int, ...]]
 
+    def __len__(self) -> int:
+        return len(self.entries)
+
 
 def layout(entries: Iterable[Entry], num_folds: int, images_per_shard: int) -> list[Shard]:
     """Sorts by split, class and tracklet, numbers samples, classes and tracklets, deals the training groups into folds, cuts

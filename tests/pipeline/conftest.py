@@ -20,6 +20,7 @@ from pipeline import prepare, train
 from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store
 from pipeline.data.transforms import decode
+from pipeline.jobs import run_here
 from pipeline.s3 import S3
 from pipeline.storage import Folder
 from tests.conftest import write_tiny_store
@@ -101,7 +102,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAYDML_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(prepare, "ray_session", lambda cpus: nullcontext())
-    monkeypatch.setattr(prepare, "prepare", functools.partial(prepare.prepare, run=prepare.run_here))
+    monkeypatch.setattr(prepare, "prepare", functools.partial(prepare.prepare, run=run_here))
 
     def run(*arguments: str) -> tuple[int, str]:
         capsys.readouterr()

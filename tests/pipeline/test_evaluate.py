@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
 from methods import Baseline
-from pipeline import evaluate, train
+from pipeline import embed, evaluate, train, trained
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.catalog import Entry
 from pipeline.data.store import Store, write_store
 from pipeline.evaluation import test_task as task_of
+from pipeline.jobs import run_here
 from pipeline.metrics import clustering, retrieve
-from pipeline.prepare import run_here
 from pipeline.storage import Folder
 from pipeline.tracking import read_metrics
 from tests.conftest import write_images
@@ -288,3 +291,86 @@ def test_queries_and_gallery_are_refined_together(
     expected = retrieve(table[:5], y, gallery=table[5:], gallery_labels=gy).summary((1, 2))
     final = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())["final"]
     assert final == {k: round(v, 4) for k, v in expected.items()}
+
+
+# ---- embeddings to files ---------------------------------------------------------------------------------------------
+
+
+def embedded(target: Folder) -> dict[str, Any]:
+    """All parts as one table; the files are whole."""
+    found = target.read_json("embeddings.json")
+    files = [io.BytesIO(target.read(name)) for name in target.names() if name.startswith("part-")]
+    assert found["complete"] and len(files) == found["parts"]
+    table = pa.concat_tables([pq.read_table(f, page_checksum_verification=True) for f in files])
+    assert len(table) == found["rows"] and table.schema.field("embedding").type.list_size == found["dim"]
+    return {name: table[name].to_pylist() for name in table.column_names} | {"found": found}
+
+
+@pytest.mark.parametrize(("split", "splits"), [("test", ["test"]), ("train", ["train"]), ("all", ["train", "test"])])
+def test_embeddings_of_a_split(
+    split: str, splits: list[str], base: Base, folder: Folder, monkeypatch: Any, capsys: Any
+) -> None:
+    """The embeddings that are measured, each with its sample, class and split, over several files."""
+    monkeypatch.setattr(embed, "PART", 7)
+    assert (
+        evaluate.main(
+            [base.run.uri, "--embed-to", folder.uri, "--split", split, "--workers", "0", "--checkpoint", "last"]
+        )
+        == 0
+    )
+    rows = embedded(folder)
+    store = base.store
+    wanted = np.flatnonzero(np.isin(store.split, splits))
+    assert rows["sample_id"] == store.sample_id[wanted].tolist() and rows["label"] == store.label[wanted].tolist()
+    assert rows["class_name"] == [store.class_name_of[label] for label in rows["label"]]
+    assert rows["split"] == store.split[wanted].tolist() and len(set(rows["split"])) == len(splits)
+    assert rows["found"]["parts"] == -(-len(wanted) // 7) > 1
+    embedder, trunk, method = trained.find(base.run.uri, "last").load(store, torch.device("cpu"))
+    expected = embedder(store.sample_id[wanted], trunk, method)
+    torch.testing.assert_close(torch.tensor(rows["embedding"], dtype=expected.dtype), expected, rtol=1e-5, atol=1e-6)
+    assert f"{len(wanted)} embeddings" in capsys.readouterr().out
+
+
+def test_embedding_is_continued(base: Base, tmp_path: Path, monkeypatch: Any) -> None:
+    """After a kill between two parts the parts that are there stay; other embeddings are never mixed in."""
+    monkeypatch.setattr(embed, "PART", 7)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    arguments = [base.run.uri, "--embed-to", str(tmp_path / "out"), "--workers", "0", "--checkpoint", "last"]
+    original, calls = embed.Part.__call__, []
+
+    def dies(self: embed.Part, part: range) -> dict[str, Any]:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(part)
+        return original(self, part)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(embed.Part, "__call__", dies)
+        evaluate.main(arguments)
+    assert not json.loads((tmp_path / "out" / "embeddings.json").read_text())["complete"]
+    first = (tmp_path / "out" / "part-000000000.parquet").stat()
+    assert evaluate.main(arguments) == 0
+    rows = embedded(Folder(tmp_path / "out"))
+    assert rows["sample_id"] == base.store.sample_id[base.store.split == "test"].tolist()
+    assert (tmp_path / "out" / "part-000000000.parquet").stat().st_mtime_ns == first.st_mtime_ns
+    before = contents(tmp_path / "out")
+    assert evaluate.main(arguments) == 0 and contents(tmp_path / "out") == before
+    manifest = tmp_path / "out" / "embeddings.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"complete": False}))
+    assert evaluate.main(arguments) == 0 and contents(tmp_path / "out") == before  # killed before the last word
+
+
+def test_refused_embeddings(base: Base, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    target = tmp_path / "out"
+    arguments: list[str | Path] = [base.run.uri, "--embed-to", target, "--workers", "0"]
+    assert evaluate.main([*map(str, arguments), "--checkpoint", "last"]) == 0
+    capsys.readouterr()
+    refused([*arguments, "--checkpoint", "last", "--split", "train"], "choose another folder", capsys)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    refused([base.run.uri, "--embed-to", tmp_path / "full", "--workers", "0"], "is not empty", capsys)
+    refused([*arguments, "--split", "validation"], "a part of the training images", capsys)
+    refused([*arguments, "--clustering"], "goes with one run", capsys)
+    refused([*arguments[:-1], "-1"], "--workers is -1", capsys)
+    refused([base.run.uri, "--workers", "1"], "go with --embed-to", capsys)
+    refused([base.run.uri, "--split", "all"], "go with --embed-to", capsys)

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.data.catalog import Entry
 from pipeline.data.store import write_store
 from pipeline.data.transforms import decode, normalise
-from pipeline.prepare import run_here
+from pipeline.jobs import run_here
 from pipeline.storage import Folder
 from tests.pipeline.test_store import encode, entries_of, jpeg, rejected_lines
 

@@ -17,7 +17,7 @@ from pipeline.data.catalog import Entry
 from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store, write_store
 from pipeline.errors import RunError
-from pipeline.prepare import run_here
+from pipeline.jobs import run_here
 from pipeline.storage import Folder
 from tests.conftest import write_images
 

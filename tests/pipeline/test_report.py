@@ -22,7 +22,7 @@ from pipeline.config import load_config, to_yaml
 from pipeline.data.catalog import Entry
 from pipeline.data.store import Store, write_store
 from pipeline.errors import UserError
-from pipeline.prepare import run_here
+from pipeline.jobs import run_here
 from pipeline.report import main, write_report
 from pipeline.storage import Folder
 from pipeline.summary import summarise

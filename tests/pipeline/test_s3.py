@@ -19,7 +19,7 @@ from pipeline.data import catalog
 from pipeline.data.reader import RowGroupReader
 from pipeline.data.store import Store, write_store
 from pipeline.errors import RunError, UserError
-from pipeline.prepare import run_here
+from pipeline.jobs import run_here
 from pipeline.storage import Folder, read_file
 from pipeline.tracking import read_metrics
 from tests.conftest import write_images

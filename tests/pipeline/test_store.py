@@ -20,7 +20,7 @@ from pipeline.data.catalog import Entry
 from pipeline.data.store import ROW_GROUP, Store, layout, write_store
 from pipeline.data.transforms import decode
 from pipeline.errors import RunError, UserError
-from pipeline.prepare import run_here
+from pipeline.jobs import run_here
 from pipeline.storage import Folder
 from tests.conftest import write_images
 

@@ -11,7 +11,7 @@ import pytest
 from pipeline.data.catalog import Entry
 from pipeline.data.store import Store, layout, write_store
 from pipeline.errors import UserError
-from pipeline.prepare import run_here
+from pipeline.jobs import run_here
 from pipeline.storage import Folder
 from tests.conftest import write_images
 

@@ -20,7 +20,7 @@ from pipeline.config import build_config
 from pipeline.data.catalog import Entry
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store, write_store
-from pipeline.prepare import run_here
+from pipeline.jobs import run_here
 from pipeline.storage import Folder
 from pipeline.tracking import read_metrics
 from tests.conftest import write_images, write_tiny_store

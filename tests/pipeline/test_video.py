@@ -21,8 +21,8 @@ from pipeline.data.store import Samples, Store, write_store
 from pipeline.data.transforms import TransformConfig
 from pipeline.evaluation import Embedder, Task, evaluate, units, validation_task
 from pipeline.evaluation import test_task as task_of
+from pipeline.jobs import run_here
 from pipeline.model import ModelConfig, build_trunk
-from pipeline.prepare import run_here
 from pipeline.reid import Sightings, match, pool_tracks
 from pipeline.reranking import Reranking
 from pipeline.storage import Folder

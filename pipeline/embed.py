@@ -1,0 +1,147 @@
+"""Embeddings of any number of images as Parquet files: `python -m pipeline.evaluate RUN --embed-to PATH`.
+
+    embeddings.json     of which run, checkpoint, dataset and splits; rows, dimensions, parts; "complete" once all are there
+    part-*.parquet      by the first row it holds: sample_id, label, class_name, split (of tracklets also track,
+                        camera, frame), embedding [D]
+
+Each part is embedded by one process and written whole; what was interrupted is continued by the same command, parts that are
+there stay. Memory is that of a part and of the catalogue, whatever the number of images.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from methods import Method
+from pipeline.data.store import Store
+from pipeline.errors import UserError
+from pipeline.evaluation import Embedder
+from pipeline.jobs import run_here, run_on_ray
+from pipeline.model import Trunk
+from pipeline.session import check_visible, ray_session
+from pipeline.storage import Folder
+from pipeline.trained import Trained
+
+PART = 2048  # images in a file
+_MANIFEST = "embeddings.json"
+
+
+class Part:
+    """Embeds and writes parts: rows of the selection to a file.
+
+    Args:
+        trained: with what.
+        splits: which images of its dataset, ordered by sample id.
+        target: where the files go.
+    """
+
+    def __init__(self, trained: Trained, splits: Sequence[str], target: Folder) -> None:
+        self.trained, self.splits, self.target = trained, tuple(splits), target
+
+    @functools.cached_property
+    def store(self) -> Store:
+        return self.trained.store()
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """Rows of the catalogue that are wanted."""
+        return np.flatnonzero(np.isin(self.store.split, self.splits))
+
+    @functools.cached_property
+    def _network(self) -> tuple[Embedder, Trunk, Method]:
+        gpu = self.trained.config.runtime.gpus_per_worker and torch.cuda.is_available()
+        return self.trained.load(self.store, torch.device("cuda" if gpu else "cpu"))
+
+    def __call__(self, part: range) -> dict[str, Any]:
+        store, rows = self.store, self.rows[part.start : part.stop]
+        embedder, trunk, method = self._network
+        embeddings = embedder(store.sample_id[rows], trunk, method).cpu().numpy()
+        labels = store.label[rows]
+        columns = {
+            "sample_id": pa.array(store.sample_id[rows]),
+            "label": pa.array(labels),
+            "class_name": pa.array([store.class_name_of[int(label)] for label in labels]),
+            "split": pa.array(store.split[rows]),
+        }
+        further = {"track": store.track, "camera": store.camera, "frame": store.frame}
+        columns |= {name: pa.array(values[rows]) for name, values in further.items() if values is not None}
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
+        sink = io.BytesIO()
+        pq.write_table(pa.table(columns), sink, write_page_checksum=True)
+        self.target.write(_name(part), sink.getvalue())
+        return {"rows": len(rows), "dim": embeddings.shape[1]}
+
+
+def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int, cpus: int) -> dict[str, Any]:
+    """Writes the embeddings of all images of some splits; returns what the manifest says.
+
+    Args:
+        trained: with what.
+        splits: of its dataset.
+        target: an empty folder, or one that an interrupted call with the same arguments has begun.
+        workers: processes on Ray; 0: this one.
+        cpus: of a Ray that is started here.
+
+    Raises:
+        UserError: no such images; the folder holds other embeddings, or cannot be written.
+    """
+    work = Part(trained, splits, target)
+    total = len(work.rows)
+    if not total:
+        raise UserError(f"{work.store.folder} has no images of the splits {', '.join(splits)}")
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "run": trained.run.uri,
+        "checkpoint": f"{trained.kind}/step-{trained.step:08d}",
+        "dataset": work.store.folder.uri,
+        "fingerprint": trained.fingerprint,
+        "splits": list(splits),
+        "rows": total,
+        "parts": -(-total // PART),
+    }
+    found = target.read_json(_MANIFEST) if target.exists(_MANIFEST) else None
+    if found is None:
+        if target.names():
+            raise UserError(f"{target} is not empty, and holds no embeddings: choose another folder")
+        target.check_writable()
+        target.write_json(_MANIFEST, manifest | {"complete": False})
+    elif {k: found.get(k) for k in manifest} != manifest:
+        raise UserError(
+            f"{target} holds embeddings of {found.get('run')}, {found.get('checkpoint')}, splits {found.get('splits')}: "
+            "choose another folder, or remove it"
+        )
+    elif found.get("complete"):
+        return dict(found)
+    there = set(target.names())
+    parts = [range(start, min(start + PART, total)) for start in range(0, total, PART)]
+    left = [part for part in parts if _name(part) not in there]
+    gpus = float(trained.config.runtime.gpus_per_worker)
+    if not left:
+        manifest["dim"] = pq.read_schema(target.open(_name(parts[0]))).field("embedding").type.list_size
+    elif workers:
+        with ray_session(cpus) as ray:
+            for folder, what in ((target, "--embed-to"), (trained.run, "the run"), (work.store.folder, "the dataset")):
+                check_visible(ray, folder, what)
+            for record in run_on_ray(Part(trained, splits, target), left, "embedding", workers, gpus):
+                manifest["dim"] = record["dim"]
+    else:
+        for record in run_here(work, left):
+            manifest["dim"] = record["dim"]
+    manifest["complete"] = True
+    target.write_json(_MANIFEST, manifest)
+    return manifest
+
+
+def _name(part: range) -> str:
+    return f"part-{part.start:09d}.parquet"
+
+
+__all__ = ["embed"]

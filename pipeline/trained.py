@@ -1,0 +1,107 @@
+"""A checkpoint of a run, found again: its recipe, its dataset, and the network that embeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import yaml
+
+from methods import METHODS, Method
+from pipeline.checkpoint import Checkpoints
+from pipeline.collectives import Ranks
+from pipeline.config import Config, build_config
+from pipeline.data.loader import PixelSource
+from pipeline.data.store import Store
+from pipeline.errors import UserError
+from pipeline.evaluation import Embedder
+from pipeline.model import Trunk, build_trunk
+from pipeline.storage import Folder, home
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One checkpoint; can be sent to other processes.
+
+    Attributes:
+        run: the run's folder.
+        config: its recipe.
+        dataset, fingerprint: where its store is, and which it has to be.
+        kind, step: of the checkpoint: "checkpoints" or "best", and the steps done.
+    """
+
+    run: Folder
+    config: Config
+    dataset: str
+    fingerprint: str
+    kind: str
+    step: int
+
+    def store(self) -> Store:
+        """Opens the dataset.
+
+        Raises:
+            UserError: it has changed since the run.
+        """
+        store = Store(Folder(self.dataset))
+        if store.fingerprint != self.fingerprint:
+            raise UserError(f"{store.folder} has changed since the run ({self.fingerprint} -> {store.fingerprint})")
+        return store
+
+    def load(self, store: Store, device: torch.device) -> tuple[Embedder, Trunk, Method]:
+        """The network with the checkpoint's weights, and what embeds with it, in this process."""
+        config = self.config
+        trunk = build_trunk(config.model.model_copy(update={"weights": "none"}), config.data.transforms.size)
+        samples = store.select(["train"], without_fold=config.data.validation_fold)
+        method = METHODS[config.method.name](config.method, trunk.features, int(samples.labels.max()) + 1)
+        dtype = torch.float64 if config.precision == "float64" else torch.float32
+        trunk.to(device, dtype)
+        method.to(device, dtype)
+        Checkpoints(self.run).load(self.kind, self.step, trunk, method)
+        source = PixelSource(store.folder.uri, store.fingerprint, None, config.data.transforms)
+        batch = config.evaluation.batch_size
+        return Embedder(source, "in_process", 1, batch, config.precision, device, Ranks()), trunk, method
+
+
+def find(name: str, checkpoint: str | None = None) -> Trained:
+    """A run's checkpoint.
+
+    Args:
+        name: the run's folder, URI, or name below the default storage.
+        checkpoint: best, last, or a step; none: as the run's protocol says.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = _folder(name)
+    config = build_config(yaml.safe_load(folder.read("config.yaml")))
+    record = folder.read_json("run.json")
+    kind, step = _checkpoint(checkpoint or config.evaluation.checkpoint, Checkpoints(folder))
+    return Trained(folder, config, record["dataset"], record["fingerprint"], kind, step)
+
+
+def _folder(name: str) -> Folder:
+    for folder in (Folder(name), Folder(home()) / "runs" / name):
+        if folder.exists("config.yaml"):
+            return folder
+    raise UserError(f"{name!r} is neither a run folder nor a run in {home()}/runs (no config.yaml)")
+
+
+def _checkpoint(wanted: str, checkpoints: Checkpoints) -> tuple[str, int]:
+    """Folder and step of the checkpoint that was asked for."""
+    steps, best = checkpoints.steps(), checkpoints.steps("best")
+    latest = checkpoints.latest()
+    if latest is None:
+        raise UserError(f"{checkpoints.run} has no checkpoint yet")
+    if wanted == "best":
+        if latest.best_step not in best:
+            raise UserError(f"{checkpoints.run} has no best checkpoint: nothing was validated yet")
+        return "best", latest.best_step
+    if wanted == "last":
+        return "checkpoints", steps[-1]
+    if not wanted.isdigit() or int(wanted) not in {*steps, *best}:
+        raise UserError(f"--checkpoint {wanted}: expected best, last or one of the steps {sorted({*steps, *best})}")
+    return ("checkpoints" if int(wanted) in steps else "best"), int(wanted)
+
+
+__all__ = ["Trained", "find"]
