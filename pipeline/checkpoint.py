@@ -156,6 +156,10 @@ class Checkpoints:
         name = f"checkpoints/{_name(progress.step)}/checkpoint.json"
         self.run.write_json(name, self.run.read_json(name) | {"progress": asdict(progress)})
 
+    def owned(self) -> bool:
+        """Whether no other process has taken the run over."""
+        return self._current() == self.incarnation
+
     def _check_owner(self) -> None:
         current = self._current()
         if current != self.incarnation:

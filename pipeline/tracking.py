@@ -76,8 +76,14 @@ class Tracker:
                 with open(path, "rb") as file:
                     self.run.write(os.path.relpath(path, self.local), file.read())
 
-    def close(self) -> None:
-        self.sync()
+    def close(self, sync: bool = True) -> None:
+        """Ends it.
+
+        Args:
+            sync: make everything visible first.
+        """
+        if sync:
+            self.sync()
         self._events.close()
         if self._temporary is not None:
             self._temporary.cleanup()

@@ -141,7 +141,7 @@ class Worker:
                 self._measure_final()
         finally:
             if self.tracker is not None:
-                self.tracker.close()
+                self.tracker.close(sync=self.checkpoints.owned())  # else it would replace the newer process's log
             if self.mining is not None:
                 self.mining.close()
 

@@ -385,6 +385,23 @@ def test_everything_in_object_storage(bucket: str, run: Train, base: Base, tmp_p
     assert_one_error(run(**settings, length="3 epochs"), 2, f"shard {source}/{shard} is missing")
 
 
+def test_a_process_that_lost_its_run_leaves_the_log_alone(
+    bucket: str, run: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In object storage it keeps a copy of its own, which must not replace what the newer process has written."""
+    save = Checkpoints.save
+
+    def taken_over(self: Checkpoints, kind: str, progress: Any, *others: Any) -> None:
+        if progress.step:
+            self.run.write_json("incarnation", self.incarnation + 1)
+            self.run.write("metrics.jsonl", b"of the newer process")
+        save(self, kind, progress, *others)
+
+    monkeypatch.setattr(Checkpoints, "save", taken_over)
+    assert_one_error(run(storage=bucket, cache__folder=str(tmp_path / "cache")), 1, "taken over by another process")
+    assert (Folder(bucket) / "runs" / "done").read("metrics.jsonl") == b"of the newer process"
+
+
 def test_a_run_that_only_chooses_leaves_the_test_classes_alone(base: Base) -> None:
     recipe = base.recipe({"name": "chooses", "evaluation.test": False})
     assert train.main([recipe]) == 0
