@@ -16,8 +16,11 @@ import pytest
 from pipeline import s3, train
 from pipeline.checkpoint import Checkpoints
 from pipeline.data import catalog
-from pipeline.data.reader import RowGroupReader
+from pipeline.data.cache import Cache
+from pipeline.data.loader import Item, PixelSource, load
+from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store, write_store
+from pipeline.data.transforms import TransformConfig
 from pipeline.errors import RunError, UserError
 from pipeline.jobs import run_here
 from pipeline.storage import Folder, read_file
@@ -294,6 +297,30 @@ def test_prepare(place: Folder, proxy: Proxy, tmp_path: Path, monkeypatch: pytes
             Store(place / "store")
     proxy.reset()
     assert prepare((place / "images").uri, place / "store").fingerprint == expected.fingerprint
+
+
+def test_training_from_a_warm_cache_asks_for_nothing(
+    base: Base, place: Folder, proxy: Proxy, tmp_path: Path, fresh_readers: None
+) -> None:
+    """The first reader copies every training shard once; a later process opens the dataset, and then only its own disk."""
+    store = Store(copy(base.store, place))
+    shards = [s["file"] for s in store.manifest["shards"] if s["file"].startswith("shards/train-")]
+    source = PixelSource(place.uri, store.fingerprint, Cache(str(tmp_path), 2**30), TransformConfig(size=16))
+    items = [
+        Item(np.asarray(ids), (0, step, 0)) for step, ids in enumerate(store.select(["train"]).ids.reshape(-1, 2)[:20])
+    ]
+    seen = []
+    for _ in range(2):
+        proxy.reset()
+        open_reader.cache_clear()
+        pixels = load(source, items, "in_process")
+        batches = [next(pixels).numpy()]
+        before = len(proxy.requests)
+        batches += [batch.numpy() for batch in pixels]
+        assert len(proxy.requests) == before and len(batches) == 20
+        seen.append((batches, [proxy.count("GET", f"/{name}$") for name in shards]))
+    np.testing.assert_array_equal(seen[0][0], seen[1][0])
+    assert [counts for _, counts in seen] == [[1] * len(shards), [0] * len(shards)]
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
