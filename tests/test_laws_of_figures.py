@@ -89,8 +89,8 @@ def test_half_precision_ends_at_the_trunk(make_config: Callable[..., Config], me
     worker = make_worker(make_config(changes), 0, (12,))
     encode, seen = worker.context.encode, []
 
-    def watched(*arguments: Any) -> Tensor:
-        seen.append(encode(*arguments))
+    def watched(*arguments: Any, **named: Any) -> Tensor:
+        seen.append(encode(*arguments, **named))
         return seen[-1]
 
     worker.context.encode = watched  # type: ignore[method-assign]
