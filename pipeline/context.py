@@ -107,6 +107,7 @@ class RunContext:
         self._encoded = 0  # calls of encode in this step
         self._outputs: Outputs | None = None  # of what was encoded last, for its derivative
         self._derived: str | Sequence[str] | None = None
+        self._features = torch.empty(0)
 
     def begin_epoch(self, clock: Clock, epoch: int) -> None:
         self.clock = clock
@@ -144,6 +145,7 @@ class RunContext:
         self._derived = role
         with self._outputs or nullcontext():
             local = trunk_features(self.ddp, part.pixels, self.precision)
+        self._features = local.detach()
         self._awaits_backward = torch.is_grad_enabled() and local.requires_grad
         self._encoded += 1  # dropout in the method: the same on every rank, however much the trunk has drawn here
         self._seed_global()
@@ -183,6 +185,10 @@ class RunContext:
             # without autocast, which has no forward mode
             run = functools.partial(trunk_features, pixels=part.pixels[some], precision="float32")
             parts.append(derivative(self.trunk, run, wanted, known))
+            if known and not torch.allclose(parts[-1][0], self._features[some], rtol=1e-3, atol=1e-4):
+                raise RunError(
+                    "the trunk gives other features in forward mode than it has just given: it is not a function of its input"
+                )
         local, tangent = (gather(torch.cat(t), part.start, part.total, self.ranks) for t in zip(*parts, strict=True))
         return local, tangent
 

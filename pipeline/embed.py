@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import Embedder
 from pipeline.jobs import run_here, run_on_ray
 from pipeline.model import Trunk
-from pipeline.session import check_visible, ray_session
+from pipeline.session import check_visible, cluster_maximum, ray_session
 from pipeline.storage import Folder
 from pipeline.trained import Trained
 
@@ -77,10 +78,10 @@ class Part:
         sink = io.BytesIO()
         pq.write_table(pa.table(columns), sink, write_page_checksum=True)
         self.target.write(_name(part), sink.getvalue())
-        return {"rows": len(rows), "dim": embeddings.shape[1]}
+        return {}
 
 
-def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int, cpus: int) -> dict[str, Any]:
+def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int) -> dict[str, Any]:
     """Writes the embeddings of all images of some splits; returns what the manifest says.
 
     Args:
@@ -88,7 +89,6 @@ def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int,
         splits: of its dataset.
         target: an empty folder, or one that an interrupted call with the same arguments has begun.
         workers: processes on Ray; 0: this one.
-        cpus: of a Ray that is started here.
 
     Raises:
         UserError: no such images; the folder holds other embeddings, or cannot be written.
@@ -123,18 +123,16 @@ def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int,
     there = set(target.names())
     parts = [range(start, min(start + PART, total)) for start in range(0, total, PART)]
     left = [part for part in parts if _name(part) not in there]
-    gpus = float(trained.config.runtime.gpus_per_worker)
-    if not left:
-        manifest["dim"] = pq.read_schema(target.open(_name(parts[0]))).field("embedding").type.list_size
-    elif workers:
-        with ray_session(cpus) as ray:
+    if left and workers:
+        with ray_session(workers) as ray:
             for folder, what in ((target, "--embed-to"), (trained.run, "the run"), (work.store.folder, "the dataset")):
                 check_visible(ray, folder, what)
-            for record in run_on_ray(Part(trained, splits, target), left, "embedding", workers, gpus):
-                manifest["dim"] = record["dim"]
+            # a run of another machine may be embedded where there are no GPUs; waiting for one would not end
+            gpus = float(trained.config.runtime.gpus_per_worker) if cluster_maximum(ray).get("GPU") else 0.0
+            deque(run_on_ray(Part(trained, splits, target), left, "embedding", workers, gpus), maxlen=0)
     else:
-        for record in run_here(work, left):
-            manifest["dim"] = record["dim"]
+        deque(run_here(work, left), maxlen=0)
+    manifest["dim"] = pq.read_schema(target.open(_name(parts[0]))).field("embedding").type.list_size
     manifest["complete"] = True
     target.write_json(_MANIFEST, manifest)
     return manifest

@@ -162,16 +162,14 @@ def _embed(options: argparse.Namespace) -> None:
         raise UserError(f"--workers is {options.workers}, expected 0 (this process) or more")
     trained = find(options.inputs[0], options.checkpoint)
     if options.split == "validation":
-        raise UserError(
-            "--split validation is a part of the training images: embed --split train, its labels tell them apart"
-        )
+        raise UserError("--split validation is a part of the training images: embed --split train, and choose by label")
     splits = EMBEDDED[options.split]
     _opened(trained)
     cores = os.cpu_count() or 1
     if options.workers == 0:
         torch.set_num_threads(cores)
     workers = options.workers if options.workers is not None else cores
-    found = embed(trained, splits, Folder(options.embed_to), workers, max(1, workers))
+    found = embed(trained, splits, Folder(options.embed_to), workers)
     if options.json:
         _write(options.json, json.dumps(found, indent=1).encode())
     print(f"{found['rows']:,} embeddings of {found['dim']} dimensions, {found['parts']} files: {options.embed_to}")

@@ -109,7 +109,7 @@ def check_cluster(config: Config, ray: Any) -> None:
     if not on_cluster() or config.runtime.workers == 0:
         return
     runtime = config.runtime
-    limits = _cluster_maximum(ray)
+    limits = cluster_maximum(ray)
     gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
     wanted = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers + gpus}
     for resource, amount in wanted.items():
@@ -150,7 +150,7 @@ def blind_nodes(ray: Any, path: str) -> list[str]:
     return [n["NodeManagerAddress"] for n in nodes if len(nodes) > 1 and not _sees(ray, n["NodeID"], path)]
 
 
-def _cluster_maximum(ray: Any) -> dict[str, float]:
+def cluster_maximum(ray: Any) -> dict[str, float]:
     """Resources of the cluster at its largest, autoscaling counted."""
     from ray._private.state import state
 

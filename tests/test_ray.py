@@ -80,10 +80,11 @@ def test_embeddings_are_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: 
     store = write_tiny_store(tmp_path)
     config = build_config(tiny_values(str(tmp_path), store.folder.uri, {"name": "done", "length": "2 steps"}))
     run_in_process(config, store.folder.uri, silent)
-    trained = Trained(run_folder(config), config, store.folder.uri, store.fingerprint, "checkpoints", 2)
+    elsewhere = config.model_copy(update={"runtime": config.runtime.model_copy(update={"gpus_per_worker": 1})})
+    trained = Trained(run_folder(config), elsewhere, store.folder.uri, store.fingerprint, "checkpoints", 2)
     monkeypatch.setattr(embed, "PART", 7)
     here, there = (Folder(tmp_path / name) for name in ("here", "there"))
-    found = [embed.embed(trained, ("train", "test"), to, workers, 2) for to, workers in ((here, 0), (there, 2))]
+    found = [embed.embed(trained, ("train", "test"), to, workers) for to, workers in ((here, 0), (there, 2))]
     assert found[0] == found[1] and found[0]["parts"] > 2
     for name in here.names():
         if name.endswith(".parquet"):

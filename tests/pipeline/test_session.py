@@ -96,7 +96,7 @@ def test_mining_servers_count_and_their_resource_has_to_exist(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr("pipeline.session._cluster_maximum", lambda ray: ray.resources)
+    monkeypatch.setattr("pipeline.session.cluster_maximum", lambda ray: ray.resources)
     changes = {"runtime.workers": 2, "runtime.cpus_per_worker": 1, "runtime.loader": "in_process", "mining.shards": 3}
     mining = changes | {"mining.cpus": 2, "method.memory": 10}
     assert needed_cpus(make_config(changes)) == 2 and needed_cpus(make_config(mining)) == 8
@@ -118,7 +118,7 @@ def test_storage_has_to_be_seen_from_all_nodes(
     cluster = Cluster(CPU=99)
     monkeypatch.setattr(cluster, "nodes", lambda: nodes)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr("pipeline.session._cluster_maximum", lambda ray: ray.resources)
+    monkeypatch.setattr("pipeline.session.cluster_maximum", lambda ray: ray.resources)
     config = make_config({"runtime.workers": 1})
     seen: list[str] = []
     monkeypatch.setattr(
