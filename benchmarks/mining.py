@@ -48,12 +48,12 @@ SECTIONS = ("actor", "step", "rebuild", "pairs", "auto", "memory")
 NOISE = 0.7  # of a row around its class centre, as a share of the centre's length
 
 
-def make_rows(count: int, dim: int, seed: int = 0) -> Rows:
+def make_rows(count: int, dim: int, seed: int = 0, noise: float = NOISE) -> Rows:
     random = np.random.default_rng(seed)
     labels = np.arange(count) // 5
     centres = random.standard_normal((count // 5 + 1, dim), dtype=np.float32)
     centres += random.standard_normal((count // 100 + 1, dim), dtype=np.float32)[np.arange(len(centres)) // 20]
-    values = centres[labels] + NOISE * random.standard_normal((count, dim), dtype=np.float32)
+    values = centres[labels] + noise * random.standard_normal((count, dim), dtype=np.float32)
     values /= np.linalg.norm(values, axis=1, keepdims=True)
     return Rows(values, np.arange(count), labels, 1.001)
 

@@ -1,16 +1,19 @@
-"""Which triplets Smart Mining takes from lists of neighbours (eq. 6 and Algorithm 1), and its random ones; numpy alone.
+"""Which triplets Smart Mining takes from lists of neighbours (eq. 6 and Algorithm 1), and its random ones.
 
     bound = κ d(+NN)     +NN the first entry of the anchor's class, d squared distances
     n_t = the t-th entry after +NN of another class with d >= bound
     p_t = the first entry of the own class after n_t; a random member of the class that the list has not, if there is none
 
-What is random depends on (key, anchor, draw) alone: triplets are the same in whatever blocks and processes they are made.
+The rule is compiled by numba: it mostly stops early in a list, and array operations would read on. What is random depends on
+(key, anchor, draw) alone: triplets are the same in whatever blocks and processes they are made.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -42,68 +45,36 @@ class Classes:
 
     def __init__(self, labels: Int64[np.ndarray, " samples"], key: tuple[int, ...]) -> None:
         self.labels = labels
-        self.short_labels = labels.astype(np.int32)  # they stay in a core's cache
-        width = np.int32 if len(labels) < 2**31 else np.int64
-        self.order = np.argsort(labels, kind="stable").astype(width)
+        self.order = np.argsort(labels, kind="stable")
         self.sizes = np.bincount(labels)
         self.starts = np.cumsum(self.sizes) - self.sizes
-        self.place = np.empty(len(labels), width)  # of a sample within its class
+        self.place = np.empty(len(labels), np.int64)  # of a sample within its class
         self.place[self.order] = np.arange(len(labels)) - np.repeat(self.starts, self.sizes)
         self.seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
 
-    def draw(self, anchors: np.ndarray, draw: np.ndarray | int, most: np.ndarray) -> Int64[np.ndarray, " draws"]:
-        """A number in 0..most-1 for each anchor (splitmix64 of the anchor, the draw and the key)."""
+    def uniform(self, anchors: np.ndarray, draw: np.ndarray | int) -> Float64[np.ndarray, " draws"]:
+        """A number in [0, 1) for each anchor (splitmix64 of the anchor, the draw and the key)."""
         with np.errstate(over="ignore"):
             z = anchors.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + self.seed
             z = _mixed(z) + np.asarray(draw, np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        uniform = (_mixed(z) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        return np.minimum((uniform * most).astype(np.int64), most - 1)
+        return (_mixed(z) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def random_positive(self, anchors: np.ndarray, draw: np.ndarray | int) -> Int64[np.ndarray, " draws"]:
         """Another member of each anchor's class."""
         c = self.labels[anchors]
-        r = self.draw(anchors, 2 * np.asarray(draw), self.sizes[c] - 1)
-        return self.order[self.starts[c] + r + (r >= self.place[anchors])].astype(np.int64)
+        r = (self.uniform(anchors, 2 * np.asarray(draw)) * (self.sizes[c] - 1)).astype(np.int64)
+        return self.order[self.starts[c] + r + (r >= self.place[anchors])]
 
     def random_negative(self, anchors: np.ndarray, draw: np.ndarray | int) -> Int64[np.ndarray, " draws"]:
         """A sample of another class."""
         c = self.labels[anchors]
-        r = self.draw(anchors, 2 * np.asarray(draw) + 1, len(self.labels) - self.sizes[c])
-        return self.order[np.where(r < self.starts[c], r, r + self.sizes[c])].astype(np.int64)
+        r = (self.uniform(anchors, 2 * np.asarray(draw) + 1) * (len(self.labels) - self.sizes[c])).astype(np.int64)
+        return self.order[np.where(r < self.starts[c], r, r + self.sizes[c])]
 
     def random_triplets(self, anchors: np.ndarray, draw: np.ndarray | int = 0) -> Triplets:
         """One for each anchor, which must not be alone in its class."""
         kind = np.full(len(anchors), RANDOM)
         return Triplets(anchors, self.random_positive(anchors, draw), self.random_negative(anchors, draw), kind)
-
-    def outside(
-        self, anchors: np.ndarray, draw: np.ndarray, listed: np.ndarray, of: np.ndarray
-    ) -> Int64[np.ndarray, " draws"]:
-        """Another member of each anchor's class that is not among its listed ones; any other where there is none.
-
-        Args:
-            anchors: who asks.
-            draw: number of the draw.
-            listed: samples, all of them.
-            of: the (ascending) position in `anchors` that each belongs to.
-        """
-        c = self.labels[anchors]
-        # The anchor and its listed ones, as places within the class, ascending for each asker.
-        counts = 1 + np.bincount(of, minlength=len(anchors))
-        bits = int(self.sizes.max()).bit_length()
-        keys = np.concatenate([np.arange(len(anchors)) << bits | self.place[anchors], of << bits | self.place[listed]])
-        taken = np.sort(keys) & (1 << bits) - 1
-        starts = np.cumsum(counts) - counts
-        left = self.sizes[c] - counts
-        r = self.draw(anchors, 2 * draw, np.maximum(left, 1))
-        # The r-th place that is not taken: r plus the number of taken ones t_0 < t_1 < ... with t_i - i <= r.
-        of = np.repeat(np.arange(len(anchors)), counts)
-        before = of[taken - np.arange(len(taken)) <= (r - starts)[of]]
-        place = r + np.bincount(before, minlength=len(anchors))
-        drawn = self.order[self.starts[c] + np.minimum(place, self.sizes[c] - 1)].astype(np.int64)
-        full = np.flatnonzero(left <= 0)
-        drawn[full] = self.random_positive(anchors[full], draw[full])
-        return drawn
 
 
 def _mixed(z: np.ndarray) -> np.ndarray:
@@ -114,99 +85,122 @@ def _mixed(z: np.ndarray) -> np.ndarray:
 
 
 class Chosen(NamedTuple):
-    """What the rule finds in lists: ranks in them, -1 where there is none.
+    """What the rule takes from the list of each anchor.
 
     Attributes:
-        negative, positive: of the t-th triplet of each anchor.
+        positive, negative: samples of the t-th triplet; -1 where its kind is RANDOM.
+        kind: MINED, HALF_MINED or RANDOM.
         bound: κ d(+NN); NaN without +NN.
-        rows, ranks: of +NN and of the positives that a triplet may take, by row and rank.
         without_positive, without_negative: whether a list has none.
     """
 
-    negative: Int64[np.ndarray, "anchors t"]
     positive: Int64[np.ndarray, "anchors t"]
+    negative: Int64[np.ndarray, "anchors t"]
+    kind: Int64[np.ndarray, "anchors t"]
     bound: Float64[np.ndarray, " anchors"]
-    rows: Int64[np.ndarray, " entries"]
-    ranks: Int64[np.ndarray, " entries"]
     without_positive: Bool[np.ndarray, " anchors"]
     without_negative: Bool[np.ndarray, " anchors"]
 
 
-class Entries(NamedTuple):
-    """Entries of lists that are of the anchor's class, by row, then rank.
-
-    Attributes:
-        rows, ranks: where they stand.
-    """
-
-    rows: Int64[np.ndarray, " entries"]
-    ranks: Int64[np.ndarray, " entries"]
-
-
 def choose(
-    entries: Entries,
-    lengths: Int64[np.ndarray, " anchors"],
+    anchors: Int64[np.ndarray, " anchors"],
+    wanted: Bool[np.ndarray, " anchors"],
+    ids: Int64[np.ndarray, "anchors k"],
     distances: Float64[np.ndarray, "anchors k"],
+    classes: Classes,
     kappa: float,
     count: int,
 ) -> Chosen:
-    """The mining rule, on all lists at once: of their entries it looks at those of the own class, and a few beside them.
+    """The mining rule.
 
     Args:
-        entries: of the own class.
-        lengths: entries of each list.
+        anchors: samples.
+        wanted: of which anchors triplets are made; none of these is alone in its class.
+        ids: samples in their lists; -1 behind the end of a shorter one.
         distances: squared, ascending.
+        classes: of all samples.
         kappa: κ.
         count: T, triplets wanted of an anchor.
     """
-    rows, ranks = entries
-    anchors, k = np.arange(len(distances)), distances.shape[1]
-    counts = np.bincount(rows, minlength=len(anchors))
-    none = counts == 0
-    first = np.zeros(len(anchors), np.int64)
-    first[~none] = ranks[(np.cumsum(counts) - counts)[~none]]
-    bound = np.where(none, np.nan, kappa * distances[anchors, first])
-    # Where a triplet's entries start: after +NN, at the first distance that is not below the bound.
-    start = np.where(none, lengths, first + 1)
-    searched, step = np.flatnonzero(start < lengths), 1
-    while len(searched):  # it mostly is near: look 1, 2, 4, ... entries further, then bisect what was passed over
-        at = start[searched]
-        ahead = np.minimum(at + step, lengths[searched]) - 1
-        below = distances[searched, ahead] < bound[searched]
-        start[searched] = np.where(below, ahead + 1, at)
-        if step > 1:
-            within = searched[~below]
-            start[within] = _bisect(distances, within, start[within], ahead[~below], bound[within])
-        searched, step = searched[below & (ahead + 1 < lengths[searched])], 2 * step
-    kept = ranks >= start[rows]
-    own, own_ranks = rows[kept], ranks[kept]
-    held = np.bincount(own, minlength=len(anchors))
-    within = np.arange(len(own)) - np.repeat(np.cumsum(held) - held, held)
-    keys = own * (k + 1) + own_ranks
-    negative, positive = np.full((len(anchors), count), -1), np.full((len(anchors), count), -1)
-    for t in range(count):
-        # The t-th entry of another class: t, and as many further as entries of the own class stand before it.
-        passed = np.bincount(own[own_ranks - within - start[own] <= t], minlength=len(anchors))
-        rank = start + t + passed
-        there = rank < lengths
-        negative[there, t] = rank[there]
-        later = np.searchsorted(keys, anchors * (k + 1) + rank, "right")
-        found = there & (later < len(keys))
-        found[found] = own[later[found]] == anchors[found]
-        positive[found, t] = own_ranks[later[found]]
-    listed = kept | (ranks == first[rows])
-    return Chosen(negative, positive, bound, rows[listed], ranks[listed], none, counts == lengths)
+    c, shape = classes, (len(anchors), count)
+    uniform = c.uniform(np.repeat(anchors, count), 2 * np.tile(np.arange(count), len(anchors))).reshape(shape)
+    bound, lacking = np.full(len(anchors), np.nan), np.zeros((2, len(anchors)), bool)
+    chosen = Chosen(np.full(shape, -1), np.full(shape, -1), np.full(shape, RANDOM), bound, lacking[0], lacking[1])
+    taken = np.empty(ids.shape[1] + 2, np.int64)
+    rows = np.flatnonzero(wanted)
+    _compiled()(
+        rows,
+        anchors,
+        ids,
+        distances,
+        float(kappa),
+        uniform,
+        taken,
+        c.labels,
+        c.order,
+        c.sizes,
+        c.starts,
+        c.place,
+        *chosen,
+    )
+    return chosen
 
 
-def _bisect(
-    distances: np.ndarray, rows: np.ndarray, start: np.ndarray, stop: np.ndarray, bound: np.ndarray
-) -> np.ndarray:
-    """The first rank in start..stop of each row whose distance is not below its bound, that at `stop` not being."""
-    while (start < stop).any():
-        middle = (start + stop) // 2
-        below = distances[rows, middle] < bound
-        start, stop = np.where(below, middle + 1, start), np.where(below, stop, middle)
-    return start
+@no_type_check
+def _choose(
+    rows, anchors, ids, distances, kappa, uniform, taken, labels, order, sizes, starts, place,
+    positive, negative, kind, bound, without_positive, without_negative,
+):  # fmt: skip
+    """Fills what follows `place`."""
+    k, count = ids.shape[1], uniform.shape[1]
+    for i in rows:
+        listed, own = ids[i], labels[anchors[i]]
+        first = other = 0
+        while first < k and listed[first] >= 0 and labels[listed[first]] != own:
+            first += 1
+        while other < k and listed[other] >= 0 and labels[listed[other]] == own:
+            other += 1
+        without_positive[i] = first == k or listed[first] < 0
+        without_negative[i] = other == k or listed[other] < 0
+        if without_positive[i]:
+            continue
+        bound[i] = kappa * distances[i, first]
+        start = first + 1
+        while start < k and distances[i, start] < bound[i]:
+            start += 1
+        taken[0], taken[1], many = place[anchors[i]], place[listed[first]], 2  # places in the class
+        made = paired = 0  # triplets that have their negative, and that have both
+        for r in range(start, k):
+            if listed[r] < 0 or paired == count:
+                break
+            if labels[listed[r]] != own:
+                if made < count:
+                    negative[i, made], kind[i, made] = listed[r], HALF_MINED
+                    made += 1
+                continue
+            taken[many] = place[listed[r]]
+            many += 1
+            while paired < made:
+                positive[i, paired], kind[i, paired] = listed[r], MINED
+                paired += 1
+        # Random members that are neither +NN nor could have been taken; any others where none is left.
+        if many == sizes[own]:
+            many = 1
+        for t in range(paired, made):
+            free = drawn = int(uniform[i, t] * (sizes[own] - many))
+            at = -1
+            while at != drawn:  # the free-th place that is not taken: further by as many as are taken up to it
+                at, drawn = drawn, free
+                for b in range(many):
+                    drawn += taken[b] <= at
+            positive[i, t] = order[starts[own] + drawn]
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    import numba  # a second's work: only where triplets are mined
+
+    return numba.njit(nogil=True)(_choose)
 
 
 class Mined(NamedTuple):
@@ -246,56 +240,20 @@ def mine(
     """
     started = time.perf_counter()
     anchors, ids, distances = queries.ids, lists.ids, lists.distances
-    alone = classes.sizes[classes.labels[anchors]] < 2
-    kept = ~alone if wanted is None else ~alone & wanted[anchors]
+    kept = classes.sizes[classes.labels[anchors]] > 1
+    if wanted is not None:
+        kept &= wanted[anchors]
     if kept.mean() < 0.5:  # else a copy takes longer than what it saves
         anchors, ids, distances, kept = anchors[kept], ids[kept], distances[kept], np.ones(kept.sum(), bool)
     if positives is not None:
         ids, distances = _merged(anchors, ids, distances, *positives)
-    lengths = (ids >= 0).sum(1) if (ids[:, -1:] < 0).any() else np.full(len(ids), ids.shape[1])
-    found = choose(_own_entries(classes, anchors, ids), lengths, distances, kappa, count)
-    chosen = np.flatnonzero(kept)
-    rows, draw = np.repeat(chosen, count), np.tile(np.arange(count), len(chosen))
-    negative, positive = found.negative[chosen].ravel(), found.positive[chosen].ravel()
-    kind = np.where(negative < 0, RANDOM, np.where(positive < 0, HALF_MINED, MINED))
-    n = ids[rows, np.maximum(negative, 0)]
-    p = ids[rows, np.maximum(positive, 0)]
-    half = np.flatnonzero(kind == HALF_MINED)
-    if len(half):
-        # Each asks for a member of its class that is neither +NN nor could have been taken: those of its list.
-        counts = np.bincount(found.rows, minlength=len(anchors))
-        each, first = counts[rows[half]], (np.cumsum(counts) - counts)[rows[half]]
-        entries = np.repeat(first - (np.cumsum(each) - each), each) + np.arange(each.sum())
-        listed = ids[found.rows[entries], found.ranks[entries]]
-        p[half] = classes.outside(anchors[rows[half]], draw[half], listed, np.repeat(np.arange(len(half)), each))
-    none = np.flatnonzero(kind == RANDOM)
-    random = classes.random_triplets(anchors[rows[none]], draw[none])
-    p[none], n[none] = random.positive, random.negative
-    triplets = Triplets(anchors[rows], p, n, kind)
-    lacking, crowded = (int(m[chosen].sum()) for m in (found.without_positive, found.without_negative))
+    found = choose(anchors, kept, ids, distances, classes, kappa, count)
+    triplets = Triplets(np.repeat(anchors[kept], count), *(column[kept].ravel() for column in found[:3]))
+    none, draw = np.flatnonzero(triplets.kind == RANDOM), np.tile(np.arange(count), int(kept.sum()))
+    random = classes.random_triplets(triplets.anchor[none], draw[none])
+    triplets.positive[none], triplets.negative[none] = random.positive, random.negative
+    lacking, crowded = int(found.without_positive.sum()), int(found.without_negative.sum())
     return Mined(triplets, lacking, crowded, time.perf_counter() - started)
-
-
-def _own_entries(classes: Classes, anchors: np.ndarray, ids: np.ndarray) -> Entries:
-    """Entries of the anchors' own classes. Where a class has been seen in full, its list is not read any further."""
-    labels, k = classes.short_labels, ids.shape[1]
-    own = labels[anchors]
-    left = classes.sizes[own] - 1
-    keys, rows, first = [], np.arange(len(anchors)), 0
-    while first < k and len(rows):
-        last = min(k, max(16, 4 * first))
-        for start in range(0, len(rows), 4096):  # parts that stay in a core's cache
-            part = rows[start : start + 4096]
-            some = ids[part, first:last] if len(rows) < len(ids) else ids[start : start + 4096, first:last]
-            same = (labels.take(some, mode="clip") == own[part][:, None]) & (some >= 0)
-            entry = np.flatnonzero(same)
-            row = entry // (last - first)
-            keys.append(part[row] * k + first + entry - row * (last - first))
-            left[part] -= np.bincount(row, minlength=len(part))
-        rows, first = rows[left[rows] > 0], last
-    found = np.sort(np.concatenate(keys), kind="stable") if keys else np.zeros(0, np.int64)
-    row = found // k
-    return Entries(row, found - row * k)
 
 
 def _merged(

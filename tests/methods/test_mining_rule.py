@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.mining_rule import HALF_MINED, MINED, RANDOM, Classes, Entries, Mined, choose, mine
+from methods.mining_rule import HALF_MINED, MINED, RANDOM, Classes, Mined, choose, mine
 from methods.smart_mining import triplet_loss
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -24,10 +24,6 @@ def lists(ids: np.ndarray, distances: np.ndarray) -> Any:
 
 
 # ---- golden ----------------------------------------------------------------------------------------------------------
-
-
-def entries_of(same: np.ndarray) -> Entries:
-    return Entries(*np.nonzero(same))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,9 +43,8 @@ def test_golden_triplets(case: str) -> None:
     assert (
         (y[t.positive] == y[t.anchor]).all() and (t.positive != t.anchor).all() and (y[t.negative] != y[t.anchor]).all()
     )
-    same = y[listed] == y[:, None]
-    bound = choose(entries_of(same), np.full(len(same), same.shape[1]), distances, kappa, count).bound
-    np.testing.assert_allclose(bound[kept], g["bound"][kept], rtol=1e-12)
+    bound = choose(kept, np.ones(len(kept), bool), listed[kept], distances[kept], Classes(y, (1,)), kappa, count).bound
+    np.testing.assert_allclose(bound, g["bound"][kept], rtol=1e-12)
     assert (distances[0] >= 0).all() and random.any() == (g["kind"][kept] == RANDOM).any()
 
 
@@ -135,22 +130,24 @@ def test_what_follows_from_the_rule() -> None:
     x += 0.8 * random.standard_normal((30, 6))[y]
     d = ((x[:, None] - x[None]) ** 2).sum(-1)
     order = np.argsort(d, axis=1)[:, 1:]
-    distances, same = np.take_along_axis(d, order, 1), y[order] == y[:, None]
-    left, full = [], np.full(len(same), same.shape[1])
+    anchors, all_of = np.arange(240), np.ones(240, bool)
+    distances, classes = np.take_along_axis(d, order, 1), Classes(y, (0,))
+    left, last = [], 0
     for kappa in (1.0, 1.2, 1.5, 3.0, 64.0):
-        c = choose(entries_of(same), full, distances, kappa, 3)
+        c = choose(anchors, all_of, order, distances, classes, kappa, 3)
         left.append(int((c.negative >= 0).sum()))
-        mined = (c.negative >= 0) & (c.positive >= 0)
-        rows = np.nonzero(mined)[0]
-        far, near = distances[rows, c.positive[mined]], distances[rows, c.negative[mined]]
-        assert len(rows) == 0 or ((far >= near).all() and (near >= c.bound[rows]).all())
         assert all(len(set(r[r >= 0])) == (r >= 0).sum() for r in c.negative)
+        rows, columns = np.nonzero(c.kind == MINED)
+        p, n = c.positive[rows, columns], c.negative[rows, columns]
+        assert (d[rows, p] >= d[rows, n]).all() and (d[rows, n] >= c.bound[rows]).all()
         if len(rows):
-            loss, _, _ = triplet_loss(*(torch.from_numpy(x)[torch.from_numpy(i)] for i in (rows, order[rows, c.positive[mined]], order[rows, c.negative[mined]])), 0.2)  # fmt: skip
+            loss, _, _ = triplet_loss(*(torch.from_numpy(x)[torch.from_numpy(i)] for i in (rows, p, n)), 0.2)
             assert bool((loss > 0).all())
-    assert left == sorted(left, reverse=True) and left[0] > left[-1]
-    for a, b in zip(choose(entries_of(same), full, distances, 0.3, 2), choose(entries_of(same), full, distances, 1.0, 2), strict=True):  # fmt: skip
-        assert np.array_equal(a, b) or np.asarray(a).dtype == np.float64
+        last = len(rows) or last
+    assert left == sorted(left, reverse=True) and left[0] > left[-1] and last
+    below, one = (choose(anchors, all_of, order, distances, classes, kappa, 2) for kappa in (0.3, 1.0))
+    for name in ("positive", "negative", "kind", "without_positive", "without_negative"):
+        assert np.array_equal(getattr(below, name), getattr(one, name))
 
 
 def test_random_members_are_uniform_and_depend_on_the_key_alone() -> None:
@@ -167,13 +164,20 @@ def test_random_members_are_uniform_and_depend_on_the_key_alone() -> None:
             assert abs(counts[members] / len(draws) - 1 / len(members)).max() < 0.015
         assert np.array_equal(classes.random_positive(anchors[:7], draws[3:10]), positive[3:10])
         assert not np.array_equal(other.random_negative(anchors, draws), negative)
-        outside = classes.outside(anchors, draws, np.empty(0, np.int64), np.empty(0, np.int64))
-        assert set(outside) == set(np.flatnonzero(y == y[anchor])) - {anchor}
-    # of class 0, without the anchor 2 and the listed 0 and 3, which stay for the second asker
-    drawn = classes.outside(
-        np.array([2] * 200 + [7]), np.arange(201), np.tile([3, 0], 200), np.repeat(np.arange(200), 2)
-    )
-    assert set(drawn[:200]) == {1, 4} and drawn[200] in (5, 6)
+
+
+def test_random_positives_are_those_that_the_list_does_not_offer() -> None:
+    """Of class 0 (0 to 4), anchor 2: +NN 3 and the admitted 0 are left out, 1 is nearer than the bound; 4 is not listed."""
+    y = np.array([0] * 5 + [1] * 3)
+    ids, distances = np.array([[3, 1, 0, 5]]), np.array([[1.0, 1.1, 2.0, 3.0]])
+    got = set()
+    for key in range(60):
+        found = choose(np.array([2]), np.array([True]), ids, distances, Classes(y, (key,)), 1.5, 1)
+        assert found.kind[0, 0] == HALF_MINED and found.negative[0, 0] == 5
+        got.add(int(found.positive[0, 0]))
+    assert got == {1, 4}
+    full = [choose(np.array([2]), np.array([True]), np.array([[3, 1, 0, 4, 5]]), np.arange(1.0, 6.0)[None], Classes(y, (key,)), 1.0, 1) for key in range(60)]  # fmt: skip
+    assert {int(found.positive[0, 0]) for found in full} == {0, 1, 3, 4}  # any other member, where all are offered
 
 
 def test_mined_is_what_travels() -> None:
