@@ -187,7 +187,8 @@ class RunContext:
             parts.append(derivative(self.trunk, run, wanted, known))
             if known and not torch.allclose(parts[-1][0], self._features[some], rtol=1e-3, atol=1e-4):
                 raise RunError(
-                    "the trunk gives other features in forward mode than it has just given: it is not a function of its input"
+                    f"the backbone {self.trunk.config.backbone} gives other features in forward mode than it has just given: it is "
+                    "random, or writes over an output that it uses twice. Choose another one for this method"
                 )
         local, tangent = (gather(torch.cat(t), part.start, part.total, self.ranks) for t in zip(*parts, strict=True))
         return local, tangent

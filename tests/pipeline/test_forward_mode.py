@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from methods.baseline import Baseline, BaselineConfig
+from methods.optim import Clock, Length
+from methods.plans import Plan
 from pipeline.collectives import Ranks
+from pipeline.context import RunContext
+from pipeline.data.store import Samples
+from pipeline.errors import RunError
+from pipeline.evaluation import Embedder
 from pipeline.forward_mode import Outputs, derivative
 from pipeline.model import ModelConfig, Trunk, build_trunk
 
@@ -125,3 +133,36 @@ def test_part_of_the_parameters() -> None:
     wanted = by_double_backward(trunk, pixels, some)
     torch.testing.assert_close(along, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))
     assert float(wanted.norm()) > 1e-6
+
+
+class _Twice(nn.Module):
+    """Writes over what it has used already."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.conv, self.inplace = nn.Conv2d(3, 4, 3), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        beside = out.sigmoid()
+        return (beside + nn.functional.relu(out, inplace=self.inplace)).mean((2, 3))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_outputs_that_do_not_fit_are_an_error(inplace: bool) -> None:
+    """Of a network that overwrites an output after its first use; without that it is a network like any other."""
+    trunk, _, _ = make("test_efficientnet")
+    trunk.backbone, trunk.pool = _Twice(inplace), nn.Identity()
+    samples = Samples(np.arange(2), np.zeros(2, np.int64), ("one",))
+    context = RunContext(
+        samples, 0, Length(value=1, unit="steps"), "float32", torch.device("cpu"), Ranks(), trunk.float(),
+        Baseline(BaselineConfig(), 4, 2), Embedder.__new__(Embedder), lambda: None,
+    )  # fmt: skip
+    context.begin_step(Clock(), Plan(np.arange(2)[None], {}), 0, torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
+    features = context.encode(derive=True)
+    direction = {n: torch.ones_like(p) for n, p in trunk.named_parameters()}
+    if inplace:
+        with pytest.raises(RunError, match=r"test_efficientnet gives other features .* Choose another"):
+            context.derivative(None, direction)
+    else:
+        torch.testing.assert_close(context.derivative(None, direction)[0], features.detach())
