@@ -5,7 +5,7 @@ hard triplets that are not too hard, and a controller sets how hard, so that tra
 
     d the squared distance, +NN the nearest of the own class,  bound = κ d(+NN)
     n_t  the t-th entry after +NN of another class with d >= bound            t = 1, 2, ... of an anchor
-    p_t  the first entry of the own class after n_t;   if there is none, a random image of the class that is not in the list
+    p_t  the first entry of the own class after n_t;   if there is none, a random one that the list does not offer
 
 The nearest positive only sets the radius within which nothing is taken; it is never part of a triplet. (Summaries that pair it
 with the nearest negative beyond it describe another rule.) So d(a, p) >= d(a, n) >= bound in every fully mined triplet: it

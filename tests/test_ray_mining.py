@@ -27,7 +27,7 @@ from pipeline.storage import Folder
 from pipeline.summary import run_folder
 from pipeline.tracking import read_metrics
 from tests.pipeline.mining.test_client import IDS, LABELS, SPEC, VALUES, assert_same
-from tests.pipeline.test_resume import METHODS_TRIED
+from tests.pipeline.runs import METHODS_TRIED
 from tests.test_ray import on_ray, silent, tensors
 
 pytestmark = pytest.mark.cluster
