@@ -1,15 +1,10 @@
-"""The parts that need Ray, against real Ray: one start for most tests, own processes where the driver or a job is the subject."""
+"""The parts that need Ray, against real Ray, started once."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import types
@@ -21,11 +16,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
 from pipeline import embed, prepare
 from pipeline.checkpoint import Checkpoints
-from pipeline.config import DEFAULT_PRESET, Config, build_config
+from pipeline.config import Config, build_config
 from pipeline.data import catalog, loader
 from pipeline.data.catalog import Entry
 from pipeline.data.loader import Item, load
@@ -34,14 +28,11 @@ from pipeline.errors import RunError, UserError
 from pipeline.jobs import run_here
 from pipeline.jobs import run_on_ray as map_on_ray
 from pipeline.launch import run_in_process, run_on_ray
-from pipeline.s3 import S3
 from pipeline.storage import Folder
 from pipeline.summary import run_folder
 from pipeline.trained import Trained
 from pipeline.worker import pixel_source
 from tests.conftest import write_images, write_tiny_store
-from tests.pipeline.test_report import screenshot
-from tests.s3 import Proxy, s3_server
 from tests.stubs import tiny_values
 
 pytestmark = pytest.mark.cluster
@@ -236,219 +227,3 @@ def test_a_request_beyond_the_cluster_is_refused(
     with pytest.raises(UserError, match=r"wants 808 CPU .* at most 6"):
         check_cluster(on_ray(make_config(), workers=101, cpus_per_worker=8, loader="in_process"), ray_here)
     check_cluster(on_ray(make_config(), loader="in_process"), ray_here)
-
-
-# ---- own processes ---------------------------------------------------------------------------------------------------
-
-
-def command(recipe: Path, *settings: str) -> list[str]:
-    out = [sys.executable, "-m", "pipeline.train", str(recipe)]
-    for setting in settings:
-        out += ["--set", setting]
-    return out
-
-
-def write_recipe(tmp_path: Path, store: Store, **changes: Any) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tiny_values(str(tmp_path), store.folder.uri, changes)))
-    return path
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.05)
-
-
-def logged_steps(path: Path) -> int:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-
-
-@pytest.mark.slow
-def test_a_killed_driver_and_a_terminated_one_continue_to_the_same_weights(
-    ray_here: Any, store: Store, tmp_path: Path
-) -> None:
-    """SIGKILL of the driver, then SIGTERM (saved, status 143), then the same command to the end: as if nothing had been.
-
-    The drivers are other programs on the cluster of this module, whose Ray outlives them.
-    """
-    settings = ["runtime.workers=1", "length=8 epochs", "checkpoint.every=2 steps"]
-    environment = os.environ | {"RAY_ADDRESS": ray_here.get_runtime_context().gcs_address}
-    recipe = write_recipe(tmp_path, store)
-    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
-    first = subprocess.Popen(command(recipe, *settings), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    wait_for(lambda: logged_steps(metrics) >= 4, 120, "step 4")
-    first.kill()
-    first.wait()
-    before = logged_steps(metrics)
-    second = subprocess.Popen(command(recipe, *settings), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: logged_steps(metrics) > before + 3, 120, "progress after the kill")
-    second.terminate()
-    _, errors = second.communicate(timeout=60)
-    assert second.returncode == 143, errors
-    assert "the same command continues" in errors
-    saved = Checkpoints(Folder(tmp_path / "runs" / "tiny")).latest()
-    assert saved is not None and saved.step > 0 and not saved.finished
-    done = subprocess.run(command(recipe, *settings), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"resumed at step {saved.step}" in done.stderr
-    values = tiny_values(
-        str(tmp_path), store.folder.uri, {"name": "whole", "length": "8 epochs", "checkpoint.every": "2 steps"}
-    )
-    run_in_process(build_config(values), store.folder.uri, silent)
-    whole, broken = (json.loads((tmp_path / "runs" / n / "summary.json").read_text()) for n in ("whole", "tiny"))
-    assert whole["final"] == broken["final"] and whole["step"] == broken["step"]
-    from safetensors.torch import load_file
-
-    for name in ("trunk", "method"):
-        path = f"checkpoints/step-{whole['step']:08d}/{name}.safetensors"
-        one, other = load_file(tmp_path / "runs" / "whole" / path), load_file(tmp_path / "runs" / "tiny" / path)
-        assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-@pytest.mark.slow
-def test_workers_in_object_storage_with_faults(
-    store: Store, tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Store, run folder and Ray Train's own notes: the weights of one process on a local disk."""
-    here = make_config({"length": "1 epochs", "precision": "float64"})
-    run_in_process(here, store.folder.uri, silent)
-    with s3_server() as endpoint:
-        proxy = Proxy(endpoint)
-        for name, value in {"AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "s3cr3t-of-test",
-                            "AWS_DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        S3.clear_instance_cache()
-        S3().mkdir("bucket")
-        for name in store.folder.find():
-            Folder("s3://bucket/data/tiny").write(name, store.folder.read(name))
-        for kind, method, key in (("answer", "PUT", "/ray/"), ("reset", "HEAD", "/ray/"), ("answer", "GET", "manifest.json"),
-                                  ("cut", "GET", "shards/"), ("lost", "PUT", "checkpoint.json")):  # fmt: skip
-            proxy.inject(kind, method, key)
-        settings = {"storage": "s3://bucket", "data.source": "tiny", "length": "1 epochs", "runtime.workers": 2}
-        recipe = write_recipe(tmp_path, store, **settings)
-        environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command(recipe), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert [fault.key for fault in proxy.faults if not fault.hit.is_set()] == []
-        there = tensors(here.model_copy(update={"storage": "s3://bucket"}))
-        torch.testing.assert_close(there, tensors(here), rtol=1e-9, atol=1e-12)
-        bucket = Folder("s3://bucket")
-        assert [name for name in bucket.find() if b"s3cr3t-of-test" in bucket.read(name)] == []
-        proxy.close()
-    S3.clear_instance_cache()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def ending() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Nodes that were told to end, which takes them half a minute: waited for when all else is done."""
-    nodes: list[subprocess.Popen[bytes]] = []
-    yield nodes
-    for node in nodes:
-        node.wait(timeout=90)
-
-
-@pytest.fixture
-def head(tmp_path: Path, ending: list[subprocess.Popen[bytes]]) -> Iterator[dict[str, str]]:
-    """A head node of its own, with token authentication and its own HOME; gives the environment that reaches it."""
-    home, port, dashboard = tmp_path / "home", free_port(), free_port()
-    home.mkdir()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYDML_"))}
-    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": f"/tmp/h{port}",
-                    "RAYDML_HOME": str(tmp_path / "storage"), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    ray = str(Path(sys.executable).parent / "ray")
-    (home / ".ray").mkdir()
-    (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
-    start = [ray, "start", "--head", "--block", "--num-cpus=5", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-             f"--dashboard-agent-listen-port={free_port()}",  # another Ray of this machine may have the default one
-             "--include-dashboard=true", "--disable-usage-stats", f"--temp-dir=/tmp/h{port}"]  # fmt: skip
-    node = subprocess.Popen(
-        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        wait_for(lambda: reachable(dashboard), 60, "the head's dashboard")
-        yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    finally:
-        os.killpg(node.pid, signal.SIGTERM)
-        ending.append(node)
-
-
-def reachable(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    ray = str(Path(sys.executable).parent / "ray")
-    job = [ray, "job", "submit", "--working-dir", str(ROOT), "--", sys.executable, "-m", "pipeline.train", *arguments]
-    deadline = time.monotonic() + 60
-    while True:
-        done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=300)
-        starting = "No available agent" in done.stderr  # the dashboard listens some seconds before it can run jobs
-        if not starting or time.monotonic() > deadline:
-            return done
-        time.sleep(1)
-
-
-def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head: dict[str, str]) -> None:
-    """The submitted job trains on the cluster; its status and last line are the run's own; results are in the storage."""
-    recipe = write_recipe(
-        tmp_path, store, **{"storage": "", "runtime.workers": 2, "length": "1 epochs", "runtime.loader": "ray"}
-    )
-    done = submit(head, str(recipe))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "starting Ray on the cluster" in done.stdout
-    run = tmp_path / "storage" / "runs" / "tiny"
-    assert json.loads((run / "summary.json").read_text())["step"] > 0
-    assert (run / "report.html").exists()
-    shipped = next(
-        Path(head["RAY_TMPDIR"]).glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*/pipeline")
-    ).parent
-    names = {p.name for p in shipped.iterdir()}
-    assert {"methods", "pipeline"} <= names and not {".venv", ".git", "tests", "runs"} & names
-    assert sum(p.stat().st_size for p in shipped.rglob("*") if p.is_file()) < 3 << 20
-
-    wrong = submit(head, str(recipe), "--set", "method.optimizer.lrr=1")
-    assert wrong.returncode != 0
-    ours = [line for line in wrong.stdout.splitlines() if line.startswith("error:")]
-    assert set(ours) == {"error: unknown key 'method.optimizer.lrr': did you mean 'method.optimizer.lr'?"}
-
-
-def hash_of(name: str) -> int:
-    return hashlib.sha256(name.encode()).digest()[1]
-
-
-def test_the_real_command_on_real_emoji(tmp_path: Path) -> None:
-    """Two workers, a few steps, the shipped preset, real drawings and weights; then the report in a real browser."""
-    environment = os.environ | {"RAYDML_HOME": str(tmp_path)}
-    drawings = [e for e in catalog.emoji() if hash_of(e.class_name) < 0x10]  # every sixteenth emoji
-    data = prepare.prepare("emoji", drawings, Folder(tmp_path / "subset"), run_here)
-    settings = [
-        f"data.source={data.folder}",
-        "length=4 steps",
-        "runtime.workers=2",
-        "runtime.cpus_per_worker=1",
-        "method.classes_per_batch=12",
-    ]
-    arguments = [sys.executable, "-m", "pipeline.train", DEFAULT_PRESET]
-    for setting in settings:
-        arguments += ["--set", setting]
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "frozen" in done.stdout and "report:" in done.stdout
-    summary = json.loads((tmp_path / "runs" / "emoji" / "summary.json").read_text())
-    assert summary["step"] == 4 and summary["frozen"]["recall@1"] > 30
-    assert {"recall@1", "map@r", "r_precision", "nmi", "ami"} <= set(summary["final"])
-    red, green, blue = np.moveaxis(
-        screenshot((tmp_path / "runs" / "emoji" / "report.html").read_text(), tmp_path).astype(int), 2, 0
-    )
-    right, wrong = (green - red > 60) & (green - blue > 40), (red - green > 100) & (red - blue > 100)
-    assert right.sum() > 5000 and wrong.sum() > 5000  # frames of both kinds

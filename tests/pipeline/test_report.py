@@ -6,8 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +24,7 @@ from pipeline.jobs import run_here
 from pipeline.report import main, write_report
 from pipeline.storage import Folder
 from pipeline.summary import summarise
+from tests.browser import screenshot
 
 HOSTILE = '<b>&"x'
 LONELY = "lonely"  # one image: a query with nothing to find
@@ -371,28 +370,6 @@ def test_wrong_input_is_refused(store: Store, neighbours: dict[str, np.ndarray],
     run = make_run(tmp_path / "run", store, {**neighbours, "query": neighbours["query"] + 10_000})
     with pytest.raises(UserError, match="does not hold"):
         write_report(run, store)
-
-
-def chromium() -> str:
-    """Debian's browser; `make test` leaves this test out, and says so, where there is none."""
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.fail("chromium is not installed (apt-get install chromium): the report cannot be looked at")
-    return path
-
-
-def screenshot(html: str, folder: Path) -> np.ndarray:
-    """uint8 [3000, 1200, 3]: what the browser paints."""
-    (folder / "page.html").write_text(html, encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    command = [chromium(), *flags.split(), "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
-    command += [
-        f"--user-data-dir={folder / 'profile'}",
-        "--window-size=1200,3000",
-        f"--screenshot={folder / 'page.png'}",
-    ]
-    subprocess.run([*command, (folder / "page.html").as_uri()], check=True, capture_output=True, timeout=120)
-    return np.asarray(Image.open(folder / "page.png").convert("RGB"))
 
 
 @pytest.mark.browser
