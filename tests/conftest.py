@@ -94,3 +94,12 @@ def pool() -> Iterator[Pool]:
     made = Pool(3)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[Any]:
+    """One Ray for the module, with more logical CPUs than cores."""
+    from pipeline.session import ray_session
+
+    with ray_session(6) as ray:
+        yield ray

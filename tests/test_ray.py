@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,6 @@ from tests.stubs import tiny_values
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[Any]:
-    """One Ray for the module, with more logical CPUs than cores."""
-    from pipeline.session import ray_session
-
-    with ray_session(6) as ray:
-        yield ray
 
 
 def silent(_: dict[str, Any]) -> None:
