@@ -1,6 +1,7 @@
 """Embeddings of any number of images as Parquet files: `python -m pipeline.evaluate RUN --embed-to PATH`.
 
-    embeddings.json     of which run, checkpoint, dataset and splits; rows, dimensions, parts; "complete" once all are there
+    embeddings.json     of which run, checkpoint, weights, dataset and splits; rows, dimensions, parts; "complete" once all
+                        are there
     part-*.parquet      by the first row it holds: sample_id, label, class_name, split (of tracklets also track,
                         camera, frame), embedding [D]
 
@@ -101,9 +102,11 @@ def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int)
         "format": 1,
         "run": trained.run.uri,
         "checkpoint": f"{trained.kind}/step-{trained.step:08d}",
+        "weights": trained.weights(),
         "dataset": work.store.folder.uri,
         "fingerprint": trained.fingerprint,
         "splits": list(splits),
+        **({"partial": list(work.store.partial)} if work.store.partial else {}),
         "rows": total,
         "parts": -(-total // PART),
     }
@@ -115,8 +118,8 @@ def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int)
         target.write_json(_MANIFEST, manifest | {"complete": False})
     elif {k: found.get(k) for k in manifest} != manifest:
         raise UserError(
-            f"{target} holds embeddings of {found.get('run')}, {found.get('checkpoint')}, splits {found.get('splits')}: "
-            "choose another folder, or remove it"
+            f"{target} holds embeddings of {found.get('run')}, {found.get('checkpoint')}, splits {found.get('splits')}, "
+            "of other weights or images than these: choose another folder, or remove it"
         )
     elif found.get("complete"):
         return dict(found)

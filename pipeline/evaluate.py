@@ -68,12 +68,16 @@ def main(arguments: list[str] | None = None) -> int:
         if options.embed_to:
             _embed(options)
             return 0
-        metrics = _of_run(options) if len(options.inputs) == 1 else _arrays(options)
+        metrics, partial = _of_run(options) if len(options.inputs) == 1 else (_arrays(options), ())
         if options.json:
-            _write(options.json, json.dumps(metrics, indent=1).encode())
+            about = {"partial": list(partial)} if partial else {}
+            _write(options.json, json.dumps(metrics | about, indent=1).encode())
     except (UserError, RunError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again", file=sys.stderr)
+        return 130
     out = Console()
     out.print(" ".join(options.inputs), highlight=False, soft_wrap=True)
     out.print(metrics_table(metrics))
@@ -123,8 +127,8 @@ def _pair(embeddings: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(arrays[1].astype(np.int64))
 
 
-def _of_run(options: argparse.Namespace) -> dict[str, Any]:
-    """Metrics of a run's checkpoint on one of its splits."""
+def _of_run(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Metrics of a run's checkpoint on one of its splits, and what its dataset lacks."""
     if options.gallery:
         raise UserError("--gallery goes with arrays; a dataset brings its own query and gallery splits")
     if options.split not in ("test", "validation") or options.workers is not None:
@@ -144,7 +148,7 @@ def _of_run(options: argparse.Namespace) -> dict[str, Any]:
             np.save(buffer, array)
             _write(f"{options.save}.{name}.npy", buffer.getvalue())
     recall_at = options.recall_at or config.evaluation.recall_at
-    return evaluate(task, embedder, trunk, method, recall_at, options.clustering).metrics
+    return evaluate(task, embedder, trunk, method, recall_at, options.clustering).metrics, tuple(store.partial)
 
 
 def _opened(trained: Trained) -> Store:

@@ -1,7 +1,7 @@
 """Independent pieces of work, streamed through Ray Data: shards to write, parts to embed.
 
-Only the pieces and small records of them pass through the driver and the object store, a few at a time; what a piece reads and
-writes goes between its task and the storage.
+Only the pieces and small records of them pass through the driver and the object store; what a piece reads and writes goes
+between its task and the storage.
 """
 
 from __future__ import annotations

@@ -74,9 +74,18 @@ class Folder:
             return []
 
     def find(self) -> list[str]:
-        """Paths of all files below, relative to this folder, sorted."""
+        """Paths of all files below, relative to this folder, sorted.
+
+        Raises:
+            OSError: a local folder cannot be listed.
+        """
         root = self.path()
-        return sorted(path[len(root) :].strip("/") for path in self.fs.find(root))
+        if self.is_local:  # fsspec leaves out what it cannot list
+            walk = os.walk(root, onerror=_refuse, followlinks=True)
+            paths = [os.path.join(place, name) for place, _, names in walk for name in names]
+        else:
+            paths = self.fs.find(root)
+        return sorted(path[len(root) :].strip("/") for path in paths)
 
     def size(self, name: str) -> int:
         return int(self.fs.size(self.path(name)))
@@ -194,3 +203,8 @@ def read_file(uri: str) -> bytes:
 def home() -> str:
     """Where runs and prepared data live unless told otherwise: $RAYDML_HOME, else ~/raydml."""
     return os.environ.get("RAYDML_HOME") or os.path.expanduser("~/raydml")
+
+
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

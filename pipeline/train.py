@@ -23,6 +23,7 @@ from pipeline import prepare as preparing
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config, build_config, differences, load_config, to_yaml
 from pipeline.data import catalog
+from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.evaluation import test_task, validation_task
@@ -164,6 +165,18 @@ def _check_run(config: Config, store: Store) -> None:
     if len(single):
         first = samples.class_names[single[0]]
         console.print(f"{len(single):,} training classes have one image each (first: {first}): used as negatives only")
+    size = split_bytes(store, "train")
+    if size > config.cache.max_bytes:
+        console.print(
+            f"the training split has {size / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: images are "
+            "read from the store in every epoch"
+        )
+    e = config.evaluation
+    if store.protocol != "reid" and (e.reranking is not None or e.distractors != "wrong"):
+        raise UserError(
+            f"evaluation.reranking and evaluation.distractors are for datasets of re-identification, {store.title} is measured "
+            f"by {store.protocol}: leave them out"
+        )
     tasks = {"validation": validation_task(config, store), "test": test_task(config, store)}
     for name, task in tasks.items():
         try:

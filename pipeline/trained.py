@@ -48,6 +48,11 @@ class Trained:
             raise UserError(f"{store.folder} has changed since the run ({self.fingerprint} -> {store.fingerprint})")
         return store
 
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of the files of trunk and method: which network it is, whatever its run is called."""
+        sums = self.run.read_json(f"{self.kind}/step-{self.step:08d}/checkpoint.json")["sha256"]
+        return {name: sums[name] for name in ("trunk.safetensors", "method.safetensors")}
+
     def load(self, store: Store, device: torch.device) -> tuple[Embedder, Trunk, Method]:
         """The network with the checkpoint's weights, and what embeds with it, in this process."""
         config = self.config

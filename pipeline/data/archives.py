@@ -107,9 +107,16 @@ class Unpacker:
 
 
 def _open(archive: str) -> Any:
-    """The file of an archive, to read from at any place."""
+    """The file of an archive, to read from at any place.
+
+    Raises:
+        UserError: it may not be read.
+    """
     if "://" not in archive:
-        return open(archive, "rb")
+        try:
+            return open(archive, "rb")
+        except OSError as error:
+            raise UserError(f"{archive} cannot be read ({error.strerror}): change its permissions") from error
     folder, _, name = archive.rpartition("/")
     return io.BufferedReader(Folder(folder).open(name), BUFFER)  # type: ignore[arg-type]
 

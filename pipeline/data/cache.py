@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import re
 import shutil
 import zlib
 from collections import deque
@@ -59,7 +60,8 @@ def open_copy(store: Store, cache: Cache, split: str) -> MappedReader:
         CacheFull: copies in use take the room.
         RunError: a shard is damaged, the disk is too full, the folder cannot be written, or the copy is damaged.
     """
-    path = Path(cache.folder) / f"{store.name}-{store.fingerprint}-{split}.v{_FORMAT}.arrow"
+    name = re.sub(r"[^\w.-]", "_", store.name)
+    path = Path(cache.folder) / f"{name}-{store.fingerprint}-{split}.v{_FORMAT}.arrow"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:

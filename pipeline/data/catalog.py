@@ -98,8 +98,14 @@ def folder(root: str) -> list[Entry]:
     if not place.exists():
         raise UserError(f"folder {place} does not exist")
     entries = []
-    for path in place.find():
+    try:
+        paths = place.find()
+    except OSError as error:
+        raise UserError(f"folder {place} cannot be read ({error}): change its permissions, or move it away") from error
+    for path in paths:
         parts = path.split("/")
+        if any("\udc80" <= c <= "\udcff" for c in path):  # how Python spells bytes that are none
+            raise UserError(f"{place}/{path!r}: its name is not UTF-8; rename it")
         if any(part.startswith(".") for part in parts):
             continue
         if len(parts) != 2:

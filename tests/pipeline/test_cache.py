@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -189,6 +190,14 @@ def test_a_split_larger_than_allowed_is_read_from_the_store(make_config: Callabl
     assert found is not None and found.folder == f"{config.root}/cache"
     found = pixel_source(make_config({"cache.folder": None, "storage": "s3://b/x"}), store).cache
     assert found is not None and found.folder == os.path.expanduser("~/raydml/cache")
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "a b:c"])
+def test_a_name_stays_within_the_folder(name: str, store: Store, tmp_path: Path) -> None:
+    named = copy.copy(store)
+    named.name = name
+    open_copy(named, Cache(str(tmp_path / "cache"), PLENTY), "train")
+    assert [path.parent for path in tmp_path.rglob("*.arrow")] == [tmp_path / "cache"]
 
 
 def test_a_full_disk_is_told(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

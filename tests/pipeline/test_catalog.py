@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -214,3 +216,29 @@ def test_emoji_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_splits_are_in_the_order_of_the_store() -> None:
     assert SPLITS == ("train", "test", "query", "gallery")
+
+
+def test_what_cannot_be_listed_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"")
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).rstrip("/").endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    assert len(folder(str(tmp_path))) == 2
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"cannot be read .*Permission denied.*change its permissions"):
+        folder(str(tmp_path))
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    inside = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(inside)
+    with open(inside + b"/1.png", "wb"):
+        pass
+    with pytest.raises(UserError, match="its name is not UTF-8"):
+        folder(str(tmp_path))

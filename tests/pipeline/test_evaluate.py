@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -344,9 +345,9 @@ def test_embedding_is_continued(base: Base, tmp_path: Path, monkeypatch: Any) ->
         calls.append(part)
         return original(self, part)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(embed.Part, "__call__", dies)
-        evaluate.main(arguments)
+        assert evaluate.main(arguments) == 130
     assert not json.loads((tmp_path / "out" / "embeddings.json").read_text())["complete"]
     first = (tmp_path / "out" / "part-000000000.parquet").stat()
     assert evaluate.main(arguments) == 0
@@ -374,3 +375,22 @@ def test_refused_embeddings(base: Base, tmp_path: Path, capsys: pytest.CaptureFi
     refused([*arguments[:-1], "-1"], "--workers is -1", capsys)
     refused([base.run.uri, "--workers", "1"], "go with --embed-to", capsys)
     refused([base.run.uri, "--split", "all"], "go with --embed-to", capsys)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_embeddings_of_another_network_of_the_same_name_are_refused(
+    complete: bool, base: Base, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As after training anew in the same folder, with as many steps."""
+    run = Folder(shutil.copytree(base.run.path(""), tmp_path / "run"))
+    target = Folder(tmp_path / "out")
+    arguments: list[str | Path] = [run.uri, "--embed-to", target.uri, "--workers", "0", "--checkpoint", "last"]
+    assert evaluate.main([str(a) for a in arguments]) == 0
+    manifest = target.read_json("embeddings.json")
+    target.write_json("embeddings.json", manifest | {"complete": complete})
+    name = f"{manifest['checkpoint']}/checkpoint.json"
+    record = run.read_json(name)
+    record["sha256"]["trunk.safetensors"] = hashlib.sha256(b"another").hexdigest()
+    run.write_json(name, record)
+    capsys.readouterr()
+    refused(arguments, "of other weights or images", capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -197,9 +198,14 @@ def partial_run(base: Base, tmp_path: Path) -> Folder:
     return run
 
 
-def test_evaluation_says_that_the_dataset_is_partial(partial_run: Folder, capsys: pytest.CaptureFixture) -> None:
-    assert evaluate.main([partial_run.uri]) == 0
+def test_evaluation_says_that_the_dataset_is_partial(
+    partial_run: Folder, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert evaluate.main([partial_run.uri, "--json", str(tmp_path / "metrics.json")]) == 0
     assert "partial dataset: train: 1 of 2 images" in capsys.readouterr().err
+    assert json.loads((tmp_path / "metrics.json").read_text())["partial"] == ["train: 1 of 2 images"]
+    assert evaluate.main([partial_run.uri, "--embed-to", str(tmp_path / "out"), "--workers", "0"]) == 0
+    assert Folder(tmp_path / "out").read_json("embeddings.json")["partial"] == ["train: 1 of 2 images"]
 
 
 def test_training_says_that_the_dataset_is_partial(partial_run: Folder, capsys: pytest.CaptureFixture) -> None:

@@ -71,6 +71,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dataset by a name that is not there": ({"data.source": "cub"}, "there is no dataset 'cub' in "),
     "best weights, but nothing says which": ({"method": {"name": "intra_batch", "reload_best": [1]}, "data.validation_fold": None, "evaluation.checkpoint": "last"}, "nothing says which"),
     "dataset in a missing bucket": ({"data.source": "s4://nowhere/x"}, "cannot be opened"),
+    "re-ranking without cameras": ({"evaluation.reranking": {"k1": 5}}, "is measured by leave_one_out: leave them out"),
+    "distractors without cameras": ({"evaluation.distractors": "junk"}, "is measured by leave_one_out: leave them out"),
     "relative storage": ({"storage": "here/and/there"}, "storage 'here/and/there' is a relative path"),
     "too many threads": ({"runtime.cpus_per_worker": 4 * (os.cpu_count() or 1) + 1}, "threads wanted (runtime.workers × cpus_per_worker)"),
     "too many workers": ({"runtime.workers": 500, "runtime.cpus_per_worker": 2}, "1000 threads wanted"),
@@ -264,6 +266,12 @@ def test_single_images_are_announced(run: Train, base: Base) -> None:
         err.split()
     )
     shutil.rmtree(base.root / "runs" / "singles")
+
+
+def test_a_split_that_is_not_copied_is_announced(run: Train, base: Base) -> None:
+    status, _, err = run(name="uncopied", length="1 steps", cache__max_bytes=1)
+    assert status == 0 and "images are read from the store in every epoch" in " ".join(err.split())
+    shutil.rmtree(base.root / "runs" / "uncopied")
 
 
 def test_fresh_starts_over_and_repeats_every_bit(run: Train, base: Base) -> None:
