@@ -2,8 +2,8 @@
 
 Left alone, botocore repeats a request up to 5 times and s3fs that up to 5 times again, for minutes, and what they raise
 names no file. A body of more than 50 MB is read without either layer, with zeros where a part came short (s3fs 2026.9,
-`_cat_file_concurrent`), and nothing ends an upload that the server does not read. Here both try once, and every request,
-with the body of its answer, goes through `S3._patiently`.
+`_cat_file_concurrent`), and nothing ends an upload that the server does not read, or an answer that trickles. Here both
+try once, and every request, with the body of its answer, goes through `S3._patiently`.
 
 Waits are drawn uniformly from 0 to FIRST_WAIT_S × 2^faults, at most LONGEST_WAIT_S ("full jitter": M. Brooker, Exponential
 Backoff And Jitter, AWS Architecture Blog 2015). Error codes: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html.
@@ -36,7 +36,7 @@ TOLD_AFTER_S = 5.0  # of faults, a warning is logged at each
 PART_BYTES = 32 << 20  # larger objects are read and written in parts
 PARTS_AT_ONCE = 4
 CONNECTIONS = 64  # more than are used at a time: a request that waits for one would look like a silent server
-SLOWEST_BYTES_S = 64 << 10  # an upload below this rate counts as stuck
+SLOWEST_BYTES_S = 64 << 10  # a body below this rate, sent or received, counts as stuck
 
 CREDENTIALS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN (or AWS_PROFILE)"
 PASSING_STATUS = {408, 429, 500, 502, 503, 504}
@@ -112,7 +112,7 @@ class S3(S3FileSystem):
     call_s3 = sync_wrapper(_call_s3)
 
     async def _once(self, method: str, *more: Any, **request: Any) -> Any:
-        async with asyncio.timeout(2 * ANSWER_S + len(request.get("Body", b"")) / SLOWEST_BYTES_S):
+        async with _time_for(len(request.get("Body", b""))):
             return await super()._call_s3(method, *more, **request)
 
     async def _cat_file(
@@ -145,7 +145,7 @@ class S3(S3FileSystem):
         async def once() -> bytes | Large:
             response = await self._once("get_object", **request)
             size = response["ContentLength"] if part is None else part[1] - part[0]
-            async with response["Body"] as body:
+            async with _time_for(size), response["Body"] as body:
                 if part is None and size > PART_BYTES:
                     return Large(size, response["ETag"])
                 data = await body.read()
@@ -199,6 +199,11 @@ class S3(S3FileSystem):
                 if now - first > TOLD_AFTER_S:
                     logger.warning("%s: %s failed, %d tries, %s: trying again", uri, method, tries, _reason(cause))
                 await asyncio.sleep(wait)
+
+
+def _time_for(size: int) -> asyncio.Timeout:
+    """Ends the block with TimeoutError when it takes longer than a body of `size` bytes may."""
+    return asyncio.timeout(2 * ANSWER_S + size / SLOWEST_BYTES_S)
 
 
 def _uri(request: Mapping[str, Any]) -> str:

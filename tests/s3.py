@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 STARTED_S = 60
+PIECES = 100
 
 
 @contextlib.contextmanager
@@ -48,12 +49,12 @@ class Fault:
             answer is, after the server did the work, "cut": half of the answer's body under its full Content-Length,
             "short": half of it under the length of that half and without
             checksum, "damaged": one bit of it is another, "upload cut": half of the request's body reaches the server,
-            "stall": the proxy stops reading the request until `release` is set.
+            "stall": the proxy stops reading the request until `release` is set, "trickle": the answer's body comes in PIECES.
         method: of the request.
         key: pattern that is searched for in "/bucket/key?query".
         first: the first request that is affected, of those that match, from 0.
         count: how many are.
-        delay_s: of "delay".
+        delay_s: of "delay", and before each piece of "trickle".
         text: of "answer", instead of S3's error.
         seen: requests that matched.
         hit: set when the fault happens.
@@ -173,6 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
             sent = bytes([data[0] ^ 1]) + data[1:]
         if kind == "short":
             headers = {name: value for name, value in headers.items() if "checksum" not in name.lower()}
+        if fault is not None and kind == "trickle":
+            self.answer(status, headers, b"", len(data))
+            return self.trickle(fault, data)
         self.answer(status, headers, sent, None if kind == "short" else len(data))
         if kind == "cut":
             self.close_connection = True
@@ -207,6 +211,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
         self.wfile.flush()
+
+    def trickle(self, fault: Fault, data: bytes) -> None:
+        """Until the client leaves or `release` is set."""
+        piece = -(-len(data) // PIECES)
+        for start in range(0, len(data), piece):
+            if fault.release.wait(fault.delay_s):
+                return self.reset()
+            self.wfile.write(data[start : start + piece])
 
     def reset(self) -> None:
         """Ends the connection with RST instead of FIN."""

@@ -138,6 +138,59 @@ def test_a_silent_server_is_asked_again(place: Folder, proxy: Proxy, monkeypatch
     assert late.seen >= 2 and stuck.seen >= 2 and place.read("x") == b"1" and place.read("y") == data
 
 
+@pytest.mark.parametrize(("delay_s", "waited_for"), [(0.3, True), (1.5, False)])
+def test_a_late_answer_to_a_read(
+    delay_s: float, waited_for: bool, place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for, and asked for again after `ANSWER_S`."""
+    monkeypatch.setattr(s3, "ANSWER_S", 1.0)
+    monkeypatch.setenv(s3.PATIENCE, "33")  # a client of its own
+    place = Folder(place.uri)
+    place.write("x", DATA)
+    late = proxy.inject("delay", "GET", "/x$", delay_s=delay_s)
+    assert place.read("x") == DATA
+    assert (late.seen == 1) == waited_for
+
+
+@pytest.mark.parametrize("call", ["read", "read_range"])
+def test_a_body_that_trickles_is_read_again(
+    call: str, place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is never silent for long."""
+    place.write("x", DATA)
+    monkeypatch.setattr(s3, "ANSWER_S", 0.3)
+    monkeypatch.setattr(s3, "SLOWEST_BYTES_S", 1 << 30)
+    method, key, do, expected = CALLS[call]
+    slow = proxy.inject("trickle", method, key, delay_s=0.1)
+    assert do(place) == expected
+    assert slow.seen >= 2
+
+
+def test_a_body_may_take_time_in_proportion_to_its_size(
+    place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.write("x", DATA)
+    monkeypatch.setattr(s3, "ANSWER_S", 0.5)
+    monkeypatch.setattr(s3, "SLOWEST_BYTES_S", len(DATA) / 10)
+    slow = proxy.inject("trickle", "GET", "/x$", delay_s=0.015)
+    assert place.read("x") == DATA
+    assert slow.seen == 1
+
+
+def test_a_body_that_always_trickles_is_one_line(place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(s3.PATIENCE, "0.5")
+    place = Folder(place.uri)
+    place.write("x", DATA)
+    monkeypatch.setattr(s3, "ANSWER_S", 0.3)
+    monkeypatch.setattr(s3, "SLOWEST_BYTES_S", 1 << 30)
+    slow = proxy.inject("trickle", "GET", "/x$", count=1000, delay_s=0.1)
+    with pytest.raises(
+        RunError, match=f"^{place}/x: get_object failed, 2 tries .* with TimeoutError: see to the"
+    ) as caught:
+        place.read("x")
+    assert slow.seen == 2 and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
