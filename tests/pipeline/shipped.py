@@ -6,7 +6,7 @@ import functools
 import io
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,11 +169,15 @@ MARS_TRACKS = {  # person, camera, frames
 MARS_QUERIES = [3, 5]  # rows of the test tracklets, from 1
 
 
-def mars(root: Path) -> None:
+def mars(
+    root: Path,
+    tracks: Mapping[str, Sequence[tuple[int, int, int]]] = MARS_TRACKS,
+    queries: Sequence[int] = MARS_QUERIES,
+) -> None:
     number = 0
-    for side, tracks in MARS_TRACKS.items():
+    for side, own in tracks.items():
         names, rows = [], []
-        for i, (person, camera, frames) in enumerate(tracks, 1):
+        for i, (person, camera, frames) in enumerate(own, 1):
             rows.append((len(names) + 1, len(names) + frames, person, camera))
             identity = "00-1" if person < 0 else f"{person:04d}"
             for frame in range(1, frames + 1):
@@ -182,7 +186,7 @@ def mars(root: Path) -> None:
                 write(root / f"bbox_{side}" / identity / names[-1], jpeg(drawing(number)))
         write(root / "info" / f"{side}_name.txt", "".join(f"{name}\n" for name in names))
         savemat(root / "info" / f"tracks_{side}_info.mat", {f"track_{side}_info": np.array(rows, np.int32)})
-    savemat(root / "info" / "query_IDX.mat", {"query_IDX": np.array([MARS_QUERIES], np.uint16)})
+    savemat(root / "info" / "query_IDX.mat", {"query_IDX": np.array([queries], np.uint16)})
 
 
 def lpw(root: Path) -> None:

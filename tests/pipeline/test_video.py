@@ -13,9 +13,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from methods import Batch
+from methods.osm_caa import OsmCaa
 from pipeline import train
 from pipeline.config import Config
-from pipeline.data.catalog import Entry
+from pipeline.data.catalog import DISTRACTOR, Entry
+from pipeline.data.layouts import LAYOUTS
 from pipeline.data.loader import PixelSource
 from pipeline.data.store import Samples, Store, write_store
 from pipeline.data.transforms import TransformConfig
@@ -27,6 +30,8 @@ from pipeline.reid import Sightings, match, pool_tracks
 from pipeline.reranking import Reranking
 from pipeline.storage import Folder
 from tests.conftest import write_images
+from tests.pipeline import shipped
+from tests.pipeline.conftest import Cli
 from tests.pool import Pool
 from tests.stubs import tiny_config, tiny_values
 from tests.test_laws import FixedRanks
@@ -149,6 +154,78 @@ def test_tracklets_are_pooled_over_ranks(pool: Pool, video: Store) -> None:
         for metrics, pooled in pool(measure, len(shares), shares, video.folder.uri):
             assert metrics == expected
             torch.testing.assert_close(pooled, rows, rtol=0, atol=1e-12)
+
+
+# ---- MARS, as its authors ship it -------------------------------------------------------------------------------------
+
+PUBLISHED = LAYOUTS["mars"]  # with its own counts, which `cli` replaces
+MARS = {  # person, camera, frames; 7 persons train, person 8 is seen by one camera only
+    "train": [(person, 1 + (person + i) % 6, 4 + (3 * person + 5 * i) % 11)
+              for person in (1, 3, 5, 7, 9, 11, 13) for i in range(2 + person % 3 // 2)],
+    "test": [(-1, 1, 3), (0, 2, 4), (0, 5, 2), (2, 1, 3), (2, 2, 5), (2, 4, 2), (4, 1, 2), (4, 5, 11), (4, 1, 3),
+             (6, 3, 4), (6, 6, 1), (8, 2, 3)],
+}  # fmt: skip
+ASKED = [4, 5, 7, 10, 12]  # rows of the test tracklets, from 1
+RELEVANT = [2, 2, 1, 1, 0]  # tracklets of the person by another camera
+
+
+def test_mars_from_its_files_to_its_figures(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 3 identities × 2 tracklets × 9 frames, as in the paper; a part of the dataset, and said to be one."""
+    shipped.mars(tmp_path / "in", MARS, ASKED)
+    zips = [shipped.pack(tmp_path / "in", tmp_path / f"{name}.zip", [name]) for name in ("bbox_train", "bbox_test")]
+    monkeypatch.setitem(LAYOUTS, "mars", PUBLISHED)
+    status, said = cli("mars", "--from", *zips, tmp_path / "in" / "info", "--partial", "--folds", "2")
+    assert status == 0, said
+    store = Store(Folder(tmp_path / "home" / "data" / "mars"))
+    lengths = {side: [frames for _, _, frames in tracks] for side, tracks in MARS.items()}
+    lacks = (
+        f"train: {sum(lengths['train'])} of 509,914 images, 7 of 625 classes, {len(lengths['train'])} of 8,298 tracks",
+        "query: 4 of 626 classes, 5 of 1,980 tracks",
+        f"query+gallery: {sum(lengths['test'])} of 681,089 images, 4 of 634 classes, 12 of 12,180 tracks",
+    )
+    assert store.partial == lacks
+
+    trained: list[np.ndarray] = []
+    step = OsmCaa.training_step
+
+    def watched(self: OsmCaa, batch: Batch, context: Any) -> dict[str, float]:
+        trained.append(batch.ids.numpy())
+        return step(self, batch, context)
+
+    monkeypatch.setattr(OsmCaa, "training_step", watched)
+    batches = {"method.frames": 9, "method.samples_per_class": 18, "method.classes_per_batch": 3}
+    chosen = {"protocol": "paper", "data.validation_fold": None, "evaluation.metric": "cmc@1"}
+    assert start(store, tmp_path, batches | chosen) == 0
+
+    samples = store.select(["train"])
+    assert samples.tracks is not None and samples.frames is not None
+    ids = np.stack(trained).reshape(4, 3, 2, 9)  # 2 epochs of 2 steps: the 7th identity fills no batch
+    people, tracks = samples.labels[ids], samples.tracks[ids]
+    assert (people == people[..., :1, :1]).all() and (tracks == tracks[..., :1]).all()
+    for epoch in people[..., 0, 0].reshape(2, 6):
+        assert len(set(epoch.tolist())) == 6
+    for track, drawn in zip(tracks[..., 0].ravel(), samples.frames[ids].reshape(-1, 9), strict=True):
+        assert len(set(drawn.tolist())) == min(9, int((samples.tracks == track).sum()))
+
+    run = tmp_path / "runs" / "tiny"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert len(steps) == 4 and all(line["cross_entropy"] > 0 < line["tracklet_cross_entropy"] for line in steps)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["step"], summary["images"]) == (4, 4 * 54)
+    assert summary["protocol"]["partial"] == "; ".join(lacks) and "PARTIAL" in summary["protocol"]["dataset"]
+    assert "Partial dataset" in (run / "report.html").read_text()
+
+    final = summary["final"]
+    assert (final["queries"], final["queries_without_positive"]) == (4, 1)
+    assert 0 < final["map_trapezoidal"] <= final["map"] <= 100 and 0 <= final["cmc@1"] <= final["cmc@5"] <= 100
+    found = np.load(run / "test_neighbours.npz")
+    query, nearest, relevant = found["query"], found["neighbours"][:, 0], found["relevant"]
+    assert relevant.tolist() == RELEVANT
+    asked, shown = (store.label[np.searchsorted(store.sample_id, i)] for i in (query, nearest))
+    assert (shown >= DISTRACTOR).all(), "junk is not ranked"
+    assert final["cmc@1"] == 100 * (asked == shown)[relevant > 0].mean()
+    assert final["map"] == pytest.approx(100 * found["average_precision"][relevant > 0].mean(), abs=1e-4)
 
 
 # ---- bad input, before anything is trained ---------------------------------------------------------------------------
