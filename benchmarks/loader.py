@@ -1,6 +1,6 @@
 """Loading for two workers, and preparing a dataset.
 
-    python -m benchmarks.loader [--only loading s3 prepare] [--rounds 3] [--json PATH]
+    python -m benchmarks.loader [--only loading s3 prepare embed] [--rounds 3] [--json PATH]
 
 loading: JPEGs of 256 pixels to training crops of 224, P×K batches of 16 × 4 shared by two workers that do nothing else; images
 a second of the slower worker from its 41st batch of 180 on, when all processes run; the time to the first is told apart. Ours
@@ -14,6 +14,8 @@ s3: the same from an S3 server, the training split already copied to this node, 
 prepare: 24,223 drawings to a Parquet store, images a second by processes that have worked before (a first call starts them,
 told apart), against what two processes read, check and encode that do nothing else; and the resident memory of Ray's processes
 for 12,000 and 24,000 drawings, the object store held at 300 MB.
+
+embed: the same memory for `python -m pipeline.evaluate RUN --embed-to FOLDER`.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from tests.s3 import Proxy, s3_server
 
 CLASSES, PER_CLASS, P, K, STEPS, WARM, WORKERS = 100, 20, 16, 4, 180, 40, 2
 TRANSFORMS = TransformConfig(size=224)
-SECTIONS = ["loading", "s3", "prepare"]
+SECTIONS = ["loading", "s3", "prepare", "embed"]
 
 
 def write_photos(root: Path) -> list[Entry]:
@@ -233,13 +235,13 @@ def _decode(entries: list[Entry], seconds: float) -> float:
     return count / (time.perf_counter() - started)
 
 
-def resident_mib(ray: Any) -> float:
-    """Of this process and Ray's workers, shared pages of the object store left out."""
+def resident_mib(what: bytes = b"ray::") -> float:
+    """Of this process and Ray's workers whose title holds `what`, shared pages of the object store left out."""
     total = 0.0
     for entry in Path("/proc").iterdir():
         try:
             command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
-            if entry.name == str(os.getpid()) or b"ray::" in command:
+            if entry.name == str(os.getpid()) or what in command:
                 status = dict(line.split(":", 1) for line in (entry / "status").read_text().splitlines())
                 total += int(status["RssAnon"].split()[0]) / 1024
         except (FileNotFoundError, ProcessLookupError):
@@ -254,7 +256,7 @@ def measure_prepare(rounds: int) -> list[Row]:
     entries = catalog.emoji(skin_tones=True)
     cores, first = 2, 0.0
     speeds, peaks = [], dict[int, float]()
-    with ray_session(cores) as ray:
+    with ray_session(cores):
         for count in (1000, *[len(entries)] * rounds, 12_000, 24_000):
             some = [entries[i] for i in np.linspace(0, len(entries) - 1, count).astype(int)]
             some = list(dict.fromkeys(some))
@@ -263,7 +265,7 @@ def measure_prepare(rounds: int) -> list[Row]:
             def watched(function: Any, shards: Any) -> Iterator[Any]:
                 nonlocal peak
                 for record in run_on_ray(function, shards):
-                    peak = max(peak, resident_mib(ray))
+                    peak = max(peak, resident_mib())
                     yield record
 
             rate = decode_rate(entries[:: max(1, len(entries) // 6000)], cores) if count == len(entries) else 0.0
@@ -285,6 +287,52 @@ def measure_prepare(rounds: int) -> list[Row]:
     ]  # fmt: skip
 
 
+def measure_embed() -> list[Row]:
+    """Resident memory of bulk embedding, small network and pictures, by two processes on Ray."""
+    import pipeline.embed
+    import pipeline.session
+    from pipeline import train
+    from pipeline.trained import find
+
+    pipeline.session.OBJECT_STORE_BYTES = 300 * 10**6
+    pipeline.embed.PART = 512  # a process's memory settles after some of them
+    entries = sorted(catalog.emoji(skin_tones=True), key=lambda e: e.class_name)
+    peaks, speeds = dict[int, float](), dict[int, float]()
+    with tempfile.TemporaryDirectory(prefix="raydml-bench-") as root, ray_session(2):
+        for count in (6_000, 12_000, 24_000):
+            store = write_store(f"emoji-{count}", entries[:count], Folder(f"{root}/data/{count}"), run_on_ray)
+            settings = [
+                "length=1 steps", f"name=embed-{count}", f"storage={root}", f"data.source={store.folder.uri}",
+                "data.transforms.size=32", "model.backbone=test_efficientnet", "model.weights=none",
+                "evaluation.test=false", "runtime.workers=0", "runtime.loader=in_process", "runtime.cpus_per_worker=1",
+            ]  # fmt: skip
+            arguments = ["baseline/emoji"]
+            for setting in settings:
+                arguments += ["--set", setting]
+            if train.main(arguments):
+                raise SystemExit("the run to embed with failed")
+        for count in (6_000, 12_000, 24_000):
+            peak = 0.0
+
+            def watched(*args: Any) -> Iterator[Any]:
+                nonlocal peak
+                for record in run_on_ray(*args):
+                    peak = max(peak, resident_mib(b"ray::MapWorker"))  # others are left from preparing
+                    yield record
+
+            pipeline.embed.run_on_ray = watched
+            started = time.perf_counter()
+            found = pipeline.embed.embed(
+                find(f"{root}/runs/embed-{count}"), catalog.SPLITS, Folder(f"{root}/out/{count}"), 2
+            )
+            peaks[count], speeds[count] = peak, found["rows"] / (time.perf_counter() - started)
+    small, large = peaks[12_000], peaks[24_000]
+    return [
+        Row("embed 24,000 drawings of 32 pixels, two processes, images/s", speeds[24_000]),
+        Row("embed, resident MiB, 24,000 drawings / 12,000", large, small, large / small, "<= 1.1", large <= 1.1 * small),
+    ]  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
@@ -298,6 +346,8 @@ def main() -> int:
         rows += measure_s3(options.rounds)
     if "prepare" in options.only:
         rows += measure_prepare(options.rounds)
+    if "embed" in options.only:
+        rows += measure_embed()
     return finish(rows, options.json)
 
 

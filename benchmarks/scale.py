@@ -1,15 +1,18 @@
-"""What an epoch of very many images costs before the first of them is read: its plan, the catalogue, the loader's items.
+"""What an epoch of very many images costs before the first of them is read: plan, catalogue, shards, the loader's items.
 
-    python -m benchmarks.scale [--samples 59_551 1_000_000 10_000_000] [--only plans catalogue items] [--json PATH]
+    python -m benchmarks.scale [--samples 59_551 1_000_000 10_000_000] [--only plans catalogue shards items] [--json PATH]
     python -m benchmarks.scale --samples 100_000_000 --only plans --plans class_balanced              # 6 GB
 
-Datasets are simulated: labels and a catalogue, no pixels. Classes have 2 to 12 images, 5.26 on average, like the training
-classes of Stanford Online Products (59,551 images of 11,318).
+Datasets are simulated: labels and a catalogue, no pixels but one small image's. Classes have 2 to 12 images, 5.26 on average,
+like the training classes of Stanford Online Products (59,551 images of 11,318).
 
 plans      an epoch's plan: class_balanced 16 × 4 (the default), each_class_once 16 × 4 (MMSI), uniform_classes 16 × 4
            (GCA-HNG), combine 16 × 4 (Intra-Batch Connections), random triplets (Smart Mining's first epochs), and its checkpoint
 catalogue  `layout` of entries (up to 10 million: an entry is a Python object), writing catalogue.parquet, opening the store and
            selecting three of four folds
+shards     opening a store with the manifest that `prepare` writes, what its cache copies, where the images of an epoch of
+           class_balanced 16 × 4 are, what the readers keep: of all shards read once, and of an opened copy. Every shard is the
+           same file, of one small image 512 times; a copy has the batches of a real one, of 8 bytes an image
 items      items of one worker for an epoch of class_balanced 16 × 4, and what one Ray Data pipeline takes in before its first
 
 Figures are of fresh processes: CPU-seconds with one thread, and peak memory above the imports; labels are counted in plans,
@@ -28,7 +31,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -36,6 +41,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
+from PIL import Image
 
 from benchmarks.evaluation import peak_mib, product_sizes
 from benchmarks.table import Row, finish
@@ -44,18 +50,23 @@ from methods.plans import Plan, class_balanced, combine, each_class_once, unifor
 from methods.smart_mining import SmartMining, SmartMiningConfig
 from pipeline.checkpoint import _pack
 from pipeline.collectives import Ranks
+from pipeline.data.cache import _SCHEMA as COPY
+from pipeline.data.cache import MappedReader, split_bytes
 from pipeline.data.catalog import Entry
 from pipeline.data.loader import MOST_PER_BLOCK, PIPELINE_ITEMS, Item, item_blocks
-from pipeline.data.store import FORMAT, Store, layout
+from pipeline.data.reader import _FOOTERS, RowGroupReader
+from pipeline.data.store import FORMAT, ROW_GROUP, Store, layout, write_shard
 from pipeline.session import ray_session
 from pipeline.storage import Folder
 from pipeline.worker import Worker
 
-SECTIONS = ("plans", "catalogue", "items")
+SECTIONS = ("plans", "catalogue", "shards", "items")
 IMAGES, CLASSES = 59_551, 11_318  # training set of Stanford Online Products (Oh Song et al., CVPR 2016)
 P, K = 16, 4
 LIMITS = {IMAGES: (0.3, None), 10_000_000: (30.0, 2000.0)}  # promised of a plan: CPU-s, MB
 MOST_ENTRIES = 10_000_000
+PER_SHARD = 512  # images, as `prepare` has it
+MOST_LINKS = 10_000  # to one file
 Figures = dict[str, float]
 
 
@@ -83,8 +94,37 @@ def simulated_catalogue(labels: Int64[np.ndarray, " samples"], folds: int = 4) -
     )
 
 
-def write_simulated_store(table: pa.Table, folder: Folder) -> int:
-    """A store without shards: catalogue and manifest; returns the catalogue's bytes."""
+def simulated_shards(samples: int, folder: Folder) -> list[dict[str, Any]]:
+    """Records of the shards of a training set, and their files: one, of a small image, under all their names."""
+    source = Path(folder.path("image.png"))
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)).save(source)
+    labels = simulated_labels(PER_SHARD).tolist()
+    (shard,) = layout([Entry(str(source), f"class-{c:08d}", "train") for c in labels], 4, PER_SHARD)
+    first = write_shard(shard, folder, None)
+    data, file = folder.read(first["file"]), ""
+    records = []
+    for i, start in enumerate(range(0, samples, PER_SHARD)):
+        name = f"shards/train-{i:05d}.parquet"
+        if i % MOST_LINKS == 0:
+            folder.write(file := name, data)
+        else:
+            os.link(folder.path(file), folder.path(name))
+        rows = min(PER_SHARD, samples - start)
+        records.append({"file": name, "rows": rows, "bytes": first["bytes"], "sha256": first["sha256"]})
+    return records
+
+
+def write_simulated_copy(samples: int, path: Path) -> None:
+    """A node's copy of the training set: a batch for each shard."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, COPY) as writer:
+        for start, end in pairwise([*range(0, samples, PER_SHARD), samples]):
+            images = pa.array([bytes(8)] * (end - start), pa.large_binary())
+            columns = [np.arange(start, end), images, np.zeros(end - start, np.uint32)]
+            writer.write_batch(pa.record_batch(columns, schema=COPY))
+
+
+def write_simulated_store(table: pa.Table, folder: Folder, shards: Sequence[dict[str, Any]] = ()) -> int:
+    """A store, by default without shards: catalogue and manifest; returns the catalogue's bytes."""
     sink = io.BytesIO()
     pq.write_table(table, sink)
     data = sink.getvalue()
@@ -96,7 +136,8 @@ def write_simulated_store(table: pa.Table, folder: Folder) -> int:
         "fingerprint": "0",
         "catalog": checksum,
         "splits": {},
-        "shards": [],
+        "row_group": ROW_GROUP,
+        "shards": list(shards),
     }
     folder.write_json("manifest.json", manifest)
     return len(data)
@@ -176,6 +217,74 @@ def measure_open(samples: int, folder: str) -> Figures:
     return figures
 
 
+def measure_write_shards(samples: int, folder: str) -> Figures:
+    target = Folder(folder)
+    records = simulated_shards(samples, target)
+    write_simulated_store(simulated_catalogue(simulated_labels(samples)), target, records)
+    write_simulated_copy(samples, Path(folder, "copy.arrow"))
+    return {"shards": len(records), "manifest, MB": target.size("manifest.json") / 1e6}
+
+
+def measure_shards(samples: int, folder: str) -> Figures:
+    figures, level, anonymous = Figures(), peak_mib(reset=True), anonymous_mib()
+    manifest = timed(figures, "manifest read", lambda: Folder(folder).read_json("manifest.json"))
+    figures["manifest read, peak MB"] = (peak_mib() - level) * 1.048576
+    figures["manifest kept, bytes a shard"] = (anonymous_mib() - anonymous) * 2**20 / len(manifest["shards"])
+    del manifest
+    store = timed(figures, "store with shards opened", lambda: Store(Folder(folder)))
+    figures["store with shards opened, peak MB"] = (peak_mib() - level) * 1.048576
+    timed(figures, "sizes of shards compared", store.check_shards)
+    timed(figures, "size of the copy", lambda: split_bytes(store, "train"))
+    reader = timed(figures, "row groups' reader opened", lambda: RowGroupReader(store))
+
+    plan = class_balanced(simulated_labels(samples), P, K, 0, 0)
+    items = [store.sample_id[ids] for ids in plan.ids]
+    level = peak_mib(reset=True)
+
+    def find() -> None:
+        for ids in items:
+            reader._places(ids)
+
+    timed(figures, "an epoch's row groups found", find)
+    figures["an epoch's row groups found, peak MB"] = (peak_mib() - level) * 1.048576
+    figures["row groups found, CPU-µs an item"] = figures["an epoch's row groups found, CPU-s"] / len(items) * 1e6
+    groups = [len({place[:2] for place in reader._places(ids)}) for ids in items[:1000]]
+    figures["row groups an item"] = sum(groups) / len(groups)
+    return figures
+
+
+def measure_row_groups(samples: int, folder: str) -> Figures:
+    figures, reader = Figures(), RowGroupReader(Store(Folder(folder)))
+    shards = len(reader.weights)
+    level, anonymous = peak_mib(reset=True), anonymous_mib()
+    timed(
+        figures, "a row group of every shard read", lambda: [reader._read_group(i, 0) and None for i in range(shards)]
+    )
+    figures["a row group of every shard read, peak MB"] = (peak_mib() - level) * 1.048576
+    figures["row groups' reader keeps, bytes a shard"] = (anonymous_mib() - anonymous) * 2**20 / shards
+    assert len(reader.metadata) <= _FOOTERS
+    return figures
+
+
+def measure_copy(samples: int, folder: str) -> Figures:
+    path = Path(folder, "copy.arrow")
+    figures, anonymous = Figures(), anonymous_mib()
+    with path.open("rb") as file:
+        reader = timed(figures, "copy opened", lambda: MappedReader(path, file))
+    kept = (anonymous_mib() - anonymous) * 2**20
+    figures["copy opened, MB kept"] = kept / 1e6
+    figures["copy opened, bytes a sample kept"] = kept / samples
+    figures["copy opened, bytes a sample of ids and checksums"] = (reader.ids.nbytes + reader.sums.nbytes) / samples
+    assert len(reader.ids) == samples
+    return figures
+
+
+def anonymous_mib() -> float:
+    """This process's resident memory now, without mapped files: their pages are the system's to drop (Linux)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
 def measure_items(samples: int) -> Figures:
     labels, figures = simulated_labels(samples), Figures()
     plan = class_balanced(labels, P, K, 0, 0)
@@ -205,6 +314,10 @@ MEASURES: dict[str, Callable[..., Figures]] = {
     "layout": measure_layout,
     "write": measure_write,
     "open": measure_open,
+    "write_shards": measure_write_shards,
+    "shards": measure_shards,
+    "row_groups": measure_row_groups,
+    "copy": measure_copy,
     "items": measure_items,
     "pipeline": measure_pipeline,
 }
@@ -244,6 +357,14 @@ def catalogue_rows(samples: int) -> list[Row]:
     return rows_of(f"{samples:,}", figures)
 
 
+def shard_rows(samples: int) -> list[Row]:
+    figures = Figures()
+    with tempfile.TemporaryDirectory() as folder:
+        for measure in ("write_shards", "shards", "row_groups", "copy"):
+            figures |= fresh(measure, samples=samples, folder=folder)
+    return rows_of(f"{samples:,}", figures)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -264,6 +385,8 @@ def main() -> int:
             rows += plan_rows(samples, options.plans)
         if "catalogue" in options.only:
             rows += catalogue_rows(samples)
+        if "shards" in options.only:
+            rows += shard_rows(samples)
         if "items" in options.only:
             rows += rows_of(f"{samples:,}", fresh("items", samples=samples))
     if "items" in options.only:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from methods import Method
+from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.evaluation import Embedder
@@ -66,6 +67,8 @@ class Part:
         store, rows = self.store, self.rows[part.start : part.stop]
         embedder, trunk, method = self._network
         embeddings = embedder(store.sample_id[rows], trunk, method).cpu().numpy()
+        source = embedder.source
+        open_reader(source.uri, source.fingerprint, source.cache).release()  # no image comes twice
         labels = store.label[rows]
         columns = {
             "sample_id": pa.array(store.sample_id[rows]),

@@ -189,6 +189,9 @@ class MappedReader:
     def ahead(self, ids: Int64[np.ndarray, " some"]) -> None:
         """Nothing has to be fetched ahead."""
 
+    def release(self) -> None:
+        """Pages are the system's to drop."""
+
     def _damaged(self, reason: str) -> RunError:
         return RunError(f"{self.path} is damaged ({reason}): remove it, it is made again")
 

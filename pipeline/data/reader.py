@@ -21,6 +21,7 @@ from pipeline.errors import RunError
 from pipeline.storage import Folder
 
 _THREADS = 8  # row groups read at once: object storage answers after tens of milliseconds
+_FOOTERS = 2048  # of shards, those used last; some 150 kB each
 _KEPT_BYTES = 256 * 2**20  # of row groups that were read, or are being read ahead
 
 
@@ -32,6 +33,10 @@ class Reader(Protocol):
 
     def ahead(self, ids: Int64[np.ndarray, " some"]) -> None:
         """Says what will be read next, so that it can be fetched meanwhile."""
+        ...
+
+    def release(self) -> None:
+        """Lets go of what was read, since it is not needed again."""
         ...
 
 
@@ -52,7 +57,7 @@ class RowGroupReader:
         # mean size of a shard's row groups, to count what is kept before it has arrived
         self.weights = [s["bytes"] // -(-s["rows"] // store.row_group) + 1 for s in shards]
         self.kept_bytes = kept_bytes
-        self.metadata: dict[int, pq.FileMetaData] = {}
+        self.metadata: OrderedDict[int, pq.FileMetaData] = OrderedDict()
         self.groups: OrderedDict[tuple[int, int], Future[pa.ChunkedArray]] = OrderedDict()
         self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="row-groups")
@@ -64,6 +69,10 @@ class RowGroupReader:
 
     def ahead(self, ids: Int64[np.ndarray, " some"]) -> None:
         self._want(dict.fromkeys((shard, group) for shard, group, _ in self._places(ids)))
+
+    def release(self) -> None:
+        with self.lock:
+            self.groups.clear()
 
     def _places(self, ids: np.ndarray) -> list[tuple[int, int, int]]:
         """Shard, row group and row within it of every sample."""
@@ -92,9 +101,13 @@ class RowGroupReader:
         name = record["file"]
         try:
             with self.store.folder.open(name, record["bytes"]) as source:
-                known = self.metadata.get(shard)
+                with self.lock:
+                    known = self.metadata.pop(shard, None)
                 file = pq.ParquetFile(source, metadata=known, page_checksum_verification=True)
-                self.metadata[shard] = file.metadata
+                with self.lock:
+                    self.metadata[shard] = file.metadata
+                    while len(self.metadata) > _FOOTERS:
+                        self.metadata.popitem(last=False)
                 return file.read_row_group(group, columns=["image"])["image"]
         except (OSError, pa.ArrowException) as error:
             raise RunError(

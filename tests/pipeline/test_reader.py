@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.data import reader as reader_module
 from pipeline.data.cache import Cache, MappedReader, open_copy
 from pipeline.data.catalog import Entry
 from pipeline.data.reader import RowGroupReader, open_reader
@@ -177,6 +178,19 @@ def test_row_groups_are_read_ahead_several_at_once_and_bounded(tmp_path: Path, m
     assert len(direct.groups) <= 6, "no more is kept than allowed"
     direct.read(opened.sample_id)
     assert {shard for shard, _ in direct.groups} == set(range(12)), "but for what is asked for at once"
+
+
+def test_footers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those used last; what was let go of is read again."""
+    store, _ = small_store(tmp_path)
+    assert len(store.manifest["shards"]) > 2
+    monkeypatch.setattr(reader_module, "_FOOTERS", 2)
+    reader, expected = RowGroupReader(store), RowGroupReader(store).read(store.sample_id)
+    for _ in range(2):
+        assert [reader.read(np.array([i]))[0] for i in store.sample_id] == expected
+        assert len(reader.metadata) == 2 and list(reader.metadata)[-1] == len(store.manifest["shards"]) - 1
+        reader.release()
+        assert not reader.groups
 
 
 def test_a_failed_read_is_tried_again(tmp_path: Path) -> None:
