@@ -2,7 +2,7 @@
 
     bound = κ d(+NN)     +NN the first entry of the anchor's class, d squared distances
     n_t = the t-th entry after +NN of another class with d >= bound
-    p_t = the first entry of the own class after n_t; a random member of the class that the list has not, if there is none
+    p_t = the first entry of the own class after n_t; if there is none, a random member that the list does not offer
 
 The rule is compiled by numba: it mostly stops early in a list, and array operations would read on. What is random depends on
 (key, anchor, draw) alone: triplets are the same in whatever blocks and processes they are made.

@@ -116,7 +116,7 @@ def _open(archive: str) -> Any:
         try:
             return open(archive, "rb")
         except OSError as error:
-            raise UserError(f"{archive} cannot be read ({error.strerror}): change its permissions") from error
+            raise UserError(f"{archive} cannot be read ({error.strerror}): see to its path and permissions") from error
     folder, _, name = archive.rpartition("/")
     return io.BufferedReader(Folder(folder).open(name), BUFFER)  # type: ignore[arg-type]
 

@@ -254,5 +254,5 @@ def test_an_archive_that_may_not_be_read_is_told(name: str, tmp_path: Path, monk
     for act in (names_in, Unpacker(tmp_path, 10)):
         if act is names_in and name == "some.tgz":  # not looked into
             continue
-        with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): change its permissions"):
+        with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): see to its path and permissions"):
             act(str(tmp_path / name))

@@ -41,8 +41,6 @@ COLOUR_OF = {
 IMAGES_PER_CLASS = 5
 FROZEN = {"recall@1": 40.5, "map@r": 20.0, "queries": 30, "queries_without_positive": 1}
 FINAL = {"recall@1": 61.25, "map@r": 18.5, "nmi": 80.0, "queries": 30, "queries_without_positive": 1}
-
-
 LOSS_ONLY = [{"step": 1, "kind": "train", "epoch": 0.5, "loss": 0.7}]
 WITHOUT_VALIDATION = ("data.validation_fold=null", "evaluation.checkpoint=last")
 
