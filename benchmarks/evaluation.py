@@ -22,9 +22,9 @@ import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from benchmarks.table import Row, finish
-from pipeline.metrics import clustering, retrieve
-from pipeline.reid import DISTRACTOR, Matches, Sightings, match
-from pipeline.reranking import Reranking
+from pipeline.evaluation.reid import DISTRACTOR, Matches, Sightings, match
+from pipeline.evaluation.reranking import Reranking
+from pipeline.evaluation.retrieval import clustering, retrieve
 
 MEMORY_PROMISE_MIB = 400
 RECALL_AT = (1, 10, 100, 1000)

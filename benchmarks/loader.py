@@ -37,14 +37,14 @@ from PIL import Image
 
 from benchmarks.table import Row, finish
 from methods.plans import class_balanced
-from pipeline.data import catalog
+from pipeline.data import own_images
 from pipeline.data.cache import Cache
-from pipeline.data.catalog import Entry
 from pipeline.data.loader import Item, PixelSource, fetch, load
+from pipeline.data.own_images import Entry
 from pipeline.data.store import Store, write_store
 from pipeline.data.transforms import TransformConfig, normalise
-from pipeline.jobs import run_here, run_on_ray
-from pipeline.session import ray_session
+from pipeline.distributed.jobs import run_here, run_on_ray
+from pipeline.distributed.ray_session import ray_session
 from pipeline.storage import Folder
 from tests.s3 import Proxy, s3_server
 
@@ -250,10 +250,10 @@ def resident_mib(what: bytes = b"ray::") -> float:
 
 
 def measure_prepare(rounds: int) -> list[Row]:
-    import pipeline.session
+    import pipeline.distributed.ray_session
 
-    pipeline.session.OBJECT_STORE_BYTES = 300 * 10**6
-    entries = catalog.emoji(skin_tones=True)
+    pipeline.distributed.ray_session.OBJECT_STORE_BYTES = 300 * 10**6
+    entries = own_images.emoji(skin_tones=True)
     cores, first = 2, 0.0
     speeds, peaks = [], dict[int, float]()
     with ray_session(cores):
@@ -289,14 +289,14 @@ def measure_prepare(rounds: int) -> list[Row]:
 
 def measure_embed() -> list[Row]:
     """Resident memory of bulk embedding, small network and pictures, by two processes on Ray."""
-    import pipeline.embed
-    import pipeline.session
+    import pipeline.distributed.ray_session
+    import pipeline.inference.embed
     from pipeline import train
-    from pipeline.trained import find
+    from pipeline.inference.trained_model import find
 
-    pipeline.session.OBJECT_STORE_BYTES = 300 * 10**6
-    pipeline.embed.PART = 512  # a process's memory settles after some of them
-    entries = sorted(catalog.emoji(skin_tones=True), key=lambda e: e.class_name)
+    pipeline.distributed.ray_session.OBJECT_STORE_BYTES = 300 * 10**6
+    pipeline.inference.embed.PART = 512  # a process's memory settles after some of them
+    entries = sorted(own_images.emoji(skin_tones=True), key=lambda e: e.class_name)
     peaks, speeds = dict[int, float](), dict[int, float]()
     with tempfile.TemporaryDirectory(prefix="raydml-bench-") as root, ray_session(2):
         for count in (6_000, 12_000, 24_000):
@@ -320,10 +320,10 @@ def measure_embed() -> list[Row]:
                     peak = max(peak, resident_mib(b"ray::MapWorker"))  # others are left from preparing
                     yield record
 
-            pipeline.embed.run_on_ray = watched
+            pipeline.inference.embed.run_on_ray = watched
             started = time.perf_counter()
-            found = pipeline.embed.embed(
-                find(f"{root}/runs/embed-{count}"), catalog.SPLITS, Folder(f"{root}/out/{count}"), 2
+            found = pipeline.inference.embed.embed(
+                find(f"{root}/runs/embed-{count}"), own_images.SPLITS, Folder(f"{root}/out/{count}"), 2
             )
             peaks[count], speeds[count] = peak, found["rows"] / (time.perf_counter() - started)
     small, large = peaks[12_000], peaks[24_000]

@@ -34,14 +34,14 @@ import numpy as np
 import torch
 
 from benchmarks.table import Row, finish
+from pipeline.distributed.ray_session import ray_session
 from pipeline.mining.actor import Remote, start_servers
 from pipeline.mining.client import MiningClient
-from pipeline.mining.engines import ENGINES, Engine, build, choose
-from pipeline.mining.exact import Neighbours, Queries, Rows, rerank, search, search_all
+from pipeline.mining.embedding_table import Table
+from pipeline.mining.faiss_index import ENGINES, Engine, build, choose
 from pipeline.mining.messages import Ask, Spec
 from pipeline.mining.server import MiningServer
-from pipeline.mining.table import Table
-from pipeline.session import ray_session
+from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, rerank, search, search_all
 from pipeline.storage import Folder
 
 SECTIONS = ("actor", "step", "rebuild", "pairs", "auto", "memory")

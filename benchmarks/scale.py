@@ -48,17 +48,17 @@ from benchmarks.table import Row, finish
 from methods.base import Context
 from methods.plans import Plan, class_balanced, combine, each_class_once, uniform_classes
 from methods.smart_mining import SmartMining, SmartMiningConfig
-from pipeline.checkpoint import _pack
-from pipeline.collectives import Ranks
 from pipeline.data.cache import _SCHEMA as COPY
 from pipeline.data.cache import MappedReader, split_bytes
-from pipeline.data.catalog import Entry
 from pipeline.data.loader import MOST_PER_BLOCK, PIPELINE_ITEMS, Item, item_blocks
+from pipeline.data.own_images import Entry
 from pipeline.data.reader import _FOOTERS, RowGroupReader
 from pipeline.data.store import FORMAT, ROW_GROUP, Store, layout, write_shard
-from pipeline.session import ray_session
+from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.ray_session import ray_session
+from pipeline.runs.checkpoint import _pack
 from pipeline.storage import Folder
-from pipeline.worker import Worker
+from pipeline.training.loop import Worker
 
 SECTIONS = ("plans", "catalogue", "shards", "items")
 IMAGES, CLASSES = 59_551, 11_318  # training set of Stanford Online Products (Oh Song et al., CVPR 2016)

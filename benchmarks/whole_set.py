@@ -24,15 +24,15 @@ from torch import Tensor
 from benchmarks.mining import make_rows
 from benchmarks.table import Row
 from methods.base import Batch
-from methods.mining_rule import HALF_MINED, MINED, Classes, mine
 from methods.mmsi import Mmsi, MmsiConfig, loss, meta_loss, normalise, select
 from methods.optim import Clock, Length
 from methods.plans import Plan
-from pipeline.collectives import Ranks
-from pipeline.context import RunContext
-from pipeline.mining.dictionary import Dictionary
-from pipeline.mining.exact import Neighbours, search_all
-from pipeline.model import ModelConfig, build_trunk
+from methods.smart_mining_rule import HALF_MINED, MINED, Classes, mine
+from pipeline.distributed.collectives import Ranks
+from pipeline.mining.memory import Dictionary
+from pipeline.model.trunk import ModelConfig, build_trunk
+from pipeline.neighbours.exact_search import Neighbours, search_all
+from pipeline.training.context import RunContext
 
 BATCH, META, SIZE, CLASSES = 80, 10, 128, 98
 Step = Callable[[], list[Tensor]]

@@ -4,7 +4,7 @@ A graph network looks at all images of the batch and says, for each pair and cha
 towards the anchor; the pulled negatives, harder than the real ones, train the embedding. For P classes × K images, the
 embeddings z (not normalised while training) and ρ = 7.5e-4:
 
-    û = z - mean over channels, of length 1;  E⁰_ij = û_i ⊙ û_j;  n⁰ = W z            (`methods.correlation`)
+    û = z - mean over channels, of length 1;  E⁰_ij = û_i ⊙ û_j;  n⁰ = W z            (`methods.gca_hng_graph`)
     (n, E) through L layers;  λ = sigmoid(W_λ BN(E^L)) in (0, 1);  p = W_p BN(n^L)
     d⁺, d⁻: distances to the positive (the class's next image) and to the negative
     r = (d⁺ + (d⁻ - d⁺) λ exp(-α / J̄_m)) / d⁻;   ẑ = z + (z⁻ - z) ⊙ r, z⁻ itself where d⁺ >= d⁻
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.base import Batch, Context, Method, MethodConfig, Ranks
-from methods.correlation import CorrelationGraph
+from methods.gca_hng_graph import CorrelationGraph
 from methods.optim import Length, Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, uniform_classes
 

@@ -33,9 +33,9 @@ from torch.nn import functional as F
 
 from methods.base import Batch, Context, Method, MethodConfig
 from methods.functional import PlusOneAttention
+from methods.intra_batch_reciprocal import reciprocal_neighbours
 from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, class_balanced, combine, combine_any_shape
-from methods.reciprocal import reciprocal_neighbours
 
 
 class IntraBatchConfig(MethodConfig):

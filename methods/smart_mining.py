@@ -44,9 +44,9 @@ from torch import Tensor
 
 from methods.base import Batch, Context, Method, MethodConfig
 from methods.mining import MiningNeeds
-from methods.mining_rule import Classes, Triplets, mine
 from methods.optim import Length, OptimizerConfig, ScheduleConfig
 from methods.plans import Plan
+from methods.smart_mining_rule import Classes, Triplets, mine
 
 _SWEEP = 2**18  # images embedded in one go
 _PUT = 4096  # rows sent at once

@@ -20,7 +20,7 @@ from methods import METHODS, MethodConfig
 from methods.optim import Frozen, Length
 from pipeline.data.transforms import TransformConfig
 from pipeline.errors import UserError
-from pipeline.model import ModelConfig
+from pipeline.model.trunk import ModelConfig
 from pipeline.storage import home
 
 PRESETS = Path(__file__).parent / "presets"

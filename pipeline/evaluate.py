@@ -1,7 +1,7 @@
 """`python -m pipeline.evaluate RUN | EMBEDDINGS.npy LABELS.npy [...]`: exact retrieval metrics.
 
     python -m pipeline.evaluate emoji                          the run of that name (or its folder), on the test classes
-    python -m pipeline.evaluate emoji --embed-to FOLDER        its embeddings, as Parquet files (see `pipeline.embed`)
+    python -m pipeline.evaluate emoji --embed-to FOLDER        its embeddings, as Parquet files (see `pipeline.inference.embed`)
     python -m pipeline.evaluate x.npy y.npy                    leave-one-out over [N, D] embeddings and [N] labels
     python -m pipeline.evaluate x.npy y.npy --gallery g.npy h.npy   queries against another set
 
@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pipeline.data.catalog import SPLITS
+from pipeline.data.own_images import SPLITS
 from pipeline.data.store import Store
-from pipeline.embed import embed
 from pipeline.errors import RunError, UserError, first_line
-from pipeline.evaluation import evaluate, test_task, validation_task
-from pipeline.metrics import clustering, retrieve
-from pipeline.show import metrics_table
+from pipeline.evaluation.evaluate_task import evaluate, test_task, validation_task
+from pipeline.evaluation.retrieval import clustering, retrieve
+from pipeline.inference.embed import embed
+from pipeline.inference.trained_model import Trained, find
+from pipeline.runs.terminal import metrics_table
 from pipeline.storage import Folder
-from pipeline.trained import Trained, find
 
 EMBEDDED = {"test": ("test", "query", "gallery"), "train": ("train",), "all": SPLITS}
 

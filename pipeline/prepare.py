@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from pipeline.data import catalog
-from pipeline.data.catalog import Entry
+from pipeline.data import own_images
 from pipeline.data.layouts import LAYOUTS
+from pipeline.data.own_images import Entry
 from pipeline.data.published import listed, opened
 from pipeline.data.store import Store, write_store
 from pipeline.data.transforms import MAX_PIXELS
+from pipeline.distributed.jobs import console, run_on_ray
+from pipeline.distributed.ray_session import blind_nodes, check_visible, on_cluster, ray_session
 from pipeline.errors import RunError, UserError, first_line
-from pipeline.jobs import console, run_on_ray
-from pipeline.session import blind_nodes, check_visible, on_cluster, ray_session
 from pipeline.storage import Folder, home
 
 
@@ -132,11 +132,11 @@ def _run(options: argparse.Namespace) -> None:
             stack.enter_context(ray_session(1)) if on_cluster() else None
         )  # connects; what nodes cannot see comes first
         if options.kind == "emoji":
-            entries = catalog.emoji(options.skin_tones)
+            entries = own_images.emoji(options.skin_tones)
         elif options.kind == "folder":
-            entries = catalog.folder(options.root)
+            entries = own_images.folder(options.root)
         elif options.kind == "csv":
-            entries = catalog.table(options.file)
+            entries = own_images.table(options.file)
         else:
             entries, more = _published(options, target, ray, stack)
             settings |= more

@@ -20,13 +20,13 @@ import yaml
 from jaxtyping import Int64
 from PIL import Image
 
-from pipeline.charts import COUNTS, curves_section, metric_title
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
 from pipeline.errors import RunError, UserError, first_line
+from pipeline.runs.charts import COUNTS, curves_section, metric_title
+from pipeline.runs.summary import read_changes
+from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
-from pipeline.summary import read_changes
-from pipeline.tracking import read_metrics
 
 Groups = Mapping[str, Sequence["Retrieved"]]
 
@@ -88,7 +88,7 @@ def write_report(run: Folder, store: Store) -> None:
         f'<section id="config">\n<h2>Configuration</h2>\n<details><summary>The resolved config</summary>'
         f"<pre>{escape(config)}</pre></details>\n</section>",
     ]
-    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8") + _thumbnails(groups, store)
+    css = (Path(__file__).parent / "runs" / "report.css").read_text(encoding="utf-8") + _thumbnails(groups, store)
     page = PAGE.format(policy=POLICY, name=escape(summary["name"]), css=css, body="\n".join(body))
     run.write("report.html", page.encode())
 

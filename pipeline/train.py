@@ -20,20 +20,20 @@ from rich.console import Console
 from methods import METHODS, Context
 from methods.optim import Clock
 from pipeline import prepare as preparing
-from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config, build_config, differences, load_config, to_yaml
-from pipeline.data import catalog
+from pipeline.data import own_images
 from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
+from pipeline.distributed.ray_session import check_cluster, check_machine, needed_cpus, on_cluster, ray_session, resolve
 from pipeline.errors import RunError, UserError, first_line
-from pipeline.evaluation import test_task, validation_task
-from pipeline.launch import run_in_process, run_on_ray, under_torchrun
-from pipeline.model import build_trunk
+from pipeline.evaluation.evaluate_task import test_task, validation_task
+from pipeline.model.trunk import build_trunk
 from pipeline.report import write_report
-from pipeline.session import check_cluster, check_machine, needed_cpus, on_cluster, ray_session, resolve
-from pipeline.show import Display, summary_table
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.summary import read_changes, run_folder
+from pipeline.runs.terminal import Display, summary_table
 from pipeline.storage import Folder
-from pipeline.summary import read_changes, run_folder
+from pipeline.training.launch import run_in_process, run_on_ray, under_torchrun
 
 console = Console(stderr=True)
 
@@ -131,7 +131,7 @@ def _dataset(config: Config) -> Store:
                 raise UserError(
                     "the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun"
                 )
-            preparing.prepare("emoji", catalog.emoji(), target, source="emoji")
+            preparing.prepare("emoji", own_images.emoji(), target, source="emoji")
         store = Store(target)
     store.check_shards()
     return store

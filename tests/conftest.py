@@ -23,9 +23,9 @@ from PIL import Image
 
 from methods import METHODS
 from pipeline.config import Config
-from pipeline.data.catalog import Entry
+from pipeline.data.own_images import Entry
 from pipeline.data.store import Store, write_store
-from pipeline.jobs import run_here
+from pipeline.distributed.jobs import run_here
 from pipeline.storage import Folder
 from tests.pool import Pool, warm_up
 from tests.stubs import STUBS, tiny_config
@@ -99,7 +99,7 @@ def pool() -> Iterator[Pool]:
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[Any]:
     """One Ray for the module, with more logical CPUs than cores."""
-    from pipeline.session import ray_session
+    from pipeline.distributed.ray_session import ray_session
 
     with ray_session(6) as ray:
         yield ray

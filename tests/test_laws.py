@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import collectives
-from pipeline.board import Board
-from pipeline.collectives import Ranks
 from pipeline.config import Config
 from pipeline.data.store import Store
+from pipeline.distributed import collectives
+from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.run_status import Board
 from pipeline.errors import RunError
-from pipeline.summary import run_folder
-from pipeline.tracking import read_metrics
-from pipeline.worker import Worker
+from pipeline.runs.summary import run_folder
+from pipeline.runs.tracking import read_metrics
+from pipeline.training.loop import Worker
 from tests.pool import Pool
 from tests.stubs import registered, tiny_values
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from pipeline.collectives import Ranks
 from pipeline.config import Config
 from pipeline.data.loader import Item, fetch
 from pipeline.data.store import Samples, Store
-from pipeline.evaluation import Task, evaluate
+from pipeline.distributed.collectives import Ranks
+from pipeline.evaluation.evaluate_task import Task, evaluate
 from pipeline.storage import Folder
-from pipeline.worker import pixel_source
+from pipeline.training.loop import pixel_source
 from tests.pool import Pool
 from tests.test_laws import METHOD_CASES, SHARES, ZERO_GRADIENT, FixedRanks, Seen, case, check, make_worker, state
 

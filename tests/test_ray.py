@@ -17,21 +17,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import embed, prepare
-from pipeline.checkpoint import Checkpoints
+from pipeline import prepare
 from pipeline.config import Config, build_config
-from pipeline.data import catalog, loader
-from pipeline.data.catalog import Entry
+from pipeline.data import loader, own_images
 from pipeline.data.loader import Item, load
+from pipeline.data.own_images import Entry
 from pipeline.data.store import Shard, Store, layout
+from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_on_ray as map_on_ray
 from pipeline.errors import RunError, UserError
-from pipeline.jobs import run_here
-from pipeline.jobs import run_on_ray as map_on_ray
-from pipeline.launch import run_in_process, run_on_ray
+from pipeline.inference import embed
+from pipeline.inference.trained_model import Trained
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.summary import run_folder
 from pipeline.storage import Folder
-from pipeline.summary import run_folder
-from pipeline.trained import Trained
-from pipeline.worker import pixel_source
+from pipeline.training.launch import run_in_process, run_on_ray
+from pipeline.training.loop import pixel_source
 from tests.conftest import write_images, write_tiny_store
 from tests.stubs import tiny_values
 
@@ -85,7 +86,7 @@ def test_embeddings_are_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: 
 def test_prepare_is_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: Path) -> None:
     write_images(tmp_path / "images", {f"class{i}": 2 + i % 3 for i in range(10)}, seed=1)
     (tmp_path / "images" / "class3" / "broken.png").write_bytes(b"no image")
-    entries = catalog.folder(str(tmp_path / "images"))
+    entries = own_images.folder(str(tmp_path / "images"))
     options: dict[str, Any] = {"images_per_shard": 6, "max_rejected": 0.1}
     here = prepare.prepare("x", entries, Folder(tmp_path / "here"), run_here, **options)
     there = prepare.prepare("x", entries, Folder(tmp_path / "there"), map_on_ray, **options)
@@ -211,8 +212,8 @@ def test_a_run_that_cannot_go_on_ends_at_once_with_its_own_words(
 def test_a_request_beyond_the_cluster_is_refused(
     ray_here: Any, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pipeline.distributed.ray_session import check_cluster
     from pipeline.errors import UserError
-    from pipeline.session import check_cluster
 
     monkeypatch.setenv("RAY_ADDRESS", "here")
     with pytest.raises(UserError, match=r"wants 808 CPU .* at most 6"):

@@ -20,14 +20,14 @@ import torch
 import yaml
 
 from pipeline import prepare
-from pipeline.checkpoint import Checkpoints
 from pipeline.config import DEFAULT_PRESET, Config, build_config
-from pipeline.data import catalog
+from pipeline.data import own_images
 from pipeline.data.store import Store
-from pipeline.jobs import run_here
-from pipeline.launch import run_in_process
-from pipeline.s3 import S3
+from pipeline.distributed.jobs import run_here
+from pipeline.runs.checkpoint import Checkpoints
 from pipeline.storage import Folder
+from pipeline.storage.s3 import S3
+from pipeline.training.launch import run_in_process
 from tests.browser import screenshot
 from tests.s3 import Proxy, s3_server
 from tests.stubs import tiny_values
@@ -225,7 +225,7 @@ def hash_of(name: str) -> int:
 def test_the_real_command_on_real_emoji(tmp_path: Path) -> None:
     """Two workers, a few steps, the shipped preset, real drawings and weights; then the report in a real browser."""
     environment = os.environ | {"RAYDML_HOME": str(tmp_path)}
-    drawings = [e for e in catalog.emoji() if hash_of(e.class_name) < 0x10]  # every sixteenth emoji
+    drawings = [e for e in own_images.emoji() if hash_of(e.class_name) < 0x10]  # every sixteenth emoji
     data = prepare.prepare("emoji", drawings, Folder(tmp_path / "subset"), run_here)
     settings = [
         f"data.source={data.folder}",

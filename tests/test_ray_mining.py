@@ -17,15 +17,15 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.store import Store
-from pipeline.launch import run_in_process, run_on_ray
 from pipeline.mining.actor import Remote, start_servers
 from pipeline.mining.client import MiningClient
-from pipeline.mining.line import Local, ServerGone
 from pipeline.mining.messages import Answer, Ask
+from pipeline.mining.request_log import Local, ServerGone
 from pipeline.mining.server import MiningServer
+from pipeline.runs.summary import run_folder
+from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
-from pipeline.summary import run_folder
-from pipeline.tracking import read_metrics
+from pipeline.training.launch import run_in_process, run_on_ray
 from tests.pipeline.mining.test_client import IDS, LABELS, SPEC, VALUES, assert_same
 from tests.pipeline.runs import METHODS_TRIED
 from tests.test_ray import on_ray, silent, tensors
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[Any]:
-    from pipeline.session import ray_session
+    from pipeline.distributed.ray_session import ray_session
 
     with ray_session(10) as ray:
         yield ray

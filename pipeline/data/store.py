@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64
 
-from pipeline.data.catalog import DISTRACTOR, JUNK, LABELS, SPLITS, Entry, by_hash
+from pipeline.data.own_images import DISTRACTOR, JUNK, LABELS, SPLITS, Entry, by_hash
 from pipeline.data.transforms import MAX_PIXELS, normalise
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder, read_file

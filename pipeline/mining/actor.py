@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.mining.line import ServerGone
+from pipeline.mining.request_log import ServerGone
 from pipeline.mining.server import MiningServer
 
 # What may take long has threads of its own: a rebuild or a snapshot never stands in the way of a search.

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from methods.mining import Which
-from pipeline.mining.dictionary import Delta
-from pipeline.mining.exact import Neighbours, Queries
-from pipeline.mining.line import Line, Operation
+from pipeline.mining.embedding_table import check, shard_of
+from pipeline.mining.memory import Delta
 from pipeline.mining.messages import AllPairs, Answer, Ask, merge_answers
-from pipeline.mining.table import check, shard_of
+from pipeline.mining.request_log import Line, Operation
+from pipeline.neighbours.exact_search import Neighbours, Queries
 
 
 class MiningClient(Line):

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from methods.mining import Which
-from pipeline.mining.engines import Engine
+from pipeline.mining.faiss_index import Engine
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # sample ids [rows], embeddings [rows, dim], labels [rows]
 

@@ -22,14 +22,14 @@ from jaxtyping import Int64
 
 from methods.mining import Which
 from pipeline.errors import RunError, UserError
-from pipeline.mining.dictionary import Delta, Dictionary
-from pipeline.mining.engines import Index, all_lists, build, lists
-from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
-from pipeline.mining.generations import Generation, Generations
+from pipeline.mining.embedding_table import Table
+from pipeline.mining.faiss_index import Index, all_lists, build, lists
+from pipeline.mining.index_builds import Generation, Generations
 from pipeline.mining.locks import ReadersWriter
+from pipeline.mining.memory import Delta, Dictionary
 from pipeline.mining.messages import Answer, Ask, Batch, Order, Spec
 from pipeline.mining.snapshot import Header, Tag, read, write
-from pipeline.mining.table import Table
+from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from pipeline.storage import Folder
 
 

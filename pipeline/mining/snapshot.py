@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.mining.table import shard_of
+from pipeline.mining.embedding_table import shard_of
 from pipeline.storage import Folder
 
 _PART_BYTES = 2**28  # of one file

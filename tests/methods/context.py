@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from methods import Batch, Method
 from methods.optim import Clock, Length
-from pipeline.collectives import Ranks
+from pipeline.distributed.collectives import Ranks
 
 
 class FakeContext:

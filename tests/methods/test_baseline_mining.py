@@ -15,10 +15,10 @@ from torch import Tensor
 from methods import Batch
 from methods.baseline import Baseline, BaselineConfig
 from methods.optim import Clock
-from pipeline.collectives import Ranks
-from pipeline.mining.line import Local
+from pipeline.distributed.collectives import Ranks
 from pipeline.mining.messages import Spec
-from pipeline.mining.run import RunMining
+from pipeline.mining.method_view import RunMining
+from pipeline.mining.request_log import Local
 from pipeline.mining.server import MiningServer
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext

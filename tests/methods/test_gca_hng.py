@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.correlation import CorrelationGraph, EdgeNorm, Pairs
 from methods.gca_hng import GcaHng, GcaHngConfig, Layout, kept_entries, npair, synthesise, synthetic_npair
+from methods.gca_hng_graph import CorrelationGraph, EdgeNorm, Pairs
 from methods.optim import OptimizerConfig
 from tests.methods.context import FakeContext
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from methods.functional import PlusOneAttention
 from methods.intra_batch import IntraBatch, IntraBatchConfig
+from methods.intra_batch_reciprocal import reciprocal_neighbours
 from methods.optim import OptimizerConfig
-from methods.reciprocal import reciprocal_neighbours
 from tests.methods.context import FakeContext, make_batch
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "intra_batch_cub_like.pt"

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.mining_rule import HALF_MINED, MINED, RANDOM, Classes, Mined, choose, mine
 from methods.smart_mining import triplet_loss
+from methods.smart_mining_rule import HALF_MINED, MINED, RANDOM, Classes, Mined, choose, mine
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("tight_k1", "sop_like_k2", "singletons")

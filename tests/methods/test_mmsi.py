@@ -17,10 +17,10 @@ from methods import Batch
 from methods.mmsi import Mmsi, MmsiConfig, gradient_of_weights, loss, meta_loss, normalise, select
 from methods.optim import Clock, Length
 from methods.plans import Plan
-from pipeline.collectives import Ranks
-from pipeline.context import RunContext
-from pipeline.mining.dictionary import Dictionary
-from pipeline.model import Trunk
+from pipeline.distributed.collectives import Ranks
+from pipeline.mining.memory import Dictionary
+from pipeline.model.trunk import Trunk
+from pipeline.training.context import RunContext
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LOSSES, TRACE = np.load(GOLDEN / "mmsi_losses_f64.npz"), np.load(GOLDEN / "mmsi_trace_Con_f64.npz")

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from methods import Batch
-from methods.mining_rule import HALF_MINED, MINED, RANDOM
 from methods.optim import Clock
 from methods.smart_mining import Controller, SmartMining, SmartMiningConfig, global_loss, triplet_loss
-from pipeline.collectives import Ranks
+from methods.smart_mining_rule import HALF_MINED, MINED, RANDOM
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.mining.line import Local
 from pipeline.mining.messages import Spec
-from pipeline.mining.run import RunMining
+from pipeline.mining.method_view import RunMining
+from pipeline.mining.request_log import Local
 from pipeline.mining.server import MiningServer
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext
@@ -176,7 +176,7 @@ def test_a_server_may_die_while_triplets_are_mined(
     tmp_path: Path, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At any call: while rows are put, while lists are made; what is sent again has the same tag."""
-    monkeypatch.setattr("pipeline.mining.line._POLL_S", 0.01)
+    monkeypatch.setattr("pipeline.mining.request_log._POLL_S", 0.01)
     method, context = make(tmp_path / "whole", 2)
     wanted = method.plan(3, context)
     context.mining.close()

@@ -20,9 +20,9 @@ from pipeline import prepare, train
 from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store
 from pipeline.data.transforms import decode
-from pipeline.jobs import run_here
-from pipeline.s3 import S3
+from pipeline.distributed.jobs import run_here
 from pipeline.storage import Folder
+from pipeline.storage.s3 import S3
 from tests.conftest import write_tiny_store
 from tests.pipeline import shipped
 from tests.s3 import s3_server

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_safetensors
 
-from pipeline.checkpoint import Checkpoints
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
-from pipeline.tracking import read_metrics
 from tests.pool import Program
 from tests.test_laws import TRIPLETS
 

@@ -16,16 +16,16 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from pipeline.data import catalog
-from pipeline.data.catalog import Entry
+from pipeline.data import own_images
 from pipeline.data.layouts import LAYOUTS
+from pipeline.data.own_images import Entry
 from pipeline.data.published import Layout, Tree, listed, opened
 from pipeline.errors import UserError
 
 
 @functools.cache
 def _drawings() -> list[str]:
-    return [entry.source for entry in catalog.emoji()]
+    return [entry.source for entry in own_images.emoji()]
 
 
 def drawing(number: int) -> Image.Image:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.catalog import SPLITS, Entry, by_hash, emoji, folder, split_classes, table
+from pipeline.data.own_images import SPLITS, Entry, by_hash, emoji, folder, split_classes, table
 from pipeline.data.store import layout
 from pipeline.errors import UserError
 from pipeline.storage import Folder

@@ -16,8 +16,8 @@ from torch import nn
 
 from methods.optim import Clock, Length, Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan
-from pipeline.checkpoint import Checkpoints, Progress
 from pipeline.errors import RunError, UserError
+from pipeline.runs.checkpoint import Checkpoints, Progress
 from pipeline.storage import Folder
 
 

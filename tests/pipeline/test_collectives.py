@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from pipeline.collectives import Ranks, SyncBatchNorm2d, gather
+from pipeline.distributed.collectives import Ranks, SyncBatchNorm2d, gather
 from tests.pool import Pool, RankFailed
 
 pytestmark = pytest.mark.cluster

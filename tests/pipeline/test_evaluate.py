@@ -19,15 +19,16 @@ import torch
 import yaml
 
 from methods import Baseline
-from pipeline import embed, evaluate, train, trained
-from pipeline.checkpoint import Checkpoints
-from pipeline.data.catalog import Entry
+from pipeline import evaluate, train
+from pipeline.data.own_images import Entry
 from pipeline.data.store import Store, write_store
-from pipeline.evaluation import test_task as task_of
-from pipeline.jobs import run_here
-from pipeline.metrics import clustering, retrieve
+from pipeline.distributed.jobs import run_here
+from pipeline.evaluation.evaluate_task import test_task as task_of
+from pipeline.evaluation.retrieval import clustering, retrieve
+from pipeline.inference import embed, trained_model
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
-from pipeline.tracking import read_metrics
 from tests.conftest import write_images
 from tests.pipeline.conftest import Base, contents
 from tests.stubs import tiny_config, tiny_values
@@ -326,7 +327,7 @@ def test_embeddings_of_a_split(
     assert rows["class_name"] == [store.class_name_of[label] for label in rows["label"]]
     assert rows["split"] == store.split[wanted].tolist() and len(set(rows["split"])) == len(splits)
     assert rows["found"]["parts"] == -(-len(wanted) // 7) > 1
-    embedder, trunk, method = trained.find(base.run.uri, "last").load(store, torch.device("cpu"))
+    embedder, trunk, method = trained_model.find(base.run.uri, "last").load(store, torch.device("cpu"))
     expected = embedder(store.sample_id[wanted], trunk, method)
     torch.testing.assert_close(torch.tensor(rows["embedding"], dtype=expected.dtype), expected, rtol=1e-5, atol=1e-6)
     assert f"{len(wanted)} embeddings" in capsys.readouterr().out

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.collectives import Ranks
-from pipeline.folding import Folding
-from pipeline.model import ModelConfig, Trunk, build_trunk
+from pipeline.distributed.collectives import Ranks
+from pipeline.model.bn_folding import Folding
+from pipeline.model.trunk import ModelConfig, Trunk, build_trunk
 
 
 def make(backbone: str, batch_norm: str = "frozen", pooling: str = "avg") -> tuple[Trunk, Tensor]:

@@ -11,13 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from methods.baseline import Baseline, BaselineConfig
 from methods.optim import Clock, Length
 from methods.plans import Plan
-from pipeline.collectives import Ranks
-from pipeline.context import RunContext
 from pipeline.data.store import Samples
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import RunError
-from pipeline.evaluation import Embedder
-from pipeline.forward_mode import Outputs, derivative
-from pipeline.model import ModelConfig, Trunk, build_trunk
+from pipeline.evaluation.evaluate_task import Embedder
+from pipeline.model.forward_mode import Outputs, derivative
+from pipeline.model.trunk import ModelConfig, Trunk, build_trunk
+from pipeline.training.context import RunContext
 
 
 def make(backbone: str, pooling: str = "avg") -> tuple[Trunk, Tensor, dict[str, Tensor]]:

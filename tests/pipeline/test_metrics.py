@@ -18,8 +18,9 @@ from jaxtyping import TypeCheckError
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-from pipeline import metrics, similarity
-from pipeline.metrics import Retrieval, clustering, retrieve
+from pipeline.evaluation import retrieval
+from pipeline.evaluation.retrieval import Retrieval, clustering, retrieve
+from pipeline.neighbours import exact_cosine
 
 FLOAT32_ONLY, EXACT_ONLY = 1, 10**9  # values of _PAIR_COST that send every query one way
 
@@ -71,7 +72,7 @@ def clustered(num: int, num_classes: int, dim: int, noise: float = 0.7, seed: in
 
 @pytest.fixture(params=[FLOAT32_ONLY, 32, EXACT_ONLY])
 def any_way(request, monkeypatch):
-    monkeypatch.setattr(metrics, "_PAIR_COST", request.param)
+    monkeypatch.setattr(retrieval, "_PAIR_COST", request.param)
 
 
 @functools.cache
@@ -155,10 +156,10 @@ def test_no_bit_depends_on_how_the_work_is_cut(monkeypatch, noise):
         parts = [retrieve(rows, labels, keep=5, queries=part) for part in ranges]
         assert_equal(Retrieval.concatenate(parts), whole)
         assert Retrieval.concatenate(parts).summary() == whole.summary()
-    monkeypatch.setattr(similarity, "_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(exact_cosine, "_CHUNK_ELEMENTS", 1000)
     assert_equal(retrieve(rows, labels, keep=5), whole)
     for way in (FLOAT32_ONLY, EXACT_ONLY):
-        monkeypatch.setattr(metrics, "_PAIR_COST", way)
+        monkeypatch.setattr(retrieval, "_PAIR_COST", way)
         assert_equal(retrieve(rows, labels, keep=5), whole)
 
 
@@ -182,7 +183,7 @@ def test_float32_alone_decides_ordinary_data(monkeypatch):
     """The exact search is a fallback: it must not be what makes the other tests pass."""
     generator = torch.Generator().manual_seed(0)
     rows, labels = torch.randn(1000, 32, generator=generator), torch.arange(1000) // 4
-    monkeypatch.setattr(metrics._Search, "_rank_exactly", None)
+    monkeypatch.setattr(retrieval._Search, "_rank_exactly", None)
     assert (retrieve(rows, labels).first_hit > 100).any()
 
 
@@ -243,7 +244,7 @@ def test_margin_covers_the_float32_error(dim):
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(60, 1, generator=generator).expand(60, dim) + 0.1
     rows[:, 0] = 30 * torch.rand(60, generator=generator)
-    search = metrics._Search.of(rows, torch.arange(60), None, None, 2**20)
+    search = retrieval._Search.of(rows, torch.arange(60), None, None, 2**20)
     unit, exact = search.query_units, search.cosine.block(np.arange(60))
     worst = 0.0
     for i, j in itertools.combinations(range(60), 2):
@@ -356,4 +357,4 @@ def test_adjusted_mutual_info_equals_scikit_learn(num, num_classes, num_clusters
     skewed = (num_clusters * generator.random(num) ** 3).astype(np.int64)  # cluster sizes from 1 to hundreds
     for clusters in (skewed, np.where(generator.random(num) < 0.5, classes, skewed + num_classes)):
         expected = adjusted_mutual_info_score(classes, clusters)
-        assert metrics._adjusted_mutual_info(classes, clusters) == pytest.approx(expected, abs=1e-10)
+        assert retrieval._adjusted_mutual_info(classes, clusters) == pytest.approx(expected, abs=1e-10)

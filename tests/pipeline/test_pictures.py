@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.catalog import Entry
+from pipeline.data.own_images import Entry
 from pipeline.data.store import write_store
 from pipeline.data.transforms import decode, normalise
-from pipeline.jobs import run_here
+from pipeline.distributed.jobs import run_here
 from pipeline.storage import Folder
 from tests.pipeline.test_store import encode, entries_of, jpeg, rejected_lines
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import evaluate, prepare, session, train
-from pipeline.data.catalog import DISTRACTOR, JUNK
+from pipeline import evaluate, prepare, train
+from pipeline.data.own_images import DISTRACTOR, JUNK
 from pipeline.data.store import Store
+from pipeline.distributed import ray_session
 from pipeline.storage import Folder
 from tests.pipeline import shipped
 from tests.pipeline.conftest import Base, Cli, pixels, rejected
@@ -298,7 +299,7 @@ def test_nodes_have_to_see_what_they_read_and_write(
         seen.append(path)
         return node == "1" or hidden not in Path(path).relative_to(tmp_path).parts[0]
 
-    monkeypatch.setattr(session, "_sees", sees)
+    monkeypatch.setattr(ray_session, "_sees", sees)
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     status, said = cli("sop", "--from", source, "--to", out, "--scratch", scratch, *ARGUMENTS)
     assert (status == 0) == (not says) and seen

@@ -11,7 +11,7 @@ import yaml
 from methods import METHODS
 from methods.plans import class_balanced
 from pipeline.config import PRESETS, Config, load_config, preset_names
-from pipeline.model import build_trunk
+from pipeline.model.trunk import build_trunk
 
 PAPERS = [name for name in preset_names() if not name.endswith("/emoji")]
 

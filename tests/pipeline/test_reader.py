@@ -14,11 +14,11 @@ import pytest
 
 from pipeline.data import reader as reader_module
 from pipeline.data.cache import Cache, MappedReader, open_copy
-from pipeline.data.catalog import Entry
+from pipeline.data.own_images import Entry
 from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store, write_store
+from pipeline.distributed.jobs import run_here
 from pipeline.errors import RunError
-from pipeline.jobs import run_here
 from pipeline.storage import Folder
 from tests.conftest import write_images
 

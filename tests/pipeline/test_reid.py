@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from pipeline import reid
-from pipeline.reid import DISTRACTOR, JUNK, Matches, Sightings, TrackSums, match, pool_tracks
+from pipeline.evaluation import reid
+from pipeline.evaluation.reid import DISTRACTOR, JUNK, Matches, Sightings, TrackSums, match, pool_tracks
 
 
 def oracle(queries: Sightings, gallery: Sightings, distractors="wrong", keep=10) -> Matches:

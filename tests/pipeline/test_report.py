@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.checkpoint import Progress
 from pipeline.config import load_config, to_yaml
-from pipeline.data.catalog import Entry
+from pipeline.data.own_images import Entry
 from pipeline.data.store import Store, write_store
+from pipeline.distributed.jobs import run_here
 from pipeline.errors import UserError
-from pipeline.jobs import run_here
 from pipeline.report import main, write_report
+from pipeline.runs.checkpoint import Progress
+from pipeline.runs.summary import summarise
 from pipeline.storage import Folder
-from pipeline.summary import summarise
 from tests.browser import screenshot
 
 HOSTILE = '<b>&"x'

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import reranking
-from pipeline.reid import Matches, Sightings, match
-from pipeline.reranking import Neighbourhoods, Reranking
+from pipeline.evaluation import reranking
+from pipeline.evaluation.reid import Matches, Sightings, match
+from pipeline.evaluation.reranking import Neighbourhoods, Reranking
 from tests.pipeline.test_reid import assert_equal
 
 

@@ -20,12 +20,12 @@ import pytest
 import torch
 import yaml
 
-from pipeline.board import Board
-from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config
 from pipeline.data.store import Store
-from pipeline.summary import run_folder
-from pipeline.tracking import read_metrics
+from pipeline.distributed.run_status import Board
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.summary import run_folder
+from pipeline.runs.tracking import read_metrics
 from tests.conftest import write_tiny_store
 from tests.pipeline.runs import METHODS_TRIED, Reference, Run, kill_after_lines, kill_often, same, side_by_side
 from tests.pool import Pool, Program

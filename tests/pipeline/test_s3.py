@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import s3, train
-from pipeline.checkpoint import Checkpoints
-from pipeline.data import catalog
+from pipeline import train
+from pipeline.data import own_images
 from pipeline.data.cache import Cache
 from pipeline.data.loader import Item, PixelSource, load
 from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store, write_store
 from pipeline.data.transforms import TransformConfig
+from pipeline.distributed.jobs import run_here
 from pipeline.errors import RunError, UserError
-from pipeline.jobs import run_here
-from pipeline.storage import Folder, read_file
-from pipeline.tracking import read_metrics
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.tracking import read_metrics
+from pipeline.storage import Folder, read_file, s3
 from tests.conftest import write_images
 from tests.pipeline.conftest import Base
 from tests.pool import Program
@@ -328,7 +328,7 @@ def test_prepare(place: Folder, proxy: Proxy, tmp_path: Path, monkeypatch: pytes
         (place / "images").write(f"{name}/{Path(path).name}", Path(path).read_bytes())
 
     def prepare(images: str, target: Folder) -> Store:
-        return write_store("x", catalog.folder(images), target, run_here, num_folds=2, images_per_shard=4)
+        return write_store("x", own_images.folder(images), target, run_here, num_folds=2, images_per_shard=4)
 
     expected = prepare(str(tmp_path / "images"), Folder(tmp_path / "store"))
     for kind, method, key in (

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.board import Board
 from pipeline.config import Config, RuntimeConfig
+from pipeline.distributed.ray_session import check_cluster, check_machine, needed_cpus, on_cluster, resolve
+from pipeline.distributed.run_status import Board
 from pipeline.errors import RunError, UserError, first_line
-from pipeline.launch import Signals, device_of, root_cause, showing, under_torchrun
-from pipeline.session import check_cluster, check_machine, needed_cpus, on_cluster, resolve
+from pipeline.training.launch import Signals, device_of, root_cause, showing, under_torchrun
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_mining_servers_count_and_their_resource_has_to_exist(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr("pipeline.session.cluster_maximum", lambda ray: ray.resources)
+    monkeypatch.setattr("pipeline.distributed.ray_session.cluster_maximum", lambda ray: ray.resources)
     changes = {"runtime.workers": 2, "runtime.cpus_per_worker": 1, "runtime.loader": "in_process", "mining.shards": 3}
     mining = changes | {"mining.cpus": 2, "method.memory": 10}
     assert needed_cpus(make_config(changes)) == 2 and needed_cpus(make_config(mining)) == 8
@@ -118,15 +118,15 @@ def test_storage_has_to_be_seen_from_all_nodes(
     cluster = Cluster(CPU=99)
     monkeypatch.setattr(cluster, "nodes", lambda: nodes)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr("pipeline.session.cluster_maximum", lambda ray: ray.resources)
+    monkeypatch.setattr("pipeline.distributed.ray_session.cluster_maximum", lambda ray: ray.resources)
     config = make_config({"runtime.workers": 1})
     seen: list[str] = []
     monkeypatch.setattr(
-        "pipeline.session._sees", lambda ray, node, path: os.path.exists(path) and not seen.append(path)
+        "pipeline.distributed.ray_session._sees", lambda ray, node, path: os.path.exists(path) and not seen.append(path)
     )
     check_cluster(config, cluster)
     assert len(seen) == 3 and not os.path.exists(seen[0]), "every living node looked at a file that is gone now"
-    monkeypatch.setattr("pipeline.session._sees", lambda ray, node, path: node == 0)
+    monkeypatch.setattr("pipeline.distributed.ray_session._sees", lambda ray, node, path: node == 0)
     with pytest.raises(
         UserError, match=r"storage .* is not visible on the nodes 10\.0\.0\.1, 10\.0\.0\.3: set storage to s3"
     ):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import similarity
-from pipeline.similarity import Cosine, Vectors
+from pipeline.neighbours import exact_cosine
+from pipeline.neighbours.exact_cosine import Cosine, Vectors
 
 
 def random_rows(num: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_pairs_and_blocks_give_the_same_bits(monkeypatch, dtype):
     whole = cosine.block(np.arange(9))
     query, row = np.divmod(np.arange(450), 50)
     for chunk in (1, 33 * 7, 2**17):
-        monkeypatch.setattr(similarity, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(exact_cosine, "_CHUNK_ELEMENTS", chunk)
         np.testing.assert_array_equal(cosine.pairs(query, row), whole.ravel())
         np.testing.assert_array_equal(cosine.block(np.array([7, 2])), whole[[7, 2]])
     np.testing.assert_array_equal(Cosine(queries[3:5], gallery).block(np.arange(2)), whole[3:5])

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from pipeline import storage
 from pipeline.errors import RunError, UserError
-from pipeline.s3 import S3
 from pipeline.storage import Folder, read_file
+from pipeline.storage.s3 import S3
 
 
 def test_files_and_folders(folder: Folder) -> None:
@@ -134,7 +133,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(folder_module.os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         folder.write("x", b"new, longer")
     assert folder.read("x") == b"old" and os.listdir(tmp_path) == ["x"]

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from pipeline import prepare
-from pipeline.data.catalog import Entry
+from pipeline.data.own_images import Entry
 from pipeline.data.store import ROW_GROUP, Store, layout, write_store
 from pipeline.data.transforms import decode
+from pipeline.distributed.jobs import run_here
 from pipeline.errors import RunError, UserError
-from pipeline.jobs import run_here
 from pipeline.storage import Folder
 from tests.conftest import write_images
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.catalog import Entry
+from pipeline.data.own_images import Entry
 from pipeline.data.store import Store, layout, write_store
+from pipeline.distributed.jobs import run_here
 from pipeline.errors import UserError
-from pipeline.jobs import run_here
 from pipeline.storage import Folder
 from tests.conftest import write_images
 

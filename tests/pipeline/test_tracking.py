@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from pipeline.show import Display, metrics_table, summary_table
+from pipeline.runs.terminal import Display, metrics_table, summary_table
+from pipeline.runs.tracking import Tracker, read_metrics
 from pipeline.storage import Folder
-from pipeline.tracking import Tracker, read_metrics
 
 
 def events(folder: Folder) -> dict[str, list[tuple[int, float]]]:

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from methods import Baseline
 from pipeline import train
-from pipeline.checkpoint import Checkpoints
 from pipeline.config import build_config
-from pipeline.data.catalog import Entry
+from pipeline.data.own_images import Entry
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store, write_store
-from pipeline.jobs import run_here
+from pipeline.distributed.jobs import run_here
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
-from pipeline.tracking import read_metrics
 from tests.conftest import write_images, write_tiny_store
 from tests.pipeline.conftest import Base, contents
 

@@ -17,17 +17,17 @@ from methods import Batch
 from methods.osm_caa import OsmCaa
 from pipeline import train
 from pipeline.config import Config
-from pipeline.data.catalog import DISTRACTOR, Entry
 from pipeline.data.layouts import LAYOUTS
 from pipeline.data.loader import PixelSource
+from pipeline.data.own_images import DISTRACTOR, Entry
 from pipeline.data.store import Samples, Store, write_store
 from pipeline.data.transforms import TransformConfig
-from pipeline.evaluation import Embedder, Task, evaluate, units, validation_task
-from pipeline.evaluation import test_task as task_of
-from pipeline.jobs import run_here
-from pipeline.model import ModelConfig, build_trunk
-from pipeline.reid import Sightings, match, pool_tracks
-from pipeline.reranking import Reranking
+from pipeline.distributed.jobs import run_here
+from pipeline.evaluation.evaluate_task import Embedder, Task, evaluate, units, validation_task
+from pipeline.evaluation.evaluate_task import test_task as task_of
+from pipeline.evaluation.reid import Sightings, match, pool_tracks
+from pipeline.evaluation.reranking import Reranking
+from pipeline.model.trunk import ModelConfig, build_trunk
 from pipeline.storage import Folder
 from tests.conftest import write_images
 from tests.pipeline import shipped

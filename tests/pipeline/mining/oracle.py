@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.mining.exact import Neighbours, Queries, Rows, empty
+from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, empty
 
 
 def neighbours(queries: Queries, rows: Rows, k: int, which: str = "all") -> Neighbours:

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RunError, UserError
-from pipeline.mining import engines
+from pipeline.mining import faiss_index
 from pipeline.mining.client import MiningClient
-from pipeline.mining.line import Local, ServerGone
+from pipeline.mining.embedding_table import shard_of
 from pipeline.mining.messages import Answer, Ask, Spec
+from pipeline.mining.request_log import Local, ServerGone
 from pipeline.mining.server import MiningServer
-from pipeline.mining.table import shard_of
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 
@@ -55,7 +55,7 @@ class Mortal:
 
 @pytest.fixture
 def make_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("pipeline.mining.line._POLL_S", 0.01)
+    monkeypatch.setattr("pipeline.mining.request_log._POLL_S", 0.01)
     made: list[MiningClient] = []
 
     def make(transports: Any, spec: Spec = SPEC, snapshot: str | None = None, **options: Any) -> MiningClient:
@@ -120,7 +120,7 @@ def test_a_snapshot_may_be_read_by_another_number_of_shards(
     make_client: MakeClient, tmp_path: Path, shards: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Table, memory and index; and what they save then is complete again."""
-    monkeypatch.setattr(engines, "_FEWEST", 100)
+    monkeypatch.setattr(faiss_index, "_FEWEST", 100)
     spec = replace(SPEC, engine="ivf", target=0.5)
     first = make_client([Local(MiningServer()) for _ in range(shards[0])], spec)
     for step, rows in enumerate(np.array_split(np.arange(1200), 12)):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.mining.dictionary import Dictionary
+from pipeline.mining.memory import Dictionary
 
 
 class Lists:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.mining import engines
-from pipeline.mining.engines import ENGINES, build, choose
-from pipeline.mining.exact import Queries, Rows, rerank, search
+from pipeline.mining import faiss_index
+from pipeline.mining.faiss_index import ENGINES, build, choose
+from pipeline.neighbours.exact_search import Queries, Rows, rerank, search
 from tests.pipeline.mining.oracle import clustered
 
 APPROXIMATE = [e for e in ENGINES if e != "exact"]
@@ -45,8 +45,8 @@ def test_the_same_rows_give_the_same_index(rows: Rows, engine: str) -> None:
 
 
 def test_an_index_below_its_target_is_not_used(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_codes", lambda dim: 1)  # one byte a row
-    monkeypatch.setattr(engines, "_WIDEN", 1)
+    monkeypatch.setattr(faiss_index, "_codes", lambda dim: 1)  # one byte a row
+    monkeypatch.setattr(faiss_index, "_WIDEN", 1)
     index, report = build(rows, "ivf_pq", 10, 0.99)
     assert index is None and report.engine == "exact" and report.recall == 1
     assert "ivf_pq reached recall@10 0." in report.note and report.note.endswith("rows are searched exactly")
@@ -66,7 +66,7 @@ def test_few_rows_and_auto() -> None:
 
 def test_auto_takes_no_index_that_costs_more_than_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbours that are spread over many lists: looking at all of those is slower than a matrix product."""
-    monkeypatch.setattr(engines, "_EXACT_UP_TO", 1000)
+    monkeypatch.setattr(faiss_index, "_EXACT_UP_TO", 1000)
     index, report = build(make_rows(3000), "auto", 10, 0.6)
     assert index is not None and report.parameters["nprobe"] <= report.parameters["lists"] / 8
     noise = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)

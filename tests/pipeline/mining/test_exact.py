@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from methods.mining import Which
-from pipeline.mining import exact
-from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
+from pipeline.neighbours import exact_search
+from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from tests.pipeline.mining.oracle import assert_equal, clustered, neighbours
 
 
@@ -59,7 +59,7 @@ def test_all_rows_at_once_are_the_searches_of_each(
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_all_rows_at_once_in_several_blocks(which: Which, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks large enough for groups, the last one short; and so many rows that each pair is compared twice."""
-    monkeypatch.setattr(exact, "SYMMETRIC_ROWS", 10**6 if symmetric else 100)
+    monkeypatch.setattr(exact_search, "SYMMETRIC_ROWS", 10**6 if symmetric else 100)
     ids, values, labels = clustered(1000, 12, 40)
     rows = Rows(values, ids, labels, 1.001)
     found = Neighbours.concatenate([lists for _, lists in search_all(rows, 9, which, 384)])
@@ -77,10 +77,12 @@ def test_many_rows_and_groups(which: Which) -> None:
 
 def test_equal_rows_do_not_take_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where float32 cannot tell rows apart, the block of queries is cut until its pairs are few."""
-    monkeypatch.setattr(exact, "_MOST_PAIRS", 1000)
+    monkeypatch.setattr(exact_search, "_MOST_PAIRS", 1000)
     seen: list[int] = []
-    nearest = exact._nearest
-    monkeypatch.setattr(exact, "_nearest", lambda q, r, query, *a: seen.append(len(query)) or nearest(q, r, query, *a))
+    nearest = exact_search._nearest
+    monkeypatch.setattr(
+        exact_search, "_nearest", lambda q, r, query, *a: seen.append(len(query)) or nearest(q, r, query, *a)
+    )
     rows = Rows(np.ones((400, 4), np.float32), np.arange(400), np.zeros(400, np.int64), 2.0)
     found = search(Queries(rows.values[:50], np.arange(50)), rows, 3)
     assert found.ids[0].tolist() == [1, 2, 3] and found.ids[49].tolist() == [0, 1, 2]

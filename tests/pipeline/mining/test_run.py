@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from methods.mining import MiningNeeds
-from pipeline.collectives import Ranks
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.mining import engines
-from pipeline.mining.line import Local
+from pipeline.mining import faiss_index
 from pipeline.mining.messages import Spec
-from pipeline.mining.run import RunMining
+from pipeline.mining.method_view import RunMining
+from pipeline.mining.request_log import Local
 from pipeline.mining.server import MiningServer
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
@@ -40,7 +40,7 @@ def put(mining: RunMining, step: int, rows: slice) -> None:
 
 @pytest.fixture(autouse=True)
 def small_indexes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_FEWEST", 100)
+    monkeypatch.setattr(faiss_index, "_FEWEST", 100)
 
 
 def test_a_checkpoint_holds_what_was_prefetched_the_memory_and_the_index(folder: Folder) -> None:

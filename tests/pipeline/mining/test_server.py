@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from pipeline.errors import RunError, UserError
-from pipeline.mining import generations as module
+from pipeline.mining import index_builds as module
 from pipeline.mining import snapshot
-from pipeline.mining.exact import Queries, search
 from pipeline.mining.messages import Answer, Ask, Order, Spec
 from pipeline.mining.server import MiningServer
+from pipeline.neighbours.exact_search import Queries, search
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 

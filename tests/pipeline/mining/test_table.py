@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.mining import table as module
-from pipeline.mining.exact import Queries, search
-from pipeline.mining.table import Table
+from pipeline.mining import embedding_table as module
+from pipeline.mining.embedding_table import Table
+from pipeline.neighbours.exact_search import Queries, search
 from tests.pipeline.mining.oracle import assert_equal, neighbours
 
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.board import Board, RemoteBoard
-from pipeline.collectives import Ranks
 from pipeline.config import Config, build_config
+from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.run_status import Board, RemoteBoard
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.mining.actor import Remote, start_servers
 from pipeline.storage import Folder
-from pipeline.worker import Worker
+from pipeline.training.loop import Worker
 
 Show = Callable[[dict[str, Any]], None]
 STOPPED_AFTER_S = 120  # a stop request that is not obeyed by then ends the driver, and with it the workers

@@ -28,8 +28,8 @@ from jaxtyping import Float, Float64, Int64
 from scipy import sparse
 from torch import Tensor
 
-from pipeline.metrics import retrieve
-from pipeline.similarity import Cosine, Ranged, Vectors, slices
+from pipeline.evaluation.retrieval import retrieve
+from pipeline.neighbours.exact_cosine import Cosine, Ranged, Vectors, slices
 
 _OPPOSITES = 2048  # rows that are negated at once
 _CHUNK_ENTRIES = 2**18  # of sparse rows that are expanded at once, 10 to 40 bytes each

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.mining.table import check
+from pipeline.mining.embedding_table import check
 
 
 @dataclass(frozen=True)

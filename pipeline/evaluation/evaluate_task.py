@@ -12,15 +12,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from methods import Method
-from pipeline.collectives import Ranks, gather
 from pipeline.config import Config, RerankingConfig
 from pipeline.data.loader import Item, PixelSource, load
 from pipeline.data.store import Samples, Store
+from pipeline.distributed.collectives import Ranks, gather
 from pipeline.errors import RunError
-from pipeline.metrics import Retrieval, clustering, retrieve
-from pipeline.model import Trunk
-from pipeline.reid import Matches, Sightings, TrackSums, match
-from pipeline.reranking import Neighbourhoods, Reranking
+from pipeline.evaluation.reid import Matches, Sightings, TrackSums, match
+from pipeline.evaluation.reranking import Neighbourhoods, Reranking
+from pipeline.evaluation.retrieval import Retrieval, clustering, retrieve
+from pipeline.model.trunk import Trunk
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Files by URI, the same calls for a local path and for object storage ("s3://bucket/..."), through fsspec and s3fs.
 
 Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...); what faults do, and errors,
-is written in `pipeline.s3`. An object appears there whole or not at all.
+is written in `pipeline.storage.s3`. An object appears there whole or not at all.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Folder:
         if self._fs is None:
             try:
                 if self.uri.startswith(("s3://", "s3a://")):
-                    from pipeline.s3 import S3, patience
+                    from pipeline.storage.s3 import S3, patience
 
                     self._fs = S3(patience())
                 else:

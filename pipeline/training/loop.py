@@ -20,23 +20,23 @@ from torch import Tensor
 from methods import METHODS
 from methods.optim import Clock, Length
 from methods.plans import Plan
-from pipeline.board import Board, RemoteBoard
-from pipeline.checkpoint import Checkpoints, Progress
-from pipeline.collectives import Ranks
 from pipeline.config import Config
-from pipeline.context import RunContext, learning_rates
 from pipeline.data.cache import Cache, split_bytes
 from pipeline.data.loader import Item, PixelSource, load
 from pipeline.data.store import Store
-from pipeline.evaluation import Embedder, Result, Task, evaluate, test_task, validation_task
-from pipeline.mining.line import Local, Transport
+from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.run_status import Board, RemoteBoard
+from pipeline.evaluation.evaluate_task import Embedder, Result, Task, evaluate, test_task, validation_task
 from pipeline.mining.messages import Spec
-from pipeline.mining.run import RunMining
+from pipeline.mining.method_view import RunMining
+from pipeline.mining.request_log import Local, Transport
 from pipeline.mining.server import MiningServer
-from pipeline.model import build_trunk
+from pipeline.model.trunk import build_trunk
+from pipeline.runs.checkpoint import Checkpoints, Progress
+from pipeline.runs.summary import read_changes, run_folder, summarise
+from pipeline.runs.tracking import Tracker
 from pipeline.storage import Folder
-from pipeline.summary import read_changes, run_folder, summarise
-from pipeline.tracking import Tracker
+from pipeline.training.context import RunContext, learning_rates
 
 SEGMENT_STEPS = 512  # plans that are known ahead are loaded by one pipeline of at least so many steps
 

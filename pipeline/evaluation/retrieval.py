@@ -29,7 +29,7 @@ from jaxtyping import Float, Float64, Int, Int64
 from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from torch import Tensor
 
-from pipeline.similarity import Cosine, Ranged, Vectors, run_blocks, slices
+from pipeline.neighbours.exact_cosine import Cosine, Ranged, Vectors, run_blocks, slices
 
 _PAIR_COST = 32  # comparing one pair exactly costs about as much as 32 elements of the exact matrix product
 

@@ -18,13 +18,13 @@ from methods.base import Gradient
 from methods.base import Ranks as MethodRanks
 from methods.optim import Clock, Length, Optimizer
 from methods.plans import Plan
-from pipeline.collectives import Ranks, gather
 from pipeline.data.store import Samples
+from pipeline.distributed.collectives import Ranks, gather
 from pipeline.errors import RunError
-from pipeline.evaluation import Embedder, trunk_features
-from pipeline.forward_mode import Outputs, derivative
-from pipeline.mining.run import RunMining
-from pipeline.model import Trunk
+from pipeline.evaluation.evaluate_task import Embedder, trunk_features
+from pipeline.mining.method_view import RunMining
+from pipeline.model.forward_mode import Outputs, derivative
+from pipeline.model.trunk import Trunk
 
 
 def seeded_generator(device: torch.device, *key: int) -> torch.Generator:

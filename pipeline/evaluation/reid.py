@@ -30,9 +30,9 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from pipeline.data.catalog import DISTRACTOR, JUNK
-from pipeline.reranking import Reranking
-from pipeline.similarity import Cosine, Ranged, Vectors, run_blocks, slices
+from pipeline.data.own_images import DISTRACTOR, JUNK
+from pipeline.evaluation.reranking import Reranking
+from pipeline.neighbours.exact_cosine import Cosine, Ranged, Vectors, run_blocks, slices
 
 _BLOCK_BYTES = 40  # of temporary arrays, for a query and a gallery row
 _FRAMES = 4096  # that are widened to float64 at once

@@ -8,14 +8,14 @@ import torch
 import yaml
 
 from methods import METHODS, Method
-from pipeline.checkpoint import Checkpoints
-from pipeline.collectives import Ranks
 from pipeline.config import Config, build_config
 from pipeline.data.loader import PixelSource
 from pipeline.data.store import Store
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluation import Embedder
-from pipeline.model import Trunk, build_trunk
+from pipeline.evaluation.evaluate_task import Embedder
+from pipeline.model.trunk import Trunk, build_trunk
+from pipeline.runs.checkpoint import Checkpoints
 from pipeline.storage import Folder, home
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from pipeline.errors import UserError
-from pipeline.mining.exact import Rows, by_class
+from pipeline.neighbours.exact_search import Rows, by_class
 
 _TAIL = 1024  # new ids are merged into the sorted ones in batches of so many at least
 

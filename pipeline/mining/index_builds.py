@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.errors import RunError
-from pipeline.mining.engines import Index, Report, build, choose
-from pipeline.mining.exact import Rows
+from pipeline.mining.faiss_index import Index, Report, build, choose
 from pipeline.mining.messages import Spec
 from pipeline.mining.snapshot import Arrays, Built, write_arrays
+from pipeline.neighbours.exact_search import Rows
 from pipeline.storage import Folder
 
 

@@ -16,13 +16,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from methods.mining import MiningNeeds, Which
-from pipeline.collectives import Ranks
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import RunError, UserError
 from pipeline.mining.client import MiningClient
-from pipeline.mining.dictionary import Dictionary
-from pipeline.mining.exact import Neighbours, Queries
-from pipeline.mining.line import Transport
+from pipeline.mining.memory import Dictionary
 from pipeline.mining.messages import AllPairs, Answer, Ask, Spec
+from pipeline.mining.request_log import Transport
+from pipeline.neighbours.exact_search import Neighbours, Queries
 from pipeline.storage import Folder
 
 

@@ -25,13 +25,13 @@ import torch
 from methods import Method
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
+from pipeline.distributed.jobs import run_here, run_on_ray
+from pipeline.distributed.ray_session import check_visible, cluster_maximum, ray_session
 from pipeline.errors import UserError
-from pipeline.evaluation import Embedder
-from pipeline.jobs import run_here, run_on_ray
-from pipeline.model import Trunk
-from pipeline.session import check_visible, cluster_maximum, ray_session
+from pipeline.evaluation.evaluate_task import Embedder
+from pipeline.inference.trained_model import Trained
+from pipeline.model.trunk import Trunk
 from pipeline.storage import Folder
-from pipeline.trained import Trained
 
 PART = 2048  # images in a file
 _MANIFEST = "embeddings.json"

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.checkpoint import Progress
 from pipeline.config import Config
 from pipeline.data.store import Store
+from pipeline.runs.checkpoint import Progress
 from pipeline.storage import Folder
 
 # A resumed run in which one of these changed is not the run that a fresh start would repeat.

@@ -1,0 +1,1 @@
+"""Processes that work together: collectives, Ray sessions and jobs, a run's status."""

@@ -1,0 +1,1 @@
+"""Exact retrieval metrics, re-identification and clustering, of embeddings and of tasks."""

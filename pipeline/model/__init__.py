@@ -1,0 +1,1 @@
+"""The trunk: backbones, pooling, batch normalisation, forward-mode derivatives."""

@@ -1,0 +1,1 @@
+"""A training run: its start, its workers, the loop."""
