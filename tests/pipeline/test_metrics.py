@@ -103,7 +103,7 @@ def test_equals_the_loops_with_many_ties(picks, keep, pair_cost):
     rows = torch.stack([pool[which] * scale for which, scale, _ in picks])
     labels = torch.tensor([label for _, _, label in picks])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "_PAIR_COST", pair_cost)
+        patch.setattr(retrieval, "_PAIR_COST", pair_cost)
         assert_equal(retrieve(rows, labels, keep=keep), oracle(rows, labels, keep=keep))
 
 

@@ -12,6 +12,7 @@ import s3fs
 
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder, read_file
+from pipeline.storage import folder as folder_module
 from pipeline.storage.s3 import S3
 
 
