@@ -22,9 +22,10 @@ import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from benchmarks.table import Row, finish
+from pipeline.evaluation.clustering import clustering
 from pipeline.evaluation.reid import DISTRACTOR, Matches, Sightings, match
 from pipeline.evaluation.reranking import Reranking
-from pipeline.evaluation.retrieval import clustering, retrieve
+from pipeline.evaluation.retrieval import retrieve
 
 MEMORY_PROMISE_MIB = 400
 RECALL_AT = (1, 10, 100, 1000)

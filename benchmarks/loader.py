@@ -39,10 +39,12 @@ from benchmarks.table import Row, finish
 from methods.plans import class_balanced
 from pipeline.data import own_images
 from pipeline.data.cache import Cache
+from pipeline.data.entries import Entry
+from pipeline.data.image_files import normalise
 from pipeline.data.loader import Item, PixelSource, fetch, load
-from pipeline.data.own_images import Entry
-from pipeline.data.store import Store, write_store
-from pipeline.data.transforms import TransformConfig, normalise
+from pipeline.data.store import Store
+from pipeline.data.transforms import TransformConfig
+from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here, run_on_ray
 from pipeline.distributed.ray_session import ray_session
 from pipeline.storage import Folder

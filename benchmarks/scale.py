@@ -50,10 +50,11 @@ from methods.plans import Plan, class_balanced, combine, each_class_once, unifor
 from methods.smart_mining import SmartMining, SmartMiningConfig
 from pipeline.data.cache import _SCHEMA as COPY
 from pipeline.data.cache import MappedReader, split_bytes
+from pipeline.data.entries import Entry
 from pipeline.data.loader import MOST_PER_BLOCK, PIPELINE_ITEMS, Item, item_blocks
-from pipeline.data.own_images import Entry
 from pipeline.data.reader import _FOOTERS, RowGroupReader
-from pipeline.data.store import FORMAT, ROW_GROUP, Store, layout, write_shard
+from pipeline.data.store import FORMAT, ROW_GROUP, Store
+from pipeline.data.write_store import layout, write_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import ray_session
 from pipeline.runs.checkpoint import _pack

@@ -24,13 +24,14 @@ from torch import Tensor
 from benchmarks.mining import make_rows
 from benchmarks.table import Row
 from methods.base import Batch
+from methods.config import Clock, Length
 from methods.mmsi import Mmsi, MmsiConfig, loss, meta_loss, normalise, select
-from methods.optim import Clock, Length
 from methods.plans import Plan
 from methods.smart_mining_rule import HALF_MINED, MINED, Classes, mine
+from pipeline.config import ModelConfig
 from pipeline.distributed.collectives import Ranks
 from pipeline.mining.memory import Dictionary
-from pipeline.model.trunk import ModelConfig, build_trunk
+from pipeline.model.trunk import build_trunk
 from pipeline.neighbours.exact_search import Neighbours, search_all
 from pipeline.training.context import RunContext
 

@@ -24,9 +24,10 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
+from methods.config import Clock, Frozen, Length
 from methods.functional import Head
 from methods.mining import Mining, MiningNeeds
-from methods.optim import Clock, Frozen, Length, Optimizer, OptimizerConfig, build_optimizer
+from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, class_balanced
 
 

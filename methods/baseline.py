@@ -33,9 +33,9 @@ from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
 from methods.base import Batch, Context, Method, MethodConfig
+from methods.config import Length
 from methods.functional import global_generators
 from methods.mining import Mining, MiningNeeds
-from methods.optim import Length
 
 GIVEN = {"num_classes", "embedding_size", "descriptors_dim"}  # arguments that follow from the data and the head
 

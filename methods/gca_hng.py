@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.base import Batch, Context, Method, MethodConfig, Ranks
+from methods.config import Length
 from methods.gca_hng_graph import CorrelationGraph
-from methods.optim import Length, Optimizer, OptimizerConfig, build_optimizer
+from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, uniform_classes
 
 RHO = 3e-3 * 0.25

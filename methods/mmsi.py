@@ -41,9 +41,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from methods.base import Batch, Context, Gradient, Method, MethodConfig
+from methods.config import Length
 from methods.mining import Memory, MiningNeeds
 from methods.mmsi_losses import BASES, MARGINS, Constants, Selection
-from methods.optim import Length, OptimizerConfig
+from methods.optim import OptimizerConfig
 from methods.plans import Plan, each_class_once, side_by_side
 
 

@@ -43,8 +43,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from methods.base import Batch, Context, Method, MethodConfig
+from methods.config import Length
 from methods.mining import MiningNeeds
-from methods.optim import Length, OptimizerConfig, ScheduleConfig
+from methods.optim import OptimizerConfig, ScheduleConfig
 from methods.plans import Plan
 from methods.smart_mining_rule import Classes, Triplets, mine
 

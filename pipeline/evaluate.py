@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pipeline.data.own_images import SPLITS
+from pipeline.data.entries import SPLITS
 from pipeline.data.store import Store
 from pipeline.errors import RunError, UserError, first_line
-from pipeline.evaluation.evaluate_task import evaluate, test_task, validation_task
-from pipeline.evaluation.retrieval import clustering, retrieve
+from pipeline.evaluation.clustering import clustering
+from pipeline.evaluation.evaluate_task import evaluate
+from pipeline.evaluation.retrieval import retrieve
+from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.inference.embed import embed
 from pipeline.inference.trained_model import Trained, find
 from pipeline.runs.terminal import metrics_table

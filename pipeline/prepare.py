@@ -10,54 +10,20 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+from pipeline.console import console
 from pipeline.data import own_images
+from pipeline.data.entries import Entry
+from pipeline.data.image_files import MAX_PIXELS
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.own_images import Entry
+from pipeline.data.prepare_store import emoji_store, prepare
 from pipeline.data.published import listed, opened
-from pipeline.data.store import Store, write_store
-from pipeline.data.transforms import MAX_PIXELS
-from pipeline.distributed.jobs import console, run_on_ray
+from pipeline.distributed.jobs import run_on_ray
 from pipeline.distributed.ray_session import blind_nodes, check_visible, on_cluster, ray_session
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.storage import Folder, home
-
-
-def prepare(
-    name: str,
-    entries: list[Entry],
-    target: Folder,
-    run: Callable[..., Iterator[dict[str, Any]]] = run_on_ray,
-    **options: Any,
-) -> Store:
-    """Writes a store and says what is in it; see `write_store` for the options."""
-    store = write_store(name, entries, target, run, **options)
-    for line in describe(store):
-        console.print(line, highlight=False, soft_wrap=True)
-    return store
-
-
-def describe(store: Store) -> list[str]:
-    """Lines that tell what a store holds."""
-    lines = [f"{store.title}: {store.folder}"]
-    lines += [f"  partial: {sentence}" for sentence in store.partial]
-    for split, counts in store.manifest["splits"].items():
-        lines.append(f"  {split}: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
-    folds = store.manifest["folds"]
-    lines.append(f"  validation folds of the training classes: {', '.join(str(f['classes']) for f in folds)} classes")
-    if store.manifest["rejected"]:
-        lines.append(
-            f"  rejected: {store.manifest['rejected']:,} images that cannot be read, see {store.folder}/rejected.csv"
-        )
-    return lines
-
-
-def emoji_store(root: str, skin_tones: bool = False) -> Folder:
-    """Where the built-in demo lives below a storage root."""
-    return Folder(root) / "data" / ("emoji-skin-tones" if skin_tones else "emoji")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -152,7 +118,7 @@ def _run(options: argparse.Namespace) -> None:
             check_visible(ray, target, "--to")
             for entry in (entries[0], entries[-1]):
                 _check_sources(ray, entry.source, "the images")
-        prepare(options.name or target.uri.rsplit("/", 1)[1], entries, target, **settings)
+        prepare(options.name or target.uri.rsplit("/", 1)[1], entries, target, run_on_ray, **settings)
 
 
 def _default_target(options: argparse.Namespace) -> Folder:

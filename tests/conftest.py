@@ -23,8 +23,9 @@ from PIL import Image
 
 from methods import METHODS
 from pipeline.config import Config
-from pipeline.data.own_images import Entry
-from pipeline.data.store import Store, write_store
+from pipeline.data.entries import Entry
+from pipeline.data.store import Store
+from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here
 from pipeline.storage import Folder
 from tests.pool import Pool, warm_up

@@ -203,6 +203,7 @@ def _program(
 
     from pipeline import train
     from pipeline.storage import Folder
+    from pipeline.training import start
     from tests.stubs import registered
 
     os.environ.update(environment)
@@ -222,7 +223,7 @@ def _program(
         writes.write(f"{name}\n")
 
     Folder.write = counted  # type: ignore[method-assign]
-    train.write_report = lambda folder, store: folder.write("report.html", b"")
+    start.write_report = lambda folder, store: folder.write("report.html", b"")
     with open(f"{log}.writes", "w") as writes, registered():
         status = train.main(arguments)
     sys.stdout.flush()

@@ -22,7 +22,7 @@ from pipeline.distributed import collectives
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.run_status import Board
 from pipeline.errors import RunError
-from pipeline.runs.summary import run_folder
+from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.training.loop import Worker
 from tests.pool import Pool

@@ -18,9 +18,10 @@ from pipeline.config import Config
 from pipeline.data.loader import Item, fetch
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
-from pipeline.evaluation.evaluate_task import Task, evaluate
+from pipeline.evaluation.evaluate_task import evaluate
+from pipeline.evaluation.tasks import Task
 from pipeline.storage import Folder
-from pipeline.training.loop import pixel_source
+from pipeline.training.parts import pixel_source
 from tests.pool import Pool
 from tests.test_laws import METHOD_CASES, SHARES, ZERO_GRADIENT, FixedRanks, Seen, case, check, make_worker, state
 

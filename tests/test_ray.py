@@ -20,19 +20,20 @@ import torch
 from pipeline import prepare
 from pipeline.config import Config, build_config
 from pipeline.data import loader, own_images
+from pipeline.data.entries import Entry
 from pipeline.data.loader import Item, load
-from pipeline.data.own_images import Entry
-from pipeline.data.store import Shard, Store, layout
+from pipeline.data.store import Store
+from pipeline.data.write_store import Shard, layout
 from pipeline.distributed.jobs import run_here
 from pipeline.distributed.jobs import run_on_ray as map_on_ray
 from pipeline.errors import RunError, UserError
 from pipeline.inference import embed
 from pipeline.inference.trained_model import Trained
 from pipeline.runs.checkpoint import Checkpoints
-from pipeline.runs.summary import run_folder
+from pipeline.runs.run_folder import run_folder
 from pipeline.storage import Folder
 from pipeline.training.launch import run_in_process, run_on_ray
-from pipeline.training.loop import pixel_source
+from pipeline.training.parts import pixel_source
 from tests.conftest import write_images, write_tiny_store
 from tests.stubs import tiny_values
 
@@ -212,8 +213,8 @@ def test_a_run_that_cannot_go_on_ends_at_once_with_its_own_words(
 def test_a_request_beyond_the_cluster_is_refused(
     ray_here: Any, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.distributed.ray_session import check_cluster
     from pipeline.errors import UserError
+    from pipeline.training.checks import check_cluster
 
     monkeypatch.setenv("RAY_ADDRESS", "here")
     with pytest.raises(UserError, match=r"wants 808 CPU .* at most 6"):

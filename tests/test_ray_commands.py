@@ -20,10 +20,11 @@ import torch
 import yaml
 
 from pipeline import prepare
-from pipeline.config import DEFAULT_PRESET, Config, build_config
+from pipeline.config import Config, build_config
 from pipeline.data import own_images
 from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_here
+from pipeline.recipes import DEFAULT_PRESET
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.storage import Folder
 from pipeline.storage.s3 import S3

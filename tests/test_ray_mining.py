@@ -20,9 +20,9 @@ from pipeline.data.store import Store
 from pipeline.mining.actor import Remote, start_servers
 from pipeline.mining.client import MiningClient
 from pipeline.mining.messages import Answer, Ask
-from pipeline.mining.request_log import Local, ServerGone
 from pipeline.mining.server import MiningServer
-from pipeline.runs.summary import run_folder
+from pipeline.mining.transport import Local, ServerGone
+from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 from pipeline.training.launch import run_in_process, run_on_ray

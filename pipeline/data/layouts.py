@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.own_images import Entry, Kind
+from pipeline.data.entries import Entry, Kind
 from pipeline.data.published import Layout, Tree, scalar
 from pipeline.errors import UserError
 

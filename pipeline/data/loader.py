@@ -25,8 +25,9 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from pipeline.data.cache import Cache
+from pipeline.data.image_files import decode
 from pipeline.data.reader import open_reader
-from pipeline.data.transforms import TransformConfig, decode, evaluation_pixels, training_pixels
+from pipeline.data.transforms import TransformConfig, evaluation_pixels, training_pixels
 
 PREFETCH = 2  # items ready ahead of the step, in process
 BLOCK_BYTES = 32 * 2**20  # pixels in one Ray Data block

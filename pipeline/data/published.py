@@ -16,7 +16,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from pipeline.data.archives import FLOOR, RATIO, Unpacker, is_archive, names_in, scratch_folder, stem
-from pipeline.data.own_images import Entry
+from pipeline.data.entries import Entry
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 

@@ -1,4 +1,4 @@
-"""What ranks say to each other: gathered features with gradient, synchronised batch statistics, agreement.
+"""What ranks say to each other: gathered features with gradient, sums, agreement.
 
 The rule behind all of it: everything after the pooled features is replicated, so every rank holds the same loss. The
 backward pass of `gather` sums over the ranks and keeps its own rows; with DDP's mean over ranks the trunk then receives
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Ranks:
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, without gradient."""
-        return value if self.world == 1 else _Sum.forward(value.detach())
+        return value if self.world == 1 else SumOverRanks.forward(value.detach())
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value (any small picklable object) on every rank."""
@@ -109,7 +109,7 @@ def gather(
     return local if ranks.world == 1 else _Gather.apply(local, start, total)
 
 
-class _Sum(torch.autograd.Function):
+class SumOverRanks(torch.autograd.Function):
     """Sum over ranks; its gradient is the sum over ranks as well."""
 
     @staticmethod
@@ -124,10 +124,10 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return _Sum.forward(grad.contiguous())
+        return SumOverRanks.forward(grad.contiguous())
 
 
-class _Total(_Sum):
+class _Total(SumOverRanks):
     """Sum over ranks whose result is used alike on every rank."""
 
     @staticmethod
@@ -135,43 +135,9 @@ class _Total(_Sum):
         return grad
 
 
-class _Share(_Sum):
+class _Share(SumOverRanks):
     """The other side of `_Total`: a replicated value that each rank uses for its part of the work."""
 
     @staticmethod
     def forward(value: Tensor) -> Tensor:
         return value.view_as(value)
-
-
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation over the images of all ranks, on any device and backend, empty shards included.
-
-    Mean from count-weighted sums, variance from squared deviations in a second sum (not E[x²] - E[x]²), at least in
-    float32; gradients flow through both. PyTorch's own SyncBatchNorm refuses the CPU.
-    """
-
-    ranks = Ranks()
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        x = input if input.dtype == torch.float64 else input.float()
-        count = self._sum(torch.full((), x.numel() // max(1, x.shape[1]), dtype=x.dtype, device=x.device))
-        count = count.clamp(min=1)
-        mean = self._sum(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        variance = self._sum((centred * centred).sum((0, 2, 3))) / count
-        with torch.no_grad():
-            if self.track_running_stats and self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                share = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-                unbiased = variance * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)  # type: ignore[union-attr]
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)  # type: ignore[union-attr]
-        out = centred * torch.rsqrt(variance + self.eps)[:, None, None]
-        if self.affine:
-            out = out * self.weight[:, None, None] + self.bias[:, None, None]
-        return out.to(input.dtype)
-
-    def _sum(self, value: Tensor) -> Tensor:
-        return value if self.ranks.world == 1 else _Sum.apply(value)

@@ -12,12 +12,11 @@ from typing import Any
 
 import cloudpickle
 import pyarrow as pa
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.console import console
 from pipeline.errors import RunError, UserError
 
-console = Console(stderr=True)
 Work = Callable[[Any], dict[str, Any]]
 
 

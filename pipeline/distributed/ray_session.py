@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config import Config, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 
@@ -21,23 +20,6 @@ OBJECT_STORE_BYTES = 1 << 30
 def on_cluster() -> bool:
     """Whether a Ray cluster was named to us, as `ray job submit` does for the job's driver."""
     return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def resolve(runtime: RuntimeConfig) -> RuntimeConfig:
-    """Fills in what depends on the machine: threads of a worker."""
-    if runtime.cpus_per_worker is not None:
-        return runtime
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = 2 if on_cluster() else max(1, cores // max(1, runtime.workers))
-    return runtime.model_copy(update={"cpus_per_worker": share})
-
-
-def needed_cpus(config: Config) -> int:
-    """Logical CPUs of workers, loaders and mining servers."""
-    runtime = config.runtime
-    loaders = runtime.loader_cpus if runtime.loader == "ray" else 0
-    servers = config.mining.shards * config.mining.cpus if config.method.mining and runtime.workers else 0
-    return max(1, runtime.workers) * ((runtime.cpus_per_worker or 1) + loaders) + servers
 
 
 @contextlib.contextmanager
@@ -76,55 +58,6 @@ def ray_session(cpus: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def check_machine(config: Config) -> list[str]:
-    """Without a cluster: an error for GPUs that are not there, a warning for threads beyond the cores."""
-    runtime = config.runtime
-    import torch
-
-    if runtime.gpus_per_worker and not on_cluster():
-        wanted = runtime.gpus_per_worker * max(1, runtime.workers)
-        if wanted > torch.cuda.device_count():
-            raise UserError(
-                f"{wanted:g} GPUs wanted (runtime.workers × gpus_per_worker), this machine has {torch.cuda.device_count()}: "
-                "lower them, or submit the run to a cluster"
-            )
-    if "TORCHELASTIC_RUN_ID" in os.environ and runtime.loader == "ray":
-        raise UserError("under torchrun there is no Ray: set runtime.loader to in_process")
-    cores, threads = os.cpu_count() or 1, max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
-    if not on_cluster() and threads > 4 * cores:
-        raise UserError(
-            f"{threads} threads wanted (runtime.workers × cpus_per_worker), this machine has {cores} cores: lower them"
-        )
-    if not on_cluster() and threads > cores:
-        return [
-            f"warning: {threads} threads on {cores} cores (runtime.workers × cpus_per_worker): steps will be slower"
-        ]
-    return []
-
-
-def check_cluster(config: Config, ray: Any) -> None:
-    """On a cluster: resources beyond what it can ever have, or storage that not all nodes see, are errors at once."""
-    if not on_cluster() or config.runtime.workers == 0:
-        return
-    runtime = config.runtime
-    limits = cluster_maximum(ray)
-    gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
-    wanted = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers + gpus}
-    for resource, amount in wanted.items():
-        if amount > limits.get(resource, 0.0):
-            raise UserError(
-                f"the run wants {amount:g} {resource} ({runtime.workers} workers, their loaders, mining servers), the cluster has at most "
-                f"{limits.get(resource, 0.0):g}: lower runtime.workers or cpus_per_worker, or enlarge the cluster"
-            )
-    label = config.mining.resource
-    if config.method.mining is not None and label is not None and not limits.get(label):
-        raise UserError(
-            f"mining.resource is {label!r}, which no node of the cluster has (known: {', '.join(sorted(limits)) or 'none'}): "
-            "give it to the nodes that are not spot, or set mining.resource to null"
-        )
-    check_visible(ray, Folder(config.root), "storage")
 
 
 def check_visible(ray: Any, folder: Folder, what: str) -> None:

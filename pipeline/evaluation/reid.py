@@ -30,12 +30,11 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from pipeline.data.own_images import DISTRACTOR, JUNK
+from pipeline.data.entries import DISTRACTOR, JUNK
 from pipeline.evaluation.reranking import Reranking
 from pipeline.neighbours.exact_cosine import Cosine, Ranged, Vectors, run_blocks, slices
 
 _BLOCK_BYTES = 40  # of temporary arrays, for a query and a gallery row
-_FRAMES = 4096  # that are widened to float64 at once
 
 
 @dataclass(frozen=True)
@@ -206,82 +205,3 @@ def _precisions(hits: np.ndarray) -> tuple[np.ndarray, ...]:
         for terms in (at_hit, (at_hit + before) / 2)
     )
     return num_relevant, first_hit, *means
-
-
-@dataclass(frozen=True)
-class TrackSums:
-    """Sums of the embeddings of each tracklet's frames, which add up over batches and ranks.
-
-    On ranks: `TrackSums(own.tracks, ranks.sum(own.sums), ranks.sum(own.counts)).rows()`. Sums in the order of the frames
-    have the same bits however the frames are cut into batches; sums of ranks' sums differ by rounding in float64.
-
-    Attributes:
-        tracks: numbers of the tracklets, ascending.
-        sums: float64, on the CPU.
-        counts: frames seen of each.
-    """
-
-    tracks: Int64[np.ndarray, " tracks"]
-    sums: Float64[Tensor, "tracks dim"]
-    counts: Int64[Tensor, " tracks"]
-
-    @staticmethod
-    def empty(tracks: Int64[np.ndarray, " any"], dim: int) -> TrackSums:
-        """Nothing seen yet of these tracklets, given in any order and any number of times."""
-        unique = np.unique(tracks)
-        if not len(unique):
-            raise ValueError("got no tracks: expected at least one")
-        num = len(unique)
-        return TrackSums(unique, torch.zeros(num, dim, dtype=torch.float64), torch.zeros(num, dtype=torch.int64))
-
-    def add(self, embeddings: Float[Tensor, "frames dim"], tracks: Int64[np.ndarray, " frames"]) -> None:
-        """Adds frames, of any tracklets in any order.
-
-        Raises:
-            ValueError: not one tracklet a frame; other than the expected dimension; an unknown tracklet.
-        """
-        if embeddings.shape != (len(tracks), self.sums.shape[1]):
-            expected = (len(tracks), self.sums.shape[1])
-            raise ValueError(f"got frames {tuple(embeddings.shape)}: expected {expected}, one row a track number")
-        position = np.minimum(np.searchsorted(self.tracks, tracks), len(self.tracks) - 1)
-        unknown = self.tracks[position] != tracks
-        if unknown.any():
-            raise ValueError(
-                f"got a frame of track {tracks[unknown.argmax()]}: expected one of {len(self.tracks)} others"
-            )
-        index = torch.from_numpy(position)
-        for part in slices(len(tracks), _FRAMES):
-            self.sums.index_add_(0, index[part], embeddings[part].detach().cpu().double())
-        self.counts.add_(torch.bincount(index, minlength=len(self.tracks)))
-
-    def rows(self) -> Float64[Tensor, "tracks dim"]:
-        """The mean of each tracklet's frames, at length one; tracklets ascending.
-
-        Raises:
-            ValueError: a tracklet without a frame, or with a mean that is zero or not finite.
-        """
-        norms = self.sums.norm(dim=1, keepdim=True)  # of the mean, times the count, which a length of one cancels
-        for bad, what in [
-            (self.counts == 0, "have no frame"),
-            (~((norms[:, 0] > 0) & norms[:, 0].isfinite()), "have a mean that is zero or not finite"),
-        ]:
-            if bad.any():
-                first = self.tracks[int(bad.nonzero()[0])]
-                raise ValueError(f"{int(bad.sum())} of {len(self.tracks)} tracks {what}, the first is track {first}")
-        return self.sums / norms
-
-
-def pool_tracks(
-    embeddings: Float[Tensor, "frames dim"], tracks: Int64[np.ndarray, " frames"]
-) -> tuple[Int64[np.ndarray, " tracks"], Float64[Tensor, "tracks dim"]]:
-    """One row a tracklet: the mean of its frames' embeddings, at length one (OSM+CAA's test on MARS and LPW).
-
-    Returns:
-        The numbers of the tracklets, ascending, and their rows.
-
-    Raises:
-        ValueError: as `TrackSums`.
-    """
-    pooled = TrackSums.empty(tracks, embeddings.shape[-1])
-    pooled.add(embeddings, tracks)
-    return pooled.tracks, pooled.rows()

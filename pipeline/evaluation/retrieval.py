@@ -1,11 +1,11 @@
-"""Exact retrieval metrics: Recall@k, MAP@R, R-Precision; and NMI and AMI of a k-means clustering.
+"""Exact retrieval metrics: Recall@k, MAP@R, R-Precision.
 
 Distinctive:
 
 - **Exact.** A float32 matrix product proposes neighbours, with a proven bound on its error; what the bound leaves open
   is decided in float64, ties by the smaller gallery row. No bit of a result depends on the size of the blocks, on how
   the queries are shared among ranks, or on the number of threads.
-- **Exact sums, not careful ones.** The float64 similarity is a sum of integers in disguise (`similarity.Vectors`):
+- **Exact sums, not careful ones.** The float64 similarity is a sum of integers in disguise (`exact_cosine.Vectors`):
   every order of summation gives the same bits, so BLAS may do it. Embeddings that collapsed to (nearly) one point, of
   which float32 can order nothing, cost about 7 times the usual time.
 - **Recall at any k.** The rank of the first positive is counted, not searched, so its cost does not grow with k.
@@ -22,11 +22,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int, Int64
-from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from torch import Tensor
 
 from pipeline.neighbours.exact_cosine import Cosine, Ranged, Vectors, run_blocks, slices
@@ -127,61 +125,6 @@ def retrieve(
     return Retrieval(first_hit, average_precision, r_precision, num_relevant, neighbours)
 
 
-def clustering(
-    embeddings: Float[Tensor, "num dim"], labels: Int[Tensor, " num"], *, seed: int = 0, iterations: int = 20
-) -> dict[str, float]:
-    """NMI and AMI, in percent, of a k-means clustering into as many clusters as there are classes.
-
-    faiss on the CPU, from a random start, on rows of length one, none left out. It finds a local optimum: 12 classes
-    perfectly apart scored an NMI of 85 to 97. The same seed and number of threads give the same result. Time:
-    `iterations` float32 matrix products N x C x D.
-
-    Raises:
-        ValueError: as `retrieve`; or fewer than two classes or no two rows of one, where the measures are undefined.
-    """
-    vectors = _labelled(embeddings, labels, "embeddings")
-    _, classes = np.unique(labels.cpu().numpy(), return_inverse=True)
-    num_classes = int(classes.max(initial=-1)) + 1
-    if not 2 <= num_classes < len(classes):
-        raise ValueError(f"got {num_classes} classes for {len(classes)} rows: expected at least 2, and fewer than rows")
-    # faiss would otherwise train on 256 rows a class, and warn of classes with fewer than 39.
-    limits = {"max_points_per_centroid": len(classes), "min_points_per_centroid": 1}
-    unit = vectors.unit32()
-    kmeans = faiss.Kmeans(vectors.dim, num_classes, niter=iterations, seed=seed, gpu=False, **limits)
-    kmeans.train(unit)
-    _, clusters = kmeans.assign(unit)
-    nmi = float(normalized_mutual_info_score(classes, clusters))
-    return {"nmi": 100.0 * nmi, "ami": 100.0 * _adjusted_mutual_info(classes, clusters)}
-
-
-def _adjusted_mutual_info(classes: np.ndarray, clusters: np.ndarray) -> float:
-    """scikit-learn's `adjusted_mutual_info_score`, for two partitions that are not both trivial, in milliseconds.
-
-    Its expectation sums over all pairs of class and cluster, for 11,316 x 11,316 in 40 s. The terms depend on the two
-    sizes only, so we visit pairs of *distinct* sizes, of which N rows allow at most sqrt(2N) on either side.
-    """
-    sizes_a, sizes_b = (np.unique(partition, return_counts=True)[1] for partition in (classes, clusters))
-    mean_entropy = -sum(float((p * np.log(p)).sum()) for p in (sizes_a / len(classes), sizes_b / len(classes))) / 2
-    expected = _expected_mutual_info(sizes_a, sizes_b)
-    return float((mutual_info_score(classes, clusters) - expected) / (mean_entropy - expected))
-
-
-def _expected_mutual_info(sizes_a: np.ndarray, sizes_b: np.ndarray) -> float:
-    """Mean mutual information of two random partitions with these sizes (Vinh et al., JMLR 2010, equation 24a)."""
-    n = int(sizes_a.sum())
-    log_factorial = torch.lgamma(torch.arange(1, n + 2, dtype=torch.float64)).numpy()
-    expected = 0.0
-    for a, num_a in zip(*np.unique(sizes_a, return_counts=True), strict=True):
-        for b, num_b in zip(*np.unique(sizes_b, return_counts=True), strict=True):
-            shared = np.arange(max(1, a + b - n), min(a, b) + 1)
-            log_probability = log_factorial[[a, b, n - a, n - b]].sum() - log_factorial[n]
-            for part in (shared, a - shared, b - shared, n - a - b + shared):
-                log_probability = log_probability - log_factorial[part]
-            information = shared / n * np.log(n * shared / (a * b))
-            expected += num_a * num_b * float((information * np.exp(log_probability)).sum())
-    return expected
-
-
 @dataclass(frozen=True)
 class _Search:
     """Ranks the gallery for blocks of queries."""
@@ -203,9 +146,9 @@ class _Search:
         if (gallery is None) != (gallery_labels is None):
             raise ValueError("got only one of gallery and gallery_labels: give both or neither")
         leave_one_out = gallery is None
-        queries = target = _labelled(embeddings, labels, "embeddings")
+        queries = target = labelled_rows(embeddings, labels, "embeddings")
         if gallery is not None and gallery_labels is not None:
-            target = _labelled(gallery, gallery_labels, "gallery")
+            target = labelled_rows(gallery, gallery_labels, "gallery")
         if leave_one_out and len(queries) == 1:
             raise ValueError("got 1 embedding: expected a row to find besides the query")
         cosine = Cosine(queries, target)
@@ -316,7 +259,7 @@ class _Search:
         return self.gallery_classes[gallery_ids] == self.query_classes[query_ids, None]
 
 
-def _labelled(embeddings: Tensor, labels: Tensor, name: str) -> Vectors:
+def labelled_rows(embeddings: Tensor, labels: Tensor, name: str) -> Vectors:
     """The embeddings as vectors; there has to be one label a row."""
     vectors = Vectors.of(embeddings, name)
     if labels.shape != (len(vectors),):

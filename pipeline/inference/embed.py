@@ -28,7 +28,7 @@ from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_here, run_on_ray
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, ray_session
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate_task import Embedder
+from pipeline.evaluation.embedder import Embedder
 from pipeline.inference.trained_model import Trained
 from pipeline.model.trunk import Trunk
 from pipeline.storage import Folder

@@ -13,7 +13,7 @@ from pipeline.data.loader import PixelSource
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate_task import Embedder
+from pipeline.evaluation.embedder import Embedder
 from pipeline.model.trunk import Trunk, build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.storage import Folder, home

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline.mining.request_log import ServerGone
 from pipeline.mining.server import MiningServer
+from pipeline.mining.transport import ServerGone
 
 # What may take long has threads of its own: a rebuild or a snapshot never stands in the way of a search.
 _GROUPS = {"search": 2, "update": 1}

@@ -21,7 +21,7 @@ from pipeline.errors import RunError, UserError
 from pipeline.mining.client import MiningClient
 from pipeline.mining.memory import Dictionary
 from pipeline.mining.messages import AllPairs, Answer, Ask, Spec
-from pipeline.mining.request_log import Transport
+from pipeline.mining.transport import Transport
 from pipeline.neighbours.exact_search import Neighbours, Queries
 from pipeline.storage import Folder
 

@@ -14,43 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from pipeline.errors import RunError
 from pipeline.mining.messages import Answer, Order, Spec
-from pipeline.mining.server import MiningServer
+from pipeline.mining.transport import ServerGone, Transport
 from pipeline.storage import Folder
 
 _POLL_S = 0.2  # between two tries to reach a server that is starting again
 _FRUITLESS = 5  # deaths in a row, without an answer between them, that end the run
-
-
-class ServerGone(Exception):
-    """The server's process has ended, or cannot be reached."""
-
-
-@runtime_checkable
-class Transport(Protocol):
-    """One server, near or far."""
-
-    def call(self, method: str, *arguments: Any) -> Future[Any]:
-        """Starts a call; the future raises ServerGone if the server is not there, or what the method raised."""
-        ...
-
-
-class Local:
-    """A server in this process; a call has ended when `call` returns."""
-
-    def __init__(self, server: MiningServer) -> None:
-        self.server = server
-
-    def call(self, method: str, *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(getattr(self.server, method)(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 @dataclass(eq=False)

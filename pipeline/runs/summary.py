@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.runs.checkpoint import Progress
-from pipeline.storage import Folder
 
 # A resumed run in which one of these changed is not the run that a fresh start would repeat.
 TOUCHES_RESULT = (
@@ -19,16 +17,6 @@ TOUCHES_RESULT = (
     "runtime.gpus_per_worker",
     "runtime.deterministic",
 )
-
-
-def run_folder(config: Config) -> Folder:
-    return Folder(config.root) / "runs" / config.name
-
-
-def read_changes(run: Folder) -> list[dict[str, Any]]:
-    """Changes of runtime keys between starts of a run: {"step": ..., "changes": ["key: old -> new", ...]}."""
-    text = run.read("changes.jsonl").decode() if run.exists("changes.jsonl") else ""
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def protocol(config: Config, store: Store) -> dict[str, Any]:

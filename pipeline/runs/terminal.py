@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipeline.storage import Folder
+
 LINE_EVERY_S = 15.0
 
 
@@ -89,3 +91,18 @@ def metrics_table(metrics: dict[str, Any], before: dict[str, Any] | None = None)
     queries, lonely = metrics.get("queries", 0), metrics.get("queries_without_positive", 0)
     table.caption = f"{queries:,.0f} queries" + (f", {lonely:,.0f} more without a positive left out" if lonely else "")
     return table
+
+
+def show_summary(folder: Folder) -> None:
+    summary = folder.read_json("summary.json")
+    out = Console()
+    out.print(f"{summary['name']}: retrieval on classes never seen in training", highlight=False, soft_wrap=True)
+    out.print(summary_table(summary))
+    out.print(
+        f"{summary['images']:,} images in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s; "
+        f"protocol: {summary['protocol']['profile']}, {summary['protocol']['checkpoint']} checkpoint",
+        highlight=False,
+    )
+    if "partial" in summary["protocol"]:
+        out.print(f"partial dataset: {summary['protocol']['partial']}", highlight=False, soft_wrap=True)
+    out.print(f"report: {folder}/report.html", highlight=False, soft_wrap=True)

@@ -16,22 +16,17 @@ from torch import Tensor, nn
 from methods import Batch, Method
 from methods.base import Gradient
 from methods.base import Ranks as MethodRanks
-from methods.optim import Clock, Length, Optimizer
+from methods.config import Clock, Length
+from methods.optim import Optimizer
 from methods.plans import Plan
 from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks, gather
+from pipeline.distributed.seeding import seeded_generator
 from pipeline.errors import RunError
-from pipeline.evaluation.evaluate_task import Embedder, trunk_features
+from pipeline.evaluation.embedder import Embedder, trunk_features
 from pipeline.mining.method_view import RunMining
 from pipeline.model.forward_mode import Outputs, derivative
 from pipeline.model.trunk import Trunk
-
-
-def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
-    """A generator whose stream depends on the key alone."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed) >> 1)
-
 
 # Pixels of images that are differentiated at once while the step's own graph waits: 40 images of 128 pixels, 13 of 224.
 _DERIVED_PIXELS = 2_000_000

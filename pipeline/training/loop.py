@@ -18,55 +18,27 @@ import torch
 from torch import Tensor
 
 from methods import METHODS
-from methods.optim import Clock, Length
+from methods.config import Clock, Length
 from methods.plans import Plan
 from pipeline.config import Config
-from pipeline.data.cache import Cache, split_bytes
 from pipeline.data.loader import Item, PixelSource, load
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.run_status import Board, RemoteBoard
-from pipeline.evaluation.evaluate_task import Embedder, Result, Task, evaluate, test_task, validation_task
-from pipeline.mining.messages import Spec
-from pipeline.mining.method_view import RunMining
-from pipeline.mining.request_log import Local, Transport
-from pipeline.mining.server import MiningServer
+from pipeline.evaluation.embedder import Embedder
+from pipeline.evaluation.evaluate_task import Result, evaluate
+from pipeline.evaluation.tasks import Task, test_task, validation_task
+from pipeline.mining.transport import Transport
 from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints, Progress
-from pipeline.runs.summary import read_changes, run_folder, summarise
+from pipeline.runs.run_folder import read_changes, run_folder
+from pipeline.runs.summary import summarise
 from pipeline.runs.tracking import Tracker
 from pipeline.storage import Folder
 from pipeline.training.context import RunContext, learning_rates
+from pipeline.training.parts import pixel_source, run_mining
 
 SEGMENT_STEPS = 512  # plans that are known ahead are loaded by one pipeline of at least so many steps
-
-
-def pixel_source(config: Config, store: Store) -> PixelSource:
-    """Where the run's pixels come from: this node's copy of the training split, or row groups where that is too large."""
-    root = Folder(config.root)
-    folder = config.cache.folder or (root / "cache" if root.is_local else Folder("~/raydml/cache")).uri
-    fits = split_bytes(store, "train") <= config.cache.max_bytes
-    cache = Cache(folder, config.cache.max_bytes) if fits else None
-    return PixelSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed)
-
-
-def run_mining(
-    config: Config, samples: int, servers: Sequence[Transport], ranks: Ranks, device: torch.device
-) -> RunMining | None:
-    """The mining that the config's method needs; none if it mines nothing."""
-    needs, m = config.method.mining, config.mining
-    if needs is None:
-        return None
-    folder = run_folder(config)
-    memory_dtype = "float64" if config.precision == "float64" else m.memory_dtype
-    spec = Spec(
-        folder.uri, config.method.embedding_dim, samples // max(1, len(servers)) * 11 // 10 + 1, m.dtype, m.engine,
-        needs.neighbours, m.recall, config.seed, m.cpus, needs.per_class, needs.total, memory_dtype, m.deadline_s,
-    )  # fmt: skip
-    if not servers and ranks.rank == 0:
-        servers = [Local(MiningServer())]
-    options = {"ordered": m.consistency == "exact", "in_flight": m.in_flight, "deadline_s": m.deadline_s}
-    return RunMining(needs, spec, servers, ranks, device, folder, m.swap_after, **options)
 
 
 class Worker:

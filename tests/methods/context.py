@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from methods import Batch, Method
-from methods.optim import Clock, Length
+from methods.config import Clock, Length
 from pipeline.distributed.collectives import Ranks
 
 

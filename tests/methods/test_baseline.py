@@ -12,8 +12,8 @@ from pytorch_metric_learning import losses, miners
 
 from methods import METHODS, Baseline, Batch, Context, Method, MethodConfig
 from methods.baseline import LOSSES, MINERS, BaselineConfig
+from methods.config import Clock
 from methods.functional import Head, global_generators
-from methods.optim import Clock
 from methods.plans import class_balanced
 
 DIM, FEATURES, CLASSES = 6, 10, 5

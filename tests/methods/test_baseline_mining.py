@@ -14,12 +14,12 @@ from torch import Tensor
 
 from methods import Batch
 from methods.baseline import Baseline, BaselineConfig
-from methods.optim import Clock
+from methods.config import Clock
 from pipeline.distributed.collectives import Ranks
 from pipeline.mining.messages import Spec
 from pipeline.mining.method_view import RunMining
-from pipeline.mining.request_log import Local
 from pipeline.mining.server import MiningServer
+from pipeline.mining.transport import Local
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from methods.config import Clock
 from methods.gca_hng import GcaHng, GcaHngConfig
-from methods.optim import Clock
 from tests.methods.context import FakeContext, make_batch
 
 # ---- the iteration ---------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from methods import Batch
+from methods.config import Clock, Length
 from methods.mmsi import Mmsi, MmsiConfig, gradient_of_weights, loss, meta_loss, normalise, select
-from methods.optim import Clock, Length
 from methods.plans import Plan
 from pipeline.distributed.collectives import Ranks
 from pipeline.mining.memory import Dictionary

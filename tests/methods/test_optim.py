@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from methods.optim import Clock, Length, OptimizerConfig, ScheduleConfig, build_optimizer
+from methods.config import Clock, Length
+from methods.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 
 LENGTH = TypeAdapter(Length)
 

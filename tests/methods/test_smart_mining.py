@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from methods import Batch
-from methods.optim import Clock
+from methods.config import Clock
 from methods.smart_mining import Controller, SmartMining, SmartMiningConfig, global_loss, triplet_loss
 from methods.smart_mining_rule import HALF_MINED, MINED, RANDOM
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.mining.messages import Spec
 from pipeline.mining.method_view import RunMining
-from pipeline.mining.request_log import Local
 from pipeline.mining.server import MiningServer
+from pipeline.mining.transport import Local
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext
 from tests.methods.test_mining_rule import algorithm

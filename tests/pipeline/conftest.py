@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,9 +16,9 @@ import s3fs
 import yaml
 
 from pipeline import prepare, train
+from pipeline.data.image_files import decode
 from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store
-from pipeline.data.transforms import decode
 from pipeline.distributed.jobs import run_here
 from pipeline.storage import Folder
 from pipeline.storage.s3 import S3
@@ -102,7 +101,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAYDML_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(prepare, "ray_session", lambda cpus: nullcontext())
-    monkeypatch.setattr(prepare, "prepare", functools.partial(prepare.prepare, run=run_here))
+    monkeypatch.setattr(prepare, "run_on_ray", run_here)
 
     def run(*arguments: str) -> tuple[int, str]:
         capsys.readouterr()

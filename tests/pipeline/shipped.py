@@ -17,8 +17,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from pipeline.data import own_images
+from pipeline.data.entries import Entry
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.own_images import Entry
 from pipeline.data.published import Layout, Tree, listed, opened
 from pipeline.errors import UserError
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.own_images import SPLITS, Entry, by_hash, emoji, folder, split_classes, table
-from pipeline.data.store import layout
+from pipeline.data.entries import SPLITS, Entry, by_hash, split_classes
+from pipeline.data.own_images import emoji, folder, table
+from pipeline.data.write_store import layout
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from methods.optim import Clock, Length, Optimizer, OptimizerConfig, build_optimizer
+from methods.config import Clock, Length
+from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan
 from pipeline.errors import RunError, UserError
 from pipeline.runs.checkpoint import Checkpoints, Progress

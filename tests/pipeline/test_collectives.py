@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from pipeline.distributed.collectives import Ranks, SyncBatchNorm2d, gather
+from pipeline.distributed.collectives import Ranks, gather
+from pipeline.model.batch_norm import SyncBatchNorm2d
 from tests.pool import Pool, RankFailed
 
 pytestmark = pytest.mark.cluster

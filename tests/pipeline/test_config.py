@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from methods import METHODS
-from methods.optim import Length
-from pipeline.config import Config, build_config, differences, load_config, preset_names, to_yaml
+from methods.config import Length
+from pipeline.config import Config, build_config, differences, to_yaml
 from pipeline.errors import UserError
+from pipeline.recipes import load_config, preset_names
 from tests.stubs import registered
 
 

@@ -20,11 +20,13 @@ import yaml
 
 from methods import Baseline
 from pipeline import evaluate, train
-from pipeline.data.own_images import Entry
-from pipeline.data.store import Store, write_store
+from pipeline.data.entries import Entry
+from pipeline.data.store import Store
+from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here
-from pipeline.evaluation.evaluate_task import test_task as task_of
-from pipeline.evaluation.retrieval import clustering, retrieve
+from pipeline.evaluation.clustering import clustering
+from pipeline.evaluation.retrieval import retrieve
+from pipeline.evaluation.tasks import test_task as task_of
 from pipeline.inference import embed, trained_model
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.tracking import read_metrics

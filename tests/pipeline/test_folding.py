@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.config import ModelConfig
 from pipeline.distributed.collectives import Ranks
 from pipeline.model.bn_folding import Folding
-from pipeline.model.trunk import ModelConfig, Trunk, build_trunk
+from pipeline.model.trunk import Trunk, build_trunk
 
 
 def make(backbone: str, batch_norm: str = "frozen", pooling: str = "avg") -> tuple[Trunk, Tensor]:

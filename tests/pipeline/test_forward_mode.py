@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from methods.baseline import Baseline, BaselineConfig
-from methods.optim import Clock, Length
+from methods.config import Clock, Length
 from methods.plans import Plan
+from pipeline.config import ModelConfig
 from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import RunError
-from pipeline.evaluation.evaluate_task import Embedder
+from pipeline.evaluation.embedder import Embedder
 from pipeline.model.forward_mode import Outputs, derivative
-from pipeline.model.trunk import ModelConfig, Trunk, build_trunk
+from pipeline.model.trunk import Trunk, build_trunk
 from pipeline.training.context import RunContext
 
 

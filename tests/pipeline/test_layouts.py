@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from pipeline.data.entries import Entry
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.own_images import Entry
 from pipeline.errors import UserError
 from tests.pipeline import shipped
 from tests.pipeline.shipped import in_order, made, read

@@ -19,7 +19,8 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from pipeline.evaluation import retrieval
-from pipeline.evaluation.retrieval import Retrieval, clustering, retrieve
+from pipeline.evaluation.clustering import _adjusted_mutual_info, clustering
+from pipeline.evaluation.retrieval import Retrieval, retrieve
 from pipeline.neighbours import exact_cosine
 
 FLOAT32_ONLY, EXACT_ONLY = 1, 10**9  # values of _PAIR_COST that send every query one way
@@ -357,4 +358,4 @@ def test_adjusted_mutual_info_equals_scikit_learn(num, num_classes, num_clusters
     skewed = (num_clusters * generator.random(num) ** 3).astype(np.int64)  # cluster sizes from 1 to hundreds
     for clusters in (skewed, np.where(generator.random(num) < 0.5, classes, skewed + num_classes)):
         expected = adjusted_mutual_info_score(classes, clusters)
-        assert retrieval._adjusted_mutual_info(classes, clusters) == pytest.approx(expected, abs=1e-10)
+        assert _adjusted_mutual_info(classes, clusters) == pytest.approx(expected, abs=1e-10)

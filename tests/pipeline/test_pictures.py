@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.own_images import Entry
-from pipeline.data.store import write_store
-from pipeline.data.transforms import decode, normalise
+from pipeline.data.entries import Entry
+from pipeline.data.image_files import decode, normalise
+from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here
 from pipeline.storage import Folder
 from tests.pipeline.test_store import encode, entries_of, jpeg, rejected_lines

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline import evaluate, prepare, train
-from pipeline.data.own_images import DISTRACTOR, JUNK
+from pipeline.data.entries import DISTRACTOR, JUNK
 from pipeline.data.store import Store
 from pipeline.distributed import ray_session
 from pipeline.storage import Folder

@@ -10,8 +10,9 @@ import yaml
 
 from methods import METHODS
 from methods.plans import class_balanced
-from pipeline.config import PRESETS, Config, load_config, preset_names
+from pipeline.config import Config
 from pipeline.model.trunk import build_trunk
+from pipeline.recipes import PRESETS, load_config, preset_names
 
 PAPERS = [name for name in preset_names() if not name.endswith("/emoji")]
 

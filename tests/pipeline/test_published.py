@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import published
+from pipeline.data.entries import Entry
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.own_images import Entry
 from pipeline.data.published import listed, listing, opened
 from pipeline.errors import UserError
 from pipeline.storage import Folder

@@ -14,9 +14,10 @@ import pytest
 
 from pipeline.data import reader as reader_module
 from pipeline.data.cache import Cache, MappedReader, open_copy
-from pipeline.data.own_images import Entry
+from pipeline.data.entries import Entry
 from pipeline.data.reader import RowGroupReader, open_reader
-from pipeline.data.store import Store, write_store
+from pipeline.data.store import Store
+from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here
 from pipeline.errors import RunError
 from pipeline.storage import Folder
@@ -81,7 +82,7 @@ def test_ids_with_gaps(store: Store, tmp_path: Path) -> None:
 @pytest.mark.parametrize("said", [True, False])
 def test_row_groups_of_any_size(tmp_path: Path, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifest says how many images they hold; earlier ones did not, and it was 64."""
-    monkeypatch.setattr("pipeline.data.store.ROW_GROUP", 5 if said else 64)
+    monkeypatch.setattr("pipeline.data.write_store.ROW_GROUP", 5 if said else 64)
     found = write_images(tmp_path / "images", {"a": 75, "b": 4}, seed=0, side=8)
     entries = [Entry(path, name, "train") for path, name in found]
     made = write_store("x", entries, Folder(tmp_path / "store"), run_here, num_folds=2)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from pipeline.evaluation import reid
-from pipeline.evaluation.reid import DISTRACTOR, JUNK, Matches, Sightings, TrackSums, match, pool_tracks
+from pipeline.evaluation import tracklets
+from pipeline.evaluation.reid import DISTRACTOR, JUNK, Matches, Sightings, match
+from pipeline.evaluation.tracklets import TrackSums, pool_tracks
 
 
 def oracle(queries: Sightings, gallery: Sightings, distractors="wrong", keep=10) -> Matches:
@@ -252,7 +253,7 @@ def test_tracklets_in_batches_and_on_ranks(monkeypatch):
     for start in range(0, 600, 70):
         in_batches.add(rows[start : start + 70], tracks[start : start + 70])
     assert torch.equal(in_batches.rows(), pooled)
-    monkeypatch.setattr(reid, "_FRAMES", 7)
+    monkeypatch.setattr(tracklets, "_FRAMES", 7)
     assert torch.equal(pool_tracks(rows, tracks)[1], pooled)
 
     ranks = [TrackSums.empty(found, 5) for _ in range(3)]

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import load_config, to_yaml
-from pipeline.data.own_images import Entry
-from pipeline.data.store import Store, write_store
+from pipeline.config import to_yaml
+from pipeline.data.entries import Entry
+from pipeline.data.store import Store
+from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here
 from pipeline.errors import UserError
-from pipeline.report import main, write_report
+from pipeline.recipes import load_config
+from pipeline.report import main
 from pipeline.runs.checkpoint import Progress
+from pipeline.runs.report_page import write_report
 from pipeline.runs.summary import summarise
 from pipeline.storage import Folder
 from tests.browser import screenshot

@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.run_status import Board
 from pipeline.runs.checkpoint import Checkpoints
-from pipeline.runs.summary import run_folder
+from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
 from tests.conftest import write_tiny_store
 from tests.pipeline.runs import METHODS_TRIED, Reference, Run, kill_after_lines, kill_often, same, side_by_side

@@ -18,13 +18,15 @@ from pipeline.data import own_images
 from pipeline.data.cache import Cache
 from pipeline.data.loader import Item, PixelSource, load
 from pipeline.data.reader import RowGroupReader, open_reader
-from pipeline.data.store import Store, write_store
+from pipeline.data.store import Store
 from pipeline.data.transforms import TransformConfig
+from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here
 from pipeline.errors import RunError, UserError
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder, read_file, s3
+from pipeline.training import start
 from tests.conftest import write_images
 from tests.pipeline.conftest import Base
 from tests.pool import Program
@@ -426,7 +428,7 @@ def test_a_run_killed_while_it_uploads_a_checkpoint(
     recipe: str, base: Base, place: Folder, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:  # fmt: skip
     """By SIGKILL, in a process that gets endpoint and credentials from its environment."""
-    monkeypatch.setattr(train, "write_report", lambda run, store: run.write("report.html", b""))
+    monkeypatch.setattr(start, "write_report", lambda run, store: run.write("report.html", b""))
     stuck = proxy.inject("stall", "PUT", "checkpoints/step-00000004/method.safetensors")
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "RAYDML_"))}
     program = Program([recipe], str(tmp_path / "log"), environment=environment)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from pipeline.config import Config, RuntimeConfig
-from pipeline.distributed.ray_session import check_cluster, check_machine, needed_cpus, on_cluster, resolve
+from pipeline.distributed.ray_session import on_cluster
 from pipeline.distributed.run_status import Board
 from pipeline.errors import RunError, UserError, first_line
+from pipeline.training.checks import check_cluster, check_machine, needed_cpus, with_machine_defaults
 from pipeline.training.launch import Signals, device_of, root_cause, showing, under_torchrun
 
 
@@ -34,9 +35,9 @@ def test_threads_of_a_worker(
     workers: int, given: int | None, expected: int, cores: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = RuntimeConfig(workers=workers, cpus_per_worker=given)
-    assert resolve(runtime).cpus_per_worker == expected
+    assert with_machine_defaults(runtime).cpus_per_worker == expected
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    assert on_cluster() and resolve(runtime).cpus_per_worker == (given or 2), (
+    assert on_cluster() and with_machine_defaults(runtime).cpus_per_worker == (given or 2), (
         "the driver's machine says nothing about a cluster"
     )
 
@@ -96,7 +97,7 @@ def test_mining_servers_count_and_their_resource_has_to_exist(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr("pipeline.distributed.ray_session.cluster_maximum", lambda ray: ray.resources)
+    monkeypatch.setattr("pipeline.training.checks.cluster_maximum", lambda ray: ray.resources)
     changes = {"runtime.workers": 2, "runtime.cpus_per_worker": 1, "runtime.loader": "in_process", "mining.shards": 3}
     mining = changes | {"mining.cpus": 2, "method.memory": 10}
     assert needed_cpus(make_config(changes)) == 2 and needed_cpus(make_config(mining)) == 8
@@ -118,7 +119,7 @@ def test_storage_has_to_be_seen_from_all_nodes(
     cluster = Cluster(CPU=99)
     monkeypatch.setattr(cluster, "nodes", lambda: nodes)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr("pipeline.distributed.ray_session.cluster_maximum", lambda ray: ray.resources)
+    monkeypatch.setattr("pipeline.training.checks.cluster_maximum", lambda ray: ray.resources)
     config = make_config({"runtime.workers": 1})
     seen: list[str] = []
     monkeypatch.setattr(

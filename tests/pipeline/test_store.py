@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 
 from pipeline import prepare
-from pipeline.data.own_images import Entry
-from pipeline.data.store import ROW_GROUP, Store, layout, write_store
-from pipeline.data.transforms import decode
+from pipeline.data.entries import Entry
+from pipeline.data.image_files import decode
+from pipeline.data.prepare_store import describe
+from pipeline.data.store import ROW_GROUP, Store
+from pipeline.data.write_store import layout, write_store
 from pipeline.distributed.jobs import run_here
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder
@@ -201,7 +203,7 @@ def test_rejected_images_leave_gaps_and_are_listed(tmp_path: Path) -> None:
     assert all(len(line) == 3 and line[2] and str(tmp_path) not in line[2] for line in lines)
     assert "FileNotFoundError" in lines[2][2]
     opened.check_shards()
-    assert any("3 images that cannot be read" in line for line in prepare.describe(opened))
+    assert any("3 images that cannot be read" in line for line in describe(opened))
 
 
 def test_more_rejected_images_than_allowed_leave_no_store(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.own_images import Entry
-from pipeline.data.store import Store, layout, write_store
+from pipeline.data.entries import Entry
+from pipeline.data.store import Store
+from pipeline.data.write_store import layout, write_store
 from pipeline.distributed.jobs import run_here
 from pipeline.errors import UserError
 from pipeline.storage import Folder

@@ -16,13 +16,15 @@ from safetensors.torch import load_file
 from methods import Baseline
 from pipeline import train
 from pipeline.config import build_config
-from pipeline.data.own_images import Entry
+from pipeline.data.entries import Entry
 from pipeline.data.reader import open_reader
-from pipeline.data.store import Store, write_store
+from pipeline.data.store import Store
+from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
+from pipeline.training import start
 from tests.conftest import write_images, write_tiny_store
 from tests.pipeline.conftest import Base, contents
 
@@ -244,7 +246,7 @@ def test_a_finished_run_shows_its_summary_again_without_training(
 ) -> None:
     before = base.files()
     modified = {p: p.stat().st_mtime_ns for p in Path(base.run.path()).rglob("*") if p.is_file()}
-    monkeypatch.setattr(train, "run_in_process", lambda *_: pytest.fail("it was started again"))
+    monkeypatch.setattr(start, "run_in_process", lambda *_: pytest.fail("it was started again"))
     status, out, err = run()
     assert status == 0 and not err
     final = base.run.read_json("summary.json")["final"]

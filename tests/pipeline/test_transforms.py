@@ -14,10 +14,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.data import loader
+from pipeline.data.image_files import decode
 from pipeline.data.loader import PREFETCH, Item, PixelSource, fetch, load
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
-from pipeline.data.transforms import TransformConfig, decode, evaluation_pixels, training_pixels
+from pipeline.data.transforms import TransformConfig, evaluation_pixels, training_pixels
 from pipeline.errors import RunError
 
 STILL = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}  # training without any randomness

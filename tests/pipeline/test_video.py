@@ -16,18 +16,22 @@ from torch import Tensor
 from methods import Batch
 from methods.osm_caa import OsmCaa
 from pipeline import train
-from pipeline.config import Config
+from pipeline.config import Config, ModelConfig
+from pipeline.data.entries import DISTRACTOR, Entry
 from pipeline.data.layouts import LAYOUTS
 from pipeline.data.loader import PixelSource
-from pipeline.data.own_images import DISTRACTOR, Entry
-from pipeline.data.store import Samples, Store, write_store
+from pipeline.data.store import Samples, Store
 from pipeline.data.transforms import TransformConfig
+from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here
-from pipeline.evaluation.evaluate_task import Embedder, Task, evaluate, units, validation_task
-from pipeline.evaluation.evaluate_task import test_task as task_of
-from pipeline.evaluation.reid import Sightings, match, pool_tracks
+from pipeline.evaluation.embedder import Embedder
+from pipeline.evaluation.evaluate_task import evaluate
+from pipeline.evaluation.reid import Sightings, match
 from pipeline.evaluation.reranking import Reranking
-from pipeline.model.trunk import ModelConfig, build_trunk
+from pipeline.evaluation.tasks import Task, units, validation_task
+from pipeline.evaluation.tasks import test_task as task_of
+from pipeline.evaluation.tracklets import pool_tracks
+from pipeline.model.trunk import build_trunk
 from pipeline.storage import Folder
 from tests.conftest import write_images
 from tests.pipeline import shipped

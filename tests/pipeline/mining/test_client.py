@@ -19,8 +19,8 @@ from pipeline.mining import faiss_index
 from pipeline.mining.client import MiningClient
 from pipeline.mining.embedding_table import shard_of
 from pipeline.mining.messages import Answer, Ask, Spec
-from pipeline.mining.request_log import Local, ServerGone
 from pipeline.mining.server import MiningServer
+from pipeline.mining.transport import Local, ServerGone
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 

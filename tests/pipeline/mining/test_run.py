@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from pipeline.mining import faiss_index
 from pipeline.mining.messages import Spec
 from pipeline.mining.method_view import RunMining
-from pipeline.mining.request_log import Local
 from pipeline.mining.server import MiningServer
+from pipeline.mining.transport import Local
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 from tests.pipeline.mining.test_client import assert_same

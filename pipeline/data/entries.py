@@ -1,0 +1,53 @@
+"""Entries of a catalogue, one for each image: where its bytes are, and what is known of it; and how classes are split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+SPLITS = ("train", "test", "query", "gallery")
+Kind = Literal["distractor", "junk"]
+DISTRACTOR = -1  # label of gallery images that are of no class: to retrieve one is wrong
+JUNK = -2  # label of gallery images that evaluation passes over: to retrieve one is neither right nor wrong
+LABELS: dict[Kind, int] = {"distractor": DISTRACTOR, "junk": JUNK}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image: where its bytes are, and what is known of it.
+
+    Attributes:
+        source: local path or URI.
+        class_name: its class.
+        split: one of SPLITS.
+        group: of classes that must stay on one side of every split.
+        box: what of the image shows the class, as left, top, width, height in pixels as stored (before EXIF rotation).
+        track: the tracklet that it is a frame of, by any name that is unique in the dataset.
+        camera: that took it.
+        frame: its number in the tracklet.
+        kind: of images that are of no class, and only in a test split.
+    """
+
+    source: str
+    class_name: str
+    split: str | None = None
+    group: str | None = None
+    box: tuple[float, float, float, float] | None = None
+    track: str | None = None
+    camera: int | None = None
+    frame: int | None = None
+    kind: Kind | None = None
+
+
+def by_hash(names: Iterable[str]) -> list[str]:
+    """Names in the order of their sha256: a fixed, machine-independent shuffle."""
+    return sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+
+
+def split_classes(entries: list[Entry]) -> list[Entry]:
+    """Gives every entry a split: groups of classes in hash order, the first half trains, the second tests."""
+    order = by_hash(e.group or e.class_name for e in entries)
+    training = set(order[: len(order) // 2])
+    return [replace(e, split="train" if (e.group or e.class_name) in training else "test") for e in entries]

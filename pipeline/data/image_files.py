@@ -1,0 +1,101 @@
+"""Encoded images: decoded to pixels, and checked and re-encoded before they are stored."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torchvision
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 100_000_000  # of an image that is let into a store; 300 MB once decoded
+
+
+def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
+    """Decodes what `normalise` has let into a store."""
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torchvision.io.decode_image(buffer, mode=torchvision.io.ImageReadMode.RGB)
+
+
+def normalise(
+    data: bytes,
+    max_side: int | None = None,
+    box: tuple[float, float, float, float] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> bytes:
+    """Bytes of a plain RGB or grey JPEG, or of an RGB PNG: the input itself where it is such a JPEG, else re-encoded.
+
+    Transparency is composited on white, EXIF orientation applied, 16 bits cut to 8, other colour spaces and formats
+    converted (to PNG where the source is lossless, to JPEG of quality 95 else), and a longer side than `max_side` reduced.
+    A PNG is always written anew: on one that is damaged in places, torchvision's decoder ends the process.
+
+    Args:
+        data: an encoded image.
+        max_side: of what is stored, pixels.
+        box: left, top, width, height in pixels of the file as it is, before any rotation: only this is stored.
+        max_pixels: width × height that may be decoded, in place of Pillow's own limit. A larger JPEG is let in where
+            `max_side` is given (and no box): it is decoded at a half, a quarter or an eighth, and this has to fit.
+
+    Raises:
+        Exception: the bytes are not an image that can be decoded whole; decoders have no common class of errors.
+    """
+    with _without_pillow_limit():
+        image: Image.Image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > max_pixels and max_side is not None and box is None:
+            share = max_side / max(width, height)
+            image.draft(None, (math.ceil(width * share), math.ceil(height * share)))
+        if image.size[0] * image.size[1] > max_pixels:
+            raise ValueError(f"{width} × {height} pixels, more than --max-pixels {max_pixels:,}")
+        Image.open(io.BytesIO(data)).verify()  # checksums of a PNG, which `load` does not mind
+        image.load()
+        lossy = image.format in ("JPEG", "MPO")
+        keep = image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == (width, height)
+        if box is not None:
+            image, keep = _cut(image, box), False
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips at 255
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no known range: convert them to 8 bits")
+    if image.getexif().get(0x0112, 1) != 1:
+        image, keep = ImageOps.exif_transpose(image), False
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if max_side is not None and max(image.size) > max_side:
+        image, keep = image.convert("RGB"), False
+        image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    if keep:
+        decode(data)  # the very decoder that training uses must read it
+        return data
+    out = io.BytesIO()
+    if lossy:
+        image.convert("RGB").save(out, "JPEG", quality=95)
+    else:
+        image.convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+@contextlib.contextmanager
+def _without_pillow_limit() -> Iterator[None]:
+    """Pillow warns above one fixed number of pixels and fails above twice as many; `max_pixels` takes its place."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _cut(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """The pixels that a box touches, where it lies within the image."""
+    left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
+    right, bottom = min(image.width, math.ceil(box[0] + box[2])), min(image.height, math.ceil(box[1] + box[3]))
+    if left >= right or top >= bottom:
+        raise ValueError(f"box {box} lies outside the {image.width} × {image.height} pixels")
+    return image.crop((left, top, right, bottom))

@@ -1,0 +1,99 @@
+"""Embeds any number of images, or of tracklets; the ranks share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from methods import Method
+from pipeline.data.loader import Item, PixelSource, load
+from pipeline.distributed.collectives import Ranks, gather
+from pipeline.evaluation.tracklets import TrackSums
+from pipeline.model.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Turns sample ids into embeddings; one for each run.
+
+    Attributes:
+        source: pixels of the images.
+        engine, loader_cpus, batch_size: how they are loaded.
+        precision: of the run; bf16 autocasts the trunk.
+        device: of the trunk.
+        ranks: who shares the work.
+    """
+
+    source: PixelSource
+    engine: str
+    loader_cpus: int
+    batch_size: int
+    precision: str
+    device: torch.device
+    ranks: Ranks
+
+    @torch.no_grad()
+    def __call__(
+        self, ids: Int64[np.ndarray, " images"], trunk: Trunk, method: Method | None
+    ) -> Float[Tensor, "images dim"]:
+        """Embeddings of the given store ids (pooled features if there is no method), on every rank.
+
+        Leaves trunk and method in evaluation mode.
+        """
+        own = self.ranks.slice(len(ids))
+        parts = [*self._batches(ids, trunk, method)] or [self._embed(self._no_pixels(), trunk, method)]
+        return gather(torch.cat(parts), own.start, len(ids), self.ranks)
+
+    @torch.no_grad()
+    def pooled(
+        self,
+        ids: Int64[np.ndarray, " frames"],
+        tracks: Int64[np.ndarray, " frames"],
+        trunk: Trunk,
+        method: Method | None,
+    ) -> Float[Tensor, "tracks dim"]:
+        """The mean embedding of each tracklet, of length one, tracklets ascending, on every rank.
+
+        No rank holds more frames than a batch: each adds up those of its share, and the sums are added over the ranks.
+
+        Raises:
+            ValueError: the mean of a tracklet is zero or not finite.
+        """
+        own = self.ranks.slice(len(ids))
+        sums = TrackSums.empty(tracks, self._embed(self._no_pixels(), trunk, method).shape[1])
+        at = own.start
+        for embeddings in self._batches(ids, trunk, method):
+            sums.add(embeddings, tracks[at : at + len(embeddings)])
+            at += len(embeddings)
+        totals = (self.ranks.sum(t.to(self.device)).cpu() for t in (sums.sums, sums.counts))
+        return TrackSums(sums.tracks, *totals).rows()
+
+    def _batches(self, ids: np.ndarray, trunk: Trunk, method: Method | None) -> Iterator[Tensor]:
+        """Embeddings of this rank's share, batch by batch."""
+        trunk.set_mode(False, self.ranks)
+        if method is not None:
+            method.eval()
+        own = self.ranks.slice(len(ids))
+        items = [Item(ids[i : min(i + self.batch_size, own.stop)]) for i in range(own.start, own.stop, self.batch_size)]
+        for pixels in load(self.source, items, self.engine, self.loader_cpus):
+            yield self._embed(pixels.to(self.device), trunk, method)
+
+    def _embed(self, pixels: Tensor, trunk: Trunk, method: Method | None) -> Tensor:
+        features = trunk_features(trunk, pixels, self.precision)
+        return features if method is None else method.embed(features)
+
+    def _no_pixels(self) -> Tensor:
+        size = self.source.transforms.size
+        return torch.zeros(0, 3, size, size, dtype=torch.uint8, device=self.device)
+
+
+def trunk_features(trunk: Callable[[Tensor], Tensor], pixels: Tensor, precision: str) -> Tensor:
+    """Pooled features in at least float32, with the run's precision inside the trunk."""
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        features = trunk(pixels)
+    return features if features.dtype == torch.float64 else features.float()

@@ -1,0 +1,36 @@
+"""How calls reach a mining server: in this process, or (`actor`) in an actor."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any, Protocol, runtime_checkable
+
+from pipeline.mining.server import MiningServer
+
+
+class ServerGone(Exception):
+    """The server's process has ended, or cannot be reached."""
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One server, near or far."""
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        """Starts a call; the future raises ServerGone if the server is not there, or what the method raised."""
+        ...
+
+
+class Local:
+    """A server in this process; a call has ended when `call` returns."""
+
+    def __init__(self, server: MiningServer) -> None:
+        self.server = server
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(getattr(self.server, method)(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future

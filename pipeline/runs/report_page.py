@@ -1,0 +1,271 @@
+"""A finished run as one HTML page that needs no network and no script.
+
+Every image that the gallery shows is embedded once, as the background of a CSS class. A full gallery (36 queries with 8
+neighbours each) takes 1 to 2 MB; pure noise, the worst case for JPEG, would take 3.3 MB.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from jaxtyping import Int64
+from PIL import Image
+
+from pipeline.data.reader import open_reader
+from pipeline.data.store import Store
+from pipeline.errors import UserError
+from pipeline.runs.charts import COUNTS, curves_section, metric_title
+from pipeline.runs.run_folder import read_changes
+from pipeline.runs.tracking import read_metrics
+from pipeline.storage import Folder
+
+Groups = Mapping[str, Sequence["Retrieved"]]
+QUERIES_PER_GROUP = 12
+NEIGHBOURS_SHOWN = 8
+THUMBNAIL = 96  # pixels, longer side
+
+GROUPS = {
+    "worst": "Worst: lowest average precision",
+    "random": "Random: what to expect (drawn with a fixed seed)",
+    "best": "Best: highest average precision",
+}
+
+HOW_TO_READ = (
+    "At the left a query, then its nearest test images, nearest first. Green with ✓: of the query's class. Red with ✗: "
+    "of another class, named below. AP@R: the query's term of MAP@R, from 0 to 1. R: how many images of its class can "
+    f"be found; where R is below {NEIGHBOURS_SHOWN}, the others shown can only be red."
+)
+
+# Whatever a class name or a config value holds, the browser loads nothing and runs nothing.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{name} – raydml</title>
+<style>{css}</style>
+</head>
+<body>{body}</body>
+</html>
+"""
+
+
+def write_report(run: Folder, store: Store) -> None:
+    """Writes report.html into the folder of a finished run.
+
+    Reads summary.json, config.yaml, metrics.jsonl, changes.jsonl, and test_neighbours.npz where there is one; of the
+    dataset it reads only the images that are shown.
+
+    Args:
+        run: the run folder.
+        store: the dataset of the run.
+
+    Raises:
+        UserError: the run has not finished, or its neighbours are not samples of this dataset.
+        RunError: a shard of the dataset is damaged.
+    """
+    if not run.exists("summary.json"):
+        raise UserError(f"{run} holds no finished run (no summary.json): finish it with `python -m pipeline.train`")
+    summary = run.read_json("summary.json")
+    config = run.read("config.yaml").decode()
+    metric = yaml.safe_load(config)["evaluation"]["metric"]
+    groups = _choose(run, store)
+    body = [
+        _header(summary),
+        _metrics(summary, read_changes(run)),
+        curves_section(read_metrics(run), summary, metric),
+        _gallery(groups, store),
+        f'<section id="config">\n<h2>Configuration</h2>\n<details><summary>The resolved config</summary>'
+        f"<pre>{escape(config)}</pre></details>\n</section>",
+    ]
+    css = (Path(__file__).parent / "runs" / "report.css").read_text(encoding="utf-8") + _thumbnails(groups, store)
+    page = PAGE.format(policy=POLICY, name=escape(summary["name"]), css=css, body="\n".join(body))
+    run.write("report.html", page.encode())
+
+
+def _header(summary: Mapping[str, Any]) -> str:
+    p = summary["protocol"]
+    warning = "choices were made on the test classes themselves, so the figures are higher than new classes would give"
+    return f"""<header>
+<p class="eyebrow">raydml · deep metric learning · run report</p>
+<h1>{escape(summary["name"])}</h1>
+<p class="key">{_key_sentence(summary)}</p>
+{f'<p class="warning">Paper protocol: {warning}.</p>' if p["profile"] == "paper" else ""}
+{f'<p class="warning">Partial dataset: {escape(p["partial"])}.</p>' if "partial" in p else ""}
+<p class="note">{escape(p["method"])} on {escape(p["backbone"])}, dataset
+{escape(p["dataset"])}: {summary["step"]:,} steps, {summary["images"]:,} images in
+{summary["seconds"]:,.0f} s ({summary["images_per_second"]:,.1f} images/s, {summary["waiting_for_data"]:.1%} of the time
+waiting for data)</p>
+</header>"""
+
+
+def _key_sentence(summary: Mapping[str, Any]) -> str:
+    frozen, final = summary["frozen"], summary["final"]
+    name = next((n for n in ("recall@1", *final) if n in final and n not in COUNTS), None)
+    if name is None:
+        return "Nothing was measured on classes never seen in training: no test images, or evaluation.test is off."
+    short = escape(metric_title(name).replace("Recall@", "R@"))
+    before = f"goes from {frozen[name]:.1f} % (frozen backbone) to" if name in frozen else "is"
+    return (
+        f"On classes never seen in training, {short} {before} <strong>{final[name]:.1f} %</strong> (trained), "
+        f"measured with {final['queries']:,.0f} queries."
+    )
+
+
+def _metrics(summary: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> str:
+    """The section of metrics: tables at the left, the protocol at the right."""
+    final, validation = summary["final"], summary["validation"]
+    tables = ""
+    if final:
+        lonely = final.get("queries_without_positive", 0)
+        left_out = f"; {lonely:,.0f} more left out, with none of their class to find" if lonely else ""
+        caption = f"Test classes, never seen in training: %, {final['queries']:,.0f} queries{left_out}"
+        tables += _table(caption, final, summary["frozen"])
+    if validation:
+        where = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
+        tables += _table(f"Best validation, on {where} classes: %, {validation['queries']:,.0f} queries", validation)
+    protocol = [(key.replace("_", " "), escape(str(value))) for key, value in summary["protocol"].items()]
+    protocol += [("reproducible", _reproducible(summary)), ("changes while running", _changes(changes))]
+    terms = "\n".join(f"<dt>{escape(key)}</dt><dd>{value}</dd>" for key, value in protocol)
+    return f"""<section id="metrics">
+<h2>Retrieval on unseen classes</h2>
+<div class="beside">
+<div>{tables or "<p>No test images and no validation fold: nothing was measured.</p>"}
+<p class="note">Frozen: pooled features of the pretrained backbone. Gain: percentage points. Recall@K: share of queries
+with an image of their class among their K nearest. R-Precision: share of right images among the R nearest, where R is
+how many there are; MAP@R also counts how early they come. NMI, AMI: agreement of k-means clusters with the classes.</p>
+</div>
+<dl class="protocol">{terms}</dl>
+</div>
+</section>"""
+
+
+def _table(caption: str, trained: Mapping[str, float], frozen: Mapping[str, float] | None = None) -> str:
+    """A row for each metric; with the columns frozen and gain if `frozen` is given, "–" for what it lacks."""
+    columns = ("trained",) if frozen is None else ("frozen", "trained", "gain")
+    head = "".join(f'<th scope="col">{column}</th>' for column in ("metric", *columns))
+    lines = [f"<table>\n<caption>{escape(caption)}</caption>\n<tr>{head}</tr>"]
+    for name, value in trained.items():
+        if name in COUNTS:
+            continue
+        cells = [f"{value:.2f}"]
+        if frozen is not None:
+            before = frozen.get(name)
+            cells = ["–", *cells, "–"] if before is None else [f"{before:.2f}", *cells, f"{value - before:+.2f}"]
+        data = "".join(f"<td>{cell}</td>" for cell in cells)
+        lines.append(f'<tr data-metric="{escape(name)}"><th scope="row">{escape(metric_title(name))}</th>{data}</tr>')
+    return "\n".join([*lines, "</table>\n"])
+
+
+def _reproducible(summary: Mapping[str, Any]) -> str:
+    if summary["reproducible"]:
+        return "yes: deterministic kernels asked for, and nothing that touches the result changed while running"
+    touched = summary["changed_while_running"]
+    if touched:
+        return escape(f"no: changed while running: {', '.join(touched)}")
+    if summary["protocol"].get("mining", "").endswith("async"):
+        return "no: mining.consistency is async, answers reflect what had arrived"
+    return "no: runtime.deterministic is off"
+
+
+def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
+    items = [f"<li>step {int(line['step']):,}: {escape(change)}</li>" for line in changes for change in line["changes"]]
+    return f"<ul>{''.join(items)}</ul>" if items else "none"
+
+
+class Retrieved(NamedTuple):
+    """A query and what it found, as store ids, nearest first; -1 where the gallery is smaller than that."""
+
+    query: int
+    neighbours: Int64[np.ndarray, " keep"]
+    average_precision: float
+    relevant: int
+
+
+def _choose(run: Folder, store: Store) -> Groups:
+    """Worst, random and best queries among those that have anything to find; empty if there are none.
+
+    Raises:
+        UserError: an id is not in the store.
+    """
+    if not run.exists("test_neighbours.npz"):
+        return {}
+    with np.load(io.BytesIO(run.read("test_neighbours.npz"))) as file:
+        kept = {name: file[name] for name in Retrieved._fields}
+    kept["neighbours"] = kept["neighbours"][:, :NEIGHBOURS_SHOWN]
+    ids = np.append(kept["query"], kept["neighbours"])
+    if not np.isin(ids[ids >= 0], store.sample_id).all():
+        raise UserError(f"{run} found images that {store.folder} does not hold: it was trained on another dataset")
+    # Shuffled first, with a fixed seed: among equals, a stable sort then takes images of any class.
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(kept["relevant"] > 0))
+    precision = kept["average_precision"][rows]
+    keys = {"worst": precision, "random": np.zeros(len(rows)), "best": -precision}
+    chosen = {name: rows[np.argsort(key, kind="stable")][:QUERIES_PER_GROUP] for name, key in keys.items() if len(rows)}
+    return {name: [Retrieved(*(column[i] for column in kept.values())) for i in some] for name, some in chosen.items()}
+
+
+def _shown(groups: Groups) -> Int64[np.ndarray, " images"]:
+    """Store ids of the distinct images that are shown, ascending."""
+    ids = [sample for group in groups.values() for r in group for sample in (r.query, *r.neighbours) if sample >= 0]
+    return np.unique(np.array(ids, np.int64))
+
+
+def _gallery(groups: Groups, store: Store) -> str:
+    """The section of queries with what they found."""
+    note = HOW_TO_READ if groups else "No test query has an image of its own class to find."
+    content = f'<p class="note">{note}</p>\n'
+    shown = _shown(groups)
+    labels = store.label[np.searchsorted(store.sample_id, shown)]
+    label_of = dict(zip(shown.tolist(), labels.tolist(), strict=True))
+    for name, group in groups.items():
+        rows = "".join(_row(retrieved, label_of, store.class_name_of) for retrieved in group)
+        content += f'<div class="group" id="{name}">\n<h3>{GROUPS[name]}</h3>\n{rows}</div>\n'
+    return f'<section id="gallery">\n<h2>What queries find</h2>\n{content}</section>'
+
+
+def _row(retrieved: Retrieved, label_of: Mapping[int, int], name_of: Mapping[int, str]) -> str:
+    """A query with its neighbours, framed by whether their class is the query's."""
+    wanted = label_of[retrieved.query]
+    neighbours = ""
+    for sample in retrieved.neighbours[retrieved.neighbours >= 0].tolist():
+        name, right = escape(name_of[label_of[sample]]), label_of[sample] == wanted
+        verdict = "right" if right else "wrong"
+        neighbours += (
+            f'<figure class="neighbour {verdict}" data-sample="{sample}" title="{name}">'
+            f'<span class="thumb s{sample}" role="img" aria-label="{verdict}: {name}"></span>'
+            f'<span class="mark" aria-hidden="true">{"✓" if right else "✗"}</span>'
+            f"{'' if right else f'<figcaption>{name}</figcaption>'}</figure>\n"
+        )
+    name = escape(name_of[wanted])
+    return (
+        f'<div class="row">\n<figure class="query" data-sample="{retrieved.query}" title="{name}">'
+        f'<span class="thumb s{retrieved.query}" role="img" aria-label="query: {name}"></span>'
+        f'<figcaption><span class="name">{name}</span>'
+        f"<small>AP@R {retrieved.average_precision:.2f}, R = {retrieved.relevant:,}</small></figcaption></figure>\n"
+        f'<div class="neighbours">\n{neighbours}</div>\n</div>\n'
+    )
+
+
+def _thumbnails(groups: Groups, store: Store) -> str:
+    """CSS that holds a small JPEG of each distinct image that is shown."""
+    ids = _shown(groups)
+    images = open_reader(store.folder.uri, store.fingerprint, None).read(ids)  # ascending: each row group is read once
+    rules = []
+    for sample, data in zip(ids.tolist(), images, strict=True):
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=85, optimize=True)
+        encoded = base64.b64encode(out.getvalue()).decode()
+        rules.append(f".s{sample}{{background-image:url(data:image/jpeg;base64,{encoded})}}\n")
+    return "".join(rules)

@@ -1,0 +1,177 @@
+"""Checks before a run starts: the machine, the cluster, the dataset, and an earlier start of the same run."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import yaml
+
+from methods import METHODS, Context
+from methods.config import Clock
+from pipeline.config import Config, RuntimeConfig, build_config, differences, to_yaml
+from pipeline.console import console
+from pipeline.data.cache import split_bytes
+from pipeline.data.store import Samples, Store
+from pipeline.distributed.ray_session import check_visible, cluster_maximum, on_cluster
+from pipeline.errors import UserError
+from pipeline.evaluation.tasks import test_task, validation_task
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.storage import Folder
+
+
+class _PlanContext(Context):
+    """As much of a context as a plan may look at that is a pure function of the labels, the seed and the epoch."""
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self.labels, self.tracks, self.seed, self.clock = samples.labels, samples.tracks, seed, Clock()
+
+
+def check_run(config: Config, store: Store) -> None:
+    """The dataset fits the config: folds, classes, images."""
+    folds = len(store.manifest["folds"])
+    fold = config.data.validation_fold
+    if fold is not None and fold >= folds:
+        raise UserError(f"data.validation_fold is {fold}, the dataset has the folds 0 to {folds - 1}")
+    samples = store.select(["train"], without_fold=fold)
+    if len(samples) == 0:
+        raise UserError(f"{store.folder} has no training images")
+    if config.protocol == "paper" and not (store.split != "train").any():
+        raise UserError("the paper protocol chooses on test classes, but the dataset has none")
+    method = METHODS[config.method.name](config.method, 8, int(samples.labels.max()) + 1)
+    if not method.plan_is_stored:
+        try:
+            method.plan(0, _PlanContext(samples, config.seed))  # type: ignore[abstract]
+        except ValueError as error:
+            raise UserError(f"method: {error}") from error
+    single = np.flatnonzero(np.bincount(samples.labels) == 1)
+    if len(single):
+        first = samples.class_names[single[0]]
+        console.print(f"{len(single):,} training classes have one image each (first: {first}): used as negatives only")
+    size = split_bytes(store, "train")
+    if size > config.cache.max_bytes:
+        console.print(
+            f"the training split has {size / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: images are "
+            "read from the store in every epoch"
+        )
+    e = config.evaluation
+    if store.protocol != "reid" and (e.reranking is not None or e.distractors != "wrong"):
+        raise UserError(
+            f"evaluation.reranking and evaluation.distractors are for datasets of re-identification, {store.title} is measured "
+            f"by {store.protocol}: leave them out"
+        )
+    tasks = {"validation": validation_task(config, store), "test": test_task(config, store)}
+    for name, task in tasks.items():
+        try:
+            if task is not None:
+                task.check(cluster=config.evaluation.clustering and name == "test")
+                known = task.metrics(config.evaluation.recall_at)
+                if config.evaluation.metric not in known:
+                    raise ValueError(
+                        f"evaluation.metric is {config.evaluation.metric!r}, they are measured by {', '.join(known)}"
+                    )
+        except ValueError as error:
+            raise UserError(f"{name} classes of {store.folder}: {error}") from error
+
+
+def check_dataset(folder: Folder, store: Store) -> None:
+    """The dataset is the one that the run was started with."""
+    recorded = folder.read_json("run.json")["fingerprint"] if folder.exists("run.json") else store.fingerprint
+    if recorded != store.fingerprint:
+        raise UserError(
+            f"run {folder} was trained on a dataset of fingerprint {recorded}, {store.folder} has {store.fingerprint}: "
+            "point data.source to the former, or start over with another name or --fresh"
+        )
+
+
+def runtime_changes(config: Config, folder: Folder) -> list[str]:
+    """Compares with the config that an existing run was started with; returns the runtime keys that have changed.
+
+    Raises:
+        UserError: a key that is not marked runtime differs, or the run would become shorter.
+    """
+    if not folder.exists("config.yaml"):
+        if Checkpoints(folder).steps():  # of whichever config: --fresh was killed while it removed them
+            raise UserError(f"run {folder} has checkpoints but no config.yaml: start over with --fresh")
+        return []
+    old = yaml.safe_load(folder.read("config.yaml"))
+    new = yaml.safe_load(to_yaml(config))
+    other = differences(old, new, runtime=False)
+    if other:
+        raise UserError(
+            f"run {folder} exists with another config ({'; '.join(other[:4])}{' ...' if len(other) > 4 else ''}): "
+            "choose another --set name=..., or start over with --fresh"
+        )
+    before = build_config(old)
+    if before.length.unit != config.length.unit or config.length.value < before.length.value:
+        raise UserError(
+            f"run {folder} has length {before.length}, now {config.length}: it may only grow, in the same unit"
+        )
+    return differences(old, new, runtime=True)
+
+
+def with_machine_defaults(runtime: RuntimeConfig) -> RuntimeConfig:
+    """Fills in what depends on the machine: threads of a worker."""
+    if runtime.cpus_per_worker is not None:
+        return runtime
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = 2 if on_cluster() else max(1, cores // max(1, runtime.workers))
+    return runtime.model_copy(update={"cpus_per_worker": share})
+
+
+def needed_cpus(config: Config) -> int:
+    """Logical CPUs of workers, loaders and mining servers."""
+    runtime = config.runtime
+    loaders = runtime.loader_cpus if runtime.loader == "ray" else 0
+    servers = config.mining.shards * config.mining.cpus if config.method.mining and runtime.workers else 0
+    return max(1, runtime.workers) * ((runtime.cpus_per_worker or 1) + loaders) + servers
+
+
+def check_machine(config: Config) -> list[str]:
+    """Without a cluster: an error for GPUs that are not there, a warning for threads beyond the cores."""
+    runtime = config.runtime
+    import torch
+
+    if runtime.gpus_per_worker and not on_cluster():
+        wanted = runtime.gpus_per_worker * max(1, runtime.workers)
+        if wanted > torch.cuda.device_count():
+            raise UserError(
+                f"{wanted:g} GPUs wanted (runtime.workers × gpus_per_worker), this machine has {torch.cuda.device_count()}: "
+                "lower them, or submit the run to a cluster"
+            )
+    if "TORCHELASTIC_RUN_ID" in os.environ and runtime.loader == "ray":
+        raise UserError("under torchrun there is no Ray: set runtime.loader to in_process")
+    cores, threads = os.cpu_count() or 1, max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
+    if not on_cluster() and threads > 4 * cores:
+        raise UserError(
+            f"{threads} threads wanted (runtime.workers × cpus_per_worker), this machine has {cores} cores: lower them"
+        )
+    if not on_cluster() and threads > cores:
+        return [
+            f"warning: {threads} threads on {cores} cores (runtime.workers × cpus_per_worker): steps will be slower"
+        ]
+    return []
+
+
+def check_cluster(config: Config, ray: Any) -> None:
+    """On a cluster: resources beyond what it can ever have, or storage that not all nodes see, are errors at once."""
+    if not on_cluster() or config.runtime.workers == 0:
+        return
+    runtime = config.runtime
+    limits = cluster_maximum(ray)
+    gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
+    wanted = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers + gpus}
+    for resource, amount in wanted.items():
+        if amount > limits.get(resource, 0.0):
+            raise UserError(
+                f"the run wants {amount:g} {resource} ({runtime.workers} workers, their loaders, mining servers), the cluster has at most "
+                f"{limits.get(resource, 0.0):g}: lower runtime.workers or cpus_per_worker, or enlarge the cluster"
+            )
+    label = config.mining.resource
+    if config.method.mining is not None and label is not None and not limits.get(label):
+        raise UserError(
+            f"mining.resource is {label!r}, which no node of the cluster has (known: {', '.join(sorted(limits)) or 'none'}): "
+            "give it to the nodes that are not spot, or set mining.resource to null"
+        )
+    check_visible(ray, Folder(config.root), "storage")

@@ -1,0 +1,131 @@
+"""One run, from a dataset to a report."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack
+from typing import Any
+
+from pipeline.config import Config, to_yaml
+from pipeline.console import console
+from pipeline.data import own_images
+from pipeline.data.prepare_store import emoji_store, prepare
+from pipeline.data.store import Store
+from pipeline.distributed import jobs
+from pipeline.distributed.ray_session import on_cluster, ray_session
+from pipeline.errors import UserError
+from pipeline.model.trunk import build_trunk
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.report_page import write_report
+from pipeline.runs.run_folder import read_changes, run_folder
+from pipeline.runs.terminal import Display, show_summary
+from pipeline.storage import Folder
+from pipeline.training.checks import (
+    check_cluster,
+    check_dataset,
+    check_machine,
+    check_run,
+    needed_cpus,
+    runtime_changes,
+    with_machine_defaults,
+)
+from pipeline.training.launch import run_in_process, run_on_ray, under_torchrun
+
+
+def run(config: Config, fresh: bool = False) -> int | None:
+    """One run; returns the signal that stopped it, or None when it has finished.
+
+    Raises:
+        UserError: bad input, found before anything starts.
+        RunError: the run failed.
+    """
+    if not (os.path.isabs(config.root) or "://" in config.root):
+        raise UserError(f"storage {config.root!r} is a relative path: give an absolute one, or s3://...")
+    config = config.model_copy(
+        update={"storage": Folder(config.root).uri, "runtime": with_machine_defaults(config.runtime)}
+    )
+    leader = os.environ.get("RANK", "0") == "0" if under_torchrun() else True
+    folder = run_folder(config)
+    folder.check_writable()
+    for warning in check_machine(config):
+        console.print(warning)
+    changes = [] if fresh else runtime_changes(config, folder)
+    if not fresh and _finished(config, folder) and not changes and folder.exists("report.html"):
+        show_summary(folder)
+        return None
+    build_trunk(config.model, config.data.transforms.size)  # unknown backbone, missing weights: now, not on the cluster
+    with ExitStack() as stack:
+        ray: Any = None
+        if not under_torchrun() and (config.runtime.workers or config.runtime.loader == "ray" or _must_prepare(config)):
+            console.print(f"starting Ray {'on the cluster' if on_cluster() else 'on this machine'} ...")
+            ray = stack.enter_context(ray_session(needed_cpus(config)))
+            check_cluster(config, ray)
+        store = _dataset(config)
+        check_run(config, store)
+        if not fresh:
+            check_dataset(folder, store)
+        if leader:
+            if fresh:  # now that everything has been checked
+                folder.remove()
+            _record(config, folder, store, changes)
+        with Display(console) as display:
+            uri = store.folder.uri
+            if config.runtime.workers and not under_torchrun():
+                signal = run_on_ray(config, uri, display, ray)
+            else:
+                signal = run_in_process(config, uri, display)
+    if leader and _finished(config, folder):
+        write_report(folder, store)
+        show_summary(folder)
+    return signal
+
+
+def _must_prepare(config: Config) -> bool:
+    return config.data.source == "emoji" and not emoji_store(config.root).exists("manifest.json")
+
+
+def _dataset(config: Config) -> Store:
+    """Opens the dataset; the built-in demo is prepared first, once."""
+    source = config.data.source
+    if source != "emoji":
+        is_name = "/" not in source and not source.startswith(("~", "."))
+        folder = Folder(config.root) / "data" / source if is_name else Folder(source)
+        if is_name and not folder.exists("manifest.json"):
+            raise UserError(
+                f"there is no dataset {source!r} in {Folder(config.root) / 'data'}: prepare it with `python -m pipeline.prepare`, "
+                "or set data.source to the folder or s3:// URI of a store"
+            )
+        store = Store(folder)
+    else:
+        target = emoji_store(config.root)
+        if _must_prepare(config):
+            if under_torchrun():
+                raise UserError(
+                    "the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun"
+                )
+            prepare("emoji", own_images.emoji(), target, jobs.run_on_ray, source="emoji")
+        store = Store(target)
+    store.check_shards()
+    return store
+
+
+def _record(config: Config, folder: Folder, store: Store, changes: list[str]) -> None:
+    """Writes what the run is; changes of runtime keys are printed and kept."""
+    if changes:
+        for change in changes:
+            console.print(f"changed: {change}", highlight=False)
+        latest = Checkpoints(folder).latest()
+        lines = [*read_changes(folder), {"step": latest.step if latest else 0, "changes": changes}]
+        folder.write("changes.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    folder.write("config.yaml", to_yaml(config).encode())
+    folder.write_json("run.json", {"fingerprint": store.fingerprint, "dataset": store.folder.uri})
+
+
+def _finished(config: Config, folder: Folder) -> bool:
+    """Whether the run has reached the configured length; it may have reached a shorter one before."""
+    if not folder.exists("summary.json"):
+        return False
+    latest = Checkpoints(folder).latest()
+    reached = folder.read_json("summary.json")["protocol"]["length"]
+    return latest is not None and latest.finished and reached == str(config.length)
