@@ -59,7 +59,7 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import ray_session
 from pipeline.runs.checkpoint import _pack
 from pipeline.storage import Folder
-from pipeline.training.loop import Worker
+from pipeline.training.batches import PlannedBatches
 
 SECTIONS = ("plans", "catalogue", "shards", "items")
 IMAGES, CLASSES = 59_551, 11_318  # training set of Stanford Online Products (Oh Song et al., CVPR 2016)
@@ -291,7 +291,11 @@ def measure_items(samples: int) -> Figures:
     plan = class_balanced(labels, P, K, 0, 0)
     worker = SimpleNamespace(ranks=Ranks(), samples=SimpleNamespace(ids=np.arange(samples)))
     level = peak_mib(reset=True)
-    timed(figures, "items of an epoch", lambda: sum(1 for _ in Worker._items(cast(Worker, worker), [(0, plan)], 0, 0)))
+    timed(
+        figures,
+        "items of an epoch",
+        lambda: sum(1 for _ in PlannedBatches.items(cast(PlannedBatches, worker), [(0, plan)], 0, 0)),
+    )
     figures["items of an epoch, peak MB"] = (peak_mib() - level) * 1.048576
     return figures
 

@@ -112,7 +112,7 @@ def shake(worker: Worker) -> None:
 @contextlib.contextmanager
 def broken(defect: str | None) -> Iterator[None]:
     """Puts one of the classic mistakes of distributed training into the program, for the tests that have to notice it."""
-    gather, total = collectives._Gather, collectives._Sum
+    gather, total = collectives._Gather, collectives.SumOverRanks
     kept = gather.backward, total.backward
 
     def unreduced(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

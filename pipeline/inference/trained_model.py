@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 import yaml
 
-from methods import METHODS, Method
+from methods import Method
 from pipeline.config import Config, build_config
-from pipeline.data.loader import PixelSource
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
+from pipeline.evaluation.build import build_embedder, build_network
 from pipeline.evaluation.embedder import Embedder
-from pipeline.model.trunk import Trunk, build_trunk
+from pipeline.model.trunk import Trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.storage import Folder, home
 
@@ -56,16 +56,11 @@ class Trained:
     def load(self, store: Store, device: torch.device) -> tuple[Embedder, Trunk, Method]:
         """The network with the checkpoint's weights, and what embeds with it, in this process."""
         config = self.config
-        trunk = build_trunk(config.model.model_copy(update={"weights": "none"}), config.data.transforms.size)
+        bare = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
         samples = store.select(["train"], without_fold=config.data.validation_fold)
-        method = METHODS[config.method.name](config.method, trunk.features, int(samples.labels.max()) + 1)
-        dtype = torch.float64 if config.precision == "float64" else torch.float32
-        trunk.to(device, dtype)
-        method.to(device, dtype)
+        trunk, method = build_network(bare, samples, device)
         Checkpoints(self.run).load(self.kind, self.step, trunk, method)
-        source = PixelSource(store.folder.uri, store.fingerprint, None, config.data.transforms)
-        batch = config.evaluation.batch_size
-        return Embedder(source, "in_process", 1, batch, config.precision, device, Ranks()), trunk, method
+        return build_embedder(config, store, device, Ranks(), "in_process", 1), trunk, method
 
 
 def find(name: str, checkpoint: str | None = None) -> Trained:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from methods import METHODS, Context
+from methods import Context
 from methods.config import Clock
 from pipeline.config import Config, RuntimeConfig, build_config, differences, to_yaml
 from pipeline.console import console
@@ -16,6 +16,7 @@ from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, on_cluster
 from pipeline.errors import UserError
+from pipeline.evaluation.build import build_method
 from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.storage import Folder
@@ -39,7 +40,7 @@ def check_run(config: Config, store: Store) -> None:
         raise UserError(f"{store.folder} has no training images")
     if config.protocol == "paper" and not (store.split != "train").any():
         raise UserError("the paper protocol chooses on test classes, but the dataset has none")
-    method = METHODS[config.method.name](config.method, 8, int(samples.labels.max()) + 1)
+    method = build_method(config, 8, samples)
     if not method.plan_is_stored:
         try:
             method.plan(0, _PlanContext(samples, config.seed))  # type: ignore[abstract]

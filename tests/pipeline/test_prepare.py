@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import evaluate, prepare, train
+from pipeline import evaluate, prepare
 from pipeline.data.entries import DISTRACTOR, JUNK
 from pipeline.data.store import Store
 from pipeline.distributed import ray_session
+from pipeline.runs.terminal import show_summary
 from pipeline.storage import Folder
 from tests.pipeline import shipped
 from tests.pipeline.conftest import Base, Cli, pixels, rejected
@@ -211,11 +212,11 @@ def test_evaluation_says_that_the_dataset_is_partial(
 
 def test_training_says_that_the_dataset_is_partial(partial_run: Folder, capsys: pytest.CaptureFixture) -> None:
     summary = partial_run.read_json("summary.json")
-    train._show_summary(partial_run)
+    show_summary(partial_run)
     assert "partial" not in capsys.readouterr().out
     summary["protocol"]["partial"] = "train: 1 of 2 images"
     partial_run.write_json("summary.json", summary)
-    train._show_summary(partial_run)
+    show_summary(partial_run)
     assert "partial dataset: train: 1 of 2 images" in capsys.readouterr().out
 
 
