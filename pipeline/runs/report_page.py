@@ -88,7 +88,7 @@ def write_report(run: Folder, store: Store) -> None:
         f'<section id="config">\n<h2>Configuration</h2>\n<details><summary>The resolved config</summary>'
         f"<pre>{escape(config)}</pre></details>\n</section>",
     ]
-    css = (Path(__file__).parent / "runs" / "report.css").read_text(encoding="utf-8") + _thumbnails(groups, store)
+    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8") + _thumbnails(groups, store)
     page = PAGE.format(policy=POLICY, name=escape(summary["name"]), css=css, body="\n".join(body))
     run.write("report.html", page.encode())
 
