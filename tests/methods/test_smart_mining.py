@@ -22,7 +22,7 @@ from pipeline.mining.server import MiningServer
 from pipeline.mining.transport import Local
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext
-from tests.methods.test_mining_rule import algorithm
+from tests.methods.test_smart_mining_rule import algorithm
 from tests.pipeline.mining.test_client import Mortal
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -30,12 +30,12 @@ from pipeline.storage import Folder
 from pipeline.storage.s3 import S3
 from pipeline.training.launch import run_in_process
 from tests.browser import screenshot
+from tests.cluster.test_ray import silent, tensors
 from tests.s3 import Proxy, s3_server
 from tests.stubs import tiny_values
-from tests.test_ray import silent, tensors
 
 pytestmark = pytest.mark.cluster
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def command(recipe: Path, *settings: str) -> list[str]:

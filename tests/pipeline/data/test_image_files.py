@@ -16,7 +16,7 @@ from pipeline.data.image_files import decode, normalise
 from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_here
 from pipeline.storage import Folder
-from tests.pipeline.test_store import encode, entries_of, jpeg, rejected_lines
+from tests.pipeline.data.test_store import encode, entries_of, jpeg, rejected_lines
 
 # ---- pictures of every kind ------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The third law, with real processes: a run that is killed anywhere continues to the same weights, lines and figures.
 
-Programs are runs of `pipeline.train.main` in processes of their own (tests.pipeline.runs); one test starts the command
+Programs are runs of `pipeline.train.main` in processes of their own (tests.laws.runs); one test starts the command
 itself.
 """
 
@@ -27,10 +27,10 @@ from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
 from tests.conftest import write_tiny_store
-from tests.pipeline.runs import METHODS_TRIED, Reference, Run, kill_after_lines, kill_often, same, side_by_side
+from tests.laws.runs import METHODS_TRIED, Reference, Run, kill_after_lines, kill_often, same, side_by_side
+from tests.laws.test_laws import Seen, check, make_worker, state, zero_gradient
 from tests.pool import Pool, Program
 from tests.stubs import registered, tiny_values
-from tests.test_laws import Seen, check, make_worker, state, zero_gradient
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -342,7 +342,7 @@ def test_matrix_of_kills(
             f"# {total} kills\n\nRuns of the tiny test dataset in real processes, killed with SIGKILL and started again with the same "
             "command, beside a run that\nwas left alone. Equal: `torch.equal` of every tensor of trunk, method and optimizers, of "
             "the last checkpoint and of the best;\nthe same metrics.jsonl and summary.json but for what is timed. Made by\n\n"
-            "    RAYDML_WRITE_DOCS=1 make test-slow ARGS=tests/pipeline/test_resume.py\n\n"
+            "    RAYDML_WRITE_DOCS=1 make test-slow ARGS=tests/laws/test_resume.py\n\n"
         )
         (ROOT / "docs").mkdir(exist_ok=True)
         (ROOT / "docs" / "kill_matrix.md").write_text(f"{head}{text}\n")

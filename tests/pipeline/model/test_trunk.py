@@ -328,7 +328,7 @@ def test_a_download_that_fails_names_the_way_out(monkeypatch: pytest.MonkeyPatch
 
 def test_bn_inception_is_the_network_of_the_public_checkpoint(tmp_path: Path) -> None:
     """Names, shapes and order of its tensors; a file of such tensors loads; one of another network does not."""
-    listed = (Path(__file__).parent.parent / "golden" / "bn_inception_parameters.txt").read_text().splitlines()
+    listed = (Path(__file__).parents[2] / "golden" / "bn_inception_parameters.txt").read_text().splitlines()
     expected = {name: shape for name, shape in (line.split(" ", 1) for line in listed)}
     trunk = build(BN_INCEPTION, size=64)
     found = {n: str(tuple(v.shape)) for n, v in trunk.backbone.state_dict().items() if "num_batches" not in n}

@@ -26,7 +26,7 @@ from pipeline.data.store import Store
 from pipeline.errors import RunError
 from pipeline.storage import Folder
 from pipeline.training.parts import pixel_source
-from tests.pipeline.test_reader import bytes_of, flip_image_byte, small_store
+from tests.pipeline.data.test_reader import bytes_of, flip_image_byte, small_store
 from tests.pool import Pool
 
 pytestmark = pytest.mark.usefixtures("fresh_readers")

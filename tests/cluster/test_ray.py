@@ -38,7 +38,7 @@ from tests.conftest import write_images, write_tiny_store
 from tests.stubs import tiny_values
 
 pytestmark = pytest.mark.cluster
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def silent(_: dict[str, Any]) -> None:

@@ -34,11 +34,11 @@ from pipeline.evaluation.tracklets import pool_tracks
 from pipeline.model.trunk import build_trunk
 from pipeline.storage import Folder
 from tests.conftest import write_images
+from tests.laws.test_laws import FixedRanks
 from tests.pipeline import shipped
 from tests.pipeline.conftest import Cli
 from tests.pool import Pool
 from tests.stubs import tiny_config, tiny_values
-from tests.test_laws import FixedRanks
 
 FRAMES = (2, 5, 3, 4)  # of a person's four tracklets, by cameras 1, 2, 1, 2
 

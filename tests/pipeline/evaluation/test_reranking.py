@@ -13,7 +13,7 @@ import torch
 from pipeline.evaluation import reranking
 from pipeline.evaluation.reid import Matches, Sightings, match
 from pipeline.evaluation.reranking import Neighbourhoods, Reranking
-from tests.pipeline.test_reid import assert_equal
+from tests.pipeline.evaluation.test_reid import assert_equal
 
 
 def oracle(queries, gallery, k1, k2, weight, more_than=True) -> np.ndarray:

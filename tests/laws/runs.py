@@ -23,8 +23,8 @@ from safetensors.torch import load as load_safetensors
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
+from tests.laws.test_laws import TRIPLETS
 from tests.pool import Program
-from tests.test_laws import TRIPLETS
 
 TIMED = {"images_per_second", "waiting", "seconds", "waiting_for_data"} | {
     f"seconds/{n}" for n in ("sweep", "lists", "rule")

@@ -22,8 +22,8 @@ from pipeline.evaluation.evaluate_task import evaluate
 from pipeline.evaluation.tasks import Task
 from pipeline.storage import Folder
 from pipeline.training.parts import pixel_source
+from tests.laws.test_laws import METHOD_CASES, SHARES, ZERO_GRADIENT, FixedRanks, Seen, case, check, make_worker, state
 from tests.pool import Pool
-from tests.test_laws import METHOD_CASES, SHARES, ZERO_GRADIENT, FixedRanks, Seen, case, check, make_worker, state
 
 pytestmark = pytest.mark.cluster
 
