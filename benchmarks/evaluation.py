@@ -23,7 +23,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
 from benchmarks.table import Row, finish
 from pipeline.evaluation.clustering import clustering
-from pipeline.evaluation.reid import DISTRACTOR, Matches, Sightings, match
+from pipeline.evaluation.reid import DISTRACTOR, ReidRetrieval, ReidSet, match
 from pipeline.evaluation.reranking import Reranking
 from pipeline.evaluation.retrieval import retrieve
 
@@ -76,12 +76,12 @@ def measure_at_mars_size() -> dict[str, Any]:
     order = generator.permutation(persons)
     cameras = torch.from_numpy(generator.integers(6, size=len(labels)))
     looked_for, gallery = (
-        Sightings(embeddings[ids], labels[ids], cameras[ids])
+        ReidSet(embeddings[ids], labels[ids], cameras[ids])
         for ids in map(torch.from_numpy, (order[:1980], np.concatenate([order[1980:], others])))
     )
     level = peak_mib(reset=True)
 
-    def again() -> Matches:
+    def again() -> ReidRetrieval:
         reranking = Reranking.of(looked_for.embeddings, gallery.embeddings)
         return match(looked_for, gallery, reranking=reranking)
 

@@ -41,11 +41,11 @@ from pipeline.data import own_images
 from pipeline.data.cache import Cache
 from pipeline.data.entries import Entry
 from pipeline.data.image_files import normalise
-from pipeline.data.loader import Item, PixelSource, fetch, load
+from pipeline.data.loader import ImageSource, LoadRequest, fetch, load
 from pipeline.data.store import Store
 from pipeline.data.transforms import TransformConfig
 from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_here, run_on_ray
+from pipeline.distributed.jobs import run_on_ray, run_serially
 from pipeline.distributed.ray_session import ray_session
 from pipeline.storage import Folder
 from tests.s3 import Proxy, s3_server
@@ -71,17 +71,17 @@ def write_photos(root: Path) -> list[Entry]:
     return entries
 
 
-def items_of(store: Store, rank: int) -> list[Item]:
+def items_of(store: Store, rank: int) -> list[LoadRequest]:
     """A worker's half of every step."""
     samples = store.select(["train"])
     plans = [class_balanced(samples.labels, P, K, 0, epoch) for epoch in range(-(-STEPS * P * K // len(samples)) + 1)]
     half = P * K // WORKERS
     rows = np.concatenate([p.ids for p in plans])[:STEPS, rank * half : (rank + 1) * half]
-    return [Item(samples.ids[row], (0, step, rank * half)) for step, row in enumerate(rows)]
+    return [LoadRequest(samples.ids[row], (0, step, rank * half)) for step, row in enumerate(rows)]
 
 
 class Fetched(torch.utils.data.Dataset[torch.Tensor]):
-    def __init__(self, source: PixelSource, items: list[Item]) -> None:
+    def __init__(self, source: ImageSource, items: list[LoadRequest]) -> None:
         self.source, self.items = source, items
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ def usual_stack(root: str, rank: int) -> Iterator[torch.Tensor]:
         yield pixels
 
 
-def batches(side: str, rank: int, root: str, source: PixelSource) -> Iterator[Any]:
+def batches(side: str, rank: int, root: str, source: ImageSource) -> Iterator[Any]:
     torch.set_num_threads(1)
     if side == "usual":
         return usual_stack(f"{root}/photos", rank)
@@ -124,7 +124,7 @@ def batches(side: str, rank: int, root: str, source: PixelSource) -> Iterator[An
     return load(source, items, side)
 
 
-def consume(side: str, rank: int, root: str, source: PixelSource, address: str, start: Any, results: Any) -> None:
+def consume(side: str, rank: int, root: str, source: ImageSource, address: str, start: Any, results: Any) -> None:
     """One worker: takes all its batches; seconds to the first, and images a second after WARM of them."""
     if side == "ray":
         import ray
@@ -142,7 +142,7 @@ def consume(side: str, rank: int, root: str, source: PixelSource, address: str, 
     results.put((rank, first - began, images / (time.perf_counter() - warm)))
 
 
-def measure(side: str, root: str, source: PixelSource, address: str) -> tuple[float, float]:
+def measure(side: str, root: str, source: ImageSource, address: str) -> tuple[float, float]:
     """Seconds to the first batch, and images a second of both workers together."""
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(WORKERS), context.Queue()
@@ -162,8 +162,8 @@ def measure_loading(rounds: int) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory(prefix="raydml-bench-") as root, ray_session(4) as ray:
         entries = write_photos(Path(root) / "photos")
-        store = write_store("photos", entries, Folder(root) / "store", run_here)
-        source = PixelSource(store.folder.uri, store.fingerprint, Cache(f"{root}/cache", 2**40), TRANSFORMS)
+        store = write_store("photos", entries, Folder(root) / "store", run_serially)
+        source = ImageSource(store.folder.uri, store.fingerprint, Cache(f"{root}/cache", 2**40), TRANSFORMS)
         sides = ("ray", "in_process", "torch0", "torch1", "usual")
         address = ray.get_runtime_context().gcs_address
         measure("in_process", root, source, address)  # makes the cache
@@ -202,8 +202,8 @@ def measure_s3(rounds: int) -> list[Row]:
         entries = write_photos(Path(root) / "photos")
         sources = {}
         for name, folder in (("local", Folder(root) / "store"), ("s3", Folder("s3://bench/store"))):
-            store = write_store("photos", entries, folder, run_here)
-            sources[name] = PixelSource(store.folder.uri, store.fingerprint, Cache(f"{root}/{name}", 2**40), TRANSFORMS)
+            store = write_store("photos", entries, folder, run_serially)
+            sources[name] = ImageSource(store.folder.uri, store.fingerprint, Cache(f"{root}/{name}", 2**40), TRANSFORMS)
             measure("in_process", root, sources[name], "")  # makes the copy
         proxy.reset()
         found = [{name: measure("in_process", root, s, "")[1] for name, s in sources.items()} for _ in range(rounds)]
@@ -294,10 +294,10 @@ def measure_embed() -> list[Row]:
     import pipeline.distributed.ray_session
     import pipeline.inference.embed
     from pipeline import train
-    from pipeline.inference.trained_model import find
+    from pipeline.inference.trained_model import load_run
 
     pipeline.distributed.ray_session.OBJECT_STORE_BYTES = 300 * 10**6
-    pipeline.inference.embed.PART = 512  # a process's memory settles after some of them
+    pipeline.inference.embed.ROWS_PER_FILE = 512  # a process's memory settles after some of them
     entries = sorted(own_images.emoji(skin_tones=True), key=lambda e: e.class_name)
     peaks, speeds = dict[int, float](), dict[int, float]()
     with tempfile.TemporaryDirectory(prefix="raydml-bench-") as root, ray_session(2):
@@ -325,7 +325,7 @@ def measure_embed() -> list[Row]:
             pipeline.inference.embed.run_on_ray = watched
             started = time.perf_counter()
             found = pipeline.inference.embed.embed(
-                find(f"{root}/runs/embed-{count}"), own_images.SPLITS, Folder(f"{root}/out/{count}"), 2
+                load_run(f"{root}/runs/embed-{count}"), own_images.SPLITS, Folder(f"{root}/out/{count}"), 2
             )
             peaks[count], speeds[count] = peak, found["rows"] / (time.perf_counter() - started)
     small, large = peaks[12_000], peaks[24_000]

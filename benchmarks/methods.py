@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.table import Row, finish
 from benchmarks.whole_set import measure_mmsi, measure_rule, mmsi
-from methods.gca_hng import GcaHng, GcaHngConfig, Layout, kept_entries, synthesise, synthetic_npair
+from methods.gca_hng import BatchLayout, GcaHng, GcaHngConfig, kept_entries, synthesise, synthetic_npair
 from methods.intra_batch import IntraBatchConfig, MessageNetwork
 from methods.osm_caa import OsmCaaConfig, soft_mining_loss
 
@@ -130,7 +130,7 @@ def gca_hng(ours: bool) -> Step:
     method = GcaHng(config, 8, CLASSES)
     method.metric_mean.fill_(4.0)
     z, uniforms = (0.2 * torch.randn(P * K, DIM)).requires_grad_(), torch.rand(K, K - 1)
-    layout = Layout(P, K, torch.arange(P).repeat(K), slice(0, P * K))
+    layout = BatchLayout(P, K, torch.arange(P).repeat(K), slice(0, P * K))
     strength = method._strength()
 
     def synthetic(z: Tensor, lam: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from pipeline.mining.actor import Remote, start_servers
 from pipeline.mining.client import MiningClient
 from pipeline.mining.embedding_table import Table
 from pipeline.mining.faiss_index import ENGINES, Engine, build, choose
-from pipeline.mining.messages import Ask, Spec
+from pipeline.mining.messages import SearchRequest, ServerSpec
 from pipeline.mining.server import MiningServer
 from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, rerank, search, search_all
 from pipeline.storage import Folder
@@ -81,7 +81,7 @@ def pairs(
 
 
 @contextmanager
-def served(ray: Any, rows: Rows, spec: Spec) -> Iterator[MiningClient]:
+def served(ray: Any, rows: Rows, spec: ServerSpec) -> Iterator[MiningClient]:
     """A server in an actor that holds the rows."""
     actors = start_servers(ray, "benchmark")
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def served(ray: Any, rows: Rows, spec: Spec) -> Iterator[MiningClient]:
         for start in range(0, len(rows), 4096):
             part = slice(start, start + 4096)
             client.put(rows.ids[part], rows.values[part], rows.labels[part], 0)
-        client.wait(client.ask(Ask(1, 0, rows.values[:1])))
+        client.wait(client.ask(SearchRequest(1, 0, rows.values[:1])))
         yield client
         client.close()
     for actor in actors:
@@ -102,19 +102,19 @@ def served(ray: Any, rows: Rows, spec: Spec) -> Iterator[MiningClient]:
 
 def measure_actor(ray: Any, rounds: int) -> list[Row]:
     rows = make_rows(60_000, 512)
-    spec = Spec("benchmark", 512, 60_000, engine="ivf", k=16, target=0.95)
+    spec = ServerSpec("benchmark", 512, 60_000, engine="ivf", k=16, target=0.95)
     index, report = build(rows, "ivf", 16, 0.95)
     assert index is not None, report
     queries = np.ascontiguousarray(rows.values[::230][:256])
     lists, out = report.parameters["lists"], []
     with served(ray, rows, spec) as client:
         client.rebuild(1, 0, 0, None)
-        client.wait(client.ask(Ask(16, 1, queries)))
+        client.wait(client.ask(SearchRequest(16, 1, queries)))
         for width, promised in ((report.parameters["nprobe"], ""), (16, "<= 1.3")):
             index.widen(width)
             ray.get(client.transports[0].actor.__ray_call__.remote(_widen, width))  # type: ignore[attr-defined]
             ours, other, ratio = pairs(
-                lambda: client.wait(client.ask(Ask(16, 1, queries))),
+                lambda: client.wait(client.ask(SearchRequest(16, 1, queries))),
                 lambda: index._index.search(queries, 16),
                 5 * rounds,
                 time.perf_counter,
@@ -144,9 +144,9 @@ def measure_step(ray: Any, rounds: int) -> list[Row]:
         for _ in range(repeats):
             matrix @ matrix
 
-    with served(ray, rows, Spec("benchmark", dim, 60_000, engine="ivf", k=16)) as client:
+    with served(ray, rows, ServerSpec("benchmark", dim, 60_000, engine="ivf", k=16)) as client:
         client.rebuild(1, 0, 0, None)
-        client.wait(client.ask(Ask(16, 1, rows.values[:64])))
+        client.wait(client.ask(SearchRequest(16, 1, rows.values[:64])))
 
         def putting() -> None:
             for s in range(5):
@@ -154,12 +154,12 @@ def measure_step(ray: Any, rounds: int) -> list[Row]:
                 client.put(ids, rows.values[ids], rows.labels[ids], s)
                 step()
 
-        ready = [client.ask(Ask(16, 1, ids=order[:batch]))]
+        ready = [client.ask(SearchRequest(16, 1, ids=order[:batch]))]
 
         def asking() -> None:
             for s in range(5):
                 client.wait(ready.pop())
-                ready.append(client.ask(Ask(16, 1, ids=order[s * batch : (s + 1) * batch])))
+                ready.append(client.ask(SearchRequest(16, 1, ids=order[s * batch : (s + 1) * batch])))
                 step()
 
         def plain() -> None:
@@ -175,9 +175,9 @@ def measure_step(ray: Any, rounds: int) -> list[Row]:
 
 def measure_rebuild(ray: Any, rounds: int) -> list[Row]:
     rows = make_rows(60_000, 128)
-    with served(ray, rows, Spec("benchmark", 128, 60_000, engine="ivf", k=16, target=0.9)) as client:
+    with served(ray, rows, ServerSpec("benchmark", 128, 60_000, engine="ivf", k=16, target=0.9)) as client:
         client.rebuild(1, 0, 0, None)
-        ask = Ask(16, 1, rows.values[:64])
+        ask = SearchRequest(16, 1, rows.values[:64])
         client.wait(client.ask(ask))
 
         def latencies(until: Callable[[int], bool]) -> list[float]:

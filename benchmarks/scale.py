@@ -51,10 +51,10 @@ from methods.smart_mining import SmartMining, SmartMiningConfig
 from pipeline.data.cache import _SCHEMA as COPY
 from pipeline.data.cache import MappedReader, split_bytes
 from pipeline.data.entries import Entry
-from pipeline.data.loader import MOST_PER_BLOCK, PIPELINE_ITEMS, Item, item_blocks
+from pipeline.data.loader import MAX_REQUESTS_PER_BLOCK, PIPELINE_ITEMS, LoadRequest, item_blocks
 from pipeline.data.reader import _FOOTERS, RowGroupReader
 from pipeline.data.store import FORMAT, ROW_GROUP, Store
-from pipeline.data.write_store import layout, write_shard
+from pipeline.data.write_store import plan_shards, write_shard
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import ray_session
 from pipeline.runs.checkpoint import _pack
@@ -100,7 +100,7 @@ def simulated_shards(samples: int, folder: Folder) -> list[dict[str, Any]]:
     source = Path(folder.path("image.png"))
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)).save(source)
     labels = simulated_labels(PER_SHARD).tolist()
-    (shard,) = layout([Entry(str(source), f"class-{c:08d}", "train") for c in labels], 4, PER_SHARD)
+    (shard,) = plan_shards([Entry(str(source), f"class-{c:08d}", "train") for c in labels], 4, PER_SHARD)
     first = write_shard(shard, folder, None)
     data, file = folder.read(first["file"]), ""
     records = []
@@ -196,7 +196,7 @@ def measure_layout(samples: int) -> Figures:
         lambda: [Entry(f"s3://bucket/images/{i:09d}.jpg", names[c], "train") for i, c in enumerate(labels)],
     )
     figures["entries, bytes a sample"] = (peak_mib() - level) * 2**20 / samples
-    timed(figures, "layout", lambda: layout(entries, 4, 512))
+    timed(figures, "layout", lambda: plan_shards(entries, 4, 512))
     figures["entries and layout, peak MB"] = (peak_mib() - level) * 1.048576
     return figures
 
@@ -305,10 +305,10 @@ def measure_pipeline() -> Figures:
 
     random, figures = np.random.default_rng(0), Figures()
     with ray_session(2):
-        ray.data.from_arrow(item_blocks([Item(np.arange(P * K))], 1))  # what starts with the first
-        items = [Item(random.integers(0, 10**7, P * K), (0, step, 0)) for step in range(PIPELINE_ITEMS)]
+        ray.data.from_arrow(item_blocks([LoadRequest(np.arange(P * K))], 1))  # what starts with the first
+        items = [LoadRequest(random.integers(0, 10**7, P * K), (0, step, 0)) for step in range(PIPELINE_ITEMS)]
         wall, level = time.perf_counter(), peak_mib(reset=True)
-        timed(figures, "blocks taken in", lambda: ray.data.from_arrow(item_blocks(items, MOST_PER_BLOCK)))
+        timed(figures, "blocks taken in", lambda: ray.data.from_arrow(item_blocks(items, MAX_REQUESTS_PER_BLOCK)))
         figures["blocks taken in, wall s"] = time.perf_counter() - wall
         figures["blocks taken in, peak MB"] = (peak_mib() - level) * 1.048576
     return figures

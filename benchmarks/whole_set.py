@@ -27,10 +27,10 @@ from methods.base import Batch
 from methods.config import Clock, Length
 from methods.mmsi import Mmsi, MmsiConfig, loss, meta_loss, normalise, select
 from methods.plans import Plan
-from methods.smart_mining_rule import HALF_MINED, MINED, Classes, mine
+from methods.smart_mining_rule import HALF_MINED, MINED, ClassIndex, mine
 from pipeline.config import ModelConfig
 from pipeline.distributed.collectives import Ranks
-from pipeline.mining.memory import Dictionary
+from pipeline.mining.memory import EmbeddingMemory
 from pipeline.model.trunk import build_trunk
 from pipeline.neighbours.exact_search import Neighbours, search_all
 from pipeline.training.context import RunContext
@@ -44,7 +44,7 @@ class _Mining:
 
     def __init__(self, dim: int) -> None:
         random = torch.Generator().manual_seed(1)
-        self.memory, self.step = Dictionary(dim, 100), 0
+        self.memory, self.step = EmbeddingMemory(dim, 100), 0
         features = torch.nn.functional.normalize(torch.randn(100 * CLASSES, dim, generator=random))
         self.memory.append(features, torch.arange(100 * CLASSES) % CLASSES, torch.arange(100 * CLASSES))
 
@@ -86,7 +86,7 @@ def mmsi(side: str) -> Step:
 
 
 def _through_the_virtual_step(
-    method: Mmsi, trunk: torch.nn.Module, pixels: Tensor, batch: Batch, memory: Dictionary, context: RunContext
+    method: Mmsi, trunk: torch.nn.Module, pixels: Tensor, batch: Batch, memory: EmbeddingMemory, context: RunContext
 ) -> float:
     """The step as the authors' program takes it: weights by a gradient through a gradient."""
     c, labels = method.config, batch.labels[:BATCH]
@@ -140,7 +140,7 @@ def measure_rule(rounds: int) -> list[Row]:
     rows = make_rows(59_551, 64, noise=1.5)  # R@1 66, as in training
     lists = Neighbours.concatenate([found for _, found in search_all(rows, 200)])
     queries, labels = SimpleNamespace(ids=rows.ids), np.asarray(rows.labels)
-    classes = Classes(labels, (0,))
+    classes = ClassIndex(labels, (0,))
     work = functools.partial(mine, queries, lists, classes, 1.2, 1, None)
     found = work()
     seconds, loops = [], []

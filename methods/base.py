@@ -24,14 +24,14 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from methods.config import Clock, Frozen, Length
+from methods.config import BaseConfig, Clock, Length
 from methods.functional import Head
-from methods.mining import Mining, MiningNeeds
+from methods.mining import Mining, MiningRequirements
 from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, class_balanced
 
 
-class MethodConfig(Frozen):
+class MethodConfig(BaseConfig):
     """What every method can be told."""
 
     name: str
@@ -46,12 +46,12 @@ class MethodConfig(Frozen):
         return False
 
     @property
-    def freezes(self) -> bool:
-        """Whether the method needs frozen batch normalisation, as `Context.derivative` does."""
+    def requires_frozen_batch_norm(self) -> bool:
+        """Whether the method needs frozen batch normalisation, as `Context.jvp` does."""
         return False
 
     @property
-    def mining(self) -> MiningNeeds | None:
+    def mining(self) -> MiningRequirements | None:
         """What the method mines; none: no mining server is started."""
         return None
 
@@ -73,24 +73,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Of an objective; complete, and the same on every rank.
+    """Gradient of an objective, complete and the same on every rank.
 
     Attributes:
         value: of the objective.
         trunk: by the name of the trunk's parameter (those that are trained).
-        own: of the given tensors, in their order.
+        extra: of the given tensors, in their order.
     """
 
     value: float
     trunk: Mapping[str, Tensor]
-    own: Sequence[Tensor]
+    extra: Sequence[Tensor]
 
 
 @runtime_checkable
 class Ranks(Protocol):
     """The processes of a run, for a method that shares out work; every process has to make the same calls in the same order.
 
-    Work that is shared reads replicated values through `share` and ends in `total`: the gradient is then complete, and the
+    Work that is shared reads replicated values through `copy_to_ranks` and ends in `sum_over_ranks`: the gradient is then complete, and the
     same, in every process.
     """
 
@@ -98,11 +98,11 @@ class Ranks(Protocol):
         """This process's contiguous share of `total` items; may be empty."""
         ...
 
-    def share(self, value: Tensor) -> Tensor:
+    def copy_to_ranks(self, value: Tensor) -> Tensor:
         """A replicated value, as it is; its gradient is summed over the processes."""
         ...
 
-    def total(self, value: Tensor) -> Tensor:
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Sum over the processes; its gradient passes as it is."""
         ...
 
@@ -120,8 +120,8 @@ class Context(Protocol):
         device, dtype: of features and of the method's parameters.
         generator: freshly seeded from (seed, step) before each step, from (seed, epoch) before the epoch's hooks.
         shards: the slots of the batch that each rank encodes, in rank order.
-        work: for sharing out work among the ranks.
-        upcoming: samples of the next step, if it is of the same epoch.
+        ranks: for sharing out work among them.
+        next_ids: samples of the next step, if it is of the same epoch.
         mining: the mining server; none unless the method's config says what it mines.
     """
 
@@ -134,17 +134,21 @@ class Context(Protocol):
     dtype: torch.dtype
     generator: torch.Generator
     shards: Sequence[slice]
-    work: Ranks
-    upcoming: Int64[np.ndarray, " slots"] | None
+    next_ids: Int64[np.ndarray, " slots"] | None
+
+    @property
+    def ranks(self) -> Ranks: ...
 
     @property
     def mining(self) -> Mining | None: ...
 
-    def encode(self, role: str | Sequence[str] | None = None, derive: bool = False) -> Float[Tensor, "batch features"]:
+    def encode(
+        self, role: str | Sequence[str] | None = None, keep_for_jvp: bool = False
+    ) -> Float[Tensor, "batch features"]:
         """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.
 
         The trunk runs once a call; a second call before the `backward` of the first is an error (ask for both roles at once).
-        With `derive`, what the pass computes is kept for a `derivative` of the same slots, which takes less time then.
+        With `keep_for_jvp`, what the pass computes is kept for a `jvp` of the same slots, which takes less time then.
         """
         ...
 
@@ -152,7 +156,7 @@ class Context(Protocol):
         self,
         role: str | Sequence[str] | None,
         objective: Callable[[Tensor], Tensor],
-        own: Sequence[Tensor] = (),
+        extra: Sequence[Tensor] = (),
         shift: Mapping[str, Tensor] | None = None,
     ) -> Gradient:
         """Gradient of `objective(features)`, aside from the step's own: nothing is added to any parameter's `.grad`.
@@ -161,7 +165,7 @@ class Context(Protocol):
             role: slots whose pooled features the objective gets, as in `encode`; may be called between an `encode` and
                 its `backward`.
             objective: the same on every rank.
-            own: tensors of the method to differentiate by as well.
+            extra: tensors of the method to differentiate by as well.
             shift: what to add to the trunk's parameters first, by name.
 
         Raises:
@@ -169,12 +173,12 @@ class Context(Protocol):
         """
         ...
 
-    def derivative(
+    def jvp(
         self, role: str | Sequence[str] | None, direction: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch features"]]:
         """Pooled features, and their derivative when the trunk's parameters move along `direction` (forward mode).
 
-        In float32 (float64) whatever the run's precision; batch normalisation has to be frozen (`MethodConfig.freezes`).
+        In float32 (float64) whatever the run's precision; batch normalisation has to be frozen (`MethodConfig.requires_frozen_batch_norm`).
         """
         ...
 
@@ -190,11 +194,11 @@ class Context(Protocol):
         """Updates the parameters of one optimizer at its scheduled rate and clears its gradients."""
         ...
 
-    def sweep(self, ids: Int64[np.ndarray, " some"], embed: bool = True) -> Float[Tensor, "some dim"]:
+    def embed_samples(self, ids: Int64[np.ndarray, " some"], embed: bool = True) -> Float[Tensor, "some dim"]:
         """Embeddings (or pooled features) of many training samples without gradient or augmentation, shared by the ranks."""
         ...
 
-    def digest(self) -> str:
+    def weights_hash(self) -> str:
         """Names the present weights of trunk and method: alike only for equal weights."""
         ...
 
@@ -259,6 +263,6 @@ class Method(nn.Module):
         """Pooled features to embeddings; what retrieval uses."""
         return self.head(features)
 
-    def refine(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "images other"]:
+    def refine_embeddings(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "images other"]:
         """Embeddings of all images of an evaluation together, for methods that let test images look at each other."""
         return embeddings

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from methods.base import Batch, Context, Method, MethodConfig
 from methods.config import Length
 from methods.functional import global_generators
-from methods.mining import Mining, MiningNeeds
+from methods.mining import Mining, MiningRequirements
 
 GIVEN = {"num_classes", "embedding_size", "descriptors_dim"}  # arguments that follow from the data and the head
 
@@ -107,10 +107,10 @@ class BaselineConfig(MethodConfig):
     hard_weight: float = Field(1.0, ge=0)
 
     @property
-    def mining(self) -> MiningNeeds | None:
+    def mining(self) -> MiningRequirements | None:
         if not self.memory and not self.hard_negatives:
             return None
-        return MiningNeeds(bool(self.hard_negatives), self.hard_negatives or 10, total=self.memory or None)
+        return MiningRequirements(bool(self.hard_negatives), self.hard_negatives or 10, total=self.memory or None)
 
     @model_validator(mode="after")
     def _check(self) -> BaselineConfig:
@@ -164,7 +164,7 @@ class Baseline(Method):
         terms = {"batch": self.loss(embeddings, batch.labels, context)}
         with global_generators(context.seed, context.clock.step, 1):
             m = mining.memory
-            if m is not None and c.memory_start.share(context.clock) >= 1 and len(m.labels):
+            if m is not None and c.memory_start.fraction_done(context.clock) >= 1 and len(m.labels):
                 others = m.features.to(embeddings.dtype)
                 found = _against(self.loss_function, self.miner, embeddings, batch.labels, others, m.labels)
                 terms["memory"] = c.memory_weight * found
@@ -184,11 +184,11 @@ class Baseline(Method):
         if not k:
             return None
         ask: dict[str, Any] = {"which": "other", "with_values": True, "unknown": "empty"}
-        found = mining.fetched("hard")
+        found = mining.take_prefetched("hard")
         if found is None:  # the first step of an epoch
             found = mining.neighbours(k, ids=batch.ids, **ask)
-        if context.upcoming is not None:
-            mining.prefetch("hard", k, ids=context.upcoming, **ask)
+        if context.next_ids is not None:
+            mining.prefetch("hard", k, ids=context.next_ids, **ask)
         ids, first = np.unique(found.ids, return_index=True)
         first = first[ids >= 0]
         if len(first) == 0:

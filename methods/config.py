@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 
-class Frozen(BaseModel):
+class BaseConfig(BaseModel):
     """Base of every config: immutable; an unknown key is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -21,11 +21,11 @@ class Clock:
     step: int = 0
     epoch: float = 0.0
 
-    def passed(self, unit: str) -> float:
+    def elapsed(self, unit: str) -> float:
         return float(self.step) if unit == "steps" else self.epoch
 
 
-class Length(Frozen):
+class Length(BaseConfig):
     """A stretch of training, "200 steps" or "3 epochs"."""
 
     value: Annotated[float, Field(ge=0)]
@@ -50,9 +50,9 @@ class Length(Frozen):
         number = int(self.value) if self.value.is_integer() else self.value  # all digits: it has to read back equal
         return f"{number} {self.unit}"
 
-    def share(self, clock: Clock) -> float:
+    def fraction_done(self, clock: Clock) -> float:
         """Share of this length that has passed, from 0 to 1 (1 for an empty length)."""
-        share = clock.passed(self.unit) / self.value if self.value else 1.0
+        share = clock.elapsed(self.unit) / self.value if self.value else 1.0
         return 1.0 if share > 1 - 1e-9 else share
 
     def steps(self, steps_per_epoch: int) -> int:

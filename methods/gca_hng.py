@@ -91,7 +91,7 @@ class Neck(nn.Module):
         return self.linear(self.norm(features))
 
 
-class Layout(NamedTuple):
+class BatchLayout(NamedTuple):
     """A batch in sample-major order: slot k·P + i is image k of class i.
 
     Attributes:
@@ -143,7 +143,7 @@ def distances(
 def synthesise(
     z: Float[Tensor, "batch dim"],
     lam: Float[Tensor, "rows batch dim"],
-    layout: Layout,
+    layout: BatchLayout,
     strength: float | Tensor,
     uniforms: Float[Tensor, "samples chain"],
 ) -> Float[Tensor, "rows classes dim"]:
@@ -174,7 +174,7 @@ def synthesise(
 
 
 def synthetic_npair(
-    z: Float[Tensor, "batch dim"], joined: Float[Tensor, "rows classes dim"], layout: Layout
+    z: Float[Tensor, "batch dim"], joined: Float[Tensor, "rows classes dim"], layout: BatchLayout
 ) -> Float[Tensor, ""]:
     """The rows' part of J_syn: each anchor against the positive of its class and the pulled negatives of the others."""
     own = torch.arange(len(z), device=z.device)[layout.rows]
@@ -186,7 +186,7 @@ def synthetic_npair(
     return (entropy + RHO * norms) / len(z)
 
 
-def kept_entries(layout: Layout, reference: bool) -> Bool[Tensor, "rows classes"]:
+def kept_entries(layout: BatchLayout, reference: bool) -> Bool[Tensor, "rows classes"]:
     """Which (anchor, class) pairs the similarity term counts: classes other than the anchor's.
 
     `reference`: as the authors' program indexes them; it hits K of the K·P own-class entries and drops real negatives.
@@ -259,15 +259,15 @@ class GcaHng(Method):
         self.sums.zero_()
 
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
-        frozen = self.config.warmup.share(context.clock) < 1
+        frozen = self.config.warmup.fraction_done(context.clock) < 1
         with torch.no_grad() if frozen else nullcontext():
             features = context.encode()
-        ranks = context.work if self.config.generate and self.config.shard_edges else None
+        ranks = context.ranks if self.config.generate and self.config.shard_edges else None
         order, layout = self._layout(batch.labels, ranks)
         uniforms = [self._uniforms(context) for _ in range(2)]
         return self.iterate(features[order], layout, uniforms, context, ranks)
 
-    def _layout(self, labels: Tensor, ranks: Ranks | None) -> tuple[Tensor, Layout]:
+    def _layout(self, labels: Tensor, ranks: Ranks | None) -> tuple[Tensor, BatchLayout]:
         """Order of the slots that makes a class-major batch sample-major, and the layout it has then."""
         k = self.config.samples_per_class
         grouped = labels.view(-1, k)
@@ -275,7 +275,7 @@ class GcaHng(Method):
             raise ValueError(f"every {k} slots have to be of one class: use plans.uniform_classes")
         order = torch.arange(len(labels), device=labels.device).view(-1, k).T.flatten()
         rows = slice(0, len(labels)) if ranks is None else ranks.slice(len(labels))
-        return order, Layout(len(grouped), k, labels[order], rows)
+        return order, BatchLayout(len(grouped), k, labels[order], rows)
 
     def _uniforms(self, context: Context) -> Tensor:
         k = self.config.samples_per_class
@@ -287,7 +287,7 @@ class GcaHng(Method):
     def iterate(
         self,
         features: Float[Tensor, "batch features"],
-        layout: Layout,
+        layout: BatchLayout,
         uniforms: Sequence[Tensor],
         context: Context,
         ranks: Ranks | None = None,
@@ -332,13 +332,13 @@ class GcaHng(Method):
         self._step_graph(context, first=False)
         return self._count(logs | {"classifier": classified} | parts, metric, parts["generator"])
 
-    def _metric_loss(self, z: Tensor, layout: Layout) -> Tensor:
+    def _metric_loss(self, z: Tensor, layout: BatchLayout) -> Tensor:
         if self.proxies is not None:
             return self.proxies(z, layout.labels)
         return npair(z, layout.classes, layout.labels[: layout.classes])
 
     def generator_loss(
-        self, z: Float[Tensor, "batch dim"], layout: Layout, uniforms: Tensor, ranks: Ranks | None = None
+        self, z: Float[Tensor, "batch dim"], layout: BatchLayout, uniforms: Tensor, ranks: Ranks | None = None
     ) -> dict[str, Float[Tensor, ""]]:
         """J_gen and its parts, with gradient to the graph's parameters alone."""
         c, rows = self.config, layout.rows
@@ -380,11 +380,11 @@ class GcaHng(Method):
 
     @staticmethod
     def _shared(x: Tensor, ranks: Ranks | None) -> Tensor:
-        return x if ranks is None else ranks.share(x)
+        return x if ranks is None else ranks.copy_to_ranks(x)
 
     @staticmethod
     def _total(x: Tensor, ranks: Ranks | None) -> Tensor:
-        return x if ranks is None else ranks.total(x)
+        return x if ranks is None else ranks.sum_over_ranks(x)
 
 
 __all__ = ["GcaHng", "GcaHngConfig"]

@@ -86,11 +86,11 @@ class Pairs:
 
     def total(self, x: Tensor) -> Tensor:
         """Sum over the processes of what each computed from its own edges; its gradient passes as it is."""
-        return x if self.ranks is None else self.ranks.total(x)
+        return x if self.ranks is None else self.ranks.sum_over_ranks(x)
 
     def share(self, x: Tensor) -> Tensor:
         """`x`, the same in all processes, for use with own edges; its gradient is summed over them."""
-        return x if self.ranks is None else self.ranks.share(x)
+        return x if self.ranks is None else self.ranks.copy_to_ranks(x)
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """The layer applied to own edges."""

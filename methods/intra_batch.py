@@ -164,7 +164,7 @@ class IntraBatch(Method):
     def _entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits / self.config.temperature, labels, label_smoothing=self.config.label_smoothing)
 
-    def refine(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "images width"]:
+    def refine_embeddings(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "images width"]:
         """Each image's node after messages among it and its k-reciprocal neighbours, where the config asks for it."""
         if self.config.inference == "embedding" or self.network is None:
             return embeddings

@@ -10,11 +10,13 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-Which = Literal["all", "other", "same"]  # classes that a search looks at: every one | all but the query's | the query's
+ClassFilter = Literal[
+    "all", "other", "same"
+]  # classes that a search looks at: every one | all but the query's | the query's
 
 
 @dataclass(frozen=True)
-class MiningNeeds:
+class MiningRequirements:
     """What a method wants to be kept over the whole training set; see `Mining`.
 
     Attributes:
@@ -34,7 +36,7 @@ class MiningNeeds:
 
 
 @runtime_checkable
-class Found(Protocol):
+class SearchResult(Protocol):
     """What a search found, nearest first.
 
     Attributes:
@@ -104,11 +106,11 @@ class Mining(Protocol):
 
         Args:
             ids, embeddings, labels: of the rows; at most some thousands a call.
-            tag: what they are of (epoch, weights), for `all_pairs`.
+            tag: what they are of (epoch, weights), for `all_neighbours`.
         """
         ...
 
-    def neighbours(self, k: int, **ask: Any) -> Found:
+    def neighbours(self, k: int, **ask: Any) -> SearchResult:
         """The k nearest rows of the table.
 
         Args:
@@ -126,14 +128,14 @@ class Mining(Protocol):
         """Starts a search, as `neighbours`; its answer survives a restart of the run."""
         ...
 
-    def fetched(self, name: str) -> Found | None:
+    def take_prefetched(self, name: str) -> SearchResult | None:
         """The answer of the last `prefetch` of that name, once; none if there was none since."""
         ...
 
-    def all_pairs(
+    def all_neighbours(
         self,
         k: int,
-        which: Which = "all",
+        which: ClassFilter = "all",
         reduce: Callable[[Any, Any], Any] | None = None,
         tag: str = "",
         approximate: bool = False,
@@ -144,7 +146,7 @@ class Mining(Protocol):
             k: length of a list.
             which: as in `neighbours`.
             reduce: a function of (queries, lists), called where the lists are; only its result travels. Queries have `ids`,
-                `values` and `labels`; lists have `ids` and `distances`, as `Found`.
+                `values` and `labels`; lists have `ids` and `distances`, as `SearchResult`.
             tag: that every row has to have been put with, since any other put; "": any.
             approximate: through an index (`mining.engine`, `mining.recall`); else exact.
 

@@ -42,10 +42,10 @@ from torch import Tensor
 
 from methods.base import Batch, Context, Gradient, Method, MethodConfig
 from methods.config import Length
-from methods.mining import Memory, MiningNeeds
+from methods.mining import Memory, MiningRequirements
 from methods.mmsi_losses import BASES, MARGINS, Constants, Selection
 from methods.optim import OptimizerConfig
-from methods.plans import Plan, each_class_once, side_by_side
+from methods.plans import Plan, each_class_once, join_roles
 
 
 class MmsiConfig(MethodConfig):
@@ -89,12 +89,12 @@ class MmsiConfig(MethodConfig):
         return Constants(margin, self.alpha, self.beta, self.base)
 
     @property
-    def freezes(self) -> bool:
+    def requires_frozen_batch_norm(self) -> bool:
         return self.meta
 
     @property
-    def mining(self) -> MiningNeeds | None:
-        return MiningNeeds(per_class=self.memory_per_class, total=self.memory_total) if self.meta else None
+    def mining(self) -> MiningRequirements | None:
+        return MiningRequirements(per_class=self.memory_per_class, total=self.memory_total) if self.meta else None
 
     @model_validator(mode="after")
     def _check(self) -> MmsiConfig:
@@ -185,7 +185,7 @@ class Mmsi(Method):
         if not c.meta:
             return plan
         source = held if c.meta_source == "holdout" else everything
-        return side_by_side({"train": plan, "meta": self._meta_batches(labels, source, seed, epoch, len(plan))})
+        return join_roles({"train": plan, "meta": self._meta_batches(labels, source, seed, epoch, len(plan))})
 
     def _meta_batches(self, labels: np.ndarray, source: np.ndarray, seed: int, epoch: int, steps: int) -> Plan:
         """The epoch's part of an endless row of passes over all classes."""
@@ -210,10 +210,10 @@ class Mmsi(Method):
         role = batch.columns["role"]
         train, meta = (torch.from_numpy(role == name).to(batch.ids.device) for name in ("train", "meta"))
         labels, memory = batch.labels[train], context.mining.memory
-        plain = c.meta_start.share(context.clock) < 1
+        plain = c.meta_start.fraction_done(context.clock) < 1
         known = len(memory.classes) + len(set(labels.tolist()).difference(memory.classes))
         with torch.set_grad_enabled(plain or known >= self.warmup):
-            embeddings = self.embed(context.encode("train", derive=not plain and known >= self.warmup))
+            embeddings = self.embed(context.encode("train", keep_for_jvp=not plain and known >= self.warmup))
         context.mining.put(batch.ids[train], embeddings.detach(), labels)
         similarity = embeddings @ embeddings.T
         chosen = select(similarity, labels, c)
@@ -257,7 +257,9 @@ class Mmsi(Method):
 
             step = context.gradient("train", virtual, list(head.values()))
             shift = {n: -lr * g for n, g in step.trunk.items()}
-            head = {n: (p - lr * g).detach().requires_grad_() for (n, p), g in zip(head.items(), step.own, strict=True)}
+            head = {
+                n: (p - lr * g).detach().requires_grad_() for (n, p), g in zip(head.items(), step.extra, strict=True)
+            }
 
         def objective(features: Tensor) -> Tensor:
             embeddings = torch.func.functional_call(self.head, head, (features,))
@@ -268,13 +270,13 @@ class Mmsi(Method):
 
     def _along(self, gradient: Gradient, context: Context) -> Float[Tensor, "batch dim"]:
         """Derivative of the batch's embeddings when trunk and head move along a gradient."""
-        features, along = context.derivative("train", gradient.trunk)
+        features, along = context.jvp("train", gradient.trunk)
         head = {n: p.detach() for n, p in self.head.named_parameters()}
         with torch.no_grad():
             tangent: Tensor = torch.func.jvp(
                 lambda f, p: torch.func.functional_call(self.head, p, (f,)),
                 (features, head),
-                (along, dict(zip(head, gradient.own, strict=True))),
+                (along, dict(zip(head, gradient.extra, strict=True))),
             )[1]
         return tangent
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from methods.config import Clock, Frozen, Length
+from methods.config import BaseConfig, Clock, Length
 
 
-class ScheduleConfig(Frozen):
+class ScheduleConfig(BaseConfig):
     """Factor on the learning rate over time; any kind may start with a linear warm-up."""
 
     kind: Literal["constant", "cosine", "step"] = "constant"
@@ -47,19 +47,19 @@ class ScheduleConfig(Frozen):
             clock = Clock(clock.step, float(math.floor(clock.epoch + 1e-9)))
         factor = 1.0
         if self.kind == "cosine":
-            factor = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * total.share(clock)))
+            factor = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * total.fraction_done(clock)))
         elif self.kind == "step":
-            decays = sum(clock.passed(m.unit) >= m.value for m in self.milestones)
+            decays = sum(clock.elapsed(m.unit) >= m.value for m in self.milestones)
             if self.every is not None:
-                decays += int(clock.passed(self.every.unit) / self.every.value + 1e-9)
+                decays += int(clock.elapsed(self.every.unit) / self.every.value + 1e-9)
             factor = self.gamma**decays
         if self.warmup.value:
             one_step = 1.0 if self.warmup.unit == "steps" else 0.0  # never a first step of rate 0 when counted in steps
-            factor *= min(1.0, (clock.passed(self.warmup.unit) + one_step) / self.warmup.value)
+            factor *= min(1.0, (clock.elapsed(self.warmup.unit) + one_step) / self.warmup.value)
         return factor
 
 
-class OptimizerConfig(Frozen):
+class OptimizerConfig(BaseConfig):
     """One optimizer over the trunk and the method's modules."""
 
     name: Literal["adamw", "adam", "sgd", "radam"] = "adamw"
@@ -93,20 +93,20 @@ class OptimizerConfig(Frozen):
 class Optimizer:
     """A torch optimizer with its schedule and clipping; what `Method.optimizers` returns by name."""
 
-    torch: torch.optim.Optimizer
+    inner: torch.optim.Optimizer
     config: OptimizerConfig
 
     def step(self, clock: Clock, total: Length) -> None:
         """Sets the scheduled learning rates, clips as configured, and updates the parameters."""
         factor = self.config.schedule.factor(clock, total)
-        parameters = [p for group in self.torch.param_groups for p in group["params"]]
-        for group in self.torch.param_groups:
+        parameters = [p for group in self.inner.param_groups for p in group["params"]]
+        for group in self.inner.param_groups:
             group["lr"] = group["initial_lr"] * factor
         if self.config.clip_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, self.config.clip_value)
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
-        self.torch.step()
+        self.inner.step()
 
 
 def build_optimizer(config: OptimizerConfig, groups: Mapping[str, Iterable[torch.nn.Parameter]]) -> Optimizer:

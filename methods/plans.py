@@ -75,10 +75,10 @@ def class_balanced(
             f"different classes{shared}: lower classes_per_batch, or train on more classes"
         )
     steps = max(-(-len(groups) // classes_per_batch), int(counts.max()))
-    table = _deal(counts, steps, classes_per_batch, random)
-    _fill(table, counts, random)
+    table = _assign_steps(counts, steps, classes_per_batch, random)
+    _fill_steps(table, counts, random)
     ids = groups[table].reshape(steps, classes_per_batch * samples_per_class)
-    _complete(ids, labels, order, sizes, random)
+    _fill_slots(ids, labels, order, sizes, random)
     return Plan(ids)
 
 
@@ -92,12 +92,12 @@ def _groups(
     starts, several = np.cumsum(sizes) - sizes, np.flatnonzero(sizes > 1)
     n = sizes[several]
     counts = -(-n // size)
-    places = _places(counts, size)
+    places = _group_positions(counts, size)
     last, earlier = np.cumsum(counts) - 1, (counts - 1) * size
     # A last group that is short takes samples of the earlier groups; repeats only where the class is too small.
     large, small = np.flatnonzero(n % size * (n > size)), np.flatnonzero(n < size)
     for which, drawn in (
-        (large, _distinct(size - 1, earlier[large], random)),
+        (large, _sample_without_replacement(size - 1, earlier[large], random)),
         (small, random.integers(0, n[small, None], (len(small), size - 1))),
     ):
         own = places[last[which], 1:]
@@ -112,7 +112,7 @@ def _groups(
     return groups, np.concatenate([counts, np.ones(len(mixed) // size, dtype=np.int64)])
 
 
-def _deal(
+def _assign_steps(
     counts: np.ndarray, steps: int, classes: int, random: np.random.Generator
 ) -> Int64[np.ndarray, "steps classes"]:
     """Gives every group a step, no owner twice in one; returns group numbers, -1 where a step is still short.
@@ -122,7 +122,7 @@ def _deal(
     """
     dealt = random.permutation(len(counts))
     owners = np.repeat(dealt, counts[dealt])
-    sequence = (np.cumsum(counts) - counts)[owners] + _counted(counts[dealt])
+    sequence = (np.cumsum(counts) - counts)[owners] + _ragged_arange(counts[dealt])
     table = np.full((steps, classes), -1, dtype=np.int64)
     before = np.empty(0, dtype=np.int64)
     for column in range(classes):
@@ -140,17 +140,17 @@ def _deal(
     return table[random.permutation(steps)]
 
 
-def _fill(table: np.ndarray, counts: np.ndarray, random: np.random.Generator) -> None:
+def _fill_steps(table: np.ndarray, counts: np.ndarray, random: np.random.Generator) -> None:
     """Fills short steps, in place, with groups of owners that the step does not have yet. Full columns come first."""
     starts, owners = np.cumsum(counts) - counts, np.repeat(np.arange(len(counts)), counts)
     for column in range(table.shape[1]):
         short = np.flatnonzero(table[:, column] < 0)
         if len(short):
-            owner = _another(owners[table[short, :column]], np.full(len(short), len(counts)), random)
+            owner = _sample_excluding(owners[table[short, :column]], np.full(len(short), len(counts)), random)
             table[short, column] = starts[owner] + random.integers(0, counts[owner])
 
 
-def _complete(
+def _fill_slots(
     ids: np.ndarray, labels: np.ndarray, order: np.ndarray, sizes: np.ndarray, random: np.random.Generator
 ) -> None:
     """Fills empty slots, in place, with one image each of classes absent from the step.
@@ -220,9 +220,9 @@ def _combine(labels: np.ndarray, groups_per_batch: int, group_size: int, random:
     sizes = np.bincount(labels)
     filled = np.maximum(sizes, group_size)
     counts = filled // group_size + 1
-    places, last = _places(counts, group_size), np.cumsum(counts) - 1
+    places, last = _group_positions(counts, group_size), np.cumsum(counts) - 1
     large, small = np.flatnonzero(sizes >= group_size), np.flatnonzero(sizes < group_size)
-    own, more = places[last[large]], _distinct(group_size, sizes[large], random)
+    own, more = places[last[large]], _sample_without_replacement(group_size, sizes[large], random)
     places[last[large]] = np.where(own < sizes[large, None], own, more)
     own, more = places[last[small] - 1], random.integers(0, sizes[small, None], (len(small), group_size))
     places[last[small] - 1] = first = np.where(own < sizes[small, None], own, more)
@@ -257,10 +257,10 @@ def uniform_classes(
             f"classes_per_batch is {classes_per_batch}, the training set has {len(sizes)} classes: lower classes_per_batch"
         )
     steps = max(1, (len(labels) - 1) // (classes_per_batch * size))
-    visited = _distinct(classes_per_batch, np.full(steps, len(sizes)), random).ravel()
+    visited = _sample_without_replacement(classes_per_batch, np.full(steps, len(sizes)), random).ravel()
     visits = np.bincount(visited, minlength=len(sizes))
     visit = np.empty(len(visited), dtype=np.int64)  # which of its class's visits each is
-    visit[np.argsort(visited, kind="stable")] = _counted(visits)
+    visit[np.argsort(visited, kind="stable")] = _ragged_arange(visits)
     # A class's lists, one after the other, as many as its visits use up.
     per_list = np.maximum(sizes // size, 1)
     lists = np.where(sizes < size, 0, -(-visits // per_list))
@@ -304,7 +304,7 @@ def each_class_once(
     return Plan(ids.reshape(-1, classes_per_batch * samples_per_class))
 
 
-def side_by_side(parts: Mapping[str, Plan]) -> Plan:
+def join_roles(parts: Mapping[str, Plan]) -> Plan:
     """Plans of equal length as roles of one: their slots one after the other, with a column `role`."""
     names = np.array(list(parts))
     role = np.repeat(names, [p.ids.shape[1] for p in parts.values()])
@@ -325,17 +325,17 @@ def _shuffled(labels: np.ndarray, random: np.random.Generator) -> Int64[np.ndarr
     return order[keys]
 
 
-def _counted(counts: np.ndarray) -> Int64[np.ndarray, " all"]:
+def _ragged_arange(counts: np.ndarray) -> Int64[np.ndarray, " all"]:
     """0, 1, ... of every owner in turn, as many as it has."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _places(counts: np.ndarray, size: int) -> Int64[np.ndarray, "groups size"]:
+def _group_positions(counts: np.ndarray, size: int) -> Int64[np.ndarray, "groups size"]:
     """Places 0, 1, ... within every class, which has so many groups."""
-    return _counted(counts)[:, None] * size + np.arange(size)
+    return _ragged_arange(counts)[:, None] * size + np.arange(size)
 
 
-def _another(taken: np.ndarray, below: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, " rows"]:
+def _sample_excluding(taken: np.ndarray, below: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, " rows"]:
     """For each row a number below its bound that is not among those taken (distinct ones), all equally likely."""
     drawn = random.integers(0, below - taken.shape[1])
     for number in np.sort(taken, axis=1).T:
@@ -343,9 +343,11 @@ def _another(taken: np.ndarray, below: np.ndarray, random: np.random.Generator) 
     return drawn
 
 
-def _distinct(count: int, below: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, "rows count"]:
+def _sample_without_replacement(
+    count: int, below: np.ndarray, random: np.random.Generator
+) -> Int64[np.ndarray, "rows count"]:
     """For each row `count` different numbers below its bound, in random order; O(rows · count²)."""
     drawn = np.empty((len(below), count), dtype=np.int64)
     for column in range(count):
-        drawn[:, column] = _another(drawn[:, :column], below, random)
+        drawn[:, column] = _sample_excluding(drawn[:, :column], below, random)
     return drawn

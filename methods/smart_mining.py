@@ -44,10 +44,10 @@ from torch import Tensor
 
 from methods.base import Batch, Context, Method, MethodConfig
 from methods.config import Length
-from methods.mining import MiningNeeds
+from methods.mining import MiningRequirements
 from methods.optim import OptimizerConfig, ScheduleConfig
 from methods.plans import Plan
-from methods.smart_mining_rule import Classes, Triplets, mine
+from methods.smart_mining_rule import ClassIndex, Triplets, mine
 
 _SWEEP = 2**18  # images embedded in one go
 _PUT = 4096  # rows sent at once
@@ -84,8 +84,8 @@ class SmartMiningConfig(MethodConfig):
     )  # fmt: skip
 
     @property
-    def mining(self) -> MiningNeeds | None:
-        return MiningNeeds(table=True, neighbours=self.list_length) if self.mined_share else None
+    def mining(self) -> MiningRequirements | None:
+        return MiningRequirements(table=True, neighbours=self.list_length) if self.mined_share else None
 
     @model_validator(mode="after")
     def _check(self) -> SmartMiningConfig:
@@ -213,7 +213,7 @@ class SmartMining(Method):
     def plan(self, epoch: int, context: Context) -> Plan:
         """Triplets of all anchors in random order: slots of anchors, of positives, of negatives, with their kind."""
         c = self.config
-        classes = Classes(context.labels, (context.seed, epoch, 0x53A))
+        classes = ClassIndex(context.labels, (context.seed, epoch, 0x53A))
         random = np.random.default_rng([context.seed, epoch, 0x53B])
         anchors = np.flatnonzero(classes.sizes[classes.labels] > 1)
         if len(anchors) == 0 or len(np.flatnonzero(classes.sizes)) < 2:
@@ -238,16 +238,16 @@ class SmartMining(Method):
     def _mines(self, epoch: float | int) -> bool:
         return epoch >= self.config.random_epochs and self.config.mined_share > 0
 
-    def _mine(self, epoch: int, anchors: np.ndarray, classes: Classes, context: Context) -> Triplets:
+    def _mine(self, epoch: int, anchors: np.ndarray, classes: ClassIndex, context: Context) -> Triplets:
         """Embeds all images, lists their neighbours, and takes triplets from the lists."""
         c, mining = self.config, context.mining
         assert mining is not None
-        tag = f"epoch {epoch}, weights {context.digest()}"
+        tag = f"epoch {epoch}, weights {context.weights_hash()}"
         started = time.perf_counter()
         everything, count = np.arange(len(context.labels)), len(context.labels)
         for first in range(0, count, _SWEEP):
             ids = everything[first : first + _SWEEP]
-            embeddings = context.sweep(ids)
+            embeddings = context.embed_samples(ids)
             for start in range(0, len(ids), _PUT):
                 part = slice(start, start + _PUT)
                 some = torch.from_numpy(ids[part])
@@ -259,12 +259,12 @@ class SmartMining(Method):
         positives = None
         if c.positives == "class":
             which = "other"
-            known, lists, _ = mining.all_pairs(min(k, int(classes.sizes.max()) - 1), "same", None, tag)
+            known, lists, _ = mining.all_neighbours(min(k, int(classes.sizes.max()) - 1), "same", None, tag)
             positives = known, lists[0]
         rule = functools.partial(
             mine, classes=classes, kappa=self.controller.kappa, count=c.triplets_per_anchor, wanted=wanted, positives=positives
         )  # fmt: skip
-        _, blocks, recall = mining.all_pairs(k, which, rule, tag, c.lists == "approximate")
+        _, blocks, recall = mining.all_neighbours(k, which, rule, tag, c.lists == "approximate")
         listed = time.perf_counter()
         parts = [b.triplets for b in blocks]
         anchor = np.concatenate([p.anchor for p in parts])

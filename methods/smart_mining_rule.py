@@ -35,7 +35,7 @@ class Triplets(NamedTuple):
     kind: Int64[np.ndarray, " triplets"]
 
 
-class Classes:
+class ClassIndex:
     """Who is in which class, and random members drawn from (key, anchor, draw) alone: in any order, in any process.
 
     Args:
@@ -84,7 +84,7 @@ def _mixed(z: np.ndarray) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-class Chosen(NamedTuple):
+class RuleResult(NamedTuple):
     """What the rule takes from the list of each anchor.
 
     Attributes:
@@ -102,15 +102,15 @@ class Chosen(NamedTuple):
     without_negative: Bool[np.ndarray, " anchors"]
 
 
-def choose(
+def apply_rule(
     anchors: Int64[np.ndarray, " anchors"],
     wanted: Bool[np.ndarray, " anchors"],
     ids: Int64[np.ndarray, "anchors k"],
     distances: Float64[np.ndarray, "anchors k"],
-    classes: Classes,
+    classes: ClassIndex,
     kappa: float,
     count: int,
-) -> Chosen:
+) -> RuleResult:
     """The mining rule.
 
     Args:
@@ -125,7 +125,7 @@ def choose(
     c, shape = classes, (len(anchors), count)
     uniform = c.uniform(np.repeat(anchors, count), 2 * np.tile(np.arange(count), len(anchors))).reshape(shape)
     bound, lacking = np.full(len(anchors), np.nan), np.zeros((2, len(anchors)), bool)
-    chosen = Chosen(np.full(shape, -1), np.full(shape, -1), np.full(shape, RANDOM), bound, lacking[0], lacking[1])
+    chosen = RuleResult(np.full(shape, -1), np.full(shape, -1), np.full(shape, RANDOM), bound, lacking[0], lacking[1])
     taken = np.empty(ids.shape[1] + 2, np.int64)
     rows = np.flatnonzero(wanted)
     _compiled()(
@@ -203,7 +203,7 @@ def _compiled() -> Callable[..., Any]:
     return numba.njit(nogil=True)(_choose)
 
 
-class Mined(NamedTuple):
+class MinedBlock(NamedTuple):
     """Of a block of anchors.
 
     Attributes:
@@ -221,13 +221,13 @@ class Mined(NamedTuple):
 def mine(
     queries: Any,
     lists: Any,
-    classes: Classes,
+    classes: ClassIndex,
     kappa: float,
     count: int,
     wanted: np.ndarray | None,
     positives: Any = None,
-) -> Mined:
-    """Triplets of a block of anchors from their lists; a `reduce` of `Mining.all_pairs`.
+) -> MinedBlock:
+    """Triplets of a block of anchors from their lists; a `reduce` of `Mining.all_neighbours`.
 
     Args:
         queries: the anchors: `ids`.
@@ -247,13 +247,13 @@ def mine(
         anchors, ids, distances, kept = anchors[kept], ids[kept], distances[kept], np.ones(kept.sum(), bool)
     if positives is not None:
         ids, distances = _merged(anchors, ids, distances, *positives)
-    found = choose(anchors, kept, ids, distances, classes, kappa, count)
+    found = apply_rule(anchors, kept, ids, distances, classes, kappa, count)
     triplets = Triplets(np.repeat(anchors[kept], count), *(column[kept].ravel() for column in found[:3]))
     none, draw = np.flatnonzero(triplets.kind == RANDOM), np.tile(np.arange(count), int(kept.sum()))
     random = classes.random_triplets(triplets.anchor[none], draw[none])
     triplets.positive[none], triplets.negative[none] = random.positive, random.negative
     lacking, crowded = int(found.without_positive.sum()), int(found.without_negative.sum())
-    return Mined(triplets, lacking, crowded, time.perf_counter() - started)
+    return MinedBlock(triplets, lacking, crowded, time.perf_counter() - started)
 
 
 def _merged(

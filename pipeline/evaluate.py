@@ -29,7 +29,7 @@ from pipeline.evaluation.evaluate_task import evaluate
 from pipeline.evaluation.retrieval import retrieve
 from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.inference.embed import embed
-from pipeline.inference.trained_model import Trained, find
+from pipeline.inference.trained_model import TrainedModel, load_run
 from pipeline.runs.terminal import metrics_table
 from pipeline.storage import Folder
 
@@ -135,7 +135,7 @@ def _of_run(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...
         raise UserError("--gallery goes with arrays; a dataset brings its own query and gallery splits")
     if options.split not in ("test", "validation") or options.workers is not None:
         raise UserError(f"--workers and --split {options.split} go with --embed-to; measured are test or validation")
-    trained = find(options.inputs[0], options.checkpoint)
+    trained = load_run(options.inputs[0], options.checkpoint)
     config, store = trained.config, _opened(trained)
     task = validation_task(config, store) if options.split == "validation" else test_task(config, store)
     if task is None:
@@ -153,7 +153,7 @@ def _of_run(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...
     return evaluate(task, embedder, trunk, method, recall_at, options.clustering).metrics, tuple(store.partial)
 
 
-def _opened(trained: Trained) -> Store:
+def _opened(trained: TrainedModel) -> Store:
     store = trained.store()
     if store.partial:
         Console(stderr=True).print(f"partial dataset: {'; '.join(store.partial)}", highlight=False, soft_wrap=True)
@@ -166,7 +166,7 @@ def _embed(options: argparse.Namespace) -> None:
         raise UserError("--embed-to goes with one run, and neither --gallery, --save, --recall-at nor --clustering")
     if options.workers is not None and options.workers < 0:
         raise UserError(f"--workers is {options.workers}, expected 0 (this process) or more")
-    trained = find(options.inputs[0], options.checkpoint)
+    trained = load_run(options.inputs[0], options.checkpoint)
     if options.split == "validation":
         raise UserError("--split validation is a part of the training images: embed --split train, and choose by label")
     splits = EMBEDDED[options.split]

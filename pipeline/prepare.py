@@ -21,7 +21,7 @@ from pipeline.data.layouts import LAYOUTS
 from pipeline.data.prepare_store import emoji_store, prepare
 from pipeline.data.published import listed, opened
 from pipeline.distributed.jobs import run_on_ray
-from pipeline.distributed.ray_session import blind_nodes, check_visible, on_cluster, ray_session
+from pipeline.distributed.ray_session import check_visible, nodes_without_path, on_cluster, ray_session
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.storage import Folder, home
 
@@ -158,7 +158,7 @@ def _published(
 
 def _check_sources(ray: Any, path: str, what: str) -> None:
     """On a cluster of several nodes, whose tasks read the images: an error unless all see a local path."""
-    blind = [] if ray is None or "://" in path else blind_nodes(ray, path)
+    blind = [] if ray is None or "://" in path else nodes_without_path(ray, path)
     if blind:
         raise UserError(
             f"{what} ({path}) cannot be seen from the nodes {', '.join(blind)}: put it on s3:// or in a folder that all "

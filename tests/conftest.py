@@ -26,7 +26,7 @@ from pipeline.config import Config
 from pipeline.data.entries import Entry
 from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.storage import Folder
 from tests.pool import Pool, warm_up
 from tests.stubs import STUBS, tiny_config
@@ -68,7 +68,7 @@ def write_tiny_store(root: Path, seed: int = 0) -> Store:
     test = {f"test{i:02d}": 3 + i % 5 for i in range(6)}
     images = write_images(root / "images", train | test, seed)
     entries = [Entry(path, name, "train" if name in train else "test") for path, name in images]
-    return write_store("tiny", entries, Folder(root / "store"), run_here, num_folds=4, images_per_shard=16)
+    return write_store("tiny", entries, Folder(root / "store"), run_serially, num_folds=4, images_per_shard=16)
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ class SweptPlan(Method):
         if epoch == self.config.load_best_at:
             context.load_best()
         labels = torch.from_numpy(context.labels)
-        embeddings = self_similarity = context.sweep(np.arange(len(labels))).cpu()
+        embeddings = self_similarity = context.embed_samples(np.arange(len(labels))).cpu()
         self_similarity = embeddings @ embeddings.T
         same = labels[:, None] == labels[None]
         hardest_negative = self_similarity.masked_fill(same, -torch.inf).argmax(1)

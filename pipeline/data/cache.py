@@ -53,7 +53,7 @@ def split_bytes(store: Store, split: str) -> int:
     return sum(s["bytes"] for s in _shards(store, split))
 
 
-def open_copy(store: Store, cache: Cache, split: str) -> MappedReader:
+def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
     """Opens this node's copy of a split, made now unless it is there; safe to call from several processes.
 
     Raises:
@@ -70,9 +70,9 @@ def open_copy(store: Store, cache: Cache, split: str) -> MappedReader:
                     for part in path.parent.glob("*.part"):
                         part.unlink()  # of a builder that was killed: the lock is ours
                     if not path.exists():
-                        _make_room(path.parent, split_bytes(store, split), cache.max_bytes)
+                        _evict(path.parent, split_bytes(store, split), cache.max_bytes)
                         _write(store, path, split)
-            file = _hold(path)
+            file = _open_shared(path)
             if file is not None:
                 return MappedReader(path, file)
     except OSError as error:
@@ -80,7 +80,7 @@ def open_copy(store: Store, cache: Cache, split: str) -> MappedReader:
         raise RunError(f"the copy of {split} cannot be made in {path.parent} ({reason}): set cache.folder") from error
 
 
-def _hold(path: Path) -> IO[bytes] | None:
+def _open_shared(path: Path) -> IO[bytes] | None:
     """Opens a copy so that nobody removes it; none if it has just been removed."""
     try:
         file = path.open("rb")
@@ -94,7 +94,7 @@ def _hold(path: Path) -> IO[bytes] | None:
     return file
 
 
-def _make_room(folder: Path, need: int, most: int) -> None:
+def _evict(folder: Path, need: int, most: int) -> None:
     """Removes copies that nobody has open, those used longest ago first, until there is room."""
     copies = sorted((p.stat().st_mtime_ns, p.stat().st_size, p) for p in folder.glob("*.arrow"))
     held = sum(size for _, size, _ in copies)
@@ -196,4 +196,4 @@ class MappedReader:
         return RunError(f"{self.path} is damaged ({reason}): remove it, it is made again")
 
 
-__all__ = ["Cache", "CacheFull", "MappedReader", "open_copy", "split_bytes"]
+__all__ = ["Cache", "CacheFull", "MappedReader", "open_local_copy", "split_bytes"]

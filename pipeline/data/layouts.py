@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.entries import Entry, Kind
-from pipeline.data.published import Layout, Tree, scalar
+from pipeline.data.published import DatasetFormat, FileIndex, scalar
 from pipeline.errors import UserError
 
 Box = tuple[float, float, float, float]
 
 
-def fields(tree: Tree, name: str, expected: str, skip: int = 0, from_end: bool = False) -> list[tuple[str, ...]]:
+def fields(tree: FileIndex, name: str, expected: str, skip: int = 0, from_end: bool = False) -> list[tuple[str, ...]]:
     """Rows of a list whose columns are parted by blanks; the last one (the first, if `from_end`) may hold blanks itself.
 
     Args:
@@ -63,7 +63,7 @@ def numbers(name: str, convert: Callable[[Any], Any], values: Sequence[Any]) -> 
         raise UserError(f"{name}: got {values}, expected numbers ({error})") from error
 
 
-def read_cub(tree: Tree) -> Iterator[Entry]:
+def read_cub(tree: FileIndex) -> Iterator[Entry]:
     """`images.txt`, `image_class_labels.txt`, `classes.txt`, `images/`, and `bounding_boxes.txt` where it is there.
 
     The corners of the boxes are taken as counted from 0.
@@ -86,7 +86,7 @@ def read_cub(tree: Tree) -> Iterator[Entry]:
         yield Entry(f"{folder}/{path}", names[label], split, box=boxes.get(image))
 
 
-def read_cars(tree: Tree) -> Iterator[Entry]:
+def read_cars(tree: FileIndex) -> Iterator[Entry]:
     """`cars_annos.mat` with `car_ims/`, or the devkit's two lists, which together name the same 16,185 images."""
     if tree.find("cars_annos.mat"):
         known = tree.mat("cars_annos.mat")
@@ -114,7 +114,7 @@ def _cars(file: str, known: dict[str, Any], names: Any, path: str, parent: str) 
         yield Entry(source, f"{label:03d}.{name}", split, box=box)
 
 
-def read_sop(tree: Tree) -> Iterator[Entry]:
+def read_sop(tree: FileIndex) -> Iterator[Entry]:
     """`Ebay_train.txt` and `Ebay_test.txt`; a class is a product, named with its category, as "00001 bicycle"."""
     for split in ("train", "test"):
         file = f"Ebay_{split}.txt"
@@ -124,7 +124,7 @@ def read_sop(tree: Tree) -> Iterator[Entry]:
             yield Entry(f"{parent}{path}", name, split)
 
 
-def read_inshop(tree: Tree) -> Iterator[Entry]:
+def read_inshop(tree: FileIndex) -> Iterator[Entry]:
     """`list_eval_partition.txt`, `img/`, and the boxes of `list_bbox_inshop.txt` where it is there."""
     file, boxes = "list_eval_partition.txt", dict[str, Box]()
     if tree.find("list_bbox_inshop.txt"):
@@ -143,7 +143,7 @@ MARS_NAME = re.compile(r"(\d{4}|00-1)C\d+T\d+F(\d+)\.jpe?g", re.IGNORECASE)
 MARS_KINDS: dict[str, Kind] = {"0000": "distractor", "00-1": "junk"}
 
 
-def read_mars(tree: Tree) -> Iterator[Entry]:
+def read_mars(tree: FileIndex) -> Iterator[Entry]:
     """Tracklets are rows (first, last, person, camera) over the lines of a list of names, all counted from 1.
 
     A frame 0001C1T0001F001.jpg lies in `bbox_train/0001/` or `bbox_test/0001/`.
@@ -168,7 +168,7 @@ def read_mars(tree: Tree) -> Iterator[Entry]:
                 yield Entry(source, identity, split, track=track, camera=camera, frame=frame, kind=kind)
 
 
-def _rows(tree: Tree, file: str, columns: int) -> np.ndarray:
+def _rows(tree: FileIndex, file: str, columns: int) -> np.ndarray:
     """The one matrix of a MATLAB file, as integers [rows, columns]."""
     matrices = [np.asarray(value) for value in tree.mat(file).values()]
     if len(matrices) != 1 or matrices[0].dtype.kind not in "iuf" or matrices[0].size % columns:
@@ -180,7 +180,7 @@ LPW_FRAME = re.compile(r"(?:.*/)?scen([123])/view(\d)/(\d+)/(\d+)\.jpe?g", re.IG
 LPW_VIEWS = {1: 3, 2: 4, 3: 4}
 
 
-def read_lpw(tree: Tree) -> Iterator[Entry]:
+def read_lpw(tree: FileIndex) -> Iterator[Entry]:
     """Frames `scen1/view2/17/342.jpg`: scene, view, person, number. Persons are numbered in each scene anew.
 
     A tracklet is all that one view shows of a person. Queries are view 2 of scene 1, the gallery is its other two views.
@@ -200,7 +200,7 @@ def read_lpw(tree: Tree) -> Iterator[Entry]:
 
 
 LAYOUTS = {
-    "cub": Layout(
+    "cub": DatasetFormat(
         "CUB-200-2011",
         (("images.txt", "image_class_labels.txt", "classes.txt", "images/"),),
         r"cub.*",
@@ -209,7 +209,7 @@ LAYOUTS = {
         "leave_one_out",
         boxes=("bounding_boxes.txt",),
     ),
-    "cars": Layout(
+    "cars": DatasetFormat(
         "Cars196",
         (
             ("cars_annos.mat", "car_ims/"),
@@ -227,7 +227,7 @@ LAYOUTS = {
         "leave_one_out",
         boxes=(),
     ),
-    "sop": Layout(
+    "sop": DatasetFormat(
         "Stanford Online Products",
         (("Ebay_train.txt", "Ebay_test.txt"),),
         r".*online[-_ ]products.*",
@@ -235,7 +235,7 @@ LAYOUTS = {
         {"train": {"images": 59_551, "classes": 11_318}, "test": {"images": 60_502, "classes": 11_316}},
         "leave_one_out",
     ),
-    "inshop": Layout(
+    "inshop": DatasetFormat(
         "In-Shop",
         (("list_eval_partition.txt", "img/"),),
         r"img|eval|anno|in[-_ ]?shop.*",
@@ -248,7 +248,7 @@ LAYOUTS = {
         "query_gallery",
         boxes=("list_bbox_inshop.txt",),
     ),
-    "mars": Layout(
+    "mars": DatasetFormat(
         "MARS",
         (
             (
@@ -270,7 +270,7 @@ LAYOUTS = {
         },
         "reid",
     ),
-    "lpw": Layout(
+    "lpw": DatasetFormat(
         "LPW",
         (("scen1/", "scen2/", "scen3/"),),
         r"lpw.*|pep.*",

@@ -31,13 +31,13 @@ from pipeline.data.transforms import TransformConfig, evaluation_pixels, trainin
 
 PREFETCH = 2  # items ready ahead of the step, in process
 BLOCK_BYTES = 32 * 2**20  # pixels in one Ray Data block
-MOST_PER_BLOCK = 8  # items
+MAX_REQUESTS_PER_BLOCK = 8  # items
 PIPELINE_ITEMS = 4096  # at most, in one Ray Data pipeline: 2.5 CPU-seconds before the first
-REST_S = 0.02  # between two steps of Ray Data's scheduling loop
+PAUSE_S = 0.02  # between two steps of Ray Data's scheduling loop
 
 
 @dataclass(frozen=True)
-class PixelSource:
+class ImageSource:
     """What fetching needs to know, the same for every item.
 
     Attributes:
@@ -55,7 +55,7 @@ class PixelSource:
 
 
 @dataclass(frozen=True)
-class Item:
+class LoadRequest:
     """Images of one step for one worker.
 
     Attributes:
@@ -68,9 +68,9 @@ class Item:
 
 
 def fetch(
-    source: PixelSource,
-    item: Item,
-    following: Item | None = None,
+    source: ImageSource,
+    item: LoadRequest,
+    following: LoadRequest | None = None,
     out: UInt8[np.ndarray, "images 3 size size"] | None = None,
 ) -> UInt8[np.ndarray, "images 3 size size"]:
     """Reads, decodes and transforms one item; a pure function of source, item and the store.
@@ -101,7 +101,7 @@ def fetch(
 
 
 def load(
-    source: PixelSource, items: Iterable[Item], engine: str, loader_cpus: int = 1
+    source: ImageSource, items: Iterable[LoadRequest], engine: str, loader_cpus: int = 1
 ) -> Iterator[UInt8[Tensor, "images 3 size size"]]:
     """Pixels of every item, in order. Items are taken as they are needed: memory does not grow with their number.
 
@@ -122,7 +122,7 @@ def load(
             yield from _load_in_process(source, iter(part))
 
 
-def _load_in_process(source: PixelSource, items: Iterator[Item]) -> Iterator[Tensor]:
+def _load_in_process(source: ImageSource, items: Iterator[LoadRequest]) -> Iterator[Tensor]:
     """A thread fetches ahead: decoding releases the interpreter lock."""
     pairs = _with_following(items)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
@@ -137,9 +137,9 @@ def _load_in_process(source: PixelSource, items: Iterator[Item]) -> Iterator[Ten
                 future.cancel()
 
 
-def _with_following(items: Iterable[Item]) -> Iterator[tuple[Item, Item | None]]:
+def _with_following(items: Iterable[LoadRequest]) -> Iterator[tuple[LoadRequest, LoadRequest | None]]:
     """Each item with the one after it."""
-    item: Item | None = None
+    item: LoadRequest | None = None
     for following in items:
         if item is not None:
             yield item, following
@@ -148,7 +148,7 @@ def _with_following(items: Iterable[Item]) -> Iterator[tuple[Item, Item | None]]
         yield item, None
 
 
-def item_blocks(items: Sequence[Item], per_block: int) -> list[pa.Table]:
+def item_blocks(items: Sequence[LoadRequest], per_block: int) -> list[pa.Table]:
     """Items as tables of so many rows: ids, epoch, step, slot; -1 where there is no key."""
     keys = [item.key or (-1, -1, -1) for item in items]
     numbers = {name: pa.array([key[i] for key in keys], pa.int64()) for i, name in enumerate(("epoch", "step", "slot"))}
@@ -156,12 +156,12 @@ def item_blocks(items: Sequence[Item], per_block: int) -> list[pa.Table]:
     return [table.slice(i, per_block) for i in range(0, len(items), per_block)]
 
 
-def _fetch_block(rows: pa.Table, source: PixelSource) -> pa.Table:
+def _fetch_block(rows: pa.Table, source: ImageSource) -> pa.Table:
     torch.set_num_threads(1)  # one task, one CPU
     items = []
     for row in rows.to_pylist():
         key = None if row["epoch"] < 0 else (row["epoch"], row["step"], row["slot"])
-        items.append(Item(np.array(row["ids"], dtype=np.int64), key))
+        items.append(LoadRequest(np.array(row["ids"], dtype=np.int64), key))
     # written once, where Ray takes it from
     offsets = np.cumsum([0, *(len(item.ids) for item in items)])
     size = source.transforms.size
@@ -172,7 +172,7 @@ def _fetch_block(rows: pa.Table, source: PixelSource) -> pa.Table:
     return pa.table({"pixels": pa.Array.from_buffers(pa.large_binary(), len(items), buffers)})
 
 
-class Paced:
+class ThrottleCallback:
     """A Ray Data execution callback that rests after each scheduling step.
 
     While the pipeline is ahead of its consumer, Ray's scheduling loop runs without a pause, in a thread of the process that
@@ -182,26 +182,26 @@ class Paced:
     def before_execution_starts(self, executor: Any) -> None: ...
 
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(REST_S)
+        time.sleep(PAUSE_S)
 
     def after_execution_succeeds(self, executor: Any) -> None: ...
 
     def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
 
 
-def _load_ray(source: PixelSource, items: Sequence[Item], loader_cpus: int) -> Iterator[Tensor]:
+def _load_ray(source: ImageSource, items: Sequence[LoadRequest], loader_cpus: int) -> Iterator[Tensor]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    if Paced not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(Paced)  # type: ignore[arg-type]  # its base class is not public
+    if ThrottleCallback not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(ThrottleCallback)  # type: ignore[arg-type]  # its base class is not public
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=loader_cpus)
     size = source.transforms.size
     largest = max(len(item.ids) for item in items) * 3 * size * size
-    blocks = item_blocks(items, max(1, min(MOST_PER_BLOCK, BLOCK_BYTES // largest)))
+    blocks = item_blocks(items, max(1, min(MAX_REQUESTS_PER_BLOCK, BLOCK_BYTES // largest)))
     dataset = ray.data.from_arrow(blocks).map_batches(
         functools.partial(_fetch_block, source=source), batch_size=None, batch_format="pyarrow", num_cpus=1
     )

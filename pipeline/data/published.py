@@ -34,7 +34,7 @@ def listing(folder: Folder) -> Iterator[str]:
         yield from folder.find()
 
 
-class Tree:
+class FileIndex:
     """Files below one or several roots, by their path from a root; the earlier root wins.
 
     Paths are compared in Unicode's composed form, since a Mac writes names decomposed. Hidden files are left out.
@@ -119,7 +119,7 @@ def scalar(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetFormat:
     """How a dataset's authors ship it.
 
     Attributes:
@@ -135,12 +135,12 @@ class Layout:
     title: str
     forms: tuple[tuple[str, ...], ...]
     archives: str
-    read: Callable[[Tree], Iterator[Entry]]
+    read: Callable[[FileIndex], Iterator[Entry]]
     counts: dict[str, dict[str, int]]
     protocol: str
     boxes: tuple[str, ...] | None = None
 
-    def with_boxes(self) -> Layout:
+    def with_boxes(self) -> DatasetFormat:
         """The same, in need of its boxes.
 
         Raises:
@@ -150,11 +150,11 @@ class Layout:
             raise UserError(f"{self.title} has no boxes: leave out --crop box")
         return replace(self, forms=tuple((*form, *self.boxes) for form in self.forms))
 
-    def missing(self, tree: Tree) -> list[str]:
+    def missing(self, tree: FileIndex) -> list[str]:
         """What the form that is nearest to being complete lacks."""
         return min(([name for name in form if tree.find(name) is None] for form in self.forms), key=len)
 
-    def require(self, tree: Tree, where: str) -> None:
+    def require(self, tree: FileIndex, where: str) -> None:
         missing = self.missing(tree)
         if missing:
             raise UserError(f"{self.title}: {named(missing)} missing in {where}; expected {_either(self.forms)}")
@@ -170,7 +170,7 @@ def _either(forms: tuple[tuple[str, ...], ...]) -> str:
     return "; or ".join(", ".join(form) for form in forms)
 
 
-def listed(layout: Layout, tree: Tree, partial: bool) -> tuple[list[Entry], list[str]]:
+def listed(layout: DatasetFormat, tree: FileIndex, partial: bool) -> tuple[list[Entry], list[str]]:
     """The entries whose files are there, with their sources, and what the dataset lacks, a sentence each.
 
     Args:
@@ -219,12 +219,12 @@ def count(entries: Sequence[Entry], splits: Sequence[str]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def opened(
-    layout: Layout,
+    layout: DatasetFormat,
     sources: Sequence[str],
     scratch: str,
     max_unpacked: int | None = None,
     before_unpacking: Callable[[str], None] = lambda place: None,
-) -> Iterator[Tree]:
+) -> Iterator[FileIndex]:
     """The files of a dataset; if they are (partly) in archives, unpacked until the block ends.
 
     Args:
@@ -250,7 +250,7 @@ def opened(
             raise UserError(
                 f"{place} is neither a folder nor an archive (.zip, .tar, .tar.gz, .tgz, .tar.bz2, .tar.xz)"
             )
-    tree, where = Tree(roots), ", ".join(str(Folder(source)) for source in sources)
+    tree, where = FileIndex(roots), ", ".join(str(Folder(source)) for source in sources)
     if layout.missing(tree):
         archives += _archives(layout, tree)
     if not archives:
@@ -267,7 +267,7 @@ def opened(
             for uri, below in archives:
                 unpack(uri, below)
                 done.add(uri)
-            tree = Tree([*roots, (str(unpacked), list(listing(Folder(unpacked))))])
+            tree = FileIndex([*roots, (str(unpacked), list(listing(Folder(unpacked))))])
             archives = [a for a in _archives(layout, tree) if a[0] not in done] if layout.missing(tree) else []
             if not archives:
                 break
@@ -275,21 +275,21 @@ def opened(
         yield tree
 
 
-def _archives(layout: Layout, tree: Tree) -> list[tuple[str, str]]:
+def _archives(layout: DatasetFormat, tree: FileIndex) -> list[tuple[str, str]]:
     """Archives in a tree that are the dataset's, each with the folder that it lies in."""
     paths = [p for p in tree.root_of if is_archive(p) and re.fullmatch(layout.archives, stem(p).lower())]
     return [(source, posixpath.dirname(path)) for path in sorted(paths) if (source := tree.source(path))]
 
 
 def _look_ahead(
-    layout: Layout, roots: list[tuple[str, list[str]]], archives: list[tuple[str, str]], where: str
+    layout: DatasetFormat, roots: list[tuple[str, list[str]]], archives: list[tuple[str, str]], where: str
 ) -> None:
     """Tells what is missing before anything is unpacked, where all names can be read without that."""
     inside = [(below, names_in(uri)) for uri, below in archives]
     if any(names is None or any(is_archive(name) for name in names) for _, names in inside):
         return
     packed = [("", [posixpath.join(below, name) for name in names or []]) for below, names in inside]
-    layout.require(Tree([*roots, *packed]), where)
+    layout.require(FileIndex([*roots, *packed]), where)
 
 
 def _size(uri: str) -> int:

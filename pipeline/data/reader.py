@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from pipeline.data.cache import Cache, CacheFull, open_copy
+from pipeline.data.cache import Cache, CacheFull, open_local_copy
 from pipeline.data.store import Store
 from pipeline.errors import RunError
 from pipeline.storage import Folder
@@ -132,7 +132,7 @@ def open_reader(uri: str, fingerprint: str, cache: Cache | None) -> Reader:
         )
     if cache is not None:
         try:
-            return open_copy(store, cache, "train")
+            return open_local_copy(store, cache, "train")
         except CacheFull as full:
             warnings.warn(
                 f"images are read from the store, which is slower: {full}; raise cache.max_bytes", stacklevel=2

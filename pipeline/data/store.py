@@ -69,7 +69,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, chosen: Bool[np.ndarray, " samples"]) -> Samples:
+    def subset(self, chosen: Bool[np.ndarray, " samples"]) -> Samples:
         """Some of them, with the classes of all."""
         tracks, cameras, frames = (None if c is None else c[chosen] for c in (self.tracks, self.cameras, self.frames))
         return Samples(self.ids[chosen], self.labels[chosen], self.class_names, tracks, cameras, frames)

@@ -15,10 +15,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from methods.config import Frozen
+from methods.config import BaseConfig
 
 
-class TransformConfig(Frozen):
+class TransformConfig(BaseConfig):
     """Pixels for training and for evaluation."""
 
     size: int = Field(224, ge=8, description="side of the square that the network sees, pixels")

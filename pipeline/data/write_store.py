@@ -37,7 +37,7 @@ class Shard:
         return len(self.entries)
 
 
-def layout(entries: Iterable[Entry], num_folds: int, images_per_shard: int) -> list[Shard]:
+def plan_shards(entries: Iterable[Entry], num_folds: int, images_per_shard: int) -> list[Shard]:
     """Sorts by split, class and tracklet, numbers samples, classes and tracklets, deals the training groups into folds, cuts
     into shards.
 
@@ -161,11 +161,11 @@ def write_store(
             images are no lack.
 
     Raises:
-        UserError: too many unreadable images, `rejected.csv` then names them; no boxes to crop to; what `layout` refuses.
+        UserError: too many unreadable images, `rejected.csv` then names them; no boxes to crop to; what `plan_shards` refuses.
     """
     if crop and not all(e.box for e in entries):
         raise UserError("not all images have a box to crop to: leave out --crop box")
-    shards = layout(entries, num_folds, images_per_shard)
+    shards = plan_shards(entries, num_folds, images_per_shard)
     target.check_writable()
     target.remove("manifest.json")
     write = functools.partial(write_shard, target=target, max_side=max_side, max_pixels=max_pixels, crop=crop)

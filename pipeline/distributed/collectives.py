@@ -60,11 +60,11 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def share(self, value: Tensor) -> Tensor:
+    def copy_to_ranks(self, value: Tensor) -> Tensor:
         """A replicated value, as it is; its gradient is summed over the ranks. For work that each rank does a part of."""
         return value if self.world == 1 else _Share.apply(value)
 
-    def total(self, value: Tensor) -> Tensor:
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Sum over ranks of the parts of a replicated value; its gradient passes as it is."""
         return value if self.world == 1 else _Total.apply(value)
 

@@ -71,7 +71,7 @@ def run_on_ray(
                 yield record
 
 
-def run_here(function: Work, pieces: Sequence[Any]) -> Iterator[dict[str, Any]]:
+def run_serially(function: Work, pieces: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """The same in this process, without Ray."""
     return map(function, pieces)
 
@@ -96,4 +96,4 @@ def _work(block: pa.Table, function: Work) -> pa.Table:
     return pa.table({"number": block["number"], "record": pa.array(records, pa.large_binary())})
 
 
-__all__ = ["run_here", "run_on_ray"]
+__all__ = ["run_on_ray", "run_serially"]

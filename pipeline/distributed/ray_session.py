@@ -67,7 +67,7 @@ def check_visible(ray: Any, folder: Folder, what: str) -> None:
     probe = f".visible-{uuid.uuid4().hex}"
     folder.write(probe, b"")
     try:
-        blind = blind_nodes(ray, folder.path(probe))
+        blind = nodes_without_path(ray, folder.path(probe))
     finally:
         folder.remove(probe)
     if blind:
@@ -77,10 +77,10 @@ def check_visible(ray: Any, folder: Folder, what: str) -> None:
         )
 
 
-def blind_nodes(ray: Any, path: str) -> list[str]:
+def nodes_without_path(ray: Any, path: str) -> list[str]:
     """Addresses of the nodes on which a path of this one does not exist."""
     nodes = [n for n in ray.nodes() if n["Alive"]]
-    return [n["NodeManagerAddress"] for n in nodes if len(nodes) > 1 and not _sees(ray, n["NodeID"], path)]
+    return [n["NodeManagerAddress"] for n in nodes if len(nodes) > 1 and not _path_exists_on(ray, n["NodeID"], path)]
 
 
 def cluster_maximum(ray: Any) -> dict[str, float]:
@@ -94,7 +94,7 @@ def cluster_maximum(ray: Any) -> dict[str, float]:
     return {k: float(v) for k, v in ray.cluster_resources().items()}
 
 
-def _sees(ray: Any, node: str, path: str) -> bool:
+def _path_exists_on(ray: Any, node: str, path: str) -> bool:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(os.path.exists)

@@ -6,7 +6,7 @@ import torch
 
 from methods import METHODS, Method
 from pipeline.config import Config
-from pipeline.data.loader import PixelSource
+from pipeline.data.loader import ImageSource
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.embedder import Embedder
@@ -56,5 +56,5 @@ def build_embedder(
         loader: "ray" or "in_process".
         loader_cpus: CPUs of a Ray Data pipeline.
     """
-    source = PixelSource(store.folder.uri, store.fingerprint, None, config.data.transforms)
+    source = ImageSource(store.folder.uri, store.fingerprint, None, config.data.transforms)
     return Embedder(source, loader, loader_cpus, config.evaluation.batch_size, config.precision, device, ranks)

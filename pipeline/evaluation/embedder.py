@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from methods import Method
-from pipeline.data.loader import Item, PixelSource, load
+from pipeline.data.loader import ImageSource, LoadRequest, load
 from pipeline.distributed.collectives import Ranks, gather
 from pipeline.evaluation.tracklets import TrackSums
 from pipeline.model.trunk import Trunk
@@ -29,7 +29,7 @@ class Embedder:
         ranks: who shares the work.
     """
 
-    source: PixelSource
+    source: ImageSource
     engine: str
     loader_cpus: int
     batch_size: int
@@ -79,7 +79,10 @@ class Embedder:
         if method is not None:
             method.eval()
         own = self.ranks.slice(len(ids))
-        items = [Item(ids[i : min(i + self.batch_size, own.stop)]) for i in range(own.start, own.stop, self.batch_size)]
+        items = [
+            LoadRequest(ids[i : min(i + self.batch_size, own.stop)])
+            for i in range(own.start, own.stop, self.batch_size)
+        ]
         for pixels in load(self.source, items, self.engine, self.loader_cpus):
             yield self._embed(pixels.to(self.device), trunk, method)
 

@@ -16,15 +16,15 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.errors import RunError
 from pipeline.evaluation.clustering import clustering
 from pipeline.evaluation.embedder import Embedder
-from pipeline.evaluation.reid import Matches, Sightings, match
-from pipeline.evaluation.reranking import Neighbourhoods, Reranking
+from pipeline.evaluation.reid import ReidRetrieval, ReidSet, match
+from pipeline.evaluation.reranking import KNearestAndFarthest, Reranking
 from pipeline.evaluation.retrieval import Retrieval, retrieve
-from pipeline.evaluation.tasks import Task, units
+from pipeline.evaluation.tasks import RetrievalTask, retrieval_units
 from pipeline.model.trunk import Trunk
 
 
 @dataclass(frozen=True)
-class Result:
+class EvaluationResult:
     """Metrics in percent, and for each query what it retrieved.
 
     Attributes:
@@ -34,19 +34,19 @@ class Result:
     """
 
     metrics: dict[str, float]
-    retrieval: Retrieval | Matches
+    retrieval: Retrieval | ReidRetrieval
     queries: Samples
     gallery: Samples
 
 
 def evaluate(
-    task: Task,
+    task: RetrievalTask,
     embedder: Embedder,
     trunk: Trunk,
     method: Method | None,
     recall_at: Sequence[int],
     cluster: bool = False,
-) -> Result:
+) -> EvaluationResult:
     """Embeds a task's images and measures retrieval; the same result on every rank, for any number of ranks.
 
     Args:
@@ -63,7 +63,7 @@ def evaluate(
     try:
         queries, gallery, mine, theirs = _embeddings(task, embedder, trunk, method)
         if task.reid:
-            whole: Retrieval | Matches = _match(task, queries, gallery, mine, theirs, ranks)
+            whole: Retrieval | ReidRetrieval = _match(task, queries, gallery, mine, theirs, ranks)
         else:
             labels = torch.from_numpy(queries.labels)
             beside = (None, None) if task.gallery is None else (theirs, torch.from_numpy(gallery.labels))
@@ -76,11 +76,11 @@ def evaluate(
             metrics |= ranks.broadcast(clustering(mine, labels) if ranks.rank == 0 else None)
     except ValueError as error:  # embeddings that are not finite, most often
         raise RunError(f"the embeddings cannot be measured: {error}") from error
-    return Result(metrics, whole, queries, gallery)
+    return EvaluationResult(metrics, whole, queries, gallery)
 
 
 def _embeddings(
-    task: Task, embedder: Embedder, trunk: Trunk, method: Method | None
+    task: RetrievalTask, embedder: Embedder, trunk: Trunk, method: Method | None
 ) -> tuple[Samples, Samples, Tensor, Tensor]:
     """Queries and gallery, and their rows; what stands in both is embedded once."""
     sides = [task.queries, task.queries if task.gallery is None else task.gallery]
@@ -92,25 +92,27 @@ def _embeddings(
         keys, embeddings = np.unique(tracks), embedder.pooled(ids, tracks, trunk, method)
     if method is not None:
         with torch.no_grad():
-            embeddings = method.refine(embeddings)
+            embeddings = method.refine_embeddings(embeddings)
     embeddings = embeddings.cpu()
-    queries, gallery = (units(side) for side in sides)
+    queries, gallery = (retrieval_units(side) for side in sides)
     rows = (np.searchsorted(keys, side.ids if side.tracks is None else side.tracks) for side in (queries, gallery))
     mine, theirs = (embeddings[torch.from_numpy(r)] for r in rows)
     return queries, gallery, mine, theirs
 
 
-def _match(task: Task, queries: Samples, gallery: Samples, mine: Tensor, theirs: Tensor, ranks: Ranks) -> Matches:
+def _match(
+    task: RetrievalTask, queries: Samples, gallery: Samples, mine: Tensor, theirs: Tensor, ranks: Ranks
+) -> ReidRetrieval:
     """Re-identification; neighbourhoods and queries are shared by the ranks."""
     sightings = []
     for side, rows in ((queries, mine), (gallery, theirs)):
         assert side.cameras is not None
-        sightings.append(Sightings(rows, torch.from_numpy(side.labels), torch.from_numpy(side.cameras)))
+        sightings.append(ReidSet(rows, torch.from_numpy(side.labels), torch.from_numpy(side.cameras)))
     reranking = None
     if task.reranking is not None:
         r, everything = task.reranking, torch.cat([mine, theirs])
-        part = Neighbourhoods.of(everything, r.k1, ranks.slice(len(everything)))
-        found = Neighbourhoods.concatenate(ranks.collect(part))
+        part = KNearestAndFarthest.of(everything, r.k1, ranks.slice(len(everything)))
+        found = KNearestAndFarthest.concatenate(ranks.collect(part))
         reranking = Reranking.of(mine, theirs, k1=r.k1, k2=r.k2, weight=r.weight, neighbourhoods=found)
     matches = match(*sightings, distractors=task.distractors, reranking=reranking, part=ranks.slice(len(mine)))
-    return Matches.concatenate(ranks.collect(matches))
+    return ReidRetrieval.concatenate(ranks.collect(matches))

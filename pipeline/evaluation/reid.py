@@ -32,13 +32,13 @@ from torch import Tensor
 
 from pipeline.data.entries import DISTRACTOR, JUNK
 from pipeline.evaluation.reranking import Reranking
-from pipeline.neighbours.exact_cosine import Cosine, Ranged, Vectors, run_blocks, slices
+from pipeline.neighbours.exact_cosine import Concatenable, ExactCosine, NormedRows, run_blocks, slices
 
 _BLOCK_BYTES = 40  # of temporary arrays, for a query and a gallery row
 
 
 @dataclass(frozen=True)
-class Sightings:
+class ReidSet:
     """Embeddings of persons: who, and seen by which camera.
 
     Attributes:
@@ -51,13 +51,13 @@ class Sightings:
     labels: Int[Tensor, " rows"]
     cameras: Int[Tensor, " rows"]
 
-    def checked(self, name: str, least_label: int) -> tuple[Vectors, np.ndarray, np.ndarray]:
-        """Vectors, labels and cameras.
+    def checked(self, name: str, least_label: int) -> tuple[NormedRows, np.ndarray, np.ndarray]:
+        """Rows, labels and cameras.
 
         Raises:
-            ValueError: as `Vectors.of`; not one label and camera a row; a label below `least_label`.
+            ValueError: as `NormedRows.of`; not one label and camera a row; a label below `least_label`.
         """
-        vectors = Vectors.of(self.embeddings, name)
+        vectors = NormedRows.of(self.embeddings, name)
         labels, cameras = self.labels.cpu().numpy(), self.cameras.cpu().numpy()
         if not labels.shape == cameras.shape == (len(vectors),):
             got = f"{len(vectors)} {name} rows with labels {labels.shape} and cameras {cameras.shape}"
@@ -71,7 +71,7 @@ class Sightings:
 
 
 @dataclass(frozen=True)
-class Matches(Ranged):
+class ReidRetrieval(Concatenable):
     """Results per query.
 
     Attributes:
@@ -116,15 +116,15 @@ class Matches(Ranged):
 
 
 def match(
-    queries: Sightings,
-    gallery: Sightings,
+    queries: ReidSet,
+    gallery: ReidSet,
     *,
     distractors: Literal["wrong", "junk"] = "wrong",
     reranking: Reranking | None = None,
     part: slice | None = None,
     keep: int = 10,
     memory_bytes: int = 128 * 2**20,
-) -> Matches:
+) -> ReidRetrieval:
     """Rank the gallery for each query by cosine similarity, exactly, ties by the smaller gallery row.
 
     Time: 3 float64 matrix products Q x N x D, and sorting the N similarities of each query. Memory: about `memory_bytes`
@@ -149,7 +149,7 @@ def match(
         raise ValueError(f"got distractors={distractors!r}: expected 'wrong' or 'junk'")
     wanted, labels, cameras = queries.checked("queries", 0)
     searched, gallery_labels, gallery_cameras = gallery.checked("gallery", JUNK)
-    cosine = Cosine(wanted, searched)
+    cosine = ExactCosine(wanted, searched)
     if reranking is not None and reranking.shape != (len(wanted), len(searched)):
         raise ValueError(
             f"got a reranking of {reranking.shape} queries and gallery rows: expected {(len(wanted), len(searched))}"
@@ -176,7 +176,7 @@ def match(
 
     size = memory_bytes // torch.get_num_threads() // (_BLOCK_BYTES * len(searched))
     run_blocks(rank, [np.arange(len(query_ids))[block] for block in slices(len(query_ids), size)])
-    return Matches(first_hit, precision, trapezoidal, num_relevant, neighbours)
+    return ReidRetrieval(first_hit, precision, trapezoidal, num_relevant, neighbours)
 
 
 def _order(similarity: np.ndarray) -> np.ndarray:

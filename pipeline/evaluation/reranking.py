@@ -29,14 +29,14 @@ from scipy import sparse
 from torch import Tensor
 
 from pipeline.evaluation.retrieval import retrieve
-from pipeline.neighbours.exact_cosine import Cosine, Ranged, Vectors, slices
+from pipeline.neighbours.exact_cosine import Concatenable, ExactCosine, NormedRows, slices
 
-_OPPOSITES = 2048  # rows that are negated at once
+FARTHEST_BLOCK_ROWS = 2048  # rows that are negated at once
 _CHUNK_ENTRIES = 2**18  # of sparse rows that are expanded at once, 10 to 40 bytes each
 
 
 @dataclass(frozen=True)
-class Neighbourhoods(Ranged):
+class KNearestAndFarthest(Concatenable):
     """Of rows among all queries and gallery rows.
 
     Attributes:
@@ -50,7 +50,7 @@ class Neighbourhoods(Ranged):
     @staticmethod
     def of(
         embeddings: Float[Tensor, "all dim"], k1: int = 20, part: slice | None = None, memory_bytes: int = 64 * 2**20
-    ) -> Neighbourhoods:
+    ) -> KNearestAndFarthest:
         """The neighbourhoods of a range of rows, in about the time of two `metrics.retrieve` without a gallery.
 
         Args:
@@ -67,14 +67,14 @@ class Neighbourhoods(Ranged):
         classes = torch.arange(len(embeddings))  # a class each: only neighbours are wanted, nothing is to be found
         nearest = retrieve(embeddings, classes, queries=part, keep=k1, memory_bytes=memory_bytes)
         share, farthest = embeddings[part or slice(None)], [np.empty(0, np.int64)]
-        for rows in slices(len(share), _OPPOSITES):
+        for rows in slices(len(share), FARTHEST_BLOCK_ROWS):
             opposites = -share[rows]
             nobody = torch.full((len(opposites),), -1)
             found = retrieve(
                 opposites, nobody, gallery=embeddings, gallery_labels=classes, keep=1, memory_bytes=memory_bytes
             )
             farthest.append(found.neighbours[:, 0])
-        return Neighbourhoods(nearest.neighbours, np.concatenate(farthest))
+        return KNearestAndFarthest(nearest.neighbours, np.concatenate(farthest))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Reranking:
         weight: of the original distance; the paper's lambda.
     """
 
-    cosine: Cosine
+    cosine: ExactCosine
     largest: Float64[np.ndarray, " queries"]
     queries: sparse.csr_array
     gallery: sparse.csc_array
@@ -103,7 +103,7 @@ class Reranking:
         k1: int = 20,
         k2: int = 6,
         weight: float | int = 0.3,
-        neighbourhoods: Neighbourhoods | None = None,
+        neighbourhoods: KNearestAndFarthest | None = None,
     ) -> Reranking:
         """Defaults are the paper's for Market-1501; OSM+CAA's on MARS are k1 7, k2 3, weight 0.85.
 
@@ -122,15 +122,15 @@ class Reranking:
         """
         if not (1 <= k2 <= k1 + 1 and 0 <= weight <= 1):
             raise ValueError(f"got k1={k1}, k2={k2}, weight={weight}: expected k2 from 1 to k1 + 1, weight from 0 to 1")
-        cosine = Cosine(Vectors.of(queries, "queries"), Vectors.of(gallery, "gallery"))
+        cosine = ExactCosine(NormedRows.of(queries, "queries"), NormedRows.of(gallery, "gallery"))
         embeddings = torch.cat([queries.detach(), gallery.detach()])
         if neighbourhoods is None:
-            neighbourhoods = Neighbourhoods.of(embeddings, k1)
+            neighbourhoods = KNearestAndFarthest.of(embeddings, k1)
         if neighbourhoods.nearest.shape != (len(embeddings), k1):
             got = f"neighbourhoods {neighbourhoods.nearest.shape}"
             raise ValueError(f"got {got}: expected {(len(embeddings), k1)}, queries and gallery by k1")
-        vectors = Vectors.of(embeddings, "embeddings")
-        distance = _Distance(Cosine(vectors, vectors), neighbourhoods.farthest)
+        vectors = NormedRows.of(embeddings, "embeddings")
+        distance = _Distance(ExactCosine(vectors, vectors), neighbourhoods.farthest)
         encoded = _expanded(_encoded(neighbourhoods.nearest, distance), neighbourhoods.nearest[:, : k2 - 1])
         largest = distance.largest[: len(queries)]
         return Reranking(cosine, largest, encoded[: len(queries)], encoded[len(queries) :].tocsc(), weight)
@@ -170,7 +170,7 @@ class Reranking:
 class _Distance:
     """The cosine distance of pairs of rows, divided by the largest of the first one's."""
 
-    def __init__(self, cosine: Cosine, farthest: np.ndarray) -> None:
+    def __init__(self, cosine: ExactCosine, farthest: np.ndarray) -> None:
         self.cosine = cosine
         # Where all rows coincide, what is left of a distance is rounding: at most this much.
         least = cosine.gallery.dim * 2.0**-50

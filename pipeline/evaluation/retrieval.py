@@ -5,7 +5,7 @@ Distinctive:
 - **Exact.** A float32 matrix product proposes neighbours, with a proven bound on its error; what the bound leaves open
   is decided in float64, ties by the smaller gallery row. No bit of a result depends on the size of the blocks, on how
   the queries are shared among ranks, or on the number of threads.
-- **Exact sums, not careful ones.** The float64 similarity is a sum of integers in disguise (`exact_cosine.Vectors`):
+- **Exact sums, not careful ones.** The float64 similarity is a sum of integers in disguise (`exact_cosine.NormedRows`):
   every order of summation gives the same bits, so BLAS may do it. Embeddings that collapsed to (nearly) one point, of
   which float32 can order nothing, cost about 7 times the usual time.
 - **Recall at any k.** The rank of the first positive is counted, not searched, so its cost does not grow with k.
@@ -27,13 +27,13 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from pipeline.neighbours.exact_cosine import Cosine, Ranged, Vectors, run_blocks, slices
+from pipeline.neighbours.exact_cosine import Concatenable, ExactCosine, NormedRows, run_blocks, slices
 
 _PAIR_COST = 32  # comparing one pair exactly costs about as much as 32 elements of the exact matrix product
 
 
 @dataclass(frozen=True)
-class Retrieval(Ranged):
+class Retrieval(Concatenable):
     """Results per query.
 
     Attributes:
@@ -129,7 +129,7 @@ def retrieve(
 class _Search:
     """Ranks the gallery for blocks of queries."""
 
-    cosine: Cosine
+    cosine: ExactCosine
     query_units: np.ndarray  # float32 [queries, dim], of length one
     gallery_units: np.ndarray  # the same of the gallery
     query_classes: np.ndarray  # int64 [queries]
@@ -151,7 +151,7 @@ class _Search:
             target = labelled_rows(gallery, gallery_labels, "gallery")
         if leave_one_out and len(queries) == 1:
             raise ValueError("got 1 embedding: expected a row to find besides the query")
-        cosine = Cosine(queries, target)
+        cosine = ExactCosine(queries, target)
         wanted = labels.cpu().numpy()
         searched = wanted if gallery_labels is None else gallery_labels.cpu().numpy()
         classes, gallery_classes, sizes = np.unique(searched, return_inverse=True, return_counts=True)
@@ -161,7 +161,14 @@ class _Search:
         units = queries.unit32()
         target_units = units if leave_one_out else target.unit32()
         return _Search(
-            cosine, units, target_units, query_classes, gallery_classes, num_relevant, leave_one_out, memory_bytes
+            cosine,
+            units,
+            target_units,
+            query_classes,
+            gallery_classes,
+            num_relevant,
+            leave_one_out,
+            memory_bytes,
         )
 
     @property
@@ -259,9 +266,9 @@ class _Search:
         return self.gallery_classes[gallery_ids] == self.query_classes[query_ids, None]
 
 
-def labelled_rows(embeddings: Tensor, labels: Tensor, name: str) -> Vectors:
+def labelled_rows(embeddings: Tensor, labels: Tensor, name: str) -> NormedRows:
     """The embeddings as vectors; there has to be one label a row."""
-    vectors = Vectors.of(embeddings, name)
+    vectors = NormedRows.of(embeddings, name)
     if labels.shape != (len(vectors),):
         raise ValueError(f"got {name} {tuple(embeddings.shape)} with labels {tuple(labels.shape)}: expected one a row")
     return vectors

@@ -12,7 +12,7 @@ from pipeline.config import Config, RerankingConfig
 from pipeline.data.store import Samples, Store
 
 
-def units(samples: Samples) -> Samples:
+def retrieval_units(samples: Samples) -> Samples:
     """What is searched and found: tracklets (each by its first frame, ascending), or the images themselves."""
     if samples.tracks is None:
         return samples
@@ -22,7 +22,7 @@ def units(samples: Samples) -> Samples:
 
 
 @dataclass(frozen=True)
-class Task:
+class RetrievalTask:
     """A retrieval task.
 
     Attributes:
@@ -49,7 +49,10 @@ class Task:
         Raises:
             ValueError: no query has a positive, or there are not the classes that a clustering needs.
         """
-        queries, gallery = units(self.queries), None if self.gallery is None else units(self.gallery)
+        queries, gallery = (
+            retrieval_units(self.queries),
+            None if self.gallery is None else retrieval_units(self.gallery),
+        )
         sizes = np.bincount(queries.labels, minlength=1)
         if self.reid:
             assert gallery is not None and queries.cameras is not None and gallery.cameras is not None
@@ -80,7 +83,7 @@ class Task:
         return ["map@r", "r_precision", *(f"recall@{k}" for k in recall_at)]
 
 
-def validation_task(config: Config, store: Store) -> Task | None:
+def validation_task(config: Config, store: Store) -> RetrievalTask | None:
     """The held-out fold of the training classes; under the paper protocol the test classes; None without either."""
     if config.protocol == "paper":
         return test_task(config, store)
@@ -88,22 +91,22 @@ def validation_task(config: Config, store: Store) -> Task | None:
     if fold is None:
         return None
     samples = store.select(["train"], fold=fold)
-    return _reid(config, samples, samples) if store.protocol == "reid" else Task(samples)
+    return _reid(config, samples, samples) if store.protocol == "reid" else RetrievalTask(samples)
 
 
-def test_task(config: Config, store: Store) -> Task | None:
+def test_task(config: Config, store: Store) -> RetrievalTask | None:
     """As the store's protocol says: query to gallery, re-identification, or leave-one-out; None if it has no test images."""
     if store.protocol == "leave_one_out":
         samples = store.select(["test"])
-        return Task(samples) if len(samples) else None
+        return RetrievalTask(samples) if len(samples) else None
     both = store.select(["query", "gallery"])  # one numbering of classes for both sides
     if not len(both):
         return None
     is_query = np.isin(both.ids, store.sample_id[store.split == "query"])
-    queries, gallery = (both.take(m) for m in (is_query, ~is_query))
-    return _reid(config, queries, both) if store.protocol == "reid" else Task(queries, gallery)
+    queries, gallery = (both.subset(m) for m in (is_query, ~is_query))
+    return _reid(config, queries, both) if store.protocol == "reid" else RetrievalTask(queries, gallery)
 
 
-def _reid(config: Config, queries: Samples, gallery: Samples) -> Task:
+def _reid(config: Config, queries: Samples, gallery: Samples) -> RetrievalTask:
     e = config.evaluation
-    return Task(queries, gallery, True, e.distractors, e.reranking)
+    return RetrievalTask(queries, gallery, True, e.distractors, e.reranking)

@@ -25,19 +25,19 @@ import torch
 from methods import Method
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
-from pipeline.distributed.jobs import run_here, run_on_ray
+from pipeline.distributed.jobs import run_on_ray, run_serially
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, ray_session
 from pipeline.errors import UserError
 from pipeline.evaluation.embedder import Embedder
-from pipeline.inference.trained_model import Trained
+from pipeline.inference.trained_model import TrainedModel
 from pipeline.model.trunk import Trunk
 from pipeline.storage import Folder
 
-PART = 2048  # images in a file
+ROWS_PER_FILE = 2048  # images in a file
 _MANIFEST = "embeddings.json"
 
 
-class Part:
+class EmbedTask:
     """Embeds and writes parts: rows of the selection to a file.
 
     Args:
@@ -46,7 +46,7 @@ class Part:
         target: where the files go.
     """
 
-    def __init__(self, trained: Trained, splits: Sequence[str], target: Folder) -> None:
+    def __init__(self, trained: TrainedModel, splits: Sequence[str], target: Folder) -> None:
         self.trained, self.splits, self.target = trained, tuple(splits), target
 
     @functools.cached_property
@@ -85,7 +85,7 @@ class Part:
         return {}
 
 
-def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int) -> dict[str, Any]:
+def embed(trained: TrainedModel, splits: Sequence[str], target: Folder, workers: int) -> dict[str, Any]:
     """Writes the embeddings of all images of some splits; returns what the manifest says.
 
     Args:
@@ -97,7 +97,7 @@ def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int)
     Raises:
         UserError: no such images; the folder holds other embeddings, or cannot be written.
     """
-    work = Part(trained, splits, target)
+    work = EmbedTask(trained, splits, target)
     total = len(work.rows)
     if not total:
         raise UserError(f"{work.store.folder} has no images of the splits {', '.join(splits)}")
@@ -111,7 +111,7 @@ def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int)
         "splits": list(splits),
         **({"partial": list(work.store.partial)} if work.store.partial else {}),
         "rows": total,
-        "parts": -(-total // PART),
+        "parts": -(-total // ROWS_PER_FILE),
     }
     found = target.read_json(_MANIFEST) if target.exists(_MANIFEST) else None
     if found is None:
@@ -127,7 +127,7 @@ def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int)
     elif found.get("complete"):
         return dict(found)
     there = set(target.names())
-    parts = [range(start, min(start + PART, total)) for start in range(0, total, PART)]
+    parts = [range(start, min(start + ROWS_PER_FILE, total)) for start in range(0, total, ROWS_PER_FILE)]
     left = [part for part in parts if _name(part) not in there]
     if left and workers:
         with ray_session(workers) as ray:
@@ -135,9 +135,9 @@ def embed(trained: Trained, splits: Sequence[str], target: Folder, workers: int)
                 check_visible(ray, folder, what)
             # a run of another machine may be embedded where there are no GPUs; waiting for one would not end
             gpus = float(trained.config.runtime.gpus_per_worker) if cluster_maximum(ray).get("GPU") else 0.0
-            deque(run_on_ray(Part(trained, splits, target), left, "embedding", workers, gpus), maxlen=0)
+            deque(run_on_ray(EmbedTask(trained, splits, target), left, "embedding", workers, gpus), maxlen=0)
     else:
-        deque(run_here(work, left), maxlen=0)
+        deque(run_serially(work, left), maxlen=0)
     manifest["dim"] = pq.read_schema(target.open(_name(parts[0]))).field("embedding").type.list_size
     manifest["complete"] = True
     target.write_json(_MANIFEST, manifest)

@@ -20,7 +20,7 @@ from pipeline.storage import Folder, home
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """One checkpoint; can be sent to other processes.
 
     Attributes:
@@ -63,7 +63,7 @@ class Trained:
         return build_embedder(config, store, device, Ranks(), "in_process", 1), trunk, method
 
 
-def find(name: str, checkpoint: str | None = None) -> Trained:
+def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
     """A run's checkpoint.
 
     Args:
@@ -77,7 +77,7 @@ def find(name: str, checkpoint: str | None = None) -> Trained:
     config = build_config(yaml.safe_load(folder.read("config.yaml")))
     record = folder.read_json("run.json")
     kind, step = _checkpoint(checkpoint or config.evaluation.checkpoint, Checkpoints(folder))
-    return Trained(folder, config, record["dataset"], record["fingerprint"], kind, step)
+    return TrainedModel(folder, config, record["dataset"], record["fingerprint"], kind, step)
 
 
 def _folder(name: str) -> Folder:
@@ -104,4 +104,4 @@ def _checkpoint(wanted: str, checkpoints: Checkpoints) -> tuple[str, int]:
     return ("checkpoints" if int(wanted) in steps else "best"), int(wanted)
 
 
-__all__ = ["Trained", "find"]
+__all__ = ["TrainedModel", "load_run"]

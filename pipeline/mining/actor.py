@@ -13,7 +13,7 @@ from pipeline.mining.transport import ServerGone
 
 # What may take long has threads of its own: a rebuild or a snapshot never stands in the way of a search.
 _GROUPS = {"search": 2, "update": 1}
-_GROUP_OF = {name: "search" for name in ("search", "search_lists", "fetch", "all_ids", "all_pairs", "delta")} | {
+_GROUP_OF = {name: "search" for name in ("search", "search_lists", "fetch", "all_ids", "all_neighbours", "delta")} | {
     name: "update" for name in ("put", "rebuild", "save")
 }
 

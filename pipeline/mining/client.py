@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from methods.mining import Which
+from methods.mining import ClassFilter
 from pipeline.mining.embedding_table import check, shard_of
 from pipeline.mining.memory import Delta
-from pipeline.mining.messages import AllPairs, Answer, Ask, merge_answers
-from pipeline.mining.request_log import Line, Operation
+from pipeline.mining.messages import AllNeighbours, SearchRequest, SearchResponse, merge_answers
+from pipeline.mining.request_log import Request, RequestLog
 from pipeline.neighbours.exact_search import Neighbours, Queries
 
 
-class MiningClient(Line):
-    """The calls of one run; each may be made from one thread, the run's. Arguments as those of `Line`."""
+class MiningClient(RequestLog):
+    """The calls of one run; each may be made from one thread, the run's. Arguments as those of `RequestLog`."""
 
     def put(
         self,
@@ -40,7 +40,7 @@ class MiningClient(Line):
             ids, embeddings, labels: of the rows.
             step: of training.
             table, memory: where they go.
-            tag: what they are of; see `all_pairs`.
+            tag: what they are of; see `all_neighbours`.
 
         Raises:
             UserError: another dimension, or rows that are not finite.
@@ -60,17 +60,17 @@ class MiningClient(Line):
         while not self._slots.acquire(timeout=0.5):
             self.check()
         size = embeddings.nbytes + 16 * len(ids)
-        operation = Operation("put", calls.__getitem__, _nothing, logged=True, size=size, shards=tuple(calls))
-        operation.answer.add_done_callback(lambda _: self._slots.release())
-        self.submit(operation)
+        request = Request("put", calls.__getitem__, _nothing, logged=True, size=size, shards=tuple(calls))
+        request.answer.add_done_callback(lambda _: self._slots.release())
+        self.submit(request)
 
-    def ask(self, ask: Ask) -> Future[Answer]:
-        """Starts a search; see `Ask`."""
+    def ask(self, ask: SearchRequest) -> Future[SearchResponse]:
+        """Starts a search; see `SearchRequest`."""
         if len(self.transports) > 1 and ask.values is None and ask.ids is not None:
             return self._ask_by_id(ask)
-        return self.submit(Operation("search", lambda _: (ask,), merge_answers, ordered=self.ordered))
+        return self.submit(Request("search", lambda _: (ask,), merge_answers, ordered=self.ordered))
 
-    def _ask_by_id(self, ask: Ask) -> Future[Answer]:
+    def _ask_by_id(self, ask: SearchRequest) -> Future[SearchResponse]:
         """Two calls: the owners' embeddings of the ids, then the search with them in every shard."""
         assert ask.ids is not None
         ids, dim = ask.ids, self.spec.dim
@@ -84,7 +84,7 @@ class MiningClient(Line):
                 known |= here
             found.update(values=values, labels=labels, known=known)
 
-        fetch = Operation("fetch", lambda _: (ids,), collect, ordered=self.ordered)
+        fetch = Request("fetch", lambda _: (ids,), collect, ordered=self.ordered)
 
         def arguments(_: int) -> tuple[Any, ...]:
             if ask.unknown == "error" and not found["known"].all():
@@ -92,7 +92,7 @@ class MiningClient(Line):
             labels = found["labels"] if ask.labels is None else ask.labels
             return (replace(ask, values=found["values"], labels=labels),)
 
-        def merge(results: list[Answer]) -> Answer:
+        def merge(results: list[SearchResponse]) -> SearchResponse:
             answer = merge_answers(results)
             none = ~found["known"]
             answer.ids[none], answer.distances[none], answer.labels[none], answer.steps[none] = -1, np.inf, -1, -1
@@ -100,14 +100,14 @@ class MiningClient(Line):
                 answer.values[none] = 0
             return answer
 
-        search = Operation("search", arguments, merge, ordered=self.ordered)
+        search = Request("search", arguments, merge, ordered=self.ordered)
         self.submit(fetch, search)
         return search.answer
 
     def rebuild(self, generation: int, step: int, from_step: int, base: str | None) -> None:
         """Starts building an index in every shard; see `MiningServer.rebuild`."""
         self.submit(
-            Operation(
+            Request(
                 "rebuild",
                 lambda shard: (generation, step, from_step, f"{base}-{shard}" if base is not None else None),
                 _nothing,
@@ -115,15 +115,15 @@ class MiningClient(Line):
             )
         )
 
-    def all_pairs(
+    def all_neighbours(
         self,
         k: int,
-        which: Which = "all",
+        which: ClassFilter = "all",
         reduce: Callable[[Queries, Neighbours], Any] | None = None,
         tag: str = "",
         approximate: bool = False,
-    ) -> AllPairs:
-        """Lists of all rows; see `MiningServer.all_pairs` and `AllPairs`.
+    ) -> AllNeighbours:
+        """Lists of all rows; see `MiningServer.all_neighbours` and `AllNeighbours`.
 
         Raises:
             UserError: rows of another tag.
@@ -131,22 +131,22 @@ class MiningClient(Line):
         """
         recall = 1.0
         if len(self.transports) == 1:
-            blocks, recall = self._ordered("all_pairs", lambda r: r[0], k, which, reduce, tag, approximate)
+            blocks, recall = self._ordered("all_neighbours", lambda r: r[0], k, which, reduce, tag, approximate)
         else:
             blocks = []
             for ids in self._ordered("all_ids", list, tag):
                 for start in range(0, len(ids), 2048):
                     queries = self._fetch(ids[start : start + 2048])
-                    ask = Ask(k, 0, queries.values, queries.ids, queries.labels, which)
+                    ask = SearchRequest(k, 0, queries.values, queries.ids, queries.labels, which)
                     lists, found = self._ordered("search_lists", _merge_lists, ask, approximate)
                     recall = min(recall, found)
                     blocks.append((queries.ids, lists if reduce is None else reduce(queries, lists)))
         ids = np.concatenate([b[0] for b in blocks]) if blocks else np.empty(0, np.int64)
         if reduce is not None or not blocks:
-            return AllPairs(ids, [b[1] for b in blocks], recall)
+            return AllNeighbours(ids, [b[1] for b in blocks], recall)
         order = np.argsort(ids)
         lists = Neighbours.concatenate([b[1] for b in blocks])
-        return AllPairs(ids[order], [Neighbours(lists.ids[order], lists.distances[order])], recall)
+        return AllNeighbours(ids[order], [Neighbours(lists.ids[order], lists.distances[order])], recall)
 
     def _fetch(self, ids: np.ndarray) -> Queries:
         """The stored embeddings and labels of samples, wherever they are."""
@@ -157,11 +157,11 @@ class MiningClient(Line):
 
     def _ordered(self, method: str, merge: Callable[[list[Any]], Any], *arguments: Any) -> Any:
         """Calls every shard in its turn, with the same arguments, and waits."""
-        return self.wait(self.submit(Operation(method, lambda _: arguments, merge)))
+        return self.wait(self.submit(Request(method, lambda _: arguments, merge)))
 
     def delta(self, since: int) -> Delta:
         """What a mirror of the memory lacks."""
-        return self.wait(self.submit(Operation("delta", lambda _: (since,), lambda r: r[0], shards=(0,))))
+        return self.wait(self.submit(Request("delta", lambda _: (since,), lambda r: r[0], shards=(0,))))
 
     def save(self, folder: str) -> dict[str, str]:
         """Writes a snapshot of every shard below `folder`; returns the checksums of its files."""
@@ -169,7 +169,7 @@ class MiningClient(Line):
 
     def status(self) -> list[dict[str, Any]]:
         """What every server holds."""
-        return self.wait(self.submit(Operation("status", lambda _: (), list, ordered=False)))
+        return self.wait(self.submit(Request("status", lambda _: (), list, ordered=False)))
 
 
 def _merge_lists(parts: list[tuple[Neighbours, float]]) -> tuple[Neighbours, float]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 
-from methods.mining import Which
+from methods.mining import ClassFilter
 from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, as_queries, rerank, search
 
 Engine = Literal["auto", "exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg"]
@@ -25,11 +25,11 @@ _FEWEST = 1000  # rows; fewer are too few to train an index on, and nothing woul
 _EXACT_UP_TO = 2**13  # rows up to which `auto` stays exact: `python -m benchmarks.mining` shows why
 _AUTO_SHARE = 1 / 8  # of the lists that `auto` may look at: a scan of lists does an eighth of the arithmetic per second
 _BLOCK = 2048  # queries of one search for lists of all rows
-_WIDEN = 4  # a quantised index proposes so many times k rows
+OVERFETCH = 4  # a quantised index proposes so many times k rows
 
 
 @dataclass(frozen=True)
-class Report:
+class IndexReport:
     """What an index is and how good.
 
     Attributes:
@@ -60,7 +60,7 @@ class Index:
     def __init__(self, index: Any, width: str, rows: int, overfetch: int, largest_class: int, gpu: bool) -> None:
         self._index, self._width, self.rows, self._overfetch = index, width, rows, overfetch
         self._largest_class, self._gpu = largest_class, gpu
-        self.report = Report("exact")
+        self.report = IndexReport("exact")
 
     def widen(self, value: int) -> None:
         """Sets how much of the index a search looks at (lists, or nodes)."""
@@ -70,7 +70,7 @@ class Index:
         else:
             setattr(getattr(self._index, owner) if owner else self._index, name, value)
 
-    def candidates(self, values: np.ndarray, k: int, which: Which = "all") -> np.ndarray:
+    def candidates(self, values: np.ndarray, k: int, which: ClassFilter = "all") -> np.ndarray:
         """Positions of proposed rows [queries, c], -1 where there are fewer: k of them, and those a mask may take away."""
         c = self._overfetch * (k + 1)
         if which == "other":
@@ -80,7 +80,7 @@ class Index:
 
 def build(
     rows: Rows, engine: Engine, k: int, target: float, seed: int = 0, threads: int = 1
-) -> tuple[Index | None, Report]:
+) -> tuple[Index | None, IndexReport]:
     """Builds and tunes an index; returns it (none: exact search answers) and what answers, how well, and why.
 
     Args:
@@ -95,7 +95,7 @@ def build(
     chosen = choose(len(rows)) if engine == "auto" else engine
     if chosen == "exact" or len(rows) < _FEWEST:
         note = "" if chosen == "exact" else f"{len(rows)} rows are searched exactly"
-        return None, Report("exact", seconds=time.perf_counter() - started, note=note)
+        return None, IndexReport("exact", seconds=time.perf_counter() - started, note=note)
     faiss.omp_set_num_threads(threads)
     values = np.ascontiguousarray(rows.values, np.float32)
     raw, width, widths, parameters, overfetch = _MAKERS[chosen](values, seed)
@@ -110,7 +110,7 @@ def build(
     sample = np.random.default_rng(seed).permutation(len(rows))[:SAMPLED]
     queries = Queries(values[sample], rows.ids[sample], rows.labels[sample].astype(np.int64))
     # Neighbours of other classes lie farther off, where the index has looked less: both have to be good.
-    masks: tuple[Which, ...] = ("all", "other") if len(sizes) > 1 else ("all",)
+    masks: tuple[ClassFilter, ...] = ("all", "other") if len(sizes) > 1 else ("all",)
     truth = {which: search(queries, rows, k, which).ids for which in masks}
     recall = 0.0
     for value in widths:
@@ -119,10 +119,12 @@ def build(
         recall = min(_recall(found[w], truth[w]) for w in masks)
         if recall >= target:
             break
-    report = Report(chosen, parameters | {width.split(".")[-1]: value}, recall, time.perf_counter() - started, size)
+    report = IndexReport(
+        chosen, parameters | {width.split(".")[-1]: value}, recall, time.perf_counter() - started, size
+    )
     if recall < target:
         note = f"{chosen} reached recall@{k} {recall:.3f} of {target:g} at {width} {value}: rows are searched exactly"
-        return None, Report("exact", report.parameters, 1.0, report.seconds, 0, note)
+        return None, IndexReport("exact", report.parameters, 1.0, report.seconds, 0, note)
     index.report = report
     return index, report
 
@@ -145,7 +147,7 @@ def _bytes(engine: str, rows: Rows) -> int:
 
 # ---- the engines: (index, what widens a search, its values, parameters, candidates for each neighbour) ---------------
 
-Made = tuple[Any, str, list[int], dict[str, int], int]
+BuiltIndex = tuple[Any, str, list[int], dict[str, int], int]
 
 
 def _lists(rows: int) -> int:
@@ -160,8 +162,8 @@ def _train(index: Any, values: np.ndarray, lists: int, seed: int) -> None:
     index.add(values)
 
 
-def _ivf(kind: str) -> Callable[[np.ndarray, int], Made]:
-    def make(values: np.ndarray, seed: int) -> Made:
+def _ivf(kind: str) -> Callable[[np.ndarray, int], BuiltIndex]:
+    def make(values: np.ndarray, seed: int) -> BuiltIndex:
         d, lists = values.shape[1], _lists(len(values))
         index: Any
         quantizer = faiss.IndexFlatL2(d)
@@ -170,7 +172,7 @@ def _ivf(kind: str) -> Callable[[np.ndarray, int], Made]:
         elif kind == "fp16":
             index, wider = faiss.IndexIVFScalarQuantizer(quantizer, d, lists, faiss.ScalarQuantizer.QT_fp16), 1
         else:
-            index, wider = faiss.IndexIVFPQ(quantizer, d, lists, _codes(d), 8), _WIDEN
+            index, wider = faiss.IndexIVFPQ(quantizer, d, lists, _codes(d), 8), OVERFETCH
         _train(index, values, lists, seed)
         widths = [w for w in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if w <= lists // 2] or [1]
         return index, "nprobe", widths, {"lists": lists}, wider
@@ -183,7 +185,7 @@ def _codes(dim: int) -> int:
     return max(m for m in range(1, max(1, dim // 4) + 1) if dim % m == 0)
 
 
-def _hnsw(values: np.ndarray, seed: int) -> Made:
+def _hnsw(values: np.ndarray, seed: int) -> BuiltIndex:
     index: Any = faiss.IndexHNSWFlat(values.shape[1], 32)
     index.hnsw.efConstruction = 80
     index.hnsw.rng = faiss.RandomGenerator(seed + 1)  # type: ignore[attr-defined]
@@ -191,26 +193,26 @@ def _hnsw(values: np.ndarray, seed: int) -> Made:
     return index, "hnsw.efSearch", [32, 64, 128, 256, 512, 1024], {"links": 32}, 1
 
 
-def _nsg(values: np.ndarray, seed: int) -> Made:
+def _nsg(values: np.ndarray, seed: int) -> BuiltIndex:
     index = faiss.IndexNSGFlat(values.shape[1], 32)
     index.nsg.search_L = 64
     index.add(values)
     return index, "nsg.search_L", [64, 128, 256, 512, 1024], {"links": 32}, 1
 
 
-_MAKERS: dict[str, Callable[[np.ndarray, int], Made]] = {
+_MAKERS: dict[str, Callable[[np.ndarray, int], BuiltIndex]] = {
     "ivf": _ivf("flat"), "ivf_fp16": _ivf("fp16"), "ivf_pq": _ivf("pq"), "hnsw": _hnsw, "nsg": _nsg,
 }  # fmt: skip
 
 
-def all_lists(rows: Rows, index: Index, k: int, which: Which) -> Iterator[tuple[slice, Neighbours]]:
+def all_lists(rows: Rows, index: Index, k: int, which: ClassFilter) -> Iterator[tuple[slice, Neighbours]]:
     """The lists of all rows, block by block."""
     for start in range(0, len(rows), _BLOCK):
         part = slice(start, min(start + _BLOCK, len(rows)))
         yield part, lists(as_queries(rows, part), rows, index, k, which)
 
 
-def lists(queries: Queries, rows: Rows, index: Index | None, k: int, which: Which) -> Neighbours:
+def lists(queries: Queries, rows: Rows, index: Index | None, k: int, which: ClassFilter) -> Neighbours:
     """The lists of an index of all rows, re-ranked; what it left short, and without one all, by exact search."""
     if index is None:
         return search(queries, rows, k, which)

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.errors import RunError
-from pipeline.mining.faiss_index import Index, Report, build, choose
-from pipeline.mining.messages import Spec
-from pipeline.mining.snapshot import Arrays, Built, write_arrays
+from pipeline.mining.faiss_index import Index, IndexReport, build, choose
+from pipeline.mining.messages import ServerSpec
+from pipeline.mining.snapshot import Arrays, SavedIndex, write_arrays
 from pipeline.neighbours.exact_search import Rows
 from pipeline.storage import Folder
 
 
 @dataclass
-class Generation:
+class IndexBuild:
     """One index: declared for steps from `from_step` on, built from the rows saved as `base`."""
 
     number: int
@@ -26,20 +26,20 @@ class Generation:
     saved: threading.Event = field(default_factory=threading.Event)
     ready: threading.Event = field(default_factory=threading.Event)
     index: Index | None = None
-    report: Report | None = None
+    report: IndexReport | None = None
     error: str | None = None
 
 
-class Generations:
+class IndexBuilds:
     """All that a step to come may still use.
 
     Args:
         spec: of the server.
     """
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
-        self.all: list[Generation] = []
+        self.all: list[IndexBuild] = []
 
     def start(self, number: int, step: int, from_step: int, base: str | None, rows: Rows) -> None:
         """Starts building from a copy of the rows; what only steps before `step` could use is dropped."""
@@ -48,15 +48,15 @@ class Generations:
         rows = Rows(rows.values.copy(), rows.ids.copy(), rows.labels.copy(), rows.largest)
         in_use = max((g.number for g in self.all if g.from_step <= step), default=0)
         self.all = [g for g in self.all if g.number >= in_use]
-        self._build(Generation(number, from_step, base), rows, save=base is not None)
+        self._build(IndexBuild(number, from_step, base), rows, save=base is not None)
 
-    def restore(self, built: Built, base: Arrays) -> None:
+    def restore(self, built: SavedIndex, base: Arrays) -> None:
         """Starts building again what a snapshot names, from the rows it was built from."""
         largest = float(np.sqrt(np.square(base["values"], dtype=np.float64).sum(1)).max(initial=0))
         rows = Rows(base["values"], base["ids"], base["labels"], largest)
-        self._build(Generation(built.number, built.from_step, built.base, built.sums), rows, save=not built.sums)
+        self._build(IndexBuild(built.number, built.from_step, built.base, built.sums), rows, save=not built.sums)
 
-    def _build(self, generation: Generation, rows: Rows, save: bool) -> None:
+    def _build(self, generation: IndexBuild, rows: Rows, save: bool) -> None:
         spec = self.spec
 
         def work() -> None:
@@ -75,7 +75,7 @@ class Generations:
         self.all = [*self.all, generation]
         threading.Thread(target=work, daemon=True, name="build").start()
 
-    def declared(self, step: int, wait: bool) -> Generation | None:
+    def declared(self, step: int, wait: bool) -> IndexBuild | None:
         """The newest index declared for a step, waited for; without `wait`, the newest that is ready."""
         declared = [g for g in self.all if g.from_step <= step and (wait or g.ready.is_set())]
         if not declared:
@@ -90,8 +90,8 @@ class Generations:
             raise RunError(f"index generation {newest.number} could not be built: {newest.error}")
         return newest
 
-    def saved(self) -> list[Built]:
+    def saved(self) -> list[SavedIndex]:
         """What a snapshot says of them, when their rows are written."""
         for g in self.all:
             g.saved.wait()
-        return [Built(g.number, g.from_step, g.base, g.sums) for g in self.all if g.base is not None]
+        return [SavedIndex(g.number, g.from_step, g.base, g.sums) for g in self.all if g.base is not None]

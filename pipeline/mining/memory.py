@@ -38,7 +38,7 @@ class Delta:
     numbers: Int64[np.ndarray, " entries"]
 
 
-class Dictionary:
+class EmbeddingMemory:
     """Entries stand in slots 0..len-1; an entry that makes another leave takes its slot.
 
     Args:

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64
 
-from methods.mining import Which
+from methods.mining import ClassFilter
 from pipeline.mining.faiss_index import Engine
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # sample ids [rows], embeddings [rows, dim], labels [rows]
 
 
 @dataclass(frozen=True)
-class Spec:
+class ServerSpec:
     """What a run wants of its mining server; the same from one start of the run to the next.
 
     Attributes:
@@ -49,7 +49,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Order:
+class SequenceNumber:
     """Where an operation stands among those of its client.
 
     Attributes:
@@ -65,7 +65,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Ask:
+class SearchRequest:
     """A search.
 
     Attributes:
@@ -84,13 +84,13 @@ class Ask:
     values: Float[np.ndarray, "queries dim"] | None = None
     ids: Int64[np.ndarray, " queries"] | None = None
     labels: Int64[np.ndarray, " queries"] | None = None
-    which: Which = "all"
+    which: ClassFilter = "all"
     with_values: bool = False
     unknown: str = "error"
 
 
 @dataclass(frozen=True)
-class Answer:
+class SearchResponse:
     """What a search found.
 
     Attributes:
@@ -113,7 +113,7 @@ class Answer:
     recall: float = 1.0
 
 
-class AllPairs(NamedTuple):
+class AllNeighbours(NamedTuple):
     """Lists of all rows.
 
     Attributes:
@@ -127,7 +127,7 @@ class AllPairs(NamedTuple):
     recall: float
 
 
-def merge_answers(parts: list[Answer]) -> Answer:
+def merge_answers(parts: list[SearchResponse]) -> SearchResponse:
     """The k nearest of what the shards found."""
     if len(parts) == 1:
         return parts[0]
@@ -142,4 +142,4 @@ def merge_answers(parts: list[Answer]) -> Answer:
         values = np.take_along_axis(stored, order[:, :, None], 1)
     ids, distances, labels, steps = (np.take_along_axis(a, order, 1) for a in (ids, distances, labels, steps))
     generation, applied = min(p.generation for p in parts), min(p.applied for p in parts)
-    return Answer(ids, distances, labels, steps, values, generation, applied, min(p.recall for p in parts))
+    return SearchResponse(ids, distances, labels, steps, values, generation, applied, min(p.recall for p in parts))

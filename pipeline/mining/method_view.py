@@ -15,18 +15,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from methods.mining import MiningNeeds, Which
+from methods.mining import ClassFilter, MiningRequirements
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import RunError, UserError
 from pipeline.mining.client import MiningClient
-from pipeline.mining.memory import Dictionary
-from pipeline.mining.messages import AllPairs, Answer, Ask, Spec
+from pipeline.mining.memory import EmbeddingMemory
+from pipeline.mining.messages import AllNeighbours, SearchRequest, SearchResponse, ServerSpec
 from pipeline.mining.transport import Transport
 from pipeline.neighbours.exact_search import Neighbours, Queries
 from pipeline.storage import Folder
 
 
-class RunMining:
+class MethodMining:
     """Rank 0 talks to the servers and tells the others what they said; the memory is mirrored on every rank.
 
     Args:
@@ -41,14 +41,14 @@ class RunMining:
     """
 
     def __init__(
-        self, needs: MiningNeeds, spec: Spec, transports: Sequence[Transport], ranks: Ranks, device: torch.device,
+        self, needs: MiningRequirements, spec: ServerSpec, transports: Sequence[Transport], ranks: Ranks, device: torch.device,
         folder: Folder, swap_after: int = 0, **options: Any,
     ) -> None:  # fmt: skip
         self.needs, self.spec, self.ranks, self.device, self.folder = needs, spec, ranks, device, folder
         self._transports, self._swap_after, self._options = transports, swap_after, options
         self._client: MiningClient | None = None
-        self.memory: Dictionary | None = None  # the mirror
-        self._pending: dict[str, Future[Answer]] = {}
+        self.memory: EmbeddingMemory | None = None  # the mirror
+        self._pending: dict[str, Future[SearchResponse]] = {}
         self._generation = 0
         self.step = 0  # of training
 
@@ -67,10 +67,10 @@ class RunMining:
                 self._load_pending(snapshot)
             return self._generation, self._client.delta(0) if self.needs.memory else None
 
-        self._generation, delta = self._by_leader(start)
+        self._generation, delta = self._on_rank0_then_broadcast(start)
         if delta is not None:
             dtype = getattr(torch, self.spec.memory_dtype)
-            self.memory = Dictionary(self.spec.dim, self.needs.per_class, self.needs.total, dtype, self.device)
+            self.memory = EmbeddingMemory(self.spec.dim, self.needs.per_class, self.needs.total, dtype, self.device)
             self.memory.apply(delta)
 
     def rebuild(self) -> None:
@@ -80,7 +80,7 @@ class RunMining:
         self._generation += 1
         base = (self.folder / "mining" / f"base-{self._generation:06d}").uri
         now = self.step + 1  # the step is over
-        self._by_leader(lambda: self._leader.rebuild(self._generation, now, now + self._swap_after, base))
+        self._on_rank0_then_broadcast(lambda: self._leader.rebuild(self._generation, now, now + self._swap_after, base))
 
     def save(self, folder: Folder) -> None:
         """Writes what the servers hold and what has been prefetched into a folder of a checkpoint; rank 0 alone calls it."""
@@ -138,27 +138,29 @@ class RunMining:
             arrays = (ids.cpu().numpy(), values.cpu().numpy(), labels.cpu().numpy())
             self._leader.put(*arrays, self.step, self.needs.table, self.needs.memory, tag)
 
-    def neighbours(self, k: int, **ask: Any) -> Answer:
+    def neighbours(self, k: int, **ask: Any) -> SearchResponse:
         wanted = self._ask(k, ask)
-        return self._by_leader(lambda: self._leader.wait(self._leader.ask(wanted)))
+        return self._on_rank0_then_broadcast(lambda: self._leader.wait(self._leader.ask(wanted)))
 
     def prefetch(self, name: str, k: int, **ask: Any) -> None:
         wanted = replace(self._ask(k, ask), step=self.step + 1)
         if self.ranks.rank == 0:
             self._pending[name] = self._leader.ask(wanted)
 
-    def fetched(self, name: str) -> Answer | None:
-        return self._by_leader(lambda: self._leader.wait(self._pending.pop(name)) if name in self._pending else None)
+    def take_prefetched(self, name: str) -> SearchResponse | None:
+        return self._on_rank0_then_broadcast(
+            lambda: self._leader.wait(self._pending.pop(name)) if name in self._pending else None
+        )
 
-    def all_pairs(
+    def all_neighbours(
         self,
         k: int,
-        which: Which = "all",
+        which: ClassFilter = "all",
         reduce: Callable[[Queries, Neighbours], Any] | None = None,
         tag: str = "",
         approximate: bool = False,
-    ) -> AllPairs:
-        return self._by_leader(lambda: self._leader.all_pairs(k, which, reduce, tag, approximate))
+    ) -> AllNeighbours:
+        return self._on_rank0_then_broadcast(lambda: self._leader.all_neighbours(k, which, reduce, tag, approximate))
 
     # ---- within --------------------------------------------------------------------------------------------------
 
@@ -168,13 +170,13 @@ class RunMining:
             raise RuntimeError("mining is for training: it has not begun, or this is not rank 0")
         return self._client
 
-    def _ask(self, k: int, ask: dict[str, Any]) -> Ask:
+    def _ask(self, k: int, ask: dict[str, Any]) -> SearchRequest:
         arrays: dict[str, Any] = {n: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for n, v in ask.items()}
         if arrays.get("values") is not None:
             arrays["values"] = np.asarray(arrays["values"], np.float32)
-        return Ask(k, self.step, **arrays)
+        return SearchRequest(k, self.step, **arrays)
 
-    def _by_leader(self, work: Callable[[], Any]) -> Any:
+    def _on_rank0_then_broadcast(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on rank 0, on every rank; an error there is raised everywhere."""
         box: tuple[Any, Exception | None] = (None, None)
         if self.ranks.rank == 0:
@@ -194,7 +196,9 @@ class RunMining:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             self._generation = int(arrays["generation"])
             for name in {n.split("/")[0] for n in arrays.files if "/" in n}:
-                values = {f.name: arrays[f"{name}/{f.name}"] for f in fields(Answer) if f"{name}/{f.name}" in arrays}
+                values = {
+                    f.name: arrays[f"{name}/{f.name}"] for f in fields(SearchResponse) if f"{name}/{f.name}" in arrays
+                }
                 found: dict[str, Any] = {n: v.item() if v.ndim == 0 else v for n, v in values.items()}
                 self._pending[name] = Future()
-                self._pending[name].set_result(Answer(**{"values": None, **found}))
+                self._pending[name].set_result(SearchResponse(**{"values": None, **found}))

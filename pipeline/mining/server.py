@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from methods.mining import Which
+from methods.mining import ClassFilter
 from pipeline.errors import RunError, UserError
 from pipeline.mining.embedding_table import Table
 from pipeline.mining.faiss_index import Index, all_lists, build, lists
-from pipeline.mining.index_builds import Generation, Generations
+from pipeline.mining.index_builds import IndexBuild, IndexBuilds
 from pipeline.mining.locks import ReadersWriter
-from pipeline.mining.memory import Delta, Dictionary
-from pipeline.mining.messages import Answer, Ask, Batch, Order, Spec
+from pipeline.mining.memory import Delta, EmbeddingMemory
+from pipeline.mining.messages import Batch, SearchRequest, SearchResponse, SequenceNumber, ServerSpec
 from pipeline.mining.snapshot import Header, Tag, read, write
 from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from pipeline.storage import Folder
@@ -38,7 +38,7 @@ class MiningServer:
 
     def __init__(self) -> None:
         self.incarnation = self.life = 0
-        self.spec: Spec | None = None
+        self.spec: ServerSpec | None = None
         self._order = threading.Condition()
         self._turns = ReadersWriter()
         self._reset()
@@ -46,8 +46,8 @@ class MiningServer:
     def _reset(self) -> None:
         self.applied = 0
         self._table: Table | None = None
-        self._memory: Dictionary | None = None
-        self._generations = Generations(self.spec) if self.spec is not None else None
+        self._memory: EmbeddingMemory | None = None
+        self._generations = IndexBuilds(self.spec) if self.spec is not None else None
         self._tag = Tag()
         self._puts = 0
         self._lists = threading.Lock()
@@ -55,7 +55,7 @@ class MiningServer:
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
-    def begin(self, spec: Spec, incarnation: int, snapshot: str | None, applied: int = 0, life: int = 0) -> None:
+    def begin(self, spec: ServerSpec, incarnation: int, snapshot: str | None, applied: int = 0, life: int = 0) -> None:
         """Takes up a run: the state becomes exactly that of `snapshot` (a folder that `save` wrote), or empty.
 
         Args:
@@ -73,7 +73,7 @@ class MiningServer:
             if self.spec is not None and spec.run != self.spec.run:
                 raise UserError(f"this mining server belongs to run {self.spec.run}, not to {spec.run}")
             if incarnation < self.incarnation:
-                raise RunError(_overtaken(incarnation, self.incarnation))
+                raise RunError(_superseded(incarnation, self.incarnation))
             self.incarnation, self.life = incarnation, life
             self.spec = spec
             self._reset()
@@ -81,7 +81,7 @@ class MiningServer:
                 self._table = Table(spec.dim, spec.dtype, spec.capacity)
                 if spec.per_class is not None or spec.total is not None:
                     dtype = getattr(torch, spec.memory_dtype)
-                    self._memory = Dictionary(spec.dim, spec.per_class, spec.total, dtype)
+                    self._memory = EmbeddingMemory(spec.dim, spec.per_class, spec.total, dtype)
                 if snapshot is not None:
                     self._restore(Folder(snapshot), spec)
             self.applied = applied
@@ -100,7 +100,7 @@ class MiningServer:
         }  # fmt: skip
 
     @contextmanager
-    def _turn(self, order: Order | None) -> Iterator[bool]:
+    def _turn(self, order: SequenceNumber | None) -> Iterator[bool]:
         """Runs the block when everything before `order` has been applied; False: it has been applied itself before."""
         if order is None:
             yield True
@@ -108,7 +108,7 @@ class MiningServer:
         with self._order:
             self._check(order)
             due = self._order.wait_for(
-                lambda: self.applied >= order.previous or not self._is_current(order), self._spec.wait_s
+                lambda: self.applied >= order.previous or not self._from_current_client(order), self._spec.wait_s
             )
             self._check(order)
             if not due:
@@ -121,21 +121,21 @@ class MiningServer:
             yield first
         finally:  # a refused operation counts as applied: those after it go on
             with self._order:
-                if self._is_current(order):
+                if self._from_current_client(order):
                     self.applied = max(self.applied, order.number)
                     self._order.notify_all()
 
-    def _check(self, order: Order) -> None:
+    def _check(self, order: SequenceNumber) -> None:
         if self.spec is None:
             raise RunError("the mining server has not begun a run")
-        if not self._is_current(order):
-            raise RunError(_overtaken(order.incarnation, self.incarnation))
+        if not self._from_current_client(order):
+            raise RunError(_superseded(order.incarnation, self.incarnation))
 
-    def _is_current(self, order: Order) -> bool:
+    def _from_current_client(self, order: SequenceNumber) -> bool:
         return (order.incarnation, order.life) == (self.incarnation, self.life)
 
     @property
-    def _spec(self) -> Spec:
+    def _spec(self) -> ServerSpec:
         assert self.spec is not None
         return self.spec
 
@@ -146,20 +146,20 @@ class MiningServer:
         return self._table
 
     @property
-    def generations(self) -> Generations:
+    def generations(self) -> IndexBuilds:
         if self._generations is None:
             raise RunError("the mining server has not begun a run")
         return self._generations
 
     @property
-    def memory(self) -> Dictionary:
+    def memory(self) -> EmbeddingMemory:
         if self._memory is None:
             raise UserError("this run keeps no memory: give per_class or total")
         return self._memory
 
     # ---- what changes state --------------------------------------------------------------------------------------
 
-    def put(self, order: Order, step: int, table: Batch | None, memory: Batch | None, tag: str = "") -> int:
+    def put(self, order: SequenceNumber, step: int, table: Batch | None, memory: Batch | None, tag: str = "") -> int:
         """Stores a batch in the table (overwriting), appends one to the memory; the second time, nothing happens.
 
         Args:
@@ -182,7 +182,7 @@ class MiningServer:
                         self.memory.append(embeddings, labels, ids)
         return order.number
 
-    def rebuild(self, order: Order, generation: int, step: int, from_step: int, base: str | None) -> int:
+    def rebuild(self, order: SequenceNumber, generation: int, step: int, from_step: int, base: str | None) -> int:
         """Starts building an index of the present rows, for searches of `from_step` and later.
 
         Args:
@@ -198,8 +198,8 @@ class MiningServer:
 
     # ---- what reads ----------------------------------------------------------------------------------------------
 
-    def search(self, order: Order | None, ask: Ask) -> Answer:
-        """Answers a search; see `Ask` and `Answer`.
+    def search(self, order: SequenceNumber | None, ask: SearchRequest) -> SearchResponse:
+        """Answers a search; see `SearchRequest` and `SearchResponse`.
 
         Raises:
             UserError: k below 1, another dimension, queries that are not finite, unknown ids, classes missing.
@@ -213,7 +213,7 @@ class MiningServer:
                 found.ids[~known], found.distances[~known] = -1, np.inf
             return self._answer(found, ask.with_values, generation)
 
-    def _queries(self, ask: Ask) -> tuple[Queries, np.ndarray | None]:
+    def _queries(self, ask: SearchRequest) -> tuple[Queries, np.ndarray | None]:
         if ask.values is None and ask.ids is None:
             raise UserError("a search needs values or ids")
         if ask.values is not None:
@@ -233,7 +233,7 @@ class MiningServer:
             values[known], labels[known], _ = self.table.get(ask.ids[known])
         return Queries(values, ask.ids, labels if ask.labels is None else ask.labels), known
 
-    def _search(self, queries: Queries, k: int, which: Which, generation: Generation | None) -> Neighbours:
+    def _search(self, queries: Queries, k: int, which: ClassFilter, generation: IndexBuild | None) -> Neighbours:
         rows = self.table.view()
         index = generation.index if generation is not None else None
         if index is None or which == "same":
@@ -248,7 +248,7 @@ class MiningServer:
             found.ids[short], found.distances[short] = exact.ids, exact.distances
         return found
 
-    def _answer(self, found: Neighbours, with_values: bool, generation: Generation | None) -> Answer:
+    def _answer(self, found: Neighbours, with_values: bool, generation: IndexBuild | None) -> SearchResponse:
         there = found.ids >= 0
         labels, steps = np.full(found.ids.shape, -1, np.int64), np.full(found.ids.shape, -1, np.int64)
         stored = None
@@ -260,16 +260,18 @@ class MiningServer:
         number, recall = 0, 1.0
         if generation is not None and generation.index is not None:
             number, recall = generation.number, generation.index.report.recall
-        return Answer(found.ids, found.distances, labels, steps, stored, number, self.applied, recall)
+        return SearchResponse(found.ids, found.distances, labels, steps, stored, number, self.applied, recall)
 
-    def search_lists(self, order: Order | None, ask: Ask, approximate: bool) -> tuple[Neighbours, float]:
+    def search_lists(
+        self, order: SequenceNumber | None, ask: SearchRequest, approximate: bool
+    ) -> tuple[Neighbours, float]:
         """The lists of some rows of any shard, and the recall of the index that proposed them (1: exact)."""
         with self._turn(order), self._turns.read():
             queries, rows = self._queries(ask)[0], self.table.view()
             index, recall = self._index_of_all(ask.k, ask.which) if approximate else (None, 1.0)
             return lists(queries, rows, index, ask.k, ask.which), recall
 
-    def _index_of_all(self, k: int, which: Which) -> tuple[Index | None, float]:
+    def _index_of_all(self, k: int, which: ClassFilter) -> tuple[Index | None, float]:
         """An index of the present rows, built when first asked for after a put."""
         if which == "same":
             return None, 1.0  # members of a class are found without one
@@ -282,15 +284,17 @@ class MiningServer:
                 self._list_index = (key, index, report.recall)
             return self._list_index[1:]
 
-    def fetch(self, order: Order | None, ids: Int64[np.ndarray, " some"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def fetch(
+        self, order: SequenceNumber | None, ids: Int64[np.ndarray, " some"]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which of the ids are here, and their embeddings and labels (of these only)."""
         with self._turn(order), self._turns.read():
             known = self.table.has(ids)
             values, labels, _ = self.table.get(ids[known])
             return known, values, labels
 
-    def all_ids(self, order: Order | None, tag: str = "") -> np.ndarray:
-        """Ids of all rows, in the order in which they came; see `all_pairs` for the tag."""
+    def all_ids(self, order: SequenceNumber | None, tag: str = "") -> np.ndarray:
+        """Ids of all rows, in the order in which they came; see `all_neighbours` for the tag."""
         with self._turn(order), self._turns.read():
             self._check_tag(tag)
             return self.table.view().ids.copy()
@@ -309,11 +313,11 @@ class MiningServer:
                 f"lists of {tag!r} were asked for, but {old} of {len(self.table)} rows are older: put those of all samples first"
             )
 
-    def all_pairs(
+    def all_neighbours(
         self,
-        order: Order | None,
+        order: SequenceNumber | None,
         k: int,
-        which: Which = "all",
+        which: ClassFilter = "all",
         reduce: Callable[[Queries, Neighbours], Any] | None = None,
         tag: str = "",
         approximate: bool = False,
@@ -342,14 +346,14 @@ class MiningServer:
             self._list_index = None
             return out, recall
 
-    def delta(self, order: Order | None, since: int) -> Delta:
-        """What a mirror of the memory lacks; see `Dictionary.delta`."""
+    def delta(self, order: SequenceNumber | None, since: int) -> Delta:
+        """What a mirror of the memory lacks; see `EmbeddingMemory.delta`."""
         with self._turn(order), self._turns.read():
             return self.memory.delta(since)
 
     # ---- snapshots -----------------------------------------------------------------------------------------------
 
-    def save(self, order: Order, folder: str) -> dict[str, str]:
+    def save(self, order: SequenceNumber, folder: str) -> dict[str, str]:
         """Writes what cannot be derived into this shard's part of a snapshot; returns the checksum of every file.
 
         An index is never written: its rows are (`rebuild`'s base), where it was built from others than the present ones.
@@ -366,7 +370,7 @@ class MiningServer:
                 self._tag,
             )
 
-    def _restore(self, folder: Folder, spec: Spec) -> None:
+    def _restore(self, folder: Folder, spec: ServerSpec) -> None:
         """Takes this shard's rows from a snapshot, whatever the number of shards that wrote it."""
         saved = read(folder, Header(spec.run, spec.dim, spec.shard, spec.shards))
         self._table, self._tag = Table.restore(saved.table, spec.capacity), saved.tag
@@ -381,5 +385,5 @@ def _check_k(k: int) -> None:
         raise UserError(f"k is {k}: expected at least 1 neighbour")
 
 
-def _overtaken(old: int, new: int) -> str:
+def _superseded(old: int, new: int) -> str:
     return f"start {old} of the run spoke to its mining server, which start {new} has taken over: this one stops"

@@ -43,7 +43,7 @@ class Tag:
 
 
 @dataclass(frozen=True)
-class Built:
+class SavedIndex:
     """An index that was in use: its number, first step, and the folder and checksums of the rows it was built from."""
 
     number: int
@@ -53,20 +53,20 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Saved:
+class RestoredState:
     """What one shard reads: its table, the memory, and its indexes with their rows.
 
-    A `Built` without checksums is to be saved anew: its rows were put together from those of another number of shards.
+    A `SavedIndex` without checksums is to be saved anew: its rows were put together from those of another number of shards.
     """
 
     table: Arrays
     memory: Arrays | None
-    built: list[tuple[Built, Arrays]]
+    built: list[tuple[SavedIndex, Arrays]]
     tag: Tag
 
 
 def write(
-    folder: Folder, header: Header, table: Arrays, memory: Arrays | None, built: Sequence[Built], tag: Tag = Tag()
+    folder: Folder, header: Header, table: Arrays, memory: Arrays | None, built: Sequence[SavedIndex], tag: Tag = Tag()
 ) -> dict[str, str]:
     """Writes one shard's part; returns the checksum of every file."""
     target = folder / str(header.shard)
@@ -78,7 +78,7 @@ def write(
     return sums
 
 
-def read(folder: Folder, header: Header) -> Saved:
+def read(folder: Folder, header: Header) -> RestoredState:
     """Reads what belongs to one shard.
 
     Raises:
@@ -109,13 +109,13 @@ def read(folder: Folder, header: Header) -> Saved:
     memory = read_arrays(folder / names[0], "memory", metas[0]["sha256"]) if header.shard == 0 else {}
     built = []
     for index in range(len(metas[0]["built"])):
-        parts = [Built(**metas[i]["built"][index]) for i in chosen]
+        parts = [SavedIndex(**metas[i]["built"][index]) for i in chosen]
         rows = mine([read_arrays(Folder(part.base), "base", part.sums) for part in parts])
         first = parts[0]
         if not same:
-            first = Built(first.number, first.from_step, f"{first.base}-{header.shard}-of-{header.shards}", {})
+            first = SavedIndex(first.number, first.from_step, f"{first.base}-{header.shard}-of-{header.shards}", {})
         built.append((first, rows))
-    return Saved(table, memory or None, built, _newest(metas))
+    return RestoredState(table, memory or None, built, _newest(metas))
 
 
 def _newest(metas: Sequence[Mapping[str, Any]]) -> Tag:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 _CHUNK_ELEMENTS = 2**17  # float64 elements of a temporary array in a loop over rows or pairs: 1 MiB, stays in cache
 
-Part = TypeVar("Part", bound="Ranged")
+Part = TypeVar("Part", bound="Concatenable")
 
 
-class Ranged:
+class Concatenable:
     """A dataclass of arrays with one entry a row, so that ranks can each do a range of the rows."""
 
     @classmethod
@@ -30,14 +30,14 @@ class Ranged:
 
 
 @dataclass(frozen=True)
-class Vectors:
+class NormedRows:
     """Rows to compare: as given, and their lengths in float64."""
 
     rows: np.ndarray
     norms: Float64[np.ndarray, " rows"]
 
     @staticmethod
-    def of(embeddings: Tensor, name: str) -> Vectors:
+    def of(embeddings: Tensor, name: str) -> NormedRows:
         """Checks and measures float32 or float64 rows [rows, dim]; `name` is what an error calls them.
 
         Raises:
@@ -54,13 +54,13 @@ class Vectors:
         bad = np.flatnonzero(~((norms > 1e-150) & (norms < 1e150)))
         if len(bad):
             raise ValueError(f"{len(bad)} of {len(rows)} {name} rows are zero or not finite, the first is row {bad[0]}")
-        return Vectors(rows, norms)
+        return NormedRows(rows, norms)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, part: slice) -> Vectors:
-        return Vectors(self.rows[part], self.norms[part])
+    def __getitem__(self, part: slice) -> NormedRows:
+        return NormedRows(self.rows[part], self.norms[part])
 
     @property
     def dim(self) -> int:
@@ -87,11 +87,11 @@ class Vectors:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class ExactCosine:
     """Exact similarities of queries and gallery rows: sums of integers in disguise, so that BLAS may add them up."""
 
-    queries: Vectors
-    gallery: Vectors
+    queries: NormedRows
+    gallery: NormedRows
 
     def __post_init__(self) -> None:
         if self.queries.dim != self.gallery.dim:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from methods.mining import Which
+from methods.mining import ClassFilter
 
 _GROUP = 16  # of every so many similarities only the largest enters the first selection
 SYMMETRIC_ROWS = 2**17  # up to which `search_all` compares each pair once
@@ -91,7 +91,9 @@ class Queries:
         return Queries(self.values[part], self.ids[part], None if self.labels is None else self.labels[part])
 
 
-def search(queries: Queries, rows: Rows, k: int, which: Which = "all", memory_bytes: int = 64 * 2**20) -> Neighbours:
+def search(
+    queries: Queries, rows: Rows, k: int, which: ClassFilter = "all", memory_bytes: int = 64 * 2**20
+) -> Neighbours:
     """The k nearest rows of each query, exactly.
 
     Time: a float32 matrix product Q x N x D and five passes over its values; `same` looks at the members of each class
@@ -106,7 +108,7 @@ def search(queries: Queries, rows: Rows, k: int, which: Which = "all", memory_by
 
 
 def rerank(
-    queries: Queries, rows: Rows, candidates: Int64[np.ndarray, "queries c"], k: int, which: Which
+    queries: Queries, rows: Rows, candidates: Int64[np.ndarray, "queries c"], k: int, which: ClassFilter
 ) -> Neighbours:
     """The k nearest of each query's candidates (positions in `rows`, -1: none) by their exact distances."""
     query, column = np.nonzero(candidates >= 0)
@@ -128,7 +130,7 @@ def _labels(queries: Queries) -> np.ndarray:
     return queries.labels
 
 
-def search_all(rows: Rows, k: int, which: Which = "all", block: int = 3072) -> Iterator[tuple[slice, Neighbours]]:
+def search_all(rows: Rows, k: int, which: ClassFilter = "all", block: int = 3072) -> Iterator[tuple[slice, Neighbours]]:
     """The k nearest rows of every row, exactly, in blocks of consecutive rows: `search` of all of them, in less time.
 
     Each pair of rows is compared once, for both. Memory: a float32 copy of the rows, and about 3 k candidates a row, which
@@ -232,7 +234,7 @@ class _Finder:
         return query[kept], position[kept]
 
 
-def _search_block(queries: Queries, rows: Rows, k: int, which: Which) -> Neighbours:
+def _search_block(queries: Queries, rows: Rows, k: int, which: ClassFilter) -> Neighbours:
     values = torch.from_numpy(np.ascontiguousarray(queries.values, np.float32))
     finder = _Finder(len(queries), k, _margin(queries.values, rows)[:, 0].numpy())
     for part in _slices(len(rows), 2**16):
@@ -252,7 +254,7 @@ def _similarity(values: Tensor, part: np.ndarray) -> Tensor:
     return torch.addmm(-0.5 * x.square().sum(1)[None], values, x.T)
 
 
-def _mask(similarity: Tensor, queries: Queries, rows: Rows, part: slice, which: Which) -> None:
+def _mask(similarity: Tensor, queries: Queries, rows: Rows, part: slice, which: ClassFilter) -> None:
     if which == "other":
         wanted, present = torch.from_numpy(_labels(queries)), torch.from_numpy(rows.labels[part].astype(np.int64))
         similarity.masked_fill_(wanted[:, None] == present[None], -torch.inf)

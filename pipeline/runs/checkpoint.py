@@ -35,7 +35,7 @@ from pipeline.storage import Folder
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """Where a run stands, beside its tensors.
 
     Attributes:
@@ -80,7 +80,7 @@ class Checkpoints:
         self.keep = keep
         self.incarnation = incarnation
 
-    def begin(self) -> int:
+    def acquire(self) -> int:
         """Takes over the run folder and returns the new incarnation."""
         self.incarnation = self._current() + 1
         self.run.write_json("incarnation", self.incarnation)
@@ -101,21 +101,21 @@ class Checkpoints:
     def save(
         self,
         kind: str,
-        progress: Progress,
+        progress: TrainingState,
         trunk: nn.Module,
         method: nn.Module,
         optimizers: Mapping[str, Optimizer],
         plan: Plan | None = None,
-        more: Callable[[Folder], None] | None = None,
+        write_extra: Callable[[Folder], None] | None = None,
     ) -> None:
         """Writes a checkpoint of `progress.step` below `kind` ("checkpoints" or "best"), then removes what is not kept.
 
-        `more` writes what else belongs to it into its folder, before it counts as complete.
+        `write_extra` writes what else belongs to it into its folder, before it counts as complete.
 
         Raises:
             RunError: another process has taken the run over, or a tensor is not finite; nothing has been written then.
         """
-        self._check_owner()
+        self._require_owner()
         tensors = {**trunk.state_dict(), **{f"method.{n}": t for n, t in method.state_dict().items()}}
         bad = [n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
         if bad:
@@ -125,7 +125,7 @@ class Checkpoints:
             )
         base = f"{kind}/{_name(progress.step)}"
         buffer = io.BytesIO()
-        state: dict[str, Any] = {"optimizers": {name: o.torch.state_dict() for name, o in optimizers.items()}}
+        state: dict[str, Any] = {"optimizers": {name: o.inner.state_dict() for name, o in optimizers.items()}}
         torch.save(state, buffer)
         files = {
             "trunk.safetensors": save_safetensors(_contiguous(trunk)),
@@ -138,29 +138,29 @@ class Checkpoints:
             self.run.remove(f"{base}/checkpoint.json")
         for name, data in files.items():
             self.run.write(f"{base}/{name}", data)
-        if more is not None:
-            more(self.folder(kind, progress.step))
+        if write_extra is not None:
+            write_extra(self.folder(kind, progress.step))
         checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         record = {"progress": asdict(progress), "incarnation": self.incarnation, "sha256": checksums}
         self.run.write_json(f"{base}/checkpoint.json", record)
         if kind == "checkpoints":
             self._prune()
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: TrainingState) -> None:
         """Replaces the progress of the checkpoint of `progress.step`, whose tensors stay, in one write.
 
         Raises:
             RunError: another process has taken the run over.
         """
-        self._check_owner()
+        self._require_owner()
         name = f"checkpoints/{_name(progress.step)}/checkpoint.json"
         self.run.write_json(name, self.run.read_json(name) | {"progress": asdict(progress)})
 
-    def owned(self) -> bool:
+    def is_owner(self) -> bool:
         """Whether no other process has taken the run over."""
         return self._current() == self.incarnation
 
-    def _check_owner(self) -> None:
+    def _require_owner(self) -> None:
         current = self._current()
         if current != self.incarnation:
             raise RunError(
@@ -176,14 +176,14 @@ class Checkpoints:
                 if re.fullmatch(r"step-\d+", name) and int(name[5:]) < kept[-1] and int(name[5:]) not in stay:
                     self.run.remove(f"{kind}/{name}")
 
-    def latest(self) -> Progress | None:
+    def latest(self) -> TrainingState | None:
         """Progress of the newest complete checkpoint."""
         steps = self.steps()
         return self.progress("checkpoints", steps[-1]) if steps else None
 
-    def progress(self, kind: str, step: int) -> Progress:
+    def progress(self, kind: str, step: int) -> TrainingState:
         record = self.run.read_json(f"{kind}/{_name(step)}/checkpoint.json")
-        return Progress(**record["progress"])
+        return TrainingState(**record["progress"])
 
     def load(
         self,
@@ -227,7 +227,7 @@ class Checkpoints:
                 f"{self.run}/{base} holds something else than tensors ({first_line(error)}): remove {base}"
             ) from error
         for name, optimizer in optimizers.items():
-            optimizer.torch.load_state_dict(state["optimizers"][name])
+            optimizer.inner.load_state_dict(state["optimizers"][name])
         return plan
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.store import Store
-from pipeline.runs.checkpoint import Progress
+from pipeline.runs.checkpoint import TrainingState
 
 # A resumed run in which one of these changed is not the run that a fresh start would repeat.
-TOUCHES_RESULT = (
+RESULT_KEYS = (
     "length",
     "runtime.workers",
     "runtime.cpus_per_worker",
@@ -52,11 +52,11 @@ def protocol(config: Config, store: Store) -> dict[str, Any]:
 
 
 def summarise(
-    config: Config, store: Store, progress: Progress, metrics: dict[str, float], changes: Sequence[dict[str, Any]]
+    config: Config, store: Store, progress: TrainingState, metrics: dict[str, float], changes: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of summary.json; metrics in percent, `seconds` spent in training steps."""
-    touched = sorted({c.split(":")[0] for change in changes for c in change["changes"]} & set(TOUCHES_RESULT))
-    overtaking = config.method.mining is not None and config.mining.consistency == "async"
+    touched = sorted({c.split(":")[0] for change in changes for c in change["changes"]} & set(RESULT_KEYS))
+    asynchronous = config.method.mining is not None and config.mining.consistency == "async"
     return {
         "name": config.name,
         "frozen": _rounded(progress.frozen),
@@ -68,7 +68,7 @@ def summarise(
         "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 2),
         "waiting_for_data": round(progress.waited_s / max(progress.seconds, 1e-9), 4),
         "protocol": protocol(config, store),
-        "reproducible": config.runtime.deterministic and not touched and not overtaking,
+        "reproducible": config.runtime.deterministic and not touched and not asynchronous,
         "changed_while_running": touched,
     }
 

@@ -15,7 +15,7 @@ LINE_EVERY_S = 15.0
 
 
 class Display:
-    """Shows the states of a board.
+    """Shows the status of a run.
 
     Args:
         console: a terminal gets a live bar, anything else a line every 15 s and at every change of phase.
@@ -43,8 +43,8 @@ class Display:
         self.bar.stop()
 
     def __call__(self, state: dict[str, Any]) -> None:
-        for notice in state["notices"]:
-            self.console.print(notice, highlight=False)
+        for message in state["messages"]:
+            self.console.print(message, highlight=False)
         progress = state["progress"]
         if not progress:
             return

@@ -49,9 +49,9 @@ class Folder:
         if self._fs is None:
             try:
                 if self.uri.startswith(("s3://", "s3a://")):
-                    from pipeline.storage.s3 import S3, patience
+                    from pipeline.storage.s3 import S3, retry_timeout
 
-                    self._fs = S3(patience())
+                    self._fs = S3(retry_timeout())
                 else:
                     self._fs = fsspec.core.url_to_fs(self.uri)[0]
             except (ImportError, ValueError) as error:

@@ -3,7 +3,7 @@
 Left alone, botocore repeats a request up to 5 times and s3fs that up to 5 times again, for minutes, and what they raise
 names no file. A body of more than 50 MB is read without either layer, with zeros where a part came short (s3fs 2026.9,
 `_cat_file_concurrent`), and nothing ends an upload that the server does not read, or an answer that trickles. Here both
-try once, and every request, with the body of its answer, goes through `S3._patiently`.
+try once, and every request, with the body of its answer, goes through `S3._with_retries`.
 
 Waits are drawn uniformly from 0 to FIRST_WAIT_S × 2^faults, at most LONGEST_WAIT_S ("full jitter": M. Brooker, Exponential
 Backoff And Jitter, AWS Architecture Blog 2015). Error codes: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html.
@@ -31,16 +31,16 @@ from pipeline.errors import RunError, UserError
 PATIENCE = "RAYDML_S3_PATIENCE_S"  # environment variable: how long the faults of one request may last
 PATIENCE_S = 60.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 8.0
-ANSWER_S = 15.0  # of silence of the server are a fault
-TOLD_AFTER_S = 5.0  # of faults, a warning is logged at each
+READ_TIMEOUT_S = 15.0  # of silence of the server are a fault
+WARN_AFTER_S = 5.0  # of faults, a warning is logged at each
 PART_BYTES = 32 << 20  # larger objects are read and written in parts
 PARTS_AT_ONCE = 4
 CONNECTIONS = 64  # more than are used at a time: a request that waits for one would look like a silent server
-SLOWEST_BYTES_S = 64 << 10  # a body below this rate, sent or received, counts as stuck
+MIN_BYTES_PER_S = 64 << 10  # a body below this rate, sent or received, counts as stuck
 
 CREDENTIALS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN (or AWS_PROFILE)"
-PASSING_STATUS = {408, 429, 500, 502, 503, 504}
-PASSING_CODES = {"BadDigest", "IncompleteBody", "InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable",
+TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable",
                  "SlowDown", "Throttling", "XAmzContentSHA256Mismatch"}  # fmt: skip
 # The answer to a HEAD has no body to say why: 400 is what it gives for an expired token.
 REFUSED_CODES = {"400", "AccessDenied", "AccountProblem", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
@@ -52,18 +52,18 @@ jitter = random.Random()  # not the global generator
 Result = TypeVar("Result")
 
 
-class ShortBody(Exception):
+class IncompleteBody(Exception):
     """An answer ended before its length, without an error of the connection."""
 
 
-class Large(NamedTuple):
+class MultipartObject(NamedTuple):
     """What is known of an object that has to be read in parts, all of one version."""
 
     size: int
     version: str
 
 
-def patience() -> float:
+def retry_timeout() -> float:
     """Seconds that the faults of one request may last: $RAYDML_S3_PATIENCE_S, else 60."""
     text = os.environ.get(PATIENCE, "")
     try:
@@ -79,7 +79,7 @@ class S3(S3FileSystem):
     """Object storage; credentials, endpoint and region come from the environment.
 
     Args:
-        patience_s: how long the faults of one request may last before it fails; 0 tries once.
+        retry_timeout_s: how long the faults of one request may last before it fails; 0 tries once.
 
     Raises:
         RunError: faults lasted longer than that, or the storage cannot do what was asked; the object is named.
@@ -89,13 +89,13 @@ class S3(S3FileSystem):
 
     retries = 1  # s3fs's own
 
-    def __init__(self, patience_s: float | int = PATIENCE_S, **options: Any) -> None:
-        self.patience_s = patience_s
+    def __init__(self, retry_timeout_s: float | int = PATIENCE_S, **options: Any) -> None:
+        self.retry_timeout_s = retry_timeout_s
         once = {"total_max_attempts": 1, "mode": "standard"}
         settings = {
             "retries": once,
-            "connect_timeout": ANSWER_S,
-            "read_timeout": ANSWER_S,
+            "connect_timeout": READ_TIMEOUT_S,
+            "read_timeout": READ_TIMEOUT_S,
             "max_pool_connections": CONNECTIONS,
         }
         super().__init__(config_kwargs=settings, use_listings_cache=False, **options)
@@ -107,7 +107,7 @@ class S3(S3FileSystem):
                 raise ClientError({"Error": response["Errors"][0], **response}, method)
             return response
 
-        return await self._patiently(method, request, once)
+        return await self._with_retries(method, request, once)
 
     call_s3 = sync_wrapper(_call_s3)
 
@@ -137,23 +137,23 @@ class S3(S3FileSystem):
 
         return b"".join(await asyncio.gather(*(part(first) for first in range(0, found.size, PART_BYTES))))
 
-    async def _get(self, request: Mapping[str, str], part: tuple[int, int] | None) -> bytes | Large:
+    async def _get(self, request: Mapping[str, str], part: tuple[int, int] | None) -> bytes | MultipartObject:
         """A part, or a whole object unless that is large."""
         if part is not None:
             request = {**request, "Range": f"bytes={part[0]}-{part[1] - 1}"}
 
-        async def once() -> bytes | Large:
+        async def once() -> bytes | MultipartObject:
             response = await self._once("get_object", **request)
             size = response["ContentLength"] if part is None else part[1] - part[0]
             async with _time_for(size), response["Body"] as body:
                 if part is None and size > PART_BYTES:
-                    return Large(size, response["ETag"])
+                    return MultipartObject(size, response["ETag"])
                 data = await body.read()
             if len(data) != size:
-                raise ShortBody(f"got {len(data)} of {size} bytes")
+                raise IncompleteBody(f"got {len(data)} of {size} bytes")
             return data
 
-        return await self._patiently("get_object", request, once)
+        return await self._with_retries("get_object", request, once)
 
     async def _pipe_file(self, path: str, data: bytes, **options: Any) -> None:
         options |= {"chunksize": PART_BYTES, "max_concurrency": PARTS_AT_ONCE}
@@ -172,10 +172,10 @@ class S3(S3FileSystem):
 
     exists = sync_wrapper(_exists)
 
-    async def _patiently(
+    async def _with_retries(
         self, method: str, request: Mapping[str, Any], once: Callable[[], Awaitable[Result]]
     ) -> Result:
-        """Does `once` until it succeeds, cannot succeed, or `patience_s` have passed since its first fault."""
+        """Does `once` until it succeeds, cannot succeed, or `retry_timeout_s` have passed since its first fault."""
         uri, first, tries = _uri(request), 0.0, 0
         while True:
             tries += 1
@@ -183,27 +183,27 @@ class S3(S3FileSystem):
                 return await once()
             except Exception as error:
                 cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error  # s3fs translates
-                if not _passes(cause):
-                    refusal = _refusal(uri, method, cause)
+                if not _is_transient(cause):
+                    refusal = _permanent_error(uri, method, cause)
                     if refusal is None:
                         raise
                     raise refusal from error
                 now = time.monotonic()
                 first = first or now
                 wait = jitter.uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1)))
-                if now + wait - first > self.patience_s:
+                if now + wait - first > self.retry_timeout_s:
                     raise RunError(
                         f"{uri}: {method} failed, {tries} tries in {now - first:.0f} s, at last with {_reason(cause)}: see to the "
-                        f"storage, then run the same command again ({PATIENCE} is how long faults may last, now {self.patience_s:g} s)"
+                        f"storage, then run the same command again ({PATIENCE} is how long faults may last, now {self.retry_timeout_s:g} s)"
                     ) from error
-                if now - first > TOLD_AFTER_S:
+                if now - first > WARN_AFTER_S:
                     logger.warning("%s: %s failed, %d tries, %s: trying again", uri, method, tries, _reason(cause))
                 await asyncio.sleep(wait)
 
 
 def _time_for(size: int) -> asyncio.Timeout:
     """Ends the block with TimeoutError when it takes longer than a body of `size` bytes may."""
-    return asyncio.timeout(2 * ANSWER_S + size / SLOWEST_BYTES_S)
+    return asyncio.timeout(2 * READ_TIMEOUT_S + size / MIN_BYTES_PER_S)
 
 
 def _uri(request: Mapping[str, Any]) -> str:
@@ -218,17 +218,17 @@ def _code(error: ClientError) -> tuple[int, str]:
     return int(status), str(error.response.get("Error", {}).get("Code", ""))
 
 
-def _passes(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, ClientError):
         status, code = _code(error)
-        return status in PASSING_STATUS or code in PASSING_CODES
+        return status in TRANSIENT_STATUS or code in TRANSIENT_CODES
     connection = (boto.HTTPClientError, boto.ConnectionError, aiohttp.ClientError, ConnectionError, TimeoutError)
-    damaged = (ShortBody, boto.IncompleteReadError, boto.FlexibleChecksumError, ResponseParserError)
+    damaged = (IncompleteBody, boto.IncompleteReadError, boto.FlexibleChecksumError, ResponseParserError)
     return isinstance(error, connection + damaged)
 
 
-def _refusal(uri: str, method: str, cause: BaseException) -> Exception | None:
+def _permanent_error(uri: str, method: str, cause: BaseException) -> Exception | None:
     """What is raised for an error that does not pass; None: that there is no such object, or what is not of storage."""
     what = f"{uri}: {method} failed ({_reason(cause)})"
     status, code = _code(cause) if isinstance(cause, ClientError) else (0, "")

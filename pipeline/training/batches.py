@@ -11,10 +11,10 @@ from methods import Context, Method
 from methods.config import Length
 from methods.plans import Plan
 from pipeline.config import RuntimeConfig
-from pipeline.data.loader import Item, PixelSource, load
+from pipeline.data.loader import ImageSource, LoadRequest, load
 from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks
-from pipeline.runs.checkpoint import Progress
+from pipeline.runs.checkpoint import TrainingState
 
 SEGMENT_STEPS = 512  # plans that are known ahead are loaded by one pipeline of at least so many steps
 
@@ -41,7 +41,7 @@ class PlannedBatches:
         method: Method,
         context: Context,
         samples: Samples,
-        source: PixelSource,
+        source: ImageSource,
         length: Length,
         runtime: RuntimeConfig,
         ranks: Ranks,
@@ -55,7 +55,7 @@ class PlannedBatches:
         """The plan of an epoch that has begun."""
         return self.stored or self.method.plan(epoch, self.context)
 
-    def known_plans(self, progress: Progress) -> list[tuple[int, Plan]]:
+    def known_plans(self, progress: TrainingState) -> list[tuple[int, Plan]]:
         """The current epoch's plan, and the following ones where they are pure, up to a segment's length."""
         epoch, method = progress.epoch, self.method
         if method.plan_is_stored:
@@ -75,18 +75,18 @@ class PlannedBatches:
             epoch += 1
         return plans
 
-    def pixels(self, plans: list[tuple[int, Plan]], progress: Progress) -> Iterator[Tensor]:
+    def pixels(self, plans: list[tuple[int, Plan]], progress: TrainingState) -> Iterator[Tensor]:
         """Pixels of this rank's slots for the steps to come, uint8 [slots, 3, S, S] each."""
         p, length = progress, self.length
         most = max(0, round(length.value) - p.step) if length.unit == "steps" else None
         items = islice(self.items(plans, p.step, p.step_in_epoch), most)
         return load(self.source, items, self.runtime.loader, self.runtime.loader_cpus)
 
-    def items(self, plans: list[tuple[int, Plan]], step: int, row: int) -> Iterator[Item]:
+    def items(self, plans: list[tuple[int, Plan]], step: int, row: int) -> Iterator[LoadRequest]:
         """This rank's slots from a row of the first plan on, each made when it is asked for: plans are long."""
         for epoch, plan in plans:
             own = self.ranks.slice(plan.ids.shape[1])
             for ids in plan.ids[row:, own]:
-                yield Item(self.samples.ids[ids], (epoch, step, own.start))
+                yield LoadRequest(self.samples.ids[ids], (epoch, step, own.start))
                 step += 1
             row = 0

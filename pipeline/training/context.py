@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from methods import Batch, Method
 from methods.base import Gradient
-from methods.base import Ranks as MethodRanks
 from methods.config import Clock, Length
 from methods.optim import Optimizer
 from methods.plans import Plan
@@ -24,7 +23,7 @@ from pipeline.distributed.collectives import Ranks, gather
 from pipeline.distributed.seeding import seeded_generator
 from pipeline.errors import RunError
 from pipeline.evaluation.embedder import Embedder, trunk_features
-from pipeline.mining.method_view import RunMining
+from pipeline.mining.method_view import MethodMining
 from pipeline.model.forward_mode import Outputs, derivative
 from pipeline.model.trunk import Trunk
 
@@ -32,7 +31,7 @@ from pipeline.model.trunk import Trunk
 _DERIVED_PIXELS = 2_000_000
 
 
-class _Part(NamedTuple):
+class _RoleSlots(NamedTuple):
     """This rank's images of some slots.
 
     Attributes:
@@ -74,7 +73,7 @@ class RunContext:
         method: Method,
         embedder: Embedder,
         load_best: Callable[[], None],
-        mining: RunMining | None = None,
+        mining: MethodMining | None = None,
     ) -> None:
         self.samples, self.labels, self.tracks = samples, samples.labels, samples.tracks
         self.seed, self.length, self.precision = seed, length, precision
@@ -93,15 +92,14 @@ class RunContext:
         self.clock = Clock()
         self.generator = seeded_generator(device, seed)
         self.shards: Sequence[slice] = ()
-        self.work: MethodRanks = ranks
-        self.upcoming: Int64[np.ndarray, " slots"] | None = None
-        self.mining: RunMining | None = mining
+        self.next_ids: Int64[np.ndarray, " slots"] | None = None
+        self.mining: MethodMining | None = mining
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
         self._awaits_backward = False
         self._encoded = 0  # calls of encode in this step
         self._outputs: Outputs | None = None  # of what was encoded last, for its derivative
-        self._derived: str | Sequence[str] | None = None
+        self._kept_role: str | Sequence[str] | None = None
         self._features = torch.empty(0)
 
     def begin_epoch(self, clock: Clock, epoch: int) -> None:
@@ -116,7 +114,7 @@ class RunContext:
         self.generator = seeded_generator(self.device, self.seed, clock.step, 2)
         self._encoded, self._outputs = 0, None
         self._seed_global()  # dropout inside a backbone: the same after a resume
-        self.upcoming = plan.ids[row + 1] if row + 1 < len(plan) else None
+        self.next_ids = plan.ids[row + 1] if row + 1 < len(plan) else None
         if self.mining is not None:
             self.mining.step = clock.step
         self.shards = [self.ranks.slice(plan.ids.shape[1], rank) for rank in range(self.ranks.world)]
@@ -131,13 +129,15 @@ class RunContext:
         labels = torch.from_numpy(self.labels[plan.ids[row]]).to(self.device)
         return Batch(ids, labels, {name: column[row] for name, column in plan.columns.items()})
 
-    def encode(self, role: str | Sequence[str] | None = None, derive: bool = False) -> Float[Tensor, "batch features"]:
+    def encode(
+        self, role: str | Sequence[str] | None = None, keep_for_jvp: bool = False
+    ) -> Float[Tensor, "batch features"]:
         if self._awaits_backward:
             raise RuntimeError("a second encode before backward: ask for all roles in one call")
-        part = self._part(role)
+        part = self._role_slots(role)
         # under autocast they are not those of the derivative, which is of higher precision
-        self._outputs = Outputs() if derive and self.precision != "bf16" else None
-        self._derived = role
+        self._outputs = Outputs() if keep_for_jvp and self.precision != "bf16" else None
+        self._kept_role = role
         with self._outputs or nullcontext():
             local = trunk_features(self.ddp, part.pixels, self.precision)
         self._features = local.detach()
@@ -150,29 +150,29 @@ class RunContext:
         self,
         role: str | Sequence[str] | None,
         objective: Callable[[Tensor], Tensor],
-        own: Sequence[Tensor] = (),
+        extra: Sequence[Tensor] = (),
         shift: Mapping[str, Tensor] | None = None,
     ) -> Gradient:
-        part = self._part(role)
+        part = self._role_slots(role)
         learnt = {n: p for n, p in self.trunk.named_parameters() if p.requires_grad}
         at = learnt if shift is None else {n: (p + shift[n]).detach().requires_grad_() for n, p in learnt.items()}
         with torch.enable_grad():
-            local = trunk_features(self._bare(at), part.pixels, self.precision)
+            local = trunk_features(self._trunk_with(at), part.pixels, self.precision)
             loss = objective(gather(local, part.start, part.total, self.ranks))
         self._check_finite(loss)
-        found = torch.autograd.grad(loss, [*at.values(), *own], allow_unused=True)
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip([*at.values(), *own], found, strict=True)]
+        found = torch.autograd.grad(loss, [*at.values(), *extra], allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip([*at.values(), *extra], found, strict=True)]
         # Every rank holds the same loss, so that the backward pass of `gather` has counted each of them.
         shared = [self.ranks.sum(g) / self.ranks.world for g in grads[: len(at)]]
         return Gradient(float(loss.detach()), dict(zip(at, shared, strict=True)), grads[len(at) :])
 
-    def derivative(
+    def jvp(
         self, role: str | Sequence[str] | None, direction: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch features"]]:
-        part = self._part(role)
+        part = self._role_slots(role)
         wanted = {n: direction[n] for n, p in self.trunk.named_parameters() if n in direction}
         images = max(1, _DERIVED_PIXELS // part.pixels[0].numel() if len(part.pixels) else 1)
-        outputs, self._outputs = (self._outputs if role == self._derived else None), None
+        outputs, self._outputs = (self._outputs if role == self._kept_role else None), None
         parts = []
         for start in range(0, max(1, len(part.pixels)), images):
             some = slice(start, start + images)
@@ -188,14 +188,14 @@ class RunContext:
         local, tangent = (gather(torch.cat(t), part.start, part.total, self.ranks) for t in zip(*parts, strict=True))
         return local, tangent
 
-    def _bare(self, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def _trunk_with(self, parameters: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         """The trunk without DDP around it, with other parameters."""
         return lambda pixels: torch.func.functional_call(self.trunk, dict(parameters), (pixels,))
 
-    def _part(self, role: str | Sequence[str] | None) -> _Part:
+    def _role_slots(self, role: str | Sequence[str] | None) -> _RoleSlots:
         """What this rank encodes of the slots of a role."""
         if self._plan_row is None or self._pixels is None:
-            raise RuntimeError("encode is for training_step: there is no batch outside a step (use sweep)")
+            raise RuntimeError("encode is for training_step: there is no batch outside a step (use embed_samples)")
         plan, row = self._plan_row
         slots = np.arange(plan.ids.shape[1])
         if role is not None:
@@ -205,7 +205,7 @@ class RunContext:
         mine = self.shards[self.ranks.rank]
         own = slots[(slots >= mine.start) & (slots < mine.stop)]
         pixels = self._pixels if role is None else self._pixels[torch.from_numpy(own - mine.start).to(self.device)]
-        return _Part(pixels, int((slots < mine.start).sum()), len(slots))
+        return _RoleSlots(pixels, int((slots < mine.start).sum()), len(slots))
 
     def _seed_global(self) -> None:
         """Seeds torch's global generators from (seed, step, calls of encode); 100 times faster than torch.manual_seed."""
@@ -223,10 +223,10 @@ class RunContext:
         if self.ranks.any(not bool(torch.isfinite(loss.detach()).all()), self.device):
             raise RunError(
                 f"the loss is not finite at step {self.clock.step} (got {float(loss.detach())} on rank {self.ranks.rank}); "
-                f"nothing was learnt from it, and the last checkpoint stands. Lower the learning rate, or look at its images: {self._sources()}"
+                f"nothing was learnt from it, and the last checkpoint stands. Lower the learning rate, or look at its images: {self._sample_ids_of_step()}"
             )
 
-    def _sources(self) -> str:
+    def _sample_ids_of_step(self) -> str:
         if self._plan_row is None:
             return "none"
         plan, row = self._plan_row
@@ -235,15 +235,15 @@ class RunContext:
     def step(self, optimizer: str) -> None:
         chosen = self.optimizers[optimizer]
         chosen.step(self.clock, self.length)
-        chosen.torch.zero_grad(set_to_none=True)
+        chosen.inner.zero_grad(set_to_none=True)
 
-    def sweep(self, ids: Int64[np.ndarray, " some"], embed: bool = True) -> Float[Tensor, "some dim"]:
+    def embed_samples(self, ids: Int64[np.ndarray, " some"], embed: bool = True) -> Float[Tensor, "some dim"]:
         out = self.embedder(self.samples.ids[ids], self.trunk, self.method if embed else None)
         self.trunk.set_mode(True, self.ranks)
         self.method.train()
         return out
 
-    def digest(self) -> str:
+    def weights_hash(self) -> str:
         found = hashlib.sha256()
         for module in (self.trunk, self.method):
             for name, value in module.state_dict().items():
@@ -254,4 +254,4 @@ class RunContext:
 
 def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
     """Current rate of each optimizer's first group."""
-    return {f"lr/{name}": o.torch.param_groups[0]["lr"] for name, o in optimizers.items()}
+    return {f"lr/{name}": o.inner.param_groups[0]["lr"] for name, o in optimizers.items()}

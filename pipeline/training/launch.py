@@ -21,21 +21,21 @@ import torch.distributed as dist
 
 from pipeline.config import Config, build_config
 from pipeline.distributed.collectives import Ranks
-from pipeline.distributed.run_status import Board, RemoteBoard
+from pipeline.distributed.run_status import RunStatus, RunStatusProxy
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.mining.actor import Remote, start_servers
 from pipeline.storage import Folder
 from pipeline.training.loop import Worker
 
 Show = Callable[[dict[str, Any]], None]
-STOPPED_AFTER_S = 120  # a stop request that is not obeyed by then ends the driver, and with it the workers
+STOP_TIMEOUT_S = 120  # a stop request that is not obeyed by then ends the driver, and with it the workers
 
 
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-class Signals:
+class StopSignals:
     """Turns SIGTERM and Ctrl-C into a stop request; the second Ctrl-C interrupts at once.
 
     Attributes:
@@ -46,7 +46,7 @@ class Signals:
         self.on_stop = on_stop
         self.received: int | None = None
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> StopSignals:
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
             self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -84,10 +84,13 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         ranks = Ranks(dist.get_rank(), dist.get_world_size())
-    board = Board()
+    status = RunStatus()
     try:
-        with Signals(board.stop) as signals, showing(board.read, show if ranks.rank == 0 else lambda _: None):
-            Worker(config, store_uri, ranks, device, board)()
+        with (
+            StopSignals(status.stop) as signals,
+            status_display(status.read, show if ranks.rank == 0 else lambda _: None),
+        ):
+            Worker(config, store_uri, ranks, device, status)()
     finally:
         if ranks.world > 1:
             dist.destroy_process_group()
@@ -95,15 +98,15 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
 
 
 @contextlib.contextmanager
-def showing(read: Callable[[int], dict[str, Any]], show: Show, every_s: float = 0.3) -> Iterator[None]:
-    """Shows a board from a thread while the block runs, and a last time at its end."""
+def status_display(read: Callable[[int], dict[str, Any]], show: Show, every_s: float = 0.3) -> Iterator[None]:
+    """Shows a run's status from a thread while the block runs, and a last time at its end."""
     done = threading.Event()
     seen = 0
 
     def once() -> None:
         nonlocal seen
         state = read(seen)
-        seen += len(state["notices"])
+        seen += len(state["messages"])
         show(state)
 
     def watch() -> None:
@@ -130,7 +133,7 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    actor = ray.remote(num_cpus=0, max_concurrency=4)(Board).remote()
+    actor = ray.remote(num_cpus=0, max_concurrency=4)(RunStatus).remote()
     runtime = config.runtime
     resources = {"CPU": float(runtime.cpus_per_worker or 1)}
     if runtime.gpus_per_worker:
@@ -139,7 +142,7 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
     if config.method.mining is not None:
         m = config.mining
         servers = start_servers(ray, config.name, m.shards, m.cpus, m.gpus, m.resource)
-    loop = {"config": config.model_dump(mode="json"), "store": store_uri, "board": actor, "servers": servers}
+    loop = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
     notes = Folder(config.root) / "ray"
     trainer = TorchTrainer(
         train_worker,
@@ -171,13 +174,13 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
         stop_since.append(time.monotonic())
         actor.stop.remote()
 
-    with Signals(stop) as signals, showing(lambda seen: ray.get(actor.read.remote(seen)), show):
+    with StopSignals(stop) as signals, status_display(lambda seen: ray.get(actor.read.remote(seen)), show):
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
-            if stop_since and time.monotonic() - stop_since[0] > STOPPED_AFTER_S:
-                raise RunError(f"the workers did not stop within {STOPPED_AFTER_S} s; the newest checkpoint is kept")
-    error = ray.get(actor.failed.remote())
+            if stop_since and time.monotonic() - stop_since[0] > STOP_TIMEOUT_S:
+                raise RunError(f"the workers did not stop within {STOP_TIMEOUT_S} s; the newest checkpoint is kept")
+    error = ray.get(actor.error_message.remote())
     if error is not None:
         raise RunError(error)
     if outcome:
@@ -191,22 +194,22 @@ def train_worker(loop: dict[str, Any]) -> None:
     import ray.train.torch
 
     config = build_config(loop["config"])
-    board = RemoteBoard(loop["board"])
+    status = RunStatusProxy(loop["status"])
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(config.runtime.cpus_per_worker or 1)
-    if board.failed() is not None:
+    if status.error_message() is not None:
         return
     try:
         servers = [Remote(actor) for actor in loop["servers"]]
         device = ray.train.torch.get_device()
-        Worker(config, loop["store"], ranks, device, board, report=ray.train.report, servers=servers)()
+        Worker(config, loop["store"], ranks, device, status, report=ray.train.report, servers=servers)()
     except (RunError, UserError) as error:
-        board.fail(first_line(error))  # a restart would fail again: end instead, and let the other ranks see it
+        status.fail(first_line(error))  # a restart would fail again: end instead, and let the other ranks see it
         if dist.is_initialized():
             dist.destroy_process_group()
     except Exception:
-        if board.failed() is None:
+        if status.error_message() is None:
             raise
 
 

@@ -18,17 +18,17 @@ from methods.plans import Plan
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
-from pipeline.distributed.run_status import Board, RemoteBoard
+from pipeline.distributed.run_status import RunStatus, RunStatusProxy
 from pipeline.evaluation.build import build_embedder, build_network
 from pipeline.mining.transport import Transport
-from pipeline.runs.checkpoint import Checkpoints, Progress
+from pipeline.runs.checkpoint import Checkpoints, TrainingState
 from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import Tracker
 from pipeline.storage import Folder
 from pipeline.training.batches import PlannedBatches
 from pipeline.training.context import RunContext, learning_rates
 from pipeline.training.measurements import Measurements
-from pipeline.training.parts import pixel_source, run_mining
+from pipeline.training.parts import build_mining, image_source
 
 
 class Worker:
@@ -39,7 +39,7 @@ class Worker:
         store_uri: of the prepared dataset.
         ranks: this worker's place.
         device: to compute on.
-        board: to tell progress to, and to hear of a stop request.
+        status: to tell progress to, and to hear of a stop request.
         report: called on every rank with the metrics of each validation (Ray Train's report), if given.
         servers: the run's mining servers, if the method mines; none: one in this process.
     """
@@ -50,11 +50,11 @@ class Worker:
         store_uri: str,
         ranks: Ranks,
         device: torch.device,
-        board: Board | RemoteBoard,
+        status: RunStatus | RunStatusProxy,
         report: Callable[[dict[str, Any]], None] | None = None,
         servers: Sequence[Transport] = (),
     ) -> None:
-        self.config, self.ranks, self.board = config, ranks, board
+        self.config, self.ranks, self.status = config, ranks, status
         torch.use_deterministic_algorithms(config.runtime.deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.store = Store(Folder(store_uri))
@@ -65,14 +65,14 @@ class Worker:
         self.trunk, self.method = build_network(config, self.samples, device)
         self.run = run_folder(config)
         self.checkpoints = Checkpoints(self.run, config.checkpoint.keep)
-        self.mining = run_mining(config, len(self.samples), servers, ranks, device)
+        self.mining = build_mining(config, len(self.samples), servers, ranks, device)
         self.context = RunContext(
             self.samples, config.seed, config.length, config.precision, device, ranks, self.trunk, self.method,
             self.embedder, self._load_best, self.mining,
         )  # fmt: skip
-        self.progress = Progress()
+        self.progress = TrainingState()
         self.batches = PlannedBatches(
-            self.method, self.context, self.samples, pixel_source(config, self.store), config.length, config.runtime,
+            self.method, self.context, self.samples, image_source(config, self.store), config.length, config.runtime,
             ranks, self._start_epoch,
         )  # fmt: skip
         self.measurements = Measurements(
@@ -98,13 +98,13 @@ class Worker:
                 self.measurements.final(self.progress, self.tracker)
         finally:
             if self.tracker is not None:
-                self.tracker.close(sync=self.checkpoints.owned())  # else it would replace the newer process's log
+                self.tracker.close(sync=self.checkpoints.is_owner())  # else it would replace the newer process's log
             if self.mining is not None:
                 self.mining.close()
 
     def _restore(self) -> None:
         if self.ranks.rank == 0:
-            self.checkpoints.begin()
+            self.checkpoints.acquire()
         self.checkpoints.incarnation = self.ranks.broadcast(self.checkpoints.incarnation)
         steps = self.ranks.broadcast(self.checkpoints.steps() if self.ranks.rank == 0 else None)
         if self.mining is not None:
@@ -118,7 +118,7 @@ class Worker:
             "checkpoints", step, self.trunk, self.method, self.context.optimizers
         )
         if self.ranks.rank == 0 and step:
-            self.board.notice(f"resumed at step {step} (epoch {self.progress.epoch + 1})")
+            self.status.add_message(f"resumed at step {step} (epoch {self.progress.epoch + 1})")
         if not self._done():
             self.progress.finished = False  # the run was made longer
 
@@ -131,7 +131,7 @@ class Worker:
                 self._start_epoch(epoch)
             for row in range(self.progress.step_in_epoch, len(plan)):
                 before = self._clock(plan)
-                if self.config.length.share(before) >= 1:
+                if self.config.length.fraction_done(before) >= 1:
                     return False
                 # fetch
                 started = time.perf_counter()
@@ -151,7 +151,7 @@ class Worker:
                     p.epoch, p.step_in_epoch = epoch + 1, 0
                 self._log(logs, after, plan)
                 # evaluate, save
-                last, metrics = self.config.length.share(after) >= 1, None
+                last, metrics = self.config.length.fraction_done(after) >= 1, None
                 if last or _crossed(self.config.evaluation.every, before, after):
                     metrics = self.measurements.validate(after, p, self.tracker)
                 if self.mining is not None and _crossed(self.config.mining.rebuild_every, before, after):
@@ -159,12 +159,12 @@ class Worker:
                 if row + 1 == len(plan):
                     self.batches.stored = None
                     self.method.on_epoch_end(epoch, self.context, metrics)
-                stop = self.ranks.any(self.board.stopping(), self.context.device)
+                stop = self.ranks.any(self.status.stop_requested(), self.context.device)
                 if stop or last or _crossed(self.config.checkpoint.every, before, after):
                     self._save("checkpoints")
                 if stop and not last:
                     if self.ranks.rank == 0:
-                        self.board.notice(f"stopped at step {p.step}: saved; the same command continues")
+                        self.status.add_message(f"stopped at step {p.step}: saved; the same command continues")
                     return True
         return False
 
@@ -183,7 +183,7 @@ class Worker:
         fraction = 0.0
         if p.step_in_epoch:
             fraction = p.step_in_epoch / len(self.batches.plan(p.epoch))
-        return self.config.length.share(Clock(p.step, p.epoch + fraction)) >= 1
+        return self.config.length.fraction_done(Clock(p.step, p.epoch + fraction)) >= 1
 
     # ---- log, save -----------------------------------------------------------------------------------------------
 
@@ -202,19 +202,21 @@ class Worker:
 
     def _publish(self, progress: dict[str, Any]) -> None:
         if self.ranks.rank == 0:
-            self.board.publish(progress)
+            self.status.publish(progress)
 
     def _save(self, kind: str) -> None:
         if self.ranks.rank == 0:
             plan, mining = (self.batches.stored, self.mining) if kind == "checkpoints" else (None, None)
 
-            def more(folder: Folder) -> None:
+            def write_extra(folder: Folder) -> None:
                 if mining is not None:
                     mining.save(folder / "mining")
                 if self.tracker is not None:
                     self.tracker.sync()  # before the checkpoint counts: whoever resumes from it finds its lines
 
-            self.checkpoints.save(kind, self.progress, self.trunk, self.method, self.context.optimizers, plan, more)
+            self.checkpoints.save(
+                kind, self.progress, self.trunk, self.method, self.context.optimizers, plan, write_extra
+            )
             if mining is not None:
                 mining.prune([self.checkpoints.folder(kind, step) for step in self.checkpoints.steps()])
         self.ranks.barrier()
@@ -227,4 +229,4 @@ def _crossed(every: Length, before: Clock, after: Clock) -> bool:
     """Whether a multiple of `every` lies between two clocks."""
     if not every.value:
         return False
-    return int(after.passed(every.unit) / every.value + 1e-9) > int(before.passed(every.unit) / every.value + 1e-9)
+    return int(after.elapsed(every.unit) / every.value + 1e-9) > int(before.elapsed(every.unit) / every.value + 1e-9)

@@ -13,10 +13,10 @@ from methods.config import Clock
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.evaluation.embedder import Embedder
-from pipeline.evaluation.evaluate_task import Result, evaluate
-from pipeline.evaluation.tasks import Task, test_task, validation_task
+from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
+from pipeline.evaluation.tasks import RetrievalTask, test_task, validation_task
 from pipeline.model.trunk import Trunk
-from pipeline.runs.checkpoint import Checkpoints, Progress
+from pipeline.runs.checkpoint import Checkpoints, TrainingState
 from pipeline.runs.run_folder import read_changes
 from pipeline.runs.summary import summarise
 from pipeline.runs.tracking import Tracker
@@ -56,7 +56,7 @@ class Measurements:
         self.publish, self.report = publish, report
         self.validation = validation_task(config, store)
 
-    def frozen(self, progress: Progress, tracker: Tracker | None) -> None:
+    def frozen(self, progress: TrainingState, tracker: Tracker | None) -> None:
         """The pretrained trunk's pooled features on the test classes, so that every run shows what training added."""
         task = self._test_task()
         if task is not None:
@@ -69,7 +69,7 @@ class Measurements:
             progress.frozen = {"queries": 0.0}
         self.save("checkpoints")
 
-    def validate(self, clock: Clock, progress: Progress, tracker: Tracker | None) -> dict[str, float] | None:
+    def validate(self, clock: Clock, progress: TrainingState, tracker: Tracker | None) -> dict[str, float] | None:
         """Metrics of the validation task, if there is one; the best weights so far are saved."""
         if self.validation is None:
             return None
@@ -85,7 +85,7 @@ class Measurements:
             self.report({"step": progress.step, "epoch": clock.epoch, **metrics})
         return metrics
 
-    def final(self, progress: Progress, tracker: Tracker | None) -> None:
+    def final(self, progress: TrainingState, tracker: Tracker | None) -> None:
         """The figures of the run: the chosen checkpoint on the test classes, once."""
         ranks, run = self.embedder.ranks, self.checkpoints.run
         if self.config.evaluation.checkpoint == "best":
@@ -110,10 +110,10 @@ class Measurements:
             self.checkpoints.update(progress)
         ranks.barrier()
 
-    def _test_task(self) -> Task | None:
+    def _test_task(self) -> RetrievalTask | None:
         return test_task(self.config, self.store) if self.config.evaluation.test else None
 
-    def _save_neighbours(self, result: Result) -> None:
+    def _save_neighbours(self, result: EvaluationResult) -> None:
         """What each test query retrieved, for the report."""
         neighbours = result.retrieval.neighbours
         ids = np.where(neighbours >= 0, result.gallery.ids[np.maximum(neighbours, 0)], -1)

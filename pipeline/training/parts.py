@@ -8,40 +8,40 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.cache import Cache, split_bytes
-from pipeline.data.loader import PixelSource
+from pipeline.data.loader import ImageSource
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
-from pipeline.mining.messages import Spec
-from pipeline.mining.method_view import RunMining
+from pipeline.mining.messages import ServerSpec
+from pipeline.mining.method_view import MethodMining
 from pipeline.mining.server import MiningServer
 from pipeline.mining.transport import Local, Transport
 from pipeline.runs.run_folder import run_folder
 from pipeline.storage import Folder
 
 
-def pixel_source(config: Config, store: Store) -> PixelSource:
+def image_source(config: Config, store: Store) -> ImageSource:
     """Where the run's pixels come from: this node's copy of the training split, or row groups where that is too large."""
     root = Folder(config.root)
     folder = config.cache.folder or (root / "cache" if root.is_local else Folder("~/raydml/cache")).uri
     fits = split_bytes(store, "train") <= config.cache.max_bytes
     cache = Cache(folder, config.cache.max_bytes) if fits else None
-    return PixelSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed)
+    return ImageSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed)
 
 
-def run_mining(
+def build_mining(
     config: Config, samples: int, servers: Sequence[Transport], ranks: Ranks, device: torch.device
-) -> RunMining | None:
+) -> MethodMining | None:
     """The mining that the config's method needs; none if it mines nothing."""
     needs, m = config.method.mining, config.mining
     if needs is None:
         return None
     folder = run_folder(config)
     memory_dtype = "float64" if config.precision == "float64" else m.memory_dtype
-    spec = Spec(
+    spec = ServerSpec(
         folder.uri, config.method.embedding_dim, samples // max(1, len(servers)) * 11 // 10 + 1, m.dtype, m.engine,
         needs.neighbours, m.recall, config.seed, m.cpus, needs.per_class, needs.total, memory_dtype, m.deadline_s,
     )  # fmt: skip
     if not servers and ranks.rank == 0:
         servers = [Local(MiningServer())]
     options = {"ordered": m.consistency == "exact", "in_flight": m.in_flight, "deadline_s": m.deadline_s}
-    return RunMining(needs, spec, servers, ranks, device, folder, m.swap_after, **options)
+    return MethodMining(needs, spec, servers, ranks, device, folder, m.swap_after, **options)

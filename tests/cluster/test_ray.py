@@ -21,19 +21,19 @@ from pipeline import prepare
 from pipeline.config import Config, build_config
 from pipeline.data import loader, own_images
 from pipeline.data.entries import Entry
-from pipeline.data.loader import Item, load
+from pipeline.data.loader import LoadRequest, load
 from pipeline.data.store import Store
-from pipeline.data.write_store import Shard, layout
-from pipeline.distributed.jobs import run_here
+from pipeline.data.write_store import Shard, plan_shards
 from pipeline.distributed.jobs import run_on_ray as map_on_ray
+from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError, UserError
 from pipeline.inference import embed
-from pipeline.inference.trained_model import Trained
+from pipeline.inference.trained_model import TrainedModel
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.storage import Folder
 from pipeline.training.launch import run_in_process, run_on_ray
-from pipeline.training.parts import pixel_source
+from pipeline.training.parts import image_source
 from tests.conftest import write_images, write_tiny_store
 from tests.stubs import tiny_values
 
@@ -65,8 +65,8 @@ def test_embeddings_are_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: 
     config = build_config(tiny_values(str(tmp_path), store.folder.uri, {"name": "done", "length": "2 steps"}))
     run_in_process(config, store.folder.uri, silent)
     elsewhere = config.model_copy(update={"runtime": config.runtime.model_copy(update={"gpus_per_worker": 1})})
-    trained = Trained(run_folder(config), elsewhere, store.folder.uri, store.fingerprint, "checkpoints", 2)
-    monkeypatch.setattr(embed, "PART", 7)
+    trained = TrainedModel(run_folder(config), elsewhere, store.folder.uri, store.fingerprint, "checkpoints", 2)
+    monkeypatch.setattr(embed, "ROWS_PER_FILE", 7)
     here, there = (Folder(tmp_path / name) for name in ("here", "there"))
     found = [embed.embed(trained, ("train", "test"), to, workers) for to, workers in ((here, 0), (there, 2))]
     assert found[0] == found[1] and found[0]["parts"] > 2
@@ -80,7 +80,7 @@ def test_embeddings_are_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: 
         "manifest.json", store.folder.read("manifest.json").replace(store.fingerprint.encode(), b"0" * 16)
     )
     with pytest.raises(UserError, match="has changed since the run"):
-        list(map_on_ray(embed.Part(trained, ("test",), there), [range(3)], actors=1))
+        list(map_on_ray(embed.EmbedTask(trained, ("test",), there), [range(3)], actors=1))
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_prepare_is_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: Path
     (tmp_path / "images" / "class3" / "broken.png").write_bytes(b"no image")
     entries = own_images.folder(str(tmp_path / "images"))
     options: dict[str, Any] = {"images_per_shard": 6, "max_rejected": 0.1}
-    here = prepare.prepare("x", entries, Folder(tmp_path / "here"), run_here, **options)
+    here = prepare.prepare("x", entries, Folder(tmp_path / "here"), run_serially, **options)
     there = prepare.prepare("x", entries, Folder(tmp_path / "there"), map_on_ray, **options)
     assert there.manifest == here.manifest
     assert len(there.manifest["shards"]) > 3
@@ -101,7 +101,7 @@ def refuse(shard: Shard) -> dict[str, Any]:
 
 
 def test_an_error_of_a_task_of_prepare_arrives_as_it_is(ray_here: Any) -> None:
-    shards = layout([Entry("x.png", "c", "train")], num_folds=2, images_per_shard=4)
+    shards = plan_shards([Entry("x.png", "c", "train")], num_folds=2, images_per_shard=4)
     with pytest.raises(RunError, match=r"^shards/train-00000\.parquet cannot be written$"):
         list(map_on_ray(refuse, shards))
 
@@ -111,10 +111,13 @@ def test_both_loaders_give_the_same_pixels_in_the_same_order(
 ) -> None:
     monkeypatch.setattr(loader, "PIPELINE_ITEMS", 12)  # two pipelines
     config = make_config()
-    source = pixel_source(config, store)
+    source = image_source(config, store)
     random = np.random.default_rng(0)
     ids = store.select(["train"]).ids
-    items = [Item(random.choice(ids, 5), (0, step, 3)) for step in range(21)] + [Item(ids[:3]), Item(ids[3:10])]
+    items = [LoadRequest(random.choice(ids, 5), (0, step, 3)) for step in range(21)] + [
+        LoadRequest(ids[:3]),
+        LoadRequest(ids[3:10]),
+    ]
     ours = list(load(source, items, "ray", loader_cpus=2))
     for mine, theirs in zip(ours, load(source, items, "in_process"), strict=True):
         assert torch.equal(mine, theirs)
@@ -133,12 +136,12 @@ def test_a_pipeline_that_is_ahead_does_not_spin(
 
     monkeypatch.setattr(loader, "time", types.SimpleNamespace(sleep=rest))
     ids = store.select(["train"]).ids
-    items = [Item(ids[:5], (0, step, 0)) for step in range(200)]
-    stream = load(pixel_source(make_config(), store), items, "ray")
+    items = [LoadRequest(ids[:5], (0, step, 0)) for step in range(200)]
+    stream = load(image_source(make_config(), store), items, "ray")
     next(stream)
     before = len(rests)
     time.sleep(1)
-    assert before > 0 and len(rests) - before <= 1 / loader.REST_S
+    assert before > 0 and len(rests) - before <= 1 / loader.PAUSE_S
     assert sum(1 for _ in stream) == 199
 
 
@@ -163,7 +166,7 @@ def test_two_ray_workers_one_of_them_killed_give_the_weights_of_one_process(
     seen: list[str] = []
 
     def kill(state: dict[str, Any]) -> None:
-        seen.extend(state["notices"])
+        seen.extend(state["messages"])
         if not victims and state["progress"].get("step", 0) >= wanted:
             victims.extend(train_workers())
             os.kill(victims[0], signal.SIGKILL)
@@ -203,7 +206,7 @@ def test_a_run_that_cannot_go_on_ends_at_once_with_its_own_words(
         run_on_ray(
             on_ray(config, loader="in_process", max_failures=3),
             store.folder.uri,
-            lambda s: starts.extend(s["notices"]),
+            lambda s: starts.extend(s["messages"]),
             ray_here,
         )
     assert not any("resumed" in notice for notice in starts)

@@ -23,7 +23,7 @@ from pipeline import prepare
 from pipeline.config import Config, build_config
 from pipeline.data import own_images
 from pipeline.data.store import Store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.recipes import DEFAULT_PRESET
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.storage import Folder
@@ -227,7 +227,7 @@ def test_the_real_command_on_real_emoji(tmp_path: Path) -> None:
     """Two workers, a few steps, the shipped preset, real drawings and weights; then the report in a real browser."""
     environment = os.environ | {"RAYDML_HOME": str(tmp_path)}
     drawings = [e for e in own_images.emoji() if hash_of(e.class_name) < 0x10]  # every sixteenth emoji
-    data = prepare.prepare("emoji", drawings, Folder(tmp_path / "subset"), run_here)
+    data = prepare.prepare("emoji", drawings, Folder(tmp_path / "subset"), run_serially)
     settings = [
         f"data.source={data.folder}",
         "length=4 steps",

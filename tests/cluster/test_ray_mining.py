@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.mining.actor import Remote, start_servers
 from pipeline.mining.client import MiningClient
-from pipeline.mining.messages import Answer, Ask
+from pipeline.mining.messages import SearchRequest, SearchResponse
 from pipeline.mining.server import MiningServer
 from pipeline.mining.transport import Local, ServerGone
 from pipeline.runs.run_folder import run_folder
@@ -60,7 +60,7 @@ class Work:
         for step, rows in enumerate(np.array_split(np.arange(1200), 30)):
             client.put(IDS[rows], VALUES[rows], LABELS[rows], step, True, True)
             strike("put")
-            ask = Ask(4, step, ids=IDS[rows[:6]], which="other", with_values=True)
+            ask = SearchRequest(4, step, ids=IDS[rows[:6]], which="other", with_values=True)
             heard.append(client.ask(ask))
             strike("search")
             if step % 10 == 6:
@@ -234,13 +234,13 @@ def test_searches_go_on_while_an_index_is_built(ray_here: Any, tmp_path: Path) -
     client.rebuild(1, 0, 5, None)
     started, answered = time.perf_counter(), 0
     while True:
-        answer: Answer = client.wait(client.ask(Ask(5, 4, values=values[:8])))
+        answer: SearchResponse = client.wait(client.ask(SearchRequest(5, 4, values=values[:8])))
         assert answer.generation == 0
         client.put(np.arange(8), values[:8], np.arange(8), 1)
         if client.status()[0]["index"] is not None:
             break
         answered += 1
     assert time.perf_counter() - started > 0.3 and answered > 5, "the build took its time, nobody waited for it"
-    assert client.wait(client.ask(Ask(5, 5, values=values[:8]))).generation == 1
+    assert client.wait(client.ask(SearchRequest(5, 5, values=values[:8]))).generation == 1
     client.close()
     ray_here.kill(server.actor)

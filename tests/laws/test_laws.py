@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed import collectives
 from pipeline.distributed.collectives import Ranks
-from pipeline.distributed.run_status import Board
+from pipeline.distributed.run_status import RunStatus
 from pipeline.errors import RunError
 from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
@@ -64,9 +64,9 @@ class Seen:
     metrics: list[dict[str, float]]
 
 
-def make_worker(config: Config, rank: int, shares: tuple[int, ...], board: Board | None = None) -> Worker:
+def make_worker(config: Config, rank: int, shares: tuple[int, ...], status: RunStatus | None = None) -> Worker:
     ranks = FixedRanks(rank, len(shares), shares)
-    worker = Worker(config, config.data.source, ranks, torch.device("cpu"), board or Board())
+    worker = Worker(config, config.data.source, ranks, torch.device("cpu"), status or RunStatus())
     shake(worker)
     return worker
 
@@ -85,7 +85,7 @@ def train(rank: int, world: int, values: dict[str, Any], shares: tuple[int, ...]
         gradients, step = [], worker.context.step
 
         def watched(optimizer: str) -> None:
-            groups = worker.context.optimizers[optimizer].torch.param_groups
+            groups = worker.context.optimizers[optimizer].inner.param_groups
             found = {names[id(p)]: p.grad for group in groups for p in group["params"] if p.grad is not None}
             gradients.append({name: gradient.clone() for name, gradient in found.items()})
             step(optimizer)

@@ -15,13 +15,13 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data.loader import Item, fetch
+from pipeline.data.loader import LoadRequest, fetch
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.evaluate_task import evaluate
-from pipeline.evaluation.tasks import Task
+from pipeline.evaluation.tasks import RetrievalTask
 from pipeline.storage import Folder
-from pipeline.training.parts import pixel_source
+from pipeline.training.parts import image_source
 from tests.laws.test_laws import METHOD_CASES, SHARES, ZERO_GRADIENT, FixedRanks, Seen, case, check, make_worker, state
 from tests.pool import Pool
 
@@ -48,7 +48,7 @@ def measure(rank: int, world: int, shares: tuple[int, ...], with_gallery: bool) 
     ids = np.arange(101)
     samples = Samples(ids, np.random.default_rng(0).integers(0, 25, 101), ())
     sides = [Samples(ids[i::2], samples.labels[i::2], ()) for i in (0, 1)]
-    task = Task(*sides) if with_gallery else Task(samples)
+    task = RetrievalTask(*sides) if with_gallery else RetrievalTask(samples)
     result = evaluate(task, FixedEmbedder(FixedRanks(rank, world, shares)), None, None, (1, 2, 4), cluster=True)  # type: ignore[arg-type]
     return {"metrics": result.metrics, **{n: v.tolist() for n, v in vars(result.retrieval).items()}}
 
@@ -74,7 +74,7 @@ def test_hooks_and_load_best(make_config: Callable[..., Config]) -> None:
     assert worker.method.epochs_done == 2
     best = worker.progress.best_step
     assert best < worker.progress.step == 8
-    optimizer = worker.context.optimizers["main"].torch
+    optimizer = worker.context.optimizers["main"].inner
     moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
     worker.context.load_best()
     for part in ("trunk", "method"):
@@ -140,10 +140,10 @@ def test_augmentation_does_not_know_where_the_run_was_resumed(pool: Pool, augmen
 
 def test_one_image_twice_is_augmented_twice(make_config: Callable[..., Config], augmented: dict[str, Any]) -> None:
     config = Config.model_validate(augmented)
-    source = pixel_source(config, Store(Folder(config.data.source)))
+    source = image_source(config, Store(Folder(config.data.source)))
 
     def pixels(ids: list[int], key: tuple[int, int, int] | None) -> np.ndarray:
-        return fetch(source, Item(np.array(ids), key))
+        return fetch(source, LoadRequest(np.array(ids), key))
 
     twice = pixels([5, 5, 8], (0, 3, 6))
     assert not np.array_equal(twice[0], twice[1])
@@ -151,7 +151,7 @@ def test_one_image_twice_is_augmented_twice(make_config: Callable[..., Config], 
     for other in ((1, 3, 6), (0, 4, 6), (0, 3, 7)):
         assert not np.array_equal(twice[0], pixels([5], other)[0])
     other_seed = dataclasses.replace(source, seed=source.seed + 1)
-    assert not np.array_equal(twice[0], fetch(other_seed, Item(np.array([5]), (0, 3, 6)))[0])
+    assert not np.array_equal(twice[0], fetch(other_seed, LoadRequest(np.array([5]), (0, 3, 6)))[0])
     still = pixels([5, 5], None)
     assert np.array_equal(still[0], still[1])
 

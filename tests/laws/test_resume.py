@@ -22,7 +22,7 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.data.store import Store
-from pipeline.distributed.run_status import Board
+from pipeline.distributed.run_status import RunStatus
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
@@ -266,7 +266,7 @@ def test_an_older_process_of_the_same_run_stops(make_run: MakeRun, references: d
 # ---- another number of ranks ----------------------------------------------------------------------------------------
 
 
-class StopAt(Board):
+class StopAt(RunStatus):
     """Asks for a stop once the worker has done so many steps."""
 
     def __init__(self, step: float) -> None:
@@ -276,7 +276,7 @@ class StopAt(Board):
     def publish(self, progress: dict[str, Any]) -> None:
         self.done = progress.get("step", self.done)
 
-    def stopping(self) -> bool:
+    def stop_requested(self) -> bool:
         return self.done >= self.step
 
 

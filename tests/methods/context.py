@@ -26,14 +26,14 @@ class FakeContext:
         self.seed, self.clock, self.length = 0, Clock(), Length(value=10, unit="epochs")
         self.device, self.dtype = torch.device("cpu"), torch.float64
         self.generator = torch.Generator().manual_seed(0)
-        self.work: Any = Ranks()
+        self.ranks: Any = Ranks()
         self.shards: Sequence[slice] = (slice(0, 10**6),)
         self.seen: list[tuple[str, dict[str, Tensor | None]]] = []
-        self.upcoming: Any = None
+        self.next_ids: Any = None
         self.mining: Any = None
         self.loaded_best = 0
 
-    def encode(self, role: Any = None, derive: bool = False) -> Tensor:
+    def encode(self, role: Any = None, keep_for_jvp: bool = False) -> Tensor:
         assert self.features is not None
         return self.features
 
@@ -43,25 +43,25 @@ class FakeContext:
 
     def step(self, name: str) -> None:
         optimizer = self.optimizers[name]
-        parameters = [p for group in optimizer.torch.param_groups for p in group["params"]]
+        parameters = [p for group in optimizer.inner.param_groups for p in group["params"]]
         clip = optimizer.config.clip_value
         if clip is not None:
             nn.utils.clip_grad_value_(parameters, clip)
         found = {self.names[id(p)]: None if p.grad is None else p.grad.clone() for p in parameters}
         self.seen.append((name, found))
         optimizer.step(self.clock, self.length)
-        optimizer.torch.zero_grad(set_to_none=True)
+        optimizer.inner.zero_grad(set_to_none=True)
 
-    def gradient(self, role: Any, objective: Any, own: Any = (), shift: Any = None) -> Any:
+    def gradient(self, role: Any, objective: Any, extra: Any = (), shift: Any = None) -> Any:
         raise AssertionError("not expected")
 
-    def derivative(self, role: Any, direction: Any) -> Any:
+    def jvp(self, role: Any, direction: Any) -> Any:
         raise AssertionError("not expected")
 
-    def sweep(self, ids: Any, embed: bool = True) -> Tensor:
+    def embed_samples(self, ids: Any, embed: bool = True) -> Tensor:
         raise AssertionError("not expected")
 
-    def digest(self) -> str:
+    def weights_hash(self) -> str:
         return "weights"
 
     def load_best(self) -> None:

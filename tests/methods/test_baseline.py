@@ -40,9 +40,9 @@ class StubContext(Context):
         self.device, self.dtype, self.generator = torch.device("cpu"), torch.float64, torch.Generator()
         self.features = features
         self.calls: list[str] = []
-        self.upcoming = None
+        self.next_ids = None
 
-    def encode(self, role=None, derive=False):
+    def encode(self, role=None, keep_for_jvp=False):
         self.calls.append("encode")
         return self.features
 
@@ -231,8 +231,8 @@ def test_default_optimizer_covers_every_parameter_once_at_its_rate() -> None:
     trunk = torch.nn.Linear(3, FEATURES)
     built = method.optimizers(trunk)
     assert list(built) == ["main"]
-    rates = {id(p): g["lr"] for g in built["main"].torch.param_groups for p in g["params"]}
-    assert len(rates) == sum(len(g["params"]) for g in built["main"].torch.param_groups)
+    rates = {id(p): g["lr"] for g in built["main"].inner.param_groups for p in g["params"]}
+    assert len(rates) == sum(len(g["params"]) for g in built["main"].inner.param_groups)
     expected = {id(p): 0.1 for p in trunk.parameters()} | {id(p): 1.0 for p in method.head.parameters()}
     assert rates == expected | {id(method.loss_function.proxies): 10.0}
 

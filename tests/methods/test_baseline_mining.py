@@ -16,8 +16,8 @@ from methods import Batch
 from methods.baseline import Baseline, BaselineConfig
 from methods.config import Clock
 from pipeline.distributed.collectives import Ranks
-from pipeline.mining.messages import Spec
-from pipeline.mining.method_view import RunMining
+from pipeline.mining.messages import ServerSpec
+from pipeline.mining.method_view import MethodMining
 from pipeline.mining.server import MiningServer
 from pipeline.mining.transport import Local
 from pipeline.storage import Folder
@@ -35,8 +35,8 @@ class MiningContext(FakeContext):
         self.labels = LABELS
         needs = method.config.mining
         assert needs is not None
-        spec = Spec("run", DIM, per_class=needs.per_class, total=needs.total)
-        self.mining = RunMining(needs, spec, [Local(MiningServer())], Ranks(), self.device, Folder(folder))
+        spec = ServerSpec("run", DIM, per_class=needs.per_class, total=needs.total)
+        self.mining = MethodMining(needs, spec, [Local(MiningServer())], Ranks(), self.device, Folder(folder))
         self.mining.begin(1, None)
 
 
@@ -49,7 +49,7 @@ def train(folder: Path, batches: list[np.ndarray], **config: Any) -> Iterator[tu
     features = torch.randn(len(batches), len(batches[0]), FEATURES, dtype=torch.float64)
     for step, ids in enumerate(batches):
         context.clock, context.mining.step, context.features = Clock(step, step / 5), step, features[step]
-        context.upcoming = batches[step + 1] if step + 1 < len(batches) and step % 4 != 3 else None
+        context.next_ids = batches[step + 1] if step + 1 < len(batches) and step % 4 != 3 else None
         embeddings = method.embed(features[step]).detach()
         logs = method.training_step(Batch(torch.from_numpy(ids), torch.from_numpy(LABELS[ids]), {}), context)
         yield step, embeddings, logs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.gca_hng import GcaHng, GcaHngConfig, Layout, kept_entries, npair, synthesise, synthetic_npair
+from methods.gca_hng import BatchLayout, GcaHng, GcaHngConfig, kept_entries, npair, synthesise, synthetic_npair
 from methods.gca_hng_graph import CorrelationGraph, EdgeNorm, Pairs
 from methods.optim import OptimizerConfig
 from tests.methods.context import FakeContext
@@ -90,7 +90,7 @@ def test_golden_iterations(case: str, symmetric: bool) -> None:
     """Every loss, every clipped gradient of the four optimizer steps, and every weight after each iteration."""
     golden, method = load(case, edge_symmetry=symmetric)
     m = golden["meta"]
-    layout = Layout(m["C"], m["K"], golden["label"], slice(0, len(golden["label"])))
+    layout = BatchLayout(m["C"], m["K"], golden["label"], slice(0, len(golden["label"])))
     context = FakeContext(method)
     for step in golden["steps"]:
         k = m["K"]
@@ -156,12 +156,12 @@ def synthesis_loops(z: Tensor, lam: Tensor, k: int, c: int, strength: float, u: 
     return out
 
 
-def some(k: int = 3, c: int = 4, d: int = 6) -> tuple[Tensor, Tensor, Tensor, Layout]:
+def some(k: int = 3, c: int = 4, d: int = 6) -> tuple[Tensor, Tensor, Tensor, BatchLayout]:
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(k * c, d, generator=generator, dtype=torch.float64)
     lam = torch.rand(k * c, k * c, d, generator=generator, dtype=torch.float64)
     u = torch.rand(k, k - 1, generator=generator, dtype=torch.float64)
-    return z, lam, u, Layout(c, k, torch.arange(c).repeat(k), slice(0, k * c))
+    return z, lam, u, BatchLayout(c, k, torch.arange(c).repeat(k), slice(0, k * c))
 
 
 def test_npair_against_loops() -> None:
@@ -209,7 +209,7 @@ def test_synthetic_npair_against_loops() -> None:
 
 
 def test_similarity_masks() -> None:
-    layout = Layout(27, 3, torch.arange(27).repeat(3), slice(0, 81))
+    layout = BatchLayout(27, 3, torch.arange(27).repeat(3), slice(0, 81))
     correct, reference = (kept_entries(layout, reference=flag) for flag in (False, True))
     assert torch.equal(correct, torch.arange(81)[:, None] % 27 != torch.arange(27)[None])
     assert int((~reference).sum()) == 81 and int((~reference & ~correct).sum()) == 3

@@ -213,11 +213,11 @@ def test_reciprocal_inference_hears_its_own_group_only() -> None:
     method = make(4, 3, inference="reciprocal", neighbours=3, reciprocal_k=4).eval()
     assert method.network is not None
     embeddings = F.normalize(torch.randn(70, 8, dtype=torch.float64))
-    refined = method.refine(embeddings)
+    refined = method.refine_embeddings(embeddings)
     for i, ids in enumerate(reciprocal_neighbours(embeddings, 4, 3)):
         expected = F.normalize(method.network.nodes(embeddings[ids]))[0]
         torch.testing.assert_close(refined[i], expected)
-    assert make(4, 3).refine(embeddings) is embeddings
+    assert make(4, 3).refine_embeddings(embeddings) is embeddings
 
 
 def test_config() -> None:

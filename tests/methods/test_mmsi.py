@@ -18,7 +18,7 @@ from methods.config import Clock, Length
 from methods.mmsi import Mmsi, MmsiConfig, gradient_of_weights, loss, meta_loss, normalise, select
 from methods.plans import Plan
 from pipeline.distributed.collectives import Ranks
-from pipeline.mining.memory import Dictionary
+from pipeline.mining.memory import EmbeddingMemory
 from pipeline.model.trunk import Trunk
 from pipeline.training.context import RunContext
 
@@ -36,8 +36,8 @@ def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(got, wanted.reshape(got.shape), rtol=tolerance, atol=tolerance)
 
 
-def entries(features: Tensor, labels: Tensor) -> Dictionary:
-    memory = Dictionary(features.shape[1], total=10**6, dtype=torch.float64)
+def entries(features: Tensor, labels: Tensor) -> EmbeddingMemory:
+    memory = EmbeddingMemory(features.shape[1], total=10**6, dtype=torch.float64)
     memory.append(features, labels, torch.arange(len(labels)))
     return memory
 
@@ -132,7 +132,7 @@ class Memorised:
     """A memory in float64, without a server."""
 
     def __init__(self, dim: int, per_class: int) -> None:
-        self.memory, self.step = Dictionary(dim, per_class, dtype=torch.float64), 0
+        self.memory, self.step = EmbeddingMemory(dim, per_class, dtype=torch.float64), 0
 
     def put(self, ids: Tensor, embeddings: Tensor, labels: Tensor) -> None:
         self.memory.append(embeddings, labels, ids)
@@ -306,7 +306,7 @@ def test_steps_without_any_weight_are_skipped_and_counted() -> None:
 
 def test_without_meta_it_is_the_plain_loss() -> None:
     config = small(meta=False, optimizer={"name": "sgd", "lr": 0.1})
-    assert config.mining is None and not config.freezes and small().freezes
+    assert config.mining is None and not config.requires_frozen_batch_norm and small().requires_frozen_batch_norm
     setting, (x, y, _, _) = Setting(config, (12, 10, 7), 5), make_problem()
     e = setting.method.embed(setting.net(x))
     logs = setting.step(x, y, x[:0], y[:0])

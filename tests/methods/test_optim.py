@@ -51,10 +51,13 @@ def test_length_refuses(bad: object) -> None:
 def test_length_arithmetic() -> None:
     assert length("2.5 epochs").steps(10) == 25 and length("7 steps").steps(10) == 7
     assert length("0.01 epochs").steps(10) == 1, "at least one step"
-    assert length("8 steps").share(Clock(2, 0.9)) == 0.25 and length("8 epochs").share(Clock(2, 0.4)) == 0.05
-    assert length("0.3 epochs").share(Clock(3, 0.1 + 0.2)) == 1.0, "never more than 1"
-    assert length("0.3 epochs").share(Clock(3, 0.3 - 1e-12)) == 1.0, "rounding does not add a step"
-    assert length("0 steps").share(Clock()) == 1.0
+    assert (
+        length("8 steps").fraction_done(Clock(2, 0.9)) == 0.25
+        and length("8 epochs").fraction_done(Clock(2, 0.4)) == 0.05
+    )
+    assert length("0.3 epochs").fraction_done(Clock(3, 0.1 + 0.2)) == 1.0, "never more than 1"
+    assert length("0.3 epochs").fraction_done(Clock(3, 0.3 - 1e-12)) == 1.0, "rounding does not add a step"
+    assert length("0 steps").fraction_done(Clock()) == 1.0
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ def test_each_name_is_torchs_optimizer(name: str) -> None:
     config = OptimizerConfig.model_validate({"name": name, "lr": 0.1, "weight_decay": 0.3, **extra})
     ours, theirs = parameters([1.0, -2.0]), parameters([1.0, -2.0])
     built, reference = build_optimizer(config, {"trunk": ours}), make(theirs)
-    assert type(built.torch) is type(reference)
+    assert type(built.inner) is type(reference)
     for step in range(4):
         for side in (ours, theirs):
             side[0].grad = torch.tensor([0.3 * step, -1.0], dtype=torch.float64)
@@ -152,7 +155,7 @@ def test_groups_have_their_own_rates_and_follow_one_schedule() -> None:
     )
     groups = {name: parameters([0.0]) for name in ("trunk", "head", "loss", "other")}
     optimizer = build_optimizer(config, {**groups, "empty": []})
-    assert [g["name"] for g in optimizer.torch.param_groups] == list(groups)
+    assert [g["name"] for g in optimizer.inner.param_groups] == list(groups)
     for step in (0, 50, 100):
         for (p,) in groups.values():
             p.data.zero_()

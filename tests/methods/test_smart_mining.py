@@ -16,8 +16,8 @@ from methods.smart_mining import Controller, SmartMining, SmartMiningConfig, glo
 from methods.smart_mining_rule import HALF_MINED, MINED, RANDOM
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.mining.messages import Spec
-from pipeline.mining.method_view import RunMining
+from pipeline.mining.messages import ServerSpec
+from pipeline.mining.method_view import MethodMining
 from pipeline.mining.server import MiningServer
 from pipeline.mining.transport import Local
 from pipeline.storage import Folder
@@ -141,11 +141,11 @@ class Swept(FakeContext):
         self.labels, self.sweeps = LABELS, 0
         needs = method.config.mining
         assert needs is not None and needs.table
-        spec = Spec("run", 5, engine="exact", k=needs.neighbours)
-        self.mining = RunMining(needs, spec, servers, Ranks(), self.device, Folder(folder))
+        spec = ServerSpec("run", 5, engine="exact", k=needs.neighbours)
+        self.mining = MethodMining(needs, spec, servers, Ranks(), self.device, Folder(folder))
         self.mining.begin(1, None)
 
-    def sweep(self, ids: Any, embed: bool = True) -> Tensor:
+    def embed_samples(self, ids: Any, embed: bool = True) -> Tensor:
         self.sweeps += 1
         return EMBEDDINGS[torch.from_numpy(ids)]
 
@@ -252,17 +252,17 @@ def test_lists_of_other_weights_are_refused(tmp_path: Path) -> None:
     method.plan(1, context)
     mining = context.mining
     ids = torch.arange(len(LABELS))
-    assert len(mining.all_pairs(3, tag="epoch 1, weights weights").ids) == len(LABELS)
+    assert len(mining.all_neighbours(3, tag="epoch 1, weights weights").ids) == len(LABELS)
     with pytest.raises(UserError, match="lists of 'epoch 2, weights weights' were asked for, but the table holds embeddings of 'epoch 1, weights weights'"):  # fmt: skip
-        mining.all_pairs(3, tag="epoch 2, weights weights")
+        mining.all_neighbours(3, tag="epoch 2, weights weights")
     mining.step = 5
     mining.put(ids[:10], EMBEDDINGS[:10], torch.from_numpy(LABELS[:10]), "epoch 2, weights weights")
     with pytest.raises(UserError, match=f"but {len(LABELS) - 10} of {len(LABELS)} rows are older"):
-        mining.all_pairs(3, tag="epoch 2, weights weights")
+        mining.all_neighbours(3, tag="epoch 2, weights weights")
     mining.put(ids, EMBEDDINGS, torch.from_numpy(LABELS))  # of a training step
     with pytest.raises(UserError, match="but the table holds embeddings of 'training steps'"):
-        mining.all_pairs(3, tag="epoch 2, weights weights")
-    assert len(mining.all_pairs(3).ids) == len(LABELS)
+        mining.all_neighbours(3, tag="epoch 2, weights weights")
+    assert len(mining.all_neighbours(3).ids) == len(LABELS)
 
 
 def test_a_tag_survives_a_snapshot(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_tag_survives_a_snapshot(tmp_path: Path) -> None:
     context.mining.save(Folder(tmp_path / "snapshot"))
     second = make(tmp_path / "other", shards=3)[1]
     second.mining.begin(2, Folder(tmp_path / "snapshot"))
-    assert len(second.mining.all_pairs(3, tag="epoch 1, weights weights").ids) == len(LABELS)
+    assert len(second.mining.all_neighbours(3, tag="epoch 1, weights weights").ids) == len(LABELS)
 
 
 def test_steps_and_epochs(tmp_path: Path) -> None:

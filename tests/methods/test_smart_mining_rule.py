@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from methods.smart_mining import triplet_loss
-from methods.smart_mining_rule import HALF_MINED, MINED, RANDOM, Classes, Mined, choose, mine
+from methods.smart_mining_rule import HALF_MINED, MINED, RANDOM, ClassIndex, MinedBlock, apply_rule, mine
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("tight_k1", "sop_like_k2", "singletons")
@@ -28,10 +28,12 @@ def lists(ids: np.ndarray, distances: np.ndarray) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_triplets(case: str) -> None:
-    """Mined triplets and bounds exactly; random places hold what may stand there."""
+    """MinedBlock triplets and bounds exactly; random places hold what may stand there."""
     g = np.load(GOLDEN / f"smart_mining_{case}.npz")
     y, listed, distances, count, kappa = g["y"], g["S"], g["D2"], int(g["T"]), float(g["kappa"])
-    found = mine(SimpleNamespace(ids=np.arange(len(y))), lists(listed, distances), Classes(y, (1,)), kappa, count, None)
+    found = mine(
+        SimpleNamespace(ids=np.arange(len(y))), lists(listed, distances), ClassIndex(y, (1,)), kappa, count, None
+    )
     kept = np.flatnonzero(np.bincount(y)[y] > 1)
     wanted, kinds = g["triplets"][kept].reshape(-1, 3), g["kind"][kept].ravel()
     t = found.triplets
@@ -43,7 +45,9 @@ def test_golden_triplets(case: str) -> None:
     assert (
         (y[t.positive] == y[t.anchor]).all() and (t.positive != t.anchor).all() and (y[t.negative] != y[t.anchor]).all()
     )
-    bound = choose(kept, np.ones(len(kept), bool), listed[kept], distances[kept], Classes(y, (1,)), kappa, count).bound
+    bound = apply_rule(
+        kept, np.ones(len(kept), bool), listed[kept], distances[kept], ClassIndex(y, (1,)), kappa, count
+    ).bound
     np.testing.assert_allclose(bound, g["bound"][kept], rtol=1e-12)
     assert (distances[0] >= 0).all() and random.any() == (g["kind"][kept] == RANDOM).any()
 
@@ -102,7 +106,7 @@ def test_the_rule_is_algorithm_1(sizes: list[int], kappa: float, count: int, k: 
     short = max(0, k - order.shape[1])
     ids = np.pad(order[:, :k], ((0, 0), (0, short)), constant_values=-1)
     distances = np.pad(np.take_along_axis(d, order, 1)[:, :k], ((0, 0), (0, short)), constant_values=np.inf)
-    classes = Classes(y, (seed,))
+    classes = ClassIndex(y, (seed,))
     found = mine(SimpleNamespace(ids=np.arange(total)), lists(ids, distances), classes, kappa, count, None)
     t = found.triplets
     row = 0
@@ -131,10 +135,10 @@ def test_what_follows_from_the_rule() -> None:
     d = ((x[:, None] - x[None]) ** 2).sum(-1)
     order = np.argsort(d, axis=1)[:, 1:]
     anchors, all_of = np.arange(240), np.ones(240, bool)
-    distances, classes = np.take_along_axis(d, order, 1), Classes(y, (0,))
+    distances, classes = np.take_along_axis(d, order, 1), ClassIndex(y, (0,))
     left, last = [], 0
     for kappa in (1.0, 1.2, 1.5, 3.0, 64.0):
-        c = choose(anchors, all_of, order, distances, classes, kappa, 3)
+        c = apply_rule(anchors, all_of, order, distances, classes, kappa, 3)
         left.append(int((c.negative >= 0).sum()))
         assert all(len(set(r[r >= 0])) == (r >= 0).sum() for r in c.negative)
         rows, columns = np.nonzero(c.kind == MINED)
@@ -145,14 +149,14 @@ def test_what_follows_from_the_rule() -> None:
             assert bool((loss > 0).all())
         last = len(rows) or last
     assert left == sorted(left, reverse=True) and left[0] > left[-1] and last
-    below, one = (choose(anchors, all_of, order, distances, classes, kappa, 2) for kappa in (0.3, 1.0))
+    below, one = (apply_rule(anchors, all_of, order, distances, classes, kappa, 2) for kappa in (0.3, 1.0))
     for name in ("positive", "negative", "kind", "without_positive", "without_negative"):
         assert np.array_equal(getattr(below, name), getattr(one, name))
 
 
 def test_random_members_are_uniform_and_depend_on_the_key_alone() -> None:
     y = np.array([0] * 5 + [1] * 3 + [2] * 2)
-    classes, other = Classes(y, (1, 2)), Classes(y, (1, 3))
+    classes, other = ClassIndex(y, (1, 2)), ClassIndex(y, (1, 3))
     draws = np.arange(20_000)
     for anchor in (0, 6, 9):
         anchors = np.full(len(draws), anchor)
@@ -172,11 +176,11 @@ def test_random_positives_are_those_that_the_list_does_not_offer() -> None:
     ids, distances = np.array([[3, 1, 0, 5]]), np.array([[1.0, 1.1, 2.0, 3.0]])
     got = set()
     for key in range(60):
-        found = choose(np.array([2]), np.array([True]), ids, distances, Classes(y, (key,)), 1.5, 1)
+        found = apply_rule(np.array([2]), np.array([True]), ids, distances, ClassIndex(y, (key,)), 1.5, 1)
         assert found.kind[0, 0] == HALF_MINED and found.negative[0, 0] == 5
         got.add(int(found.positive[0, 0]))
     assert got == {1, 4}
-    full = [choose(np.array([2]), np.array([True]), np.array([[3, 1, 0, 4, 5]]), np.arange(1.0, 6.0)[None], Classes(y, (key,)), 1.0, 1) for key in range(60)]  # fmt: skip
+    full = [apply_rule(np.array([2]), np.array([True]), np.array([[3, 1, 0, 4, 5]]), np.arange(1.0, 6.0)[None], ClassIndex(y, (key,)), 1.0, 1) for key in range(60)]  # fmt: skip
     assert {int(found.positive[0, 0]) for found in full} == {0, 1, 3, 4}  # any other member, where all are offered
 
 
@@ -184,5 +188,5 @@ def test_mined_is_what_travels() -> None:
     """Nothing as long as a list."""
     y = np.arange(50) // 5
     ids = np.stack([np.random.default_rng(i).permutation(np.delete(np.arange(50), i)) for i in range(50)])
-    found = mine(SimpleNamespace(ids=np.arange(50)), lists(ids, np.sort(np.random.default_rng(0).random((50, 49)), 1)), Classes(y, (0,)), 1.0, 1, None)  # fmt: skip
-    assert isinstance(found, Mined) and all(len(column) == 50 for column in found.triplets)
+    found = mine(SimpleNamespace(ids=np.arange(50)), lists(ids, np.sort(np.random.default_rng(0).random((50, 49)), 1)), ClassIndex(y, (0,)), 1.0, 1, None)  # fmt: skip
+    assert isinstance(found, MinedBlock) and all(len(column) == 50 for column in found.triplets)

@@ -19,7 +19,7 @@ from pipeline import prepare, train
 from pipeline.data.image_files import decode
 from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.storage import Folder
 from pipeline.storage.s3 import S3
 from tests.conftest import write_tiny_store
@@ -101,7 +101,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAYDML_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(prepare, "ray_session", lambda cpus: nullcontext())
-    monkeypatch.setattr(prepare, "run_on_ray", run_here)
+    monkeypatch.setattr(prepare, "run_on_ray", run_serially)
 
     def run(*arguments: str) -> tuple[int, str]:
         capsys.readouterr()

@@ -19,7 +19,7 @@ from scipy.io import savemat
 from pipeline.data import own_images
 from pipeline.data.entries import Entry
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.published import Layout, Tree, listed, opened
+from pipeline.data.published import DatasetFormat, FileIndex, listed, opened
 from pipeline.errors import UserError
 
 
@@ -259,7 +259,7 @@ def made(name: str, root: Path) -> Path:
     return root
 
 
-def layout_of(name: str) -> Layout:
+def layout_of(name: str) -> DatasetFormat:
     return LAYOUTS[name.split()[0]]
 
 
@@ -271,7 +271,7 @@ def read(name: str, sources: list[str], scratch: Path, partial: bool = False) ->
         return [replace(e, source=str(Path(e.source).relative_to(tree.root_of[_key(tree, e)]))) for e in entries]
 
 
-def _key(tree: Tree, entry: Entry) -> str:
+def _key(tree: FileIndex, entry: Entry) -> str:
     return next(key for key in tree.root_of if tree.source(key) == entry.source)
 
 

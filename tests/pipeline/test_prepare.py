@@ -300,7 +300,7 @@ def test_nodes_have_to_see_what_they_read_and_write(
         seen.append(path)
         return node == "1" or hidden not in Path(path).relative_to(tmp_path).parts[0]
 
-    monkeypatch.setattr(ray_session, "_sees", sees)
+    monkeypatch.setattr(ray_session, "_path_exists_on", sees)
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     status, said = cli("sop", "--from", source, "--to", out, "--scratch", scratch, *ARGUMENTS)
     assert (status == 0) == (not says) and seen

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.data.entries import Entry
 from pipeline.data.image_files import decode, normalise
 from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.storage import Folder
 from tests.pipeline.data.test_store import encode, entries_of, jpeg, rejected_lines
 
@@ -135,7 +135,7 @@ def test_pictures_that_cannot_be_read_are_rejected_with_a_reason(tmp_path: Path)
         (tmp_path / f"{i:02d} {name}").write_bytes(data)
         entries.append(Entry(str(tmp_path / f"{i:02d} {name}"), "bad", "train"))
     good = entries_of(tmp_path / "good", {"a": 2, "b": 2})
-    opened = write_store("x", entries + good, Folder(tmp_path / "store"), run_here, num_folds=2, max_rejected=0.99)
+    opened = write_store("x", entries + good, Folder(tmp_path / "store"), run_serially, num_folds=2, max_rejected=0.99)
     reasons = {line[0].rsplit("/", 1)[1][3:]: line[2] for line in rejected_lines(opened.folder)[1:]}
     assert set(reasons) == set(BAD) and all(len(reason) > 5 for reason in reasons.values())
     assert len(opened.sample_id) == 4

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.data.entries import SPLITS, Entry, by_hash, split_classes
 from pipeline.data.own_images import emoji, folder, table
-from pipeline.data.write_store import layout
+from pipeline.data.write_store import plan_shards
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 
@@ -197,7 +197,7 @@ def test_emoji_counts(skin_tones: bool, classes: int, images: int, train: tuple 
 def test_all_tones_of_an_emoji_stay_together() -> None:
     entries = listed(True)
     places: dict[str, set] = {}
-    for shard in layout(entries, num_folds=4, images_per_shard=10_000):
+    for shard in plan_shards(entries, num_folds=4, images_per_shard=10_000):
         for entry, fold in zip(shard.entries, shard.folds, strict=True):
             codes = re.findall("[0-9a-f]{2,}", entry.class_name)
             bare = [c for c in codes if c not in ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "fe0f")]

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from pipeline.data import reader as reader_module
-from pipeline.data.cache import Cache, MappedReader, open_copy
+from pipeline.data.cache import Cache, MappedReader, open_local_copy
 from pipeline.data.entries import Entry
 from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError
 from pipeline.storage import Folder
 from tests.conftest import write_images
@@ -43,7 +43,7 @@ def small_store(root: Path, classes: int = 4, reject: Set[int] = frozenset()) ->
         Path(found[i][0]).write_bytes(b"?")
     entries = [Entry(path, name, "train") for path, name in found]
     store = write_store(
-        "x", entries, Folder(root / "store"), run_here, num_folds=2, images_per_shard=4, max_rejected=1.0
+        "x", entries, Folder(root / "store"), run_serially, num_folds=2, images_per_shard=4, max_rejected=1.0
     )
     return store, bytes_of(store)
 
@@ -75,7 +75,7 @@ def test_ids_with_gaps(store: Store, tmp_path: Path) -> None:
     opened, expected = small_store(tmp_path, reject={1, 2, 11})
     ids = opened.select(["train"]).ids
     assert (np.diff(ids) > 1).any()
-    for kind in (open_copy(opened, Cache(str(tmp_path / "cache"), 2**30), "train"), RowGroupReader(opened)):
+    for kind in (open_local_copy(opened, Cache(str(tmp_path / "cache"), 2**30), "train"), RowGroupReader(opened)):
         assert kind.read(ids) == [expected[i] for i in ids]
 
 
@@ -85,7 +85,7 @@ def test_row_groups_of_any_size(tmp_path: Path, said: bool, monkeypatch: pytest.
     monkeypatch.setattr("pipeline.data.write_store.ROW_GROUP", 5 if said else 64)
     found = write_images(tmp_path / "images", {"a": 75, "b": 4}, seed=0, side=8)
     entries = [Entry(path, name, "train") for path, name in found]
-    made = write_store("x", entries, Folder(tmp_path / "store"), run_here, num_folds=2)
+    made = write_store("x", entries, Folder(tmp_path / "store"), run_serially, num_folds=2)
     if not said:
         made.folder.write_json("manifest.json", {k: v for k, v in made.manifest.items() if k != "row_group"})
     monkeypatch.undo()

@@ -20,8 +20,8 @@ from pipeline.data.entries import Entry
 from pipeline.data.image_files import decode
 from pipeline.data.prepare_store import describe
 from pipeline.data.store import ROW_GROUP, Store
-from pipeline.data.write_store import layout, write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.data.write_store import plan_shards, write_store
+from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder
 from tests.conftest import write_images
@@ -128,7 +128,7 @@ def test_a_selection_row_by_row(store: Store, options: dict[str, int]) -> None:
 def test_layout_keeps_groups_in_one_fold_and_shards_within_a_split() -> None:
     entries = [Entry(f"{c}/{i}", f"c{c:02d}", split, group=f"g{c // 3}") for c in range(30) for i in range(4)
                for split in (["train"] if c < 24 else ["query", "gallery"])]  # fmt: skip
-    shards = layout(entries, num_folds=3, images_per_shard=10)
+    shards = plan_shards(entries, num_folds=3, images_per_shard=10)
     fold_of: dict[str, set[int]] = {}
     for shard in shards:
         assert len({e.split for e in shard.entries}) == 1 and len(shard.entries) <= 10
@@ -139,7 +139,7 @@ def test_layout_keeps_groups_in_one_fold_and_shards_within_a_split() -> None:
     assert [s.first_id for s in shards] == np.cumsum([0, *(len(s.entries) for s in shards[:-1])]).tolist()
     label_of = {(e.class_name, label) for s in shards for e, label in zip(s.entries, s.labels, strict=True)}
     assert len(label_of) == 30, "query and gallery share the label of a class"
-    assert layout(entries[::-1], 3, 10) == shards, "the order of the list does not matter"
+    assert plan_shards(entries[::-1], 3, 10) == shards, "the order of the list does not matter"
 
 
 def test_bytes_of_a_jpeg_are_kept_and_pixels_of_all(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_bytes_of_a_jpeg_are_kept_and_pixels_of_all(tmp_path: Path) -> None:
     jpeg = tmp_path / "a" / "x.jpg"
     Image.open(entries[0].source).save(jpeg, quality=80)
     opened = write_store(
-        "x", [*entries, Entry(str(jpeg), "a", "train")], Folder(tmp_path / "store"), run_here, num_folds=2
+        "x", [*entries, Entry(str(jpeg), "a", "train")], Folder(tmp_path / "store"), run_serially, num_folds=2
     )
     rows = opened.shard_table(opened.manifest["shards"][0]).to_pylist()
     sources = sorted([e.source for e in entries if e.class_name == "a"] + [str(jpeg)]) + [
@@ -164,7 +164,7 @@ def test_the_same_input_has_the_same_fingerprint_wherever_it_is_written(bucket: 
     entries = entries_of(tmp_path, {"a": 3, "b": 2, "c": 1})
 
     def write(target: Folder, given: list[Entry] = entries, **options: int) -> Store:
-        return write_store("x", given, target, run_here, num_folds=2, **options)
+        return write_store("x", given, target, run_serially, num_folds=2, **options)
 
     first = write(Folder(tmp_path / "one"))
     assert write(Folder(tmp_path / "two"), entries[::-1]).fingerprint == first.fingerprint
@@ -193,7 +193,7 @@ def test_rejected_images_leave_gaps_and_are_listed(tmp_path: Path) -> None:
     for name, content in (("a/1.png", b"this is text, with a comma\n"), ("b/0.png", b""), ("gone/0.png", None)):
         (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     opened = write_store(
-        "x", entries, Folder(tmp_path / "store"), run_here, num_folds=2, images_per_shard=3, max_rejected=0.5
+        "x", entries, Folder(tmp_path / "store"), run_serially, num_folds=2, images_per_shard=3, max_rejected=0.5
     )
     assert opened.sample_id.tolist() == [0, 2, 3, 5, 6], "the others keep their ids"
     assert opened.manifest["rejected"] == 3 and opened.manifest["splits"]["train"] == {"images": 5, "classes": 2}
@@ -209,18 +209,18 @@ def test_rejected_images_leave_gaps_and_are_listed(tmp_path: Path) -> None:
 def test_more_rejected_images_than_allowed_leave_no_store(tmp_path: Path) -> None:
     entries = entries_of(tmp_path, {"a": 40, "b": 40})
     target = Folder(tmp_path / "store")
-    write_store("x", entries, target, run_here, num_folds=2)
+    write_store("x", entries, target, run_serially, num_folds=2)
     (tmp_path / "a" / "7.png").write_bytes(b"?")
     with pytest.raises(
         UserError, match=r"1 of 80 images cannot be read, more than 1.0% allowed; first: .*7\.png.*--max-rejected"
     ) as caught:
-        write_store("x", entries, target, run_here, num_folds=2)
+        write_store("x", entries, target, run_serially, num_folds=2)
     assert "\n" not in str(caught.value)
     assert not target.exists("manifest.json"), "nobody trains on the store that was there before"
     assert [line[0] for line in rejected_lines(target)[1:]] == [str(tmp_path / "a" / "7.png")]
     with pytest.raises(UserError, match=r"no prepared dataset in .*store \(no manifest.json\)"):
         Store(target)
-    assert len(write_store("x", entries, target, run_here, num_folds=2, max_rejected=0.02).sample_id) == 79
+    assert len(write_store("x", entries, target, run_serially, num_folds=2, max_rejected=0.02).sample_id) == 79
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_a_damaged_or_newer_store_is_refused(damage, says: str, copy: Folder) ->
 
 def test_row_groups_are_small_enough_for_random_access(tmp_path: Path) -> None:
     entries = entries_of(tmp_path, {"a": ROW_GROUP + 5, "b": 3})
-    opened = write_store("x", entries, Folder(tmp_path / "store"), run_here, num_folds=2)
+    opened = write_store("x", entries, Folder(tmp_path / "store"), run_serially, num_folds=2)
     file = pq.ParquetFile(opened.folder.path(opened.manifest["shards"][0]["file"]))
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [ROW_GROUP, 8]
 

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.data.entries import Entry
 from pipeline.data.store import Store
-from pipeline.data.write_store import layout, write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.data.write_store import plan_shards, write_store
+from pipeline.distributed.jobs import run_serially
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 from tests.conftest import write_images
@@ -31,7 +31,7 @@ def tracked(root: Path) -> list[Entry]:
 
 
 def write(entries: list[Entry], target: Path, **options: object) -> Store:
-    return write_store("x", entries, Folder(target), run_here, num_folds=2, **options)  # type: ignore[arg-type]
+    return write_store("x", entries, Folder(target), run_serially, num_folds=2, **options)  # type: ignore[arg-type]
 
 
 def test_columns_of_tracklets(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_column_is_for_all_images_or_none(column: str, tmp_path: Path) -> None
     entries = tracked(tmp_path)
     entries[3] = replace(entries[3], **{column: None})
     with pytest.raises(UserError, match=f"10 of 11 images have a {column}: give it for all of them, or for none"):
-        layout(entries, 2, 10)
+        plan_shards(entries, 2, 10)
 
 
 @pytest.mark.parametrize("kind", ["distractor", "junk"])

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.data import loader
 from pipeline.data.image_files import decode
-from pipeline.data.loader import PREFETCH, Item, PixelSource, fetch, load
+from pipeline.data.loader import PREFETCH, ImageSource, LoadRequest, fetch, load
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
 from pipeline.data.transforms import TransformConfig, evaluation_pixels, training_pixels
@@ -179,23 +179,23 @@ AUGMENTED = TransformConfig(size=24, jitter=0.3, rotate=10)
 
 
 @pytest.fixture
-def source(store: Store) -> Iterator[PixelSource]:
+def source(store: Store) -> Iterator[ImageSource]:
     open_reader.cache_clear()
-    yield PixelSource(store.folder.uri, store.fingerprint, None, AUGMENTED, seed=5)
+    yield ImageSource(store.folder.uri, store.fingerprint, None, AUGMENTED, seed=5)
     open_reader.cache_clear()
 
 
-def items(store: Store) -> list[Item]:
+def items(store: Store) -> list[LoadRequest]:
     ids = store.select(["train"]).ids
-    return [Item(ids[i : i + 4 + i % 2], (0, i, 3 * i)) for i in range(0, 10)] + [
-        Item(ids[:0], (0, 10, 0)),
-        Item(ids[:3]),
+    return [LoadRequest(ids[i : i + 4 + i % 2], (0, i, 3 * i)) for i in range(0, 10)] + [
+        LoadRequest(ids[:0], (0, 10, 0)),
+        LoadRequest(ids[:3]),
     ]
 
 
-def test_fetch_decodes_and_keys_every_slot(source: PixelSource, store: Store) -> None:
+def test_fetch_decodes_and_keys_every_slot(source: ImageSource, store: Store) -> None:
     ids = store.select(["train"]).ids[:5]
-    plain, augmented = fetch(source, Item(ids)), fetch(source, Item(ids, (2, 9, 4)))
+    plain, augmented = fetch(source, LoadRequest(ids)), fetch(source, LoadRequest(ids, (2, 9, 4)))
     assert plain.shape == augmented.shape == (5, 3, 24, 24) and plain.dtype == np.uint8
     reader = open_reader(source.uri, source.fingerprint, None)
     for i, data in enumerate(reader.read(ids)):
@@ -206,35 +206,35 @@ def test_fetch_decodes_and_keys_every_slot(source: PixelSource, store: Store) ->
         np.testing.assert_array_equal(augmented[i], training_pixels(image, AUGMENTED, random))
 
 
-def test_ranks_fetch_the_same_pixels_as_one_process(source: PixelSource, store: Store) -> None:
+def test_ranks_fetch_the_same_pixels_as_one_process(source: ImageSource, store: Store) -> None:
     ids = store.select(["train"]).ids[:8]
-    whole = fetch(source, Item(ids, (1, 7, 0)))
-    parts = [fetch(source, Item(ids[a:b], (1, 7, a))) for a, b in ((0, 3), (3, 3), (3, 8))]
+    whole = fetch(source, LoadRequest(ids, (1, 7, 0)))
+    parts = [fetch(source, LoadRequest(ids[a:b], (1, 7, a))) for a, b in ((0, 3), (3, 3), (3, 8))]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
-def test_an_image_drawn_twice_is_augmented_twice(source: PixelSource, store: Store) -> None:
-    twice = fetch(source, Item(np.repeat(store.select(["train"]).ids[:1], 2), (0, 0, 0)))
+def test_an_image_drawn_twice_is_augmented_twice(source: ImageSource, store: Store) -> None:
+    twice = fetch(source, LoadRequest(np.repeat(store.select(["train"]).ids[:1], 2), (0, 0, 0)))
     assert (twice[0] != twice[1]).any()
     for other in ((1, 0, 0), (0, 1, 0)):
-        assert (fetch(source, Item(store.select(["train"]).ids[:1], other))[0] != twice[0]).any()
+        assert (fetch(source, LoadRequest(store.select(["train"]).ids[:1], other))[0] != twice[0]).any()
 
 
-def test_loading_gives_what_fetch_gives_in_order(source: PixelSource, store: Store) -> None:
+def test_loading_gives_what_fetch_gives_in_order(source: ImageSource, store: Store) -> None:
     wanted = items(store)
     loaded = list(load(source, wanted, "in_process"))
     assert len(loaded) == len(wanted)
     for got, item in zip(loaded, wanted, strict=True):
         np.testing.assert_array_equal(got.numpy(), fetch(source, item))
     assert list(load(source, [], "in_process")) == []
-    assert [len(p) for p in load(source, [Item(np.zeros(0, dtype=np.int64))], "ray")] == [0], (
+    assert [len(p) for p in load(source, [LoadRequest(np.zeros(0, dtype=np.int64))], "ray")] == [0], (
         "nothing to load needs no Ray"
     )
 
 
-def test_items_are_taken_when_they_are_needed(source: PixelSource, store: Store) -> None:
+def test_items_are_taken_when_they_are_needed(source: ImageSource, store: Store) -> None:
     """An epoch of ten million images is not held as items."""
-    taken: list[Item] = []
+    taken: list[LoadRequest] = []
     endless = ((taken.append(item), item)[1] for item in itertools.cycle(items(store)))
     stream = load(source, endless, "in_process")
     for _ in range(3):
@@ -243,17 +243,17 @@ def test_items_are_taken_when_they_are_needed(source: PixelSource, store: Store)
     assert len(taken) == 3 + PREFETCH + 1  # its bytes are asked for ahead
 
 
-def test_a_long_segment_is_served_by_several_pipelines(source: PixelSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[Item]] = []
+def test_a_long_segment_is_served_by_several_pipelines(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[LoadRequest]] = []
 
-    def pipeline(source: PixelSource, items: list[Item], loader_cpus: int) -> Iterator[torch.Tensor]:
+    def pipeline(source: ImageSource, items: list[LoadRequest], loader_cpus: int) -> Iterator[torch.Tensor]:
         started.append(items)
         yield from (torch.full((1,), int(item.ids[0])) for item in items)
 
     monkeypatch.setattr(loader, "_load_ray", pipeline)
     monkeypatch.setattr(loader, "PIPELINE_ITEMS", 3)
     taken: list[int] = []
-    numbered = ((taken.append(i), Item(np.array([i])))[1] for i in range(8))
+    numbered = ((taken.append(i), LoadRequest(np.array([i])))[1] for i in range(8))
     stream = load(source, numbered, "ray")
     assert int(next(stream)) == 0 and taken == [0, 1, 2]
     assert [int(x) for x in stream] == list(range(1, 8))
@@ -261,11 +261,11 @@ def test_a_long_segment_is_served_by_several_pipelines(source: PixelSource, monk
 
 
 def test_an_error_while_fetching_comes_out_where_it_belongs(
-    source: PixelSource, store: Store, monkeypatch: pytest.MonkeyPatch
+    source: ImageSource, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = items(store)
 
-    def failing(source: PixelSource, item: Item, following: Item | None) -> np.ndarray:
+    def failing(source: ImageSource, item: LoadRequest, following: LoadRequest | None) -> np.ndarray:
         if item is wanted[3]:
             raise RunError("shard x is damaged")
         return fetch(source, item)
@@ -278,8 +278,8 @@ def test_an_error_while_fetching_comes_out_where_it_belongs(
     assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
 
 
-def test_closing_early_stops_the_thread(source: PixelSource, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched: list[Item] = []
+def test_closing_early_stops_the_thread(source: ImageSource, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[LoadRequest] = []
     monkeypatch.setattr(loader, "fetch", lambda s, item, _: (fetched.append(item), fetch(s, item))[1])
     stream = load(source, items(store), "in_process")
     next(stream)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from pipeline.evaluation import tracklets
-from pipeline.evaluation.reid import DISTRACTOR, JUNK, Matches, Sightings, match
+from pipeline.evaluation.reid import DISTRACTOR, JUNK, ReidRetrieval, ReidSet, match
 from pipeline.evaluation.tracklets import TrackSums, pool_tracks
 
 
-def oracle(queries: Sightings, gallery: Sightings, distractors="wrong", keep=10) -> Matches:
+def oracle(queries: ReidSet, gallery: ReidSet, distractors="wrong", keep=10) -> ReidRetrieval:
     """One query and one gallery row at a time; the trapezoidal rule as a walk down the ranking."""
     sides = [[row.tolist() for row in side.embeddings.double()] for side in (queries, gallery)]
     norms = [[math.sqrt(math.fsum(x * x for x in row)) for row in side] for side in sides]
@@ -47,16 +47,16 @@ def oracle(queries: Sightings, gallery: Sightings, distractors="wrong", keep=10)
                 old_recall, old_precision = recall, found / (rank + 1)
         first = hits.index(True) if num_relevant else -1
         result.append((first, precision / max(num_relevant, 1), area, num_relevant, (ids + [-1] * keep)[:keep]))
-    return Matches(*(np.array(column) for column in zip(*result, strict=True)))
+    return ReidRetrieval(*(np.array(column) for column in zip(*result, strict=True)))
 
 
-def assert_equal(got: Matches, expected: Matches, tolerance: float = 0.0) -> None:
-    for field in fields(Matches):
+def assert_equal(got: ReidRetrieval, expected: ReidRetrieval, tolerance: float = 0.0) -> None:
+    for field in fields(ReidRetrieval):
         a, b = getattr(got, field.name), getattr(expected, field.name)
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance if a.dtype == np.float64 else 0, err_msg=field.name)
 
 
-def sightings(num: int, people: int, cameras: int, dim: int, seed: int, least_label: int) -> Sightings:
+def sightings(num: int, people: int, cameras: int, dim: int, seed: int, least_label: int) -> ReidSet:
     """Rows around a centre a person, a tenth of them scaled duplicates of others."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(least_label, people, (num,), generator=generator)
@@ -64,10 +64,10 @@ def sightings(num: int, people: int, cameras: int, dim: int, seed: int, least_la
     rows = centres[labels.clamp(min=0)] + 0.9 * torch.randn(num, dim, generator=generator)
     copies = torch.randint(num, (2, num // 10), generator=generator)
     rows[copies[0]] = rows[copies[1]] * 2.0
-    return Sightings(rows, labels, torch.randint(cameras, (num,), generator=generator))
+    return ReidSet(rows, labels, torch.randint(cameras, (num,), generator=generator))
 
 
-def case(dtype: torch.dtype = torch.float32) -> tuple[Sightings, Sightings]:
+def case(dtype: torch.dtype = torch.float32) -> tuple[ReidSet, ReidSet]:
     """40 queries, ten of which are rows of the gallery of 300 as well; person 29 is seen by one camera only."""
     queries, gallery = sightings(40, 30, 3, 4, 0, 0), sightings(300, 30, 3, 4, 1, JUNK)
     known = torch.nonzero(gallery.labels >= 0)[:10, 0]
@@ -104,9 +104,9 @@ def test_equals_the_loops(distractors, dtype):
 def test_equals_the_loops_with_many_ties(looked_for, present, distractors, keep, memory_bytes):
     pool = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     which, labels, cameras = (torch.tensor(column) for column in zip(*looked_for, strict=True))
-    queries = Sightings(pool[which], labels, cameras)
+    queries = ReidSet(pool[which], labels, cameras)
     which, labels, cameras, scale = (torch.tensor(column) for column in zip(*present, strict=True))
-    gallery = Sightings(pool[which] * scale[:, None], labels, cameras)
+    gallery = ReidSet(pool[which] * scale[:, None], labels, cameras)
     result = match(queries, gallery, distractors=distractors, keep=keep, memory_bytes=memory_bytes)
     assert_equal(result, oracle(queries, gallery, distractors, keep), 1e-13)
 
@@ -118,8 +118,8 @@ def on_circle(*degrees: float) -> torch.Tensor:
 
 def test_both_average_precisions_by_hand():
     """Nearest first: wrong, right, same camera, right, junk, distractor, right."""
-    queries = Sightings(on_circle(0.0), torch.tensor([5]), torch.tensor([1]))
-    gallery = Sightings(
+    queries = ReidSet(on_circle(0.0), torch.tensor([5]), torch.tensor([1]))
+    gallery = ReidSet(
         on_circle(70, 10, 20, 30, 40, 50, 60),
         torch.tensor([5, 3, 5, 5, 5, JUNK, -1]),
         torch.tensor([0, 1, 2, 1, 0, 0, 0]),
@@ -140,8 +140,8 @@ def test_both_average_precisions_by_hand():
 
 def test_summary_is_in_percent_and_leaves_out_queries_without_positive():
     """Query 0 finds its person first, query 1 at rank 2; that of query 2 is seen by its own camera only."""
-    queries = Sightings(on_circle(0, 0, 0), torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0]))
-    gallery = Sightings(on_circle(1, 2, 3, 4), torch.tensor([1, 3, 0, 2]), torch.tensor([1, 0, 1, 1]))
+    queries = ReidSet(on_circle(0, 0, 0), torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0]))
+    gallery = ReidSet(on_circle(1, 2, 3, 4), torch.tensor([1, 3, 0, 2]), torch.tensor([1, 0, 1, 1]))
     result = match(queries, gallery)
     assert result.first_hit.tolist() == [0, 3, -1]
     assert result.num_relevant.tolist() == [1, 1, 0]
@@ -167,8 +167,8 @@ def test_no_bit_depends_on_how_the_work_is_cut():
         assert_equal(match(queries, gallery, memory_bytes=memory_bytes), whole)
     for cuts in ([0, 20, 40], [0, 1, 1, 39, 40]):
         parts = [match(queries, gallery, part=slice(a, b)) for a, b in itertools.pairwise(cuts)]
-        assert_equal(Matches.concatenate(parts), whole)
-        assert Matches.concatenate(parts).summary() == whole.summary()
+        assert_equal(ReidRetrieval.concatenate(parts), whole)
+        assert ReidRetrieval.concatenate(parts).summary() == whole.summary()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -183,8 +183,8 @@ def test_float64_decides_what_float32_cannot_see():
     rank = torch.randperm(60, generator=generator)
     cosine = 0.9 - 1e-12 * rank.double()
     rows = torch.stack([cosine, (1 - cosine**2).sqrt()], dim=1)
-    queries = Sightings(torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0]), torch.tensor([0]))
-    result = match(queries, Sightings(rows, (rank % 7 != 3).long(), torch.ones(60, dtype=torch.int64)), keep=60)
+    queries = ReidSet(torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0]), torch.tensor([0]))
+    result = match(queries, ReidSet(rows, (rank % 7 != 3).long(), torch.ones(60, dtype=torch.int64)), keep=60)
     assert rank[result.neighbours[0]].tolist() == list(range(60))
     assert result.first_hit.tolist() == [3]
     precisions = [(i + 1) / (r + 1) for i, r in enumerate(range(3, 60, 7))]
@@ -195,8 +195,8 @@ def test_memory_is_bounded():
     """600 x 4,000 similarities in float64 would take 19 MB."""
     ids = torch.arange(4000)
     rows = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
-    gallery = Sightings(rows, ids // 8, ids % 4)
-    queries = Sightings(*(getattr(gallery, f.name)[:600] for f in fields(Sightings)))
+    gallery = ReidSet(rows, ids // 8, ids % 4)
+    queries = ReidSet(*(getattr(gallery, f.name)[:600] for f in fields(ReidSet)))
     match(queries, gallery, part=slice(0, 2))
     tracemalloc.start()
     try:
@@ -208,7 +208,7 @@ def test_memory_is_bounded():
 
 def test_bad_input_is_refused():
     ones, labels = torch.ones(3, 2), torch.tensor([0, 1, 2])
-    good = Sightings(ones, labels, labels)
+    good = ReidSet(ones, labels, labels)
     for queries, gallery, message in [
         (replace(good, labels=labels - 1), good, "got label -1 in row 0 of the queries: expected 0 or more"),
         (good, replace(good, labels=labels - 3), "got label -3 in row 0 of the gallery: expected -2 or more"),

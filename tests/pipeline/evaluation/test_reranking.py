@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.evaluation import reranking
-from pipeline.evaluation.reid import Matches, Sightings, match
-from pipeline.evaluation.reranking import Neighbourhoods, Reranking
+from pipeline.evaluation.reid import ReidRetrieval, ReidSet, match
+from pipeline.evaluation.reranking import KNearestAndFarthest, Reranking
 from tests.pipeline.evaluation.test_reid import assert_equal
 
 
@@ -85,11 +85,11 @@ def test_no_bit_depends_on_how_the_work_is_cut(monkeypatch):
     everyone = torch.cat([queries, gallery])
     whole = Reranking.of(queries, gallery).block(np.arange(20))
     cuts = [slice(a, b) for a, b in itertools.pairwise([0, 13, 13, 60, 90])]
-    parts = [Neighbourhoods.of(everyone, part=cut, memory_bytes=10**5) for cut in cuts]
-    shared = Reranking.of(queries, gallery, neighbourhoods=Neighbourhoods.concatenate(parts))
+    parts = [KNearestAndFarthest.of(everyone, part=cut, memory_bytes=10**5) for cut in cuts]
+    shared = Reranking.of(queries, gallery, neighbourhoods=KNearestAndFarthest.concatenate(parts))
     np.testing.assert_array_equal(shared.block(np.arange(20)), whole)
     np.testing.assert_array_equal(shared.block(np.array([17, 3])), whole[[17, 3]])
-    monkeypatch.setattr(reranking, "_OPPOSITES", 7)
+    monkeypatch.setattr(reranking, "FARTHEST_BLOCK_ROWS", 7)
     for entries in (1, 300):
         monkeypatch.setattr(reranking, "_CHUNK_ENTRIES", entries)
         again = Reranking.of(queries, gallery)
@@ -100,8 +100,8 @@ def test_no_bit_depends_on_how_the_work_is_cut(monkeypatch):
 def test_matches_are_ranked_by_it():
     """The filter comes after it: junk and rows of the same camera are neighbours like others."""
     (queries, labels), (gallery, gallery_labels) = people(20, 12, 0), people(70, 12, 1)
-    looked_for = Sightings(queries, labels, torch.arange(20) % 2)
-    present = Sightings(gallery, gallery_labels - 2, torch.arange(70) % 2)
+    looked_for = ReidSet(queries, labels, torch.arange(20) % 2)
+    present = ReidSet(gallery, gallery_labels - 2, torch.arange(70) % 2)
     again = Reranking.of(queries, gallery, k1=7, k2=3, weight=0.5)
     result = match(looked_for, present, reranking=again)
     distance = -again.block(np.arange(20))
@@ -116,7 +116,7 @@ def test_matches_are_ranked_by_it():
     plain = match(looked_for, present)
     assert (result.neighbours != plain.neighbours).any()
     parts = [match(looked_for, present, reranking=again, part=slice(a, b)) for a, b in ((0, 7), (7, 20))]
-    assert_equal(Matches.concatenate(parts), result)
+    assert_equal(ReidRetrieval.concatenate(parts), result)
 
 
 def test_it_improves_the_ranking_of_clusters():
@@ -124,8 +124,8 @@ def test_it_improves_the_ranking_of_clusters():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(300) % 30
     rows = torch.randn(30, 16, generator=generator)[labels] + 0.9 * torch.randn(300, 16, generator=generator)
-    looked_for = Sightings(rows[:60], labels[:60], torch.zeros(60, dtype=torch.int64))
-    present = Sightings(rows[60:], labels[60:], torch.ones(240, dtype=torch.int64))
+    looked_for = ReidSet(rows[:60], labels[:60], torch.zeros(60, dtype=torch.int64))
+    present = ReidSet(rows[60:], labels[60:], torch.ones(240, dtype=torch.int64))
     plain = match(looked_for, present).summary()["map"]
     again = match(looked_for, present, reranking=Reranking.of(rows[:60], rows[60:], k1=8, k2=3)).summary()["map"]
     assert plain + 5 < again < 100
@@ -144,7 +144,7 @@ def test_memory_is_bounded():
     """3,600 rows: a dense matrix of them would take 104 MB, 600 x 3,000 distances 14 MB."""
     rows = torch.randn(3600, 4, generator=torch.Generator().manual_seed(0))
     queries, gallery = (
-        Sightings(rows[part], torch.arange(3600)[part] % 500, torch.arange(3600)[part])
+        ReidSet(rows[part], torch.arange(3600)[part] % 500, torch.arange(3600)[part])
         for part in (slice(0, 600), slice(600, 3600))
     )
     tracemalloc.start()
@@ -167,7 +167,7 @@ def test_bad_input_is_refused():
         ({"k1": 4, "k2": 0}, "k2=0"),
         ({"k1": 4, "k2": 2, "weight": 1.5}, "weight=1.5"),
         (
-            {"k1": 4, "k2": 2, "neighbourhoods": Neighbourhoods.of(torch.cat([queries, gallery]), 5)},
+            {"k1": 4, "k2": 2, "neighbourhoods": KNearestAndFarthest.of(torch.cat([queries, gallery]), 5)},
             r"neighbourhoods \(13, 5\): expected \(13, 4\)",
         ),
     ]:
@@ -178,4 +178,4 @@ def test_bad_input_is_refused():
     again = Reranking.of(queries, gallery, k1=4, k2=2)
     ids = torch.arange(9)
     with pytest.raises(ValueError, match=r"got a reranking of \(4, 9\) queries and gallery rows: expected \(9, 9\)"):
-        match(Sightings(gallery, ids, ids), Sightings(gallery, ids, ids), reranking=again)
+        match(ReidSet(gallery, ids, ids), ReidSet(gallery, ids, ids), reranking=again)

@@ -19,16 +19,16 @@ from pipeline import train
 from pipeline.config import Config, ModelConfig
 from pipeline.data.entries import DISTRACTOR, Entry
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.loader import PixelSource
+from pipeline.data.loader import ImageSource
 from pipeline.data.store import Samples, Store
 from pipeline.data.transforms import TransformConfig
 from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.evaluate_task import evaluate
-from pipeline.evaluation.reid import Sightings, match
+from pipeline.evaluation.reid import ReidSet, match
 from pipeline.evaluation.reranking import Reranking
-from pipeline.evaluation.tasks import Task, units, validation_task
+from pipeline.evaluation.tasks import RetrievalTask, retrieval_units, validation_task
 from pipeline.evaluation.tasks import test_task as task_of
 from pipeline.evaluation.tracklets import pool_tracks
 from pipeline.model.trunk import build_trunk
@@ -56,7 +56,7 @@ def write_video(root: Path) -> Store:
         entries.append(
             Entry(path, person, split, track=f"{person}-{tracklet}", camera=1 + tracklet % 2, frame=at, kind=kind)
         )
-    return write_store("video", entries, Folder(root / "store"), run_here, num_folds=3, protocol="reid")
+    return write_store("video", entries, Folder(root / "store"), run_serially, num_folds=3, protocol="reid")
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +110,15 @@ def test_what_is_measured_is_the_pooled_tracklets(video: Store) -> None:
         config = config_of(video, changes)
         task = task_of(config, video)
         assert task is not None and task.reid and task.gallery is not None
-        assert len(units(task.queries)) == 8 and len(units(task.gallery)) == 40, "the gallery has the queries"
+        assert len(retrieval_units(task.queries)) == 8 and len(retrieval_units(task.gallery)) == 40, (
+            "the gallery has the queries"
+        )
         result = evaluate(task, embedder, trunk, None, (1, 5))
         sides = []
         for side in (task.queries, task.gallery):
             tracks, rows = pool_tracks(embedder(side.ids, trunk, None), side.tracks)
             first = np.array([np.flatnonzero(side.tracks == t)[0] for t in tracks])
-            sides.append(Sightings(rows, torch.from_numpy(side.labels[first]), torch.from_numpy(side.cameras[first])))
+            sides.append(ReidSet(rows, torch.from_numpy(side.labels[first]), torch.from_numpy(side.cameras[first])))
         r = config.evaluation.reranking
         again = None if r is None else Reranking.of(*(s.embeddings for s in sides), k1=r.k1, k2=r.k2, weight=r.weight)
         expected = match(*sides, distractors=config.evaluation.distractors, reranking=again)
@@ -125,7 +127,7 @@ def test_what_is_measured_is_the_pooled_tracklets(video: Store) -> None:
         found.append(result.retrieval.neighbours)
     assert not np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
     fold = validation_task(config_of(video), video)
-    assert fold is not None and fold.reid and len(units(fold.queries)) == 16
+    assert fold is not None and fold.reid and len(retrieval_units(fold.queries)) == 16
     assert evaluate(fold, embedder, trunk, None, (1,)).metrics["queries"] == 16
 
 
@@ -136,7 +138,7 @@ def config_of(video: Store, changes: dict[str, Any] | None = None) -> Config:
 def make_embedder(video: Store, ranks: Any) -> tuple[Embedder, Any]:
     torch.manual_seed(0)
     trunk = build_trunk(ModelConfig(backbone="test_efficientnet", weights="none"), 24).double()
-    source = PixelSource(video.folder.uri, video.fingerprint, None, TransformConfig(size=24))
+    source = ImageSource(video.folder.uri, video.fingerprint, None, TransformConfig(size=24))
     return Embedder(source, "in_process", 1, 16, "float64", torch.device("cpu"), ranks), trunk
 
 
@@ -260,10 +262,10 @@ def test_queries_that_no_other_camera_has_seen() -> None:
         count = len(cameras)
         return Samples(np.arange(count), np.arange(count) // 2, ("a", "b"), np.arange(count), np.array(cameras))
 
-    Task(samples([1, 1, 1, 2]), samples([1, 1, 1, 2]), reid=True).check(cluster=False)
+    RetrievalTask(samples([1, 1, 1, 2]), samples([1, 1, 1, 2]), reid=True).check(cluster=False)
     alone = samples([1, 1, 2, 2])
     with pytest.raises(ValueError, match="none of the 4 queries has another person seen by another camera to find"):
-        Task(alone, alone, reid=True).check(cluster=False)
+        RetrievalTask(alone, alone, reid=True).check(cluster=False)
     strangers = replace(samples([2, 2, 1, 1]), labels=np.array([-1, -1, -2, -2]))
     with pytest.raises(ValueError, match="none of the 4 queries"):
-        Task(alone, strangers, reid=True).check(cluster=False)
+        RetrievalTask(alone, strangers, reid=True).check(cluster=False)

@@ -23,7 +23,7 @@ from pipeline import evaluate, train
 from pipeline.data.entries import Entry
 from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.evaluation.clustering import clustering
 from pipeline.evaluation.retrieval import retrieve
 from pipeline.evaluation.tasks import test_task as task_of
@@ -219,7 +219,7 @@ def split_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     images = write_images(root / "images", {f"c{i:02d}": 4 for i in range(14)}, seed=0)
     splits = ["train"] * 32 + [("query" if i % 4 == 0 else "gallery") for i in range(20)] + ["gallery"] * 4
     entries = [Entry(path, name, split) for (path, name), split in zip(images, splits, strict=True)]
-    return write_store("split", entries, Folder(root / "store"), run_here, num_folds=2)
+    return write_store("split", entries, Folder(root / "store"), run_serially, num_folds=2)
 
 
 def test_query_and_gallery_have_one_numbering_of_classes(split_store: Store) -> None:
@@ -271,11 +271,11 @@ def test_a_method_may_let_the_test_images_look_at_each_other(
     table = torch.randn(len(labels), 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     seen: list[torch.Tensor] = []
 
-    def refine(self: Baseline, embeddings: torch.Tensor) -> torch.Tensor:
+    def refine_embeddings(self: Baseline, embeddings: torch.Tensor) -> torch.Tensor:
         seen.append(embeddings)
         return table
 
-    monkeypatch.setattr(Baseline, "refine", refine)
+    monkeypatch.setattr(Baseline, "refine_embeddings", refine_embeddings)
     assert measure(base.run, "--recall-at", "1", "2") == retrieve(table, labels).summary((1, 2))
     assert seen[0].shape == (len(labels), 8)
 
@@ -285,7 +285,7 @@ def test_queries_and_gallery_are_refined_together(
 ) -> None:
     task = task_of(tiny_config("/nowhere", split_store.folder.uri), split_store)
     table = torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    monkeypatch.setattr(Baseline, "refine", lambda self, embeddings: table)
+    monkeypatch.setattr(Baseline, "refine_embeddings", lambda self, embeddings: table)
     changes = {"length": "1 steps", "evaluation.clustering": False, "evaluation.checkpoint": "last"}
     (tmp_path / "recipe.yaml").write_text(
         yaml.safe_dump(tiny_values(str(tmp_path), split_store.folder.uri, changes | {"data.validation_fold": None}))
@@ -315,7 +315,7 @@ def test_embeddings_of_a_split(
     split: str, splits: list[str], base: Base, folder: Folder, monkeypatch: Any, capsys: Any
 ) -> None:
     """The embeddings that are measured, each with its sample, class and split, over several files."""
-    monkeypatch.setattr(embed, "PART", 7)
+    monkeypatch.setattr(embed, "ROWS_PER_FILE", 7)
     assert (
         evaluate.main(
             [base.run.uri, "--embed-to", folder.uri, "--split", split, "--workers", "0", "--checkpoint", "last"]
@@ -329,7 +329,7 @@ def test_embeddings_of_a_split(
     assert rows["class_name"] == [store.class_name_of[label] for label in rows["label"]]
     assert rows["split"] == store.split[wanted].tolist() and len(set(rows["split"])) == len(splits)
     assert rows["found"]["parts"] == -(-len(wanted) // 7) > 1
-    embedder, trunk, method = trained_model.find(base.run.uri, "last").load(store, torch.device("cpu"))
+    embedder, trunk, method = trained_model.load_run(base.run.uri, "last").load(store, torch.device("cpu"))
     expected = embedder(store.sample_id[wanted], trunk, method)
     torch.testing.assert_close(torch.tensor(rows["embedding"], dtype=expected.dtype), expected, rtol=1e-5, atol=1e-6)
     assert f"{len(wanted)} embeddings" in capsys.readouterr().out
@@ -337,19 +337,19 @@ def test_embeddings_of_a_split(
 
 def test_embedding_is_continued(base: Base, tmp_path: Path, monkeypatch: Any) -> None:
     """After a kill between two parts the parts that are there stay; other embeddings are never mixed in."""
-    monkeypatch.setattr(embed, "PART", 7)
+    monkeypatch.setattr(embed, "ROWS_PER_FILE", 7)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     arguments = [base.run.uri, "--embed-to", str(tmp_path / "out"), "--workers", "0", "--checkpoint", "last"]
-    original, calls = embed.Part.__call__, []
+    original, calls = embed.EmbedTask.__call__, []
 
-    def dies(self: embed.Part, part: range) -> dict[str, Any]:
+    def dies(self: embed.EmbedTask, part: range) -> dict[str, Any]:
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append(part)
         return original(self, part)
 
     with monkeypatch.context() as patched:
-        patched.setattr(embed.Part, "__call__", dies)
+        patched.setattr(embed.EmbedTask, "__call__", dies)
         assert evaluate.main(arguments) == 130
     assert not json.loads((tmp_path / "out" / "embeddings.json").read_text())["complete"]
     first = (tmp_path / "out" / "part-000000000.parquet").stat()

@@ -18,14 +18,14 @@ from pipeline.errors import RunError, UserError
 from pipeline.mining import faiss_index
 from pipeline.mining.client import MiningClient
 from pipeline.mining.embedding_table import shard_of
-from pipeline.mining.messages import Answer, Ask, Spec
+from pipeline.mining.messages import SearchRequest, SearchResponse, ServerSpec
 from pipeline.mining.server import MiningServer
 from pipeline.mining.transport import Local, ServerGone
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 
 IDS, VALUES, LABELS = clustered(1200, 8, 60)
-SPEC = Spec(run="runs/a", dim=8, per_class=3, k=5, wait_s=5.0)
+SPEC = ServerSpec(run="runs/a", dim=8, per_class=3, k=5, wait_s=5.0)
 MakeClient = Callable[..., MiningClient]
 
 
@@ -58,7 +58,7 @@ def make_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("pipeline.mining.request_log._POLL_S", 0.01)
     made: list[MiningClient] = []
 
-    def make(transports: Any, spec: Spec = SPEC, snapshot: str | None = None, **options: Any) -> MiningClient:
+    def make(transports: Any, spec: ServerSpec = SPEC, snapshot: str | None = None, **options: Any) -> MiningClient:
         client = MiningClient(transports, spec, 1 + len(made), Folder(tmp_path / "run"), **options)
         made.append(client)
         client.begin(snapshot)
@@ -78,21 +78,23 @@ def outcome(client: MiningClient, tmp_path: Path, name: str) -> list[Any]:
     heard: list[Any] = []
     for step, rows in enumerate(np.array_split(np.arange(1200), 12)):
         put(client, rows, step)
-        ask = Ask(4, step, ids=IDS[rows[:6]], which=("all", "other", "same")[step % 3], with_values=step % 2 == 0)  # type: ignore[arg-type]
+        ask = SearchRequest(
+            4, step, ids=IDS[rows[:6]], which=("all", "other", "same")[step % 3], with_values=step % 2 == 0
+        )  # type: ignore[arg-type]
         heard.append(client.ask(ask))
         if step == 4:
             client.save(str(tmp_path / name))
         if step == 7:
             client.rebuild(1, step, step + 2, str(tmp_path / f"{name}-base"))
     heard = [client.wait(answer) for answer in heard]
-    ids, (lists,), _ = client.all_pairs(5, "other")
+    ids, (lists,), _ = client.all_neighbours(5, "other")
     delta = client.delta(0)
     return [*heard, ids, lists.ids, lists.distances, delta.features, delta.ids]
 
 
 def assert_same(got: list[Any], expected: list[Any]) -> None:
     for a, b in zip(got, expected, strict=True):
-        if isinstance(a, Answer):
+        if isinstance(a, SearchResponse):
             for name in ("ids", "distances", "labels", "steps", "values"):
                 x, y = getattr(a, name), getattr(b, name)
                 assert (x is None) == (y is None) and (x is None or np.array_equal(x, y)), name
@@ -107,12 +109,12 @@ def test_answers_do_not_depend_on_the_number_of_shards(make_client: MakeClient, 
     assert_same(outcome(client, tmp_path, "more"), expected)
     sizes = [status["rows"] for status in client.status()]
     assert sum(sizes) == 1200 and min(sizes) > 0.7 * 1200 / shards
-    unknown = Ask(3, 0, ids=np.array([IDS[0], -5]), unknown="empty", with_values=True)
+    unknown = SearchRequest(3, 0, ids=np.array([IDS[0], -5]), unknown="empty", with_values=True)
     found = client.wait(client.ask(unknown))
     assert (found.ids[0] >= 0).all() and (found.ids[1] == -1).all() and not found.values[1].any()
     with pytest.raises(UserError, match="have no embedding in the table"):
-        client.wait(client.ask(Ask(3, 0, ids=np.array([-5]))))
-    assert client.wait(client.ask(Ask(3, 0, ids=IDS[:2]))).ids.shape == (2, 3), "and the client goes on"
+        client.wait(client.ask(SearchRequest(3, 0, ids=np.array([-5]))))
+    assert client.wait(client.ask(SearchRequest(3, 0, ids=IDS[:2]))).ids.shape == (2, 3), "and the client goes on"
 
 
 @pytest.mark.parametrize("shards", [(1, 3), (3, 1), (2, 4)])
@@ -125,19 +127,19 @@ def test_a_snapshot_may_be_read_by_another_number_of_shards(
     first = make_client([Local(MiningServer()) for _ in range(shards[0])], spec)
     for step, rows in enumerate(np.array_split(np.arange(1200), 12)):
         put(first, np.concatenate([rows, rows[:3]]), step)
-    asks = [Ask(6, 12, ids=IDS[:40], which=which, with_values=True) for which in ("all", "other", "same")]  # type: ignore[arg-type]
+    asks = [SearchRequest(6, 12, ids=IDS[:40], which=which, with_values=True) for which in ("all", "other", "same")]  # type: ignore[arg-type]
     expected = [first.wait(first.ask(ask)) for ask in asks]
-    pairs, memory = first.all_pairs(5), first.delta(0)
+    pairs, memory = first.all_neighbours(5), first.delta(0)
     first.rebuild(1, 12, 30, str(tmp_path / "mining" / "base-1"))
     first.save(str(tmp_path / "a"))
     folder = "a"
     for number, name in ((shards[1], "b"), (shards[1], "c"), (shards[0], "d")):
         client = make_client([Local(MiningServer()) for _ in range(number)], spec, str(tmp_path / folder))
         assert_same([client.wait(client.ask(ask)) for ask in asks], expected)
-        again = client.all_pairs(5)
+        again = client.all_neighbours(5)
         assert_same([again[0], again[1][0].ids], [pairs[0], pairs[1][0].ids])
         assert np.array_equal(client.delta(0).features, memory.features)
-        later = client.wait(client.ask(Ask(3, 30, ids=IDS[:40])))
+        later = client.wait(client.ask(SearchRequest(3, 30, ids=IDS[:40])))
         assert later.generation == 1 and later.recall >= 0.5
         client.save(str(tmp_path / name))
         folder = name
@@ -178,7 +180,7 @@ def test_a_snapshot_shortens_what_is_sent_again(make_client: MakeClient, tmp_pat
     put(client, slice(500, 550), 10)
     client.status()
     server.deaths, before = {server.calls + 1}, server.calls
-    found = client.wait(client.ask(Ask(5, 11, values=VALUES[:3])))
+    found = client.wait(client.ask(SearchRequest(5, 11, values=VALUES[:3])))
     assert server.calls - before <= 1 + server.away + 1 + 2, "begin, one batch, the search"
     assert found.applied >= 12 and client.status()[0]["rows"] == 550
 
@@ -193,7 +195,7 @@ def test_a_long_log_is_saved_by_the_client_itself(make_client: MakeClient, tmp_p
     assert len(kept) == 1 and kept[0].startswith("log-1-"), "the newest alone"
     assert sum(o.size for o in client._log) < 40_000
     server.deaths = {server.calls + 1}
-    client.wait(client.ask(Ask(1, 0, values=VALUES[:1])))
+    client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
     assert client.status()[0]["rows"] == 800
 
 
@@ -204,7 +206,7 @@ def test_its_own_snapshots_and_the_run_s_batches_do_not_mix_up(make_client: Make
         for step in range(400):
             put(client, slice(step % 100, step % 100 + 20), step)
         client.put(IDS[:0], VALUES[:0], LABELS[:0], 400)
-        found = client.wait(client.ask(Ask(119, 400, values=VALUES[:1])))
+        found = client.wait(client.ask(SearchRequest(119, 400, values=VALUES[:1])))
         steps = dict(zip(found.ids[0].tolist(), found.steps[0].tolist(), strict=True))
         assert [steps[int(i)] for i in IDS[:119]] == [min(300 + row, 399) for row in range(119)]
         assert client.delta(0).version == 400 * 20
@@ -241,7 +243,7 @@ def test_puts_wait_when_too_many_are_on_their_way(make_client: MakeClient) -> No
     assert sent == [0, 1, 2]
     Slow.gate.set()
     thread.join(10)
-    client.wait(client.ask(Ask(1, 0, values=VALUES[:1])))  # after all puts
+    client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))  # after all puts
     assert sent == list(range(6)) and client.status()[0]["rows"] == 6
 
 
@@ -253,7 +255,7 @@ def test_a_server_that_stays_away_ends_the_run_in_time(make_client: MakeClient) 
     server.deaths = {server.calls + 1}
     started = time.monotonic()
     with pytest.raises(RunError, match=r"mining server 0 has not come back within 0.4 s \(killed\): look at"):
-        client.wait(client.ask(Ask(1, 0, values=VALUES[:1])))
+        client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
     assert time.monotonic() - started < 5
     with pytest.raises(RunError, match="has not come back"):
         for step in range(20):
@@ -266,7 +268,7 @@ def test_servers_that_die_of_the_same_call_again_and_again_end_the_run(make_clie
     begun = server.calls
     server.deaths = {c for c in range(begun + 1, begun + 100) if (c - begun) % 2}  # each begin works, each search kills
     with pytest.raises(RunError, match="died 5 times without an answer: are they out of memory"):
-        client.wait(client.ask(Ask(1, 0, values=VALUES[:1])))
+        client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
 
 
 def test_a_bad_batch_is_refused_before_it_is_sent(make_client: MakeClient) -> None:
@@ -286,7 +288,7 @@ def test_a_start_that_was_overtaken_is_told(make_client: MakeClient) -> None:
     put(old, slice(4, 8), 0)
     with pytest.raises(RunError, match="start 1 of the run spoke to its mining server, which start 2 has taken over"):
         for _ in range(20):
-            old.wait(old.ask(Ask(1, 0, values=VALUES[:1])))
+            old.wait(old.ask(SearchRequest(1, 0, values=VALUES[:1])))
     assert new.status()[0]["rows"] == 4
 
 
@@ -305,8 +307,8 @@ def test_async_answers_do_not_wait_and_tell_their_lag(make_client: MakeClient) -
         client = make_client([Late(MiningServer())], ordered=ordered)
         put(client, slice(0, 9), 0)
         if ordered:  # the server would wait for the batch, which this transport delivers behind its back
-            found = client.wait(client.ask(Ask(1, 0, values=VALUES[:1])))
+            found = client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
             assert found.ids[0, 0] == IDS[0] and client.lag == 0
         else:
-            found = client.wait(client.ask(Ask(1, 0, values=VALUES[:1])))
+            found = client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
             assert found.ids[0, 0] == -1 and client.lag == 1

@@ -46,7 +46,7 @@ def test_the_same_rows_give_the_same_index(rows: Rows, engine: str) -> None:
 
 def test_an_index_below_its_target_is_not_used(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faiss_index, "_codes", lambda dim: 1)  # one byte a row
-    monkeypatch.setattr(faiss_index, "_WIDEN", 1)
+    monkeypatch.setattr(faiss_index, "OVERFETCH", 1)
     index, report = build(rows, "ivf_pq", 10, 0.99)
     assert index is None and report.engine == "exact" and report.recall == 1
     assert "ivf_pq reached recall@10 0." in report.note and report.note.endswith("rows are searched exactly")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.mining.memory import Dictionary
+from pipeline.mining.memory import EmbeddingMemory
 
 
 class Lists:
@@ -40,7 +40,7 @@ def rows(labels: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor, tor
     )
 
 
-def content(memory: Dictionary) -> list[tuple[int, int]]:
+def content(memory: EmbeddingMemory) -> list[tuple[int, int]]:
     order = np.argsort(memory._numbers[: len(memory)])
     assert torch.equal(memory.features[:, 0].long() % 7, memory.ids)
     return [(int(memory.labels[i]), int(memory.features[i, 0])) for i in order]
@@ -52,7 +52,7 @@ def test_a_memory_is_lists_and_a_late_mirror_catches_up(
     bounds: tuple[int | None, int | None], batches: list[list[int]], late: int, own: bool
 ) -> None:
     """A mirror that appends every batch itself, or one that stops doing so and asks for the difference, is the same."""
-    memory, mirror, lists, number = Dictionary(2, *bounds), Dictionary(2, *bounds), Lists(*bounds), 0
+    memory, mirror, lists, number = EmbeddingMemory(2, *bounds), EmbeddingMemory(2, *bounds), Lists(*bounds), 0
     for step, labels in enumerate(batches):
         batch = rows(labels, number)
         memory.append(*batch)
@@ -72,24 +72,24 @@ def test_a_memory_is_lists_and_a_late_mirror_catches_up(
     batch = rows([0, 1, 1, 0, 2], number)  # and stays the same
     memory.append(*batch), mirror.append(*batch)
     assert torch.equal(mirror.features, memory.features)
-    saved = Dictionary(2, *bounds)
+    saved = EmbeddingMemory(2, *bounds)
     saved.load(memory.state())
     saved.append(*rows([3, 0], number + 5)), memory.append(*rows([3, 0], number + 5))
     assert torch.equal(saved.features, memory.features) and content(saved) == content(memory)
 
 
 def test_a_class_with_room_for_one_keeps_the_last_of_the_batch() -> None:
-    memory = Dictionary(2, per_class=1)
+    memory = EmbeddingMemory(2, per_class=1)
     memory.append(*rows([4, 4, 5, 4], 0))
     assert content(memory) == [(5, 2), (4, 3)]
 
 
 def test_features_are_constants_and_may_be_stored_in_half() -> None:
-    memory = Dictionary(2, total=3, dtype=torch.float16)
+    memory = EmbeddingMemory(2, total=3, dtype=torch.float16)
     features = torch.randn(2, 2, requires_grad=True)
     memory.append(features, torch.tensor([0, 1]), torch.tensor([0, 1]))
     assert not memory.features.requires_grad and memory.features.dtype == torch.float16
-    mirror = Dictionary(2, total=3, dtype=torch.float16)
+    mirror = EmbeddingMemory(2, total=3, dtype=torch.float16)
     mirror.apply(memory.delta(0))
     assert torch.equal(mirror.features, features.detach().half())
 
@@ -97,8 +97,8 @@ def test_features_are_constants_and_may_be_stored_in_half() -> None:
 def test_bad_input() -> None:
     for bounds in ((None, None), (0, None), (None, -1)):
         with pytest.raises(UserError, match=r"expected at least 1|needs a bound"):
-            Dictionary(2, *bounds)
-    memory = Dictionary(2, per_class=2)
+            EmbeddingMemory(2, *bounds)
+    memory = EmbeddingMemory(2, per_class=2)
     memory.append(*rows([1], 0))
     for features, message in (
         (torch.full((1, 2), torch.nan), "not finite"),
@@ -108,4 +108,4 @@ def test_bad_input() -> None:
             memory.append(features, torch.tensor([0]), torch.tensor([0]))
     assert content(memory) == [(1, 0)]
     with pytest.raises(UserError, match="dimension 2, this run's has 3"):
-        Dictionary(3, per_class=2).load(memory.state())
+        EmbeddingMemory(3, per_class=2).load(memory.state())

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from methods.mining import MiningNeeds
+from methods.mining import MiningRequirements
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.mining import faiss_index
-from pipeline.mining.messages import Spec
-from pipeline.mining.method_view import RunMining
+from pipeline.mining.messages import ServerSpec
+from pipeline.mining.method_view import MethodMining
 from pipeline.mining.server import MiningServer
 from pipeline.mining.transport import Local
 from pipeline.storage import Folder
@@ -24,15 +24,15 @@ from tests.pipeline.mining.test_client import assert_same
 _, VALUES, LABELS = clustered(300, 8, 20)
 
 
-def start(folder: Folder, incarnation: int = 1, snapshot: Folder | None = None, **needs: Any) -> RunMining:
-    wanted = MiningNeeds(**({"table": True, "total": 50} | needs))
-    spec = Spec("run", 8, engine="ivf", k=5, target=0.3, per_class=wanted.per_class, total=wanted.total)
-    made = RunMining(wanted, spec, [Local(MiningServer())], Ranks(), torch.device("cpu"), folder, swap_after=2)
+def start(folder: Folder, incarnation: int = 1, snapshot: Folder | None = None, **needs: Any) -> MethodMining:
+    wanted = MiningRequirements(**({"table": True, "total": 50} | needs))
+    spec = ServerSpec("run", 8, engine="ivf", k=5, target=0.3, per_class=wanted.per_class, total=wanted.total)
+    made = MethodMining(wanted, spec, [Local(MiningServer())], Ranks(), torch.device("cpu"), folder, swap_after=2)
     made.begin(incarnation, snapshot)
     return made
 
 
-def put(mining: RunMining, step: int, rows: slice) -> None:
+def put(mining: MethodMining, step: int, rows: slice) -> None:
     mining.step = step
     ids = torch.arange(300)[rows]
     mining.put(ids, torch.from_numpy(VALUES[rows]), torch.from_numpy(LABELS[rows]))
@@ -51,16 +51,16 @@ def test_a_checkpoint_holds_what_was_prefetched_the_memory_and_the_index(folder:
     put(first, 1, slice(150, 300))
     first.save(folder / "checkpoint")
     put(first, 2, slice(0, 9))  # after it
-    expected = first.fetched("hard")
+    expected = first.take_prefetched("hard")
     second = start(folder, 2, folder / "checkpoint")
     assert second.memory.version == 350 and len(second.memory) == 50
     assert torch.equal(
         second.memory.features, torch.from_numpy(VALUES[250:300])[torch.argsort(second.memory.ids.argsort())]
     )
-    found = second.fetched("hard")
+    found = second.take_prefetched("hard")
     assert expected is not None and found is not None and found.values is not None
     assert_same([found], [expected])
-    assert second.fetched("hard") is None, "once"
+    assert second.take_prefetched("hard") is None, "once"
     second.step = 3
     assert second.neighbours(2, ids=np.arange(3)).generation == 1 and second.logs()["mining/generation"] == 1
     second.rebuild()
@@ -99,7 +99,7 @@ def test_what_was_not_asked_for_is_not_there(tmp_path: Path) -> None:
     put(mining, 0, slice(0, 9))
     mining.rebuild()
     assert len(mining.memory) == 9 and mining.logs()["mining/recoveries"] == 0
-    assert mining.all_pairs(3)[0].tolist() == [], "the memory alone"
+    assert mining.all_neighbours(3)[0].tolist() == [], "the memory alone"
     mining.close()
     without = start(Folder(tmp_path), 2, total=None)
     assert without.memory is None

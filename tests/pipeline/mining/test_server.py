@@ -14,13 +14,13 @@ import pytest
 from pipeline.errors import RunError, UserError
 from pipeline.mining import index_builds as module
 from pipeline.mining import snapshot
-from pipeline.mining.messages import Answer, Ask, Order, Spec
+from pipeline.mining.messages import SearchRequest, SearchResponse, SequenceNumber, ServerSpec
 from pipeline.mining.server import MiningServer
 from pipeline.neighbours.exact_search import Queries, search
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 
-SPEC = Spec(run="runs/a", dim=8, capacity=100, per_class=2, k=5, wait_s=5.0)
+SPEC = ServerSpec(run="runs/a", dim=8, capacity=100, per_class=2, k=5, wait_s=5.0)
 IDS, VALUES, LABELS = clustered(2000, 8, 40)
 
 
@@ -28,23 +28,23 @@ class Sent:
     """Numbers the operations of one start of a run."""
 
     def __init__(
-        self, server: MiningServer, incarnation: int = 1, spec: Spec = SPEC, snapshot: str | None = None
+        self, server: MiningServer, incarnation: int = 1, spec: ServerSpec = SPEC, snapshot: str | None = None
     ) -> None:
         self.server, self.incarnation, self.number = server, incarnation, 0
         server.begin(spec, incarnation, snapshot)
 
-    def order(self) -> Order:
+    def order(self) -> SequenceNumber:
         self.number += 1
-        return Order(self.incarnation, self.number, self.number - 1)
+        return SequenceNumber(self.incarnation, self.number, self.number - 1)
 
-    def put(self, rows: Any, step: int = 0, table: bool = True, memory: bool = False) -> Order:
+    def put(self, rows: Any, step: int = 0, table: bool = True, memory: bool = False) -> SequenceNumber:
         order, batch = self.order(), (IDS[rows], VALUES[rows], LABELS[rows])
         self.server.put(order, step, batch if table else None, batch if memory else None)
         return order
 
-    def ask(self, **ask: Any) -> Answer:
+    def ask(self, **ask: Any) -> SearchResponse:
         queries = {} if "values" in ask else {"ids": IDS[:5]}
-        return self.server.search(self.order(), Ask(**({"k": 3, "step": 0} | queries | ask)))
+        return self.server.search(self.order(), SearchRequest(**({"k": 3, "step": 0} | queries | ask)))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def sent() -> Sent:
     return Sent(MiningServer())
 
 
-def same(a: Answer, b: Answer) -> bool:
+def same(a: SearchResponse, b: SearchResponse) -> bool:
     return bool(np.array_equal(a.ids, b.ids) and np.array_equal(a.distances, b.distances))
 
 
@@ -76,14 +76,18 @@ def test_an_answer_tells_all_about_the_found_rows(sent: Sent) -> None:
 
 def test_an_empty_server_answers(sent: Sent) -> None:
     found = sent.ask(values=VALUES[:2])
-    assert (found.ids == -1).all() and found.ids.shape == (2, 3) and sent.server.all_pairs(sent.order(), 3) == ([], 1.0)
+    assert (
+        (found.ids == -1).all()
+        and found.ids.shape == (2, 3)
+        and sent.server.all_neighbours(sent.order(), 3) == ([], 1.0)
+    )
 
 
 def test_operations_wait_for_their_turn_and_count_once(sent: Sent) -> None:
     first, second, third = (sent.order() for _ in range(3))
     batch = (IDS[:4], VALUES[:4], LABELS[:4])
-    answers: list[Answer] = []
-    late = threading.Thread(target=lambda: answers.append(sent.server.search(third, Ask(1, 0, VALUES[:1]))))
+    answers: list[SearchResponse] = []
+    late = threading.Thread(target=lambda: answers.append(sent.server.search(third, SearchRequest(1, 0, VALUES[:1]))))
     late.start()
     sent.server.put(first, 1, batch, batch)
     late.join(0.1)
@@ -99,7 +103,7 @@ def test_operations_wait_for_their_turn_and_count_once(sent: Sent) -> None:
 def test_what_never_comes_is_told(sent: Sent) -> None:
     sent.server.spec = replace(SPEC, wait_s=0.05)
     with pytest.raises(RunError, match=r"operation 9 waited 0.05 s for 8, the newest applied is 0"):
-        sent.server.search(Order(1, 9, 8), Ask(1, 0, VALUES[:1]))
+        sent.server.search(SequenceNumber(1, 9, 8), SearchRequest(1, 0, VALUES[:1]))
 
 
 def test_a_refused_batch_does_not_hold_up_what_follows(sent: Sent) -> None:
@@ -131,14 +135,14 @@ def test_bad_searches(sent: Sent, ask: dict[str, Any], message: str) -> None:
 def test_all_pairs_are_the_searches_of_every_row(sent: Sent) -> None:
     sent.put(slice(0, 500))
     for which in ("all", "other"):
-        ((ids, lists),), _ = sent.server.all_pairs(sent.order(), 6, which)  # type: ignore[arg-type]
+        ((ids, lists),), _ = sent.server.all_neighbours(sent.order(), 6, which)  # type: ignore[arg-type]
         found = sent.ask(ids=ids, k=6, which=which)
         np.testing.assert_array_equal(lists.ids, found.ids)
         np.testing.assert_array_equal(lists.distances, found.distances)
-    reduced, _ = sent.server.all_pairs(sent.order(), 6, "all", lambda q, n: int((n.ids >= 0).sum()))
+    reduced, _ = sent.server.all_neighbours(sent.order(), 6, "all", lambda q, n: int((n.ids >= 0).sum()))
     assert [r for _, r in reduced] == [3000] and np.array_equal(reduced[0][0], IDS[:500])
     with pytest.raises(UserError, match="k is 0"):
-        sent.server.all_pairs(sent.order(), 0)
+        sent.server.all_neighbours(sent.order(), 0)
 
 
 def test_an_older_start_of_the_run_is_refused(sent: Sent) -> None:
@@ -147,7 +151,7 @@ def test_an_older_start_of_the_run_is_refused(sent: Sent) -> None:
 
     def stuck() -> None:
         try:
-            sent.server.search(Order(1, 9, 8), Ask(1, 0, VALUES[:1]))
+            sent.server.search(SequenceNumber(1, 9, 8), SearchRequest(1, 0, VALUES[:1]))
         except RunError as error:
             waiting.append(error)
 
@@ -163,7 +167,7 @@ def test_an_older_start_of_the_run_is_refused(sent: Sent) -> None:
 
     def stuck_again() -> None:
         try:
-            sent.server.put(Order(2, 9, 8), 0, None, None)
+            sent.server.put(SequenceNumber(2, 9, 8), 0, None, None)
         except RunError as error:
             letting_go.append(error)
 
@@ -179,7 +183,7 @@ def test_an_older_start_of_the_run_is_refused(sent: Sent) -> None:
     with pytest.raises(UserError, match="belongs to run runs/a, not to runs/b"):
         Sent(sent.server, 3, replace(SPEC, run="runs/b"))
     with pytest.raises(RunError, match="has not begun"):
-        MiningServer().search(Order(1, 1, 0), Ask(1, 0, VALUES[:1]))
+        MiningServer().search(SequenceNumber(1, 1, 0), SearchRequest(1, 0, VALUES[:1]))
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def test_a_search_does_not_wait_for_a_build(sent: Sent, monkeypatch: pytest.Monk
     server.rebuild(sent.order(), 1, 0, 5, None)
     sent.put(slice(1500, 1600))
     assert sent.ask(step=4).generation == 0
-    assert server.search(None, Ask(3, 9, VALUES[:2])).generation == 0, "async takes what there is"
+    assert server.search(None, SearchRequest(3, 9, VALUES[:2])).generation == 0, "async takes what there is"
     gate.set()
     assert sent.ask(step=5).generation == 1 and server.generations.all[0].index is not None
     assert server.generations.all[0].index.rows == 1500, "built from the rows of its time"
@@ -317,7 +321,7 @@ def test_searches_and_puts_at_once_see_whole_rows(sent: Sent) -> None:
 
     def look() -> None:
         while not stop.is_set():
-            found = server.search(None, Ask(200, 0, np.zeros((1, 8), np.float32), with_values=True))
+            found = server.search(None, SearchRequest(200, 0, np.zeros((1, 8), np.float32), with_values=True))
             assert found.values is not None
             rows = found.values[0]
             if not ((rows == rows[:, :1]).all() and np.allclose((rows**2).sum(1), found.distances[0])):

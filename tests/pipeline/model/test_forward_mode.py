@@ -160,10 +160,10 @@ def test_outputs_that_do_not_fit_are_an_error(inplace: bool) -> None:
         Baseline(BaselineConfig(), 4, 2), Embedder.__new__(Embedder), lambda: None,
     )  # fmt: skip
     context.begin_step(Clock(), Plan(np.arange(2)[None], {}), 0, torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
-    features = context.encode(derive=True)
+    features = context.encode(keep_for_jvp=True)
     direction = {n: torch.ones_like(p) for n, p in trunk.named_parameters()}
     if inplace:
         with pytest.raises(RunError, match=r"test_efficientnet gives other features .* Choose another"):
-            context.derivative(None, direction)
+            context.jvp(None, direction)
     else:
-        torch.testing.assert_close(context.derivative(None, direction)[0], features.detach())
+        torch.testing.assert_close(context.jvp(None, direction)[0], features.detach())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.neighbours import exact_cosine
-from pipeline.neighbours.exact_cosine import Cosine, Vectors
+from pipeline.neighbours.exact_cosine import ExactCosine, NormedRows
 
 
 def random_rows(num: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -20,7 +20,7 @@ def random_rows(num: int, dim: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dim", [1, 2, 3, 64, 100, 512])
 def test_split_sums_are_exact(dim):
     rows = random_rows(6, dim)
-    high, low = Vectors.of(rows, "rows").split(slice(None))
+    high, low = NormedRows.of(rows, "rows").split(slice(None))
     for i in range(6):
         for j in range(6):
             parts = [(high[i], high[j]), (np.append(high[i], low[i]), np.append(low[j], high[j]))]
@@ -32,21 +32,24 @@ def test_split_sums_are_exact(dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pairs_and_blocks_give_the_same_bits(monkeypatch, dtype):
-    queries, gallery = Vectors.of(random_rows(9, 33).to(dtype), "q"), Vectors.of(random_rows(50, 33, 1).to(dtype), "g")
-    cosine = Cosine(queries, gallery)
+    queries, gallery = (
+        NormedRows.of(random_rows(9, 33).to(dtype), "q"),
+        NormedRows.of(random_rows(50, 33, 1).to(dtype), "g"),
+    )
+    cosine = ExactCosine(queries, gallery)
     whole = cosine.block(np.arange(9))
     query, row = np.divmod(np.arange(450), 50)
     for chunk in (1, 33 * 7, 2**17):
         monkeypatch.setattr(exact_cosine, "_CHUNK_ELEMENTS", chunk)
         np.testing.assert_array_equal(cosine.pairs(query, row), whole.ravel())
         np.testing.assert_array_equal(cosine.block(np.array([7, 2])), whole[[7, 2]])
-    np.testing.assert_array_equal(Cosine(queries[3:5], gallery).block(np.arange(2)), whole[3:5])
+    np.testing.assert_array_equal(ExactCosine(queries[3:5], gallery).block(np.arange(2)), whole[3:5])
 
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"got gallery torch.int64 \(2, 3\)"):
-        Vectors.of(torch.ones(2, 3, dtype=torch.int64), "gallery")
+        NormedRows.of(torch.ones(2, 3, dtype=torch.int64), "gallery")
     with pytest.raises(ValueError, match="1 of 2 gallery rows are zero or not finite, the first is row 1"):
-        Vectors.of(torch.tensor([[1.0, 2.0], [math.nan, 1.0]]), "gallery")
+        NormedRows.of(torch.tensor([[1.0, 2.0], [math.nan, 1.0]]), "gallery")
     with pytest.raises(ValueError, match=r"queries \(2, 3\) and gallery \(2, 4\): expected the same dimension"):
-        Cosine(Vectors.of(torch.ones(2, 3), "queries"), Vectors.of(torch.ones(2, 4), "gallery"))
+        ExactCosine(NormedRows.of(torch.ones(2, 3), "queries"), NormedRows.of(torch.ones(2, 4), "gallery"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.mining import Which
+from methods.mining import ClassFilter
 from pipeline.neighbours import exact_search
 from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from tests.pipeline.mining.oracle import assert_equal, clustered, neighbours
@@ -38,7 +38,7 @@ def problems(draw: st.DrawFn) -> tuple[Queries, Rows, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 500, 10**8]))
-def test_a_search_is_a_loop_over_all_rows(problem: tuple[Queries, Rows, int], which: Which, memory: int) -> None:
+def test_a_search_is_a_loop_over_all_rows(problem: tuple[Queries, Rows, int], which: ClassFilter, memory: int) -> None:
     queries, rows, k = problem
     assert_equal(search(queries, rows, k, which, memory), neighbours(queries, rows, k, which))
 
@@ -46,7 +46,7 @@ def test_a_search_is_a_loop_over_all_rows(problem: tuple[Queries, Rows, int], wh
 @settings(max_examples=80, deadline=None)
 @given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 7, 3000]))
 def test_all_rows_at_once_are_the_searches_of_each(
-    problem: tuple[Queries, Rows, int], which: Which, block: int
+    problem: tuple[Queries, Rows, int], which: ClassFilter, block: int
 ) -> None:
     _, rows, k = problem
     parts = list(search_all(rows, k, which, block))
@@ -57,7 +57,9 @@ def test_all_rows_at_once_are_the_searches_of_each(
 
 @pytest.mark.parametrize("which", ["all", "other", "same"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_all_rows_at_once_in_several_blocks(which: Which, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_rows_at_once_in_several_blocks(
+    which: ClassFilter, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks large enough for groups, the last one short; and so many rows that each pair is compared twice."""
     monkeypatch.setattr(exact_search, "SYMMETRIC_ROWS", 10**6 if symmetric else 100)
     ids, values, labels = clustered(1000, 12, 40)
@@ -67,7 +69,7 @@ def test_all_rows_at_once_in_several_blocks(which: Which, symmetric: bool, monke
 
 
 @pytest.mark.parametrize("which", ["all", "other", "same"])
-def test_many_rows_and_groups(which: Which) -> None:
+def test_many_rows_and_groups(which: ClassFilter) -> None:
     """Large enough that the first selection goes by groups of similarities, and not by all of them."""
     ids, values, labels = clustered(3000, 16, 60)
     rows = Rows(values, ids, labels, 1.001)

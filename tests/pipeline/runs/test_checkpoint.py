@@ -18,7 +18,7 @@ from methods.config import Clock, Length
 from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan
 from pipeline.errors import RunError, UserError
-from pipeline.runs.checkpoint import Checkpoints, Progress
+from pipeline.runs.checkpoint import Checkpoints, TrainingState
 from pipeline.storage import Folder
 
 
@@ -50,7 +50,7 @@ class Run:
     def tensors(self) -> dict[str, torch.Tensor]:
         found = {f"{n}.{k}": v for n in ("trunk", "method") for k, v in getattr(self, n).state_dict().items()}
         for name, optimizer in self.optimizers.items():
-            for index, state in optimizer.torch.state_dict()["state"].items():
+            for index, state in optimizer.inner.state_dict()["state"].items():
                 found |= {f"{name}.{index}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}
         return {k: v.clone() for k, v in found.items()}
 
@@ -73,7 +73,7 @@ PLAN = Plan(
 
 def owner(folder: Folder, keep: int = 2) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep)
-    checkpoints.begin()
+    checkpoints.acquire()
     return checkpoints
 
 
@@ -84,8 +84,8 @@ def save(
     kind: str = "checkpoints",
     plan: Plan | None = None,
     **progress: object,
-) -> Progress:
-    saved = Progress(step=step, **progress)
+) -> TrainingState:
+    saved = TrainingState(step=step, **progress)
     checkpoints.save(kind, saved, run.trunk, run.method, run.optimizers, plan)
     return saved
 
@@ -141,7 +141,7 @@ def test_weights_alone(local: Folder) -> None:
     """An evaluation, and the best weights at the end, leave the optimizers as they are."""
     save(owner(local), Run().step(1), 3, kind="best")
     other = Run(seed=9).step(4)
-    moments = copy.deepcopy({n: o.torch.state_dict() for n, o in other.optimizers.items()})
+    moments = copy.deepcopy({n: o.inner.state_dict() for n, o in other.optimizers.items()})
     assert Checkpoints(local).load("best", 3, other.trunk, other.method) is None
     trunk = Run(seed=8)
     assert Checkpoints(local).load("best", 3, trunk.trunk, None) is None
@@ -150,7 +150,7 @@ def test_weights_alone(local: Folder) -> None:
         assert torch.equal(value, other.trunk.state_dict()[name]) and torch.equal(value, trunk.trunk.state_dict()[name])
     assert torch.equal(trunk.method[0].weight, Run(seed=8).method[0].weight)
     for name, state in moments.items():
-        for index, values in other.optimizers[name].torch.state_dict()["state"].items():
+        for index, values in other.optimizers[name].inner.state_dict()["state"].items():
             assert all(
                 torch.equal(v, state["state"][index][k]) for k, v in values.items() if isinstance(v, torch.Tensor)
             )
@@ -238,7 +238,7 @@ def test_an_older_process_stops_before_it_writes(folder: Folder) -> None:
     assert new.steps() == [1, 2] and new.steps("best") == []
     with pytest.raises(RunError, match="taken over"):
         Checkpoints(folder).save(
-            "checkpoints", Progress(step=3), *[Run().trunk, Run().method], {}
+            "checkpoints", TrainingState(step=3), *[Run().trunk, Run().method], {}
         )  # a reader owns nothing
 
 
@@ -328,8 +328,8 @@ def test_progress_holds_json_only(tmp_path) -> None:
     """A field that JSON cannot hold would be noticed at the first save, not when resuming."""
     import json
 
-    progress = Progress(step=3, frozen={"a": 0.1}, best_metrics={"b": 2.0})
-    assert Progress(**json.loads(json.dumps(asdict(progress)))) == progress
+    progress = TrainingState(step=3, frozen={"a": 0.1}, best_metrics={"b": 2.0})
+    assert TrainingState(**json.loads(json.dumps(asdict(progress)))) == progress
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

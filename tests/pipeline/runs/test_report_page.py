@@ -19,11 +19,11 @@ from pipeline.config import to_yaml
 from pipeline.data.entries import Entry
 from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.errors import UserError
 from pipeline.recipes import load_config
 from pipeline.report import main
-from pipeline.runs.checkpoint import Progress
+from pipeline.runs.checkpoint import TrainingState
 from pipeline.runs.report_page import write_report
 from pipeline.runs.summary import summarise
 from pipeline.storage import Folder
@@ -106,7 +106,7 @@ def make_store(folder: Path, splits: Sequence[str] = ("train", "test")) -> Store
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (50, 40 + copy), colour).save(path)
                 entries.append(Entry(str(path), name if split != "train" else f"train {index}", split))
-    return write_store("colours", entries, Folder(folder / "store"), run_here, num_folds=2)
+    return write_store("colours", entries, Folder(folder / "store"), run_serially, num_folds=2)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def make_run(
     """A run folder as the training loop leaves it."""
     run = Folder(folder)
     config = load_config(None, ["name=demo", "data.validation_fold=0", "evaluation.checkpoint=best", *overrides])
-    progress = Progress(step=20, epoch=2, seconds=4.0, waited_s=0.5, images=200, frozen=frozen)
+    progress = TrainingState(step=20, epoch=2, seconds=4.0, waited_s=0.5, images=200, frozen=frozen)
     progress.best_metrics = {"recall@1": 70.0, "map@r": 41.0, "queries": 10} if config.validates else {}
     run.write("config.yaml", to_yaml(config).encode())
     run.write_json("run.json", {"fingerprint": store.fingerprint, "dataset": store.folder.uri})
@@ -338,7 +338,7 @@ def test_every_image_is_embedded_once_and_the_file_stays_small(tmp_path: Path) -
         path = tmp_path / f"{index}.jpg"
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
         entries.append(Entry(str(path), f"class {index // 9}", "test"))
-    store = write_store("photographs", entries, Folder(tmp_path / "store"), run_here, num_folds=2)
+    store = write_store("photographs", entries, Folder(tmp_path / "store"), run_serially, num_folds=2)
     ids = store.sample_id.reshape(36, 9)
     precision = np.arange(36) / 36
     kept = {"query": ids[:, 0], "neighbours": ids[:, 1:], "average_precision": precision, "relevant": np.full(36, 8)}

@@ -111,7 +111,7 @@ def shown(terminal: bool, states: list[dict]) -> str:
     console = Console(force_terminal=terminal, width=120, record=True, file=io.StringIO())
     with Display(console) as display:
         for state in states:
-            display({"notices": [], "progress": {}, "error": None} | state)
+            display({"messages": [], "progress": {}, "error": None} | state)
     return console.export_text()
 
 
@@ -119,7 +119,7 @@ def test_without_a_terminal_every_phase_is_a_line() -> None:
     training = {"phase": "training", "step": 1, "total": 9, "images_per_second": 12.3, "waiting": 0.05, "loss": 0.25}
     states = [
         {},
-        {"progress": {"phase": "evaluating the frozen trunk"}, "notices": ["resumed at step 4"]},
+        {"progress": {"phase": "evaluating the frozen trunk"}, "messages": ["resumed at step 4"]},
         {"progress": training},
         {"progress": training | {"step": 2}},  # sooner than 15 s after the line before
         {"progress": {"phase": "validating"}},

@@ -16,12 +16,12 @@ import pytest
 from pipeline import train
 from pipeline.data import own_images
 from pipeline.data.cache import Cache
-from pipeline.data.loader import Item, PixelSource, load
+from pipeline.data.loader import ImageSource, LoadRequest, load
 from pipeline.data.reader import RowGroupReader, open_reader
 from pipeline.data.store import Store
 from pipeline.data.transforms import TransformConfig
 from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError, UserError
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.tracking import read_metrics
@@ -53,7 +53,7 @@ def one_proxy(s3_endpoint: str) -> Iterator[Proxy]:
         }.items():
             patch.setenv(name, value)
         s3.S3.clear_instance_cache()
-        s3.S3(s3.patience()).mkdir("faults")
+        s3.S3(s3.retry_timeout()).mkdir("faults")
         yield proxy
     s3.S3.clear_instance_cache()
     proxy.close()
@@ -128,8 +128,8 @@ def test_a_fault_that_passes_is_waited_out(call: str, fault: str, place: Folder,
 
 def test_a_silent_server_is_asked_again(place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers too late, or does not read what is sent."""
-    monkeypatch.setattr(s3, "ANSWER_S", 1.0)
-    monkeypatch.setattr(s3, "SLOWEST_BYTES_S", 1 << 30)
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(s3, "MIN_BYTES_PER_S", 1 << 30)
     monkeypatch.setenv(s3.PATIENCE, "31")  # a client of its own
     place = Folder(place.uri)
     data = np.random.default_rng(0).bytes(16 << 20)  # more than fits into the buffers of a connection
@@ -144,8 +144,8 @@ def test_a_silent_server_is_asked_again(place: Folder, proxy: Proxy, monkeypatch
 def test_a_late_answer_to_a_read(
     delay_s: float, waited_for: bool, place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is waited for, and asked for again after `ANSWER_S`."""
-    monkeypatch.setattr(s3, "ANSWER_S", 1.0)
+    """It is waited for, and asked for again after `READ_TIMEOUT_S`."""
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.0)
     monkeypatch.setenv(s3.PATIENCE, "33")  # a client of its own
     place = Folder(place.uri)
     place.write("x", DATA)
@@ -160,8 +160,8 @@ def test_a_body_that_trickles_is_read_again(
 ) -> None:
     """It is never silent for long."""
     place.write("x", DATA)
-    monkeypatch.setattr(s3, "ANSWER_S", 0.3)
-    monkeypatch.setattr(s3, "SLOWEST_BYTES_S", 1 << 30)
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(s3, "MIN_BYTES_PER_S", 1 << 30)
     method, key, do, expected = CALLS[call]
     slow = proxy.inject("trickle", method, key, delay_s=0.1)
     assert do(place) == expected
@@ -172,8 +172,8 @@ def test_a_body_may_take_time_in_proportion_to_its_size(
     place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.write("x", DATA)
-    monkeypatch.setattr(s3, "ANSWER_S", 0.5)
-    monkeypatch.setattr(s3, "SLOWEST_BYTES_S", len(DATA) / 10)
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(s3, "MIN_BYTES_PER_S", len(DATA) / 10)
     slow = proxy.inject("trickle", "GET", "/x$", delay_s=0.015)
     assert place.read("x") == DATA
     assert slow.seen == 1
@@ -183,8 +183,8 @@ def test_a_body_that_always_trickles_is_one_line(place: Folder, proxy: Proxy, mo
     monkeypatch.setenv(s3.PATIENCE, "0.5")
     place = Folder(place.uri)
     place.write("x", DATA)
-    monkeypatch.setattr(s3, "ANSWER_S", 0.3)
-    monkeypatch.setattr(s3, "SLOWEST_BYTES_S", 1 << 30)
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(s3, "MIN_BYTES_PER_S", 1 << 30)
     slow = proxy.inject("trickle", "GET", "/x$", count=1000, delay_s=0.1)
     with pytest.raises(
         RunError, match=f"^{place}/x: get_object failed, 2 tries .* with TimeoutError: see to the"
@@ -206,7 +206,7 @@ def test_a_fault_that_lasts_is_one_line(
 ) -> None:  # fmt: skip
     """And a warning before, for those who wait."""
     place.write("x", DATA)
-    monkeypatch.setattr(s3, "TOLD_AFTER_S", -1.0)
+    monkeypatch.setattr(s3, "WARN_AFTER_S", -1.0)
     monkeypatch.setenv(s3.PATIENCE, "0.4")
     injected = proxy.inject(method="GET", key="/x$", count=1000, **FAULTS[fault])
     with pytest.raises(RunError, match=f"^{place}/x: get_object failed, .*{says}.*{s3.PATIENCE}.* 0.4 s") as caught:
@@ -319,7 +319,7 @@ def test_row_groups(base: Base, place: Folder, proxy: Proxy, monkeypatch: pytest
     shard = store.manifest["shards"][0]["file"]
     proxy.inject("short", "GET", shard, first=1, count=1000)  # the first read is of the footer
     with pytest.raises(
-        RunError, match=rf"^{place}/{shard}: get_object failed, .* with ShortBody: got \d+ of \d+ bytes"
+        RunError, match=rf"^{place}/{shard}: get_object failed, .* with IncompleteBody: got \d+ of \d+ bytes"
     ):
         RowGroupReader(Store(Folder(place.uri))).read(store.sample_id[:1])
 
@@ -330,7 +330,7 @@ def test_prepare(place: Folder, proxy: Proxy, tmp_path: Path, monkeypatch: pytes
         (place / "images").write(f"{name}/{Path(path).name}", Path(path).read_bytes())
 
     def prepare(images: str, target: Folder) -> Store:
-        return write_store("x", own_images.folder(images), target, run_here, num_folds=2, images_per_shard=4)
+        return write_store("x", own_images.folder(images), target, run_serially, num_folds=2, images_per_shard=4)
 
     expected = prepare(str(tmp_path / "images"), Folder(tmp_path / "store"))
     for kind, method, key in (
@@ -360,9 +360,10 @@ def test_training_from_a_warm_cache_asks_for_nothing(
     """The first reader copies every training shard once; a later process opens the dataset, and then only its own disk."""
     store = Store(copy(base.store, place))
     shards = [s["file"] for s in store.manifest["shards"] if s["file"].startswith("shards/train-")]
-    source = PixelSource(place.uri, store.fingerprint, Cache(str(tmp_path), 2**30), TransformConfig(size=16))
+    source = ImageSource(place.uri, store.fingerprint, Cache(str(tmp_path), 2**30), TransformConfig(size=16))
     items = [
-        Item(np.asarray(ids), (0, step, 0)) for step, ids in enumerate(store.select(["train"]).ids.reshape(-1, 2)[:20])
+        LoadRequest(np.asarray(ids), (0, step, 0))
+        for step, ids in enumerate(store.select(["train"]).ids.reshape(-1, 2)[:20])
     ]
     seen = []
     for _ in range(2):

@@ -13,10 +13,10 @@ import torch
 
 from pipeline.config import Config, RuntimeConfig
 from pipeline.distributed.ray_session import on_cluster
-from pipeline.distributed.run_status import Board
+from pipeline.distributed.run_status import RunStatus
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.training.checks import check_cluster, check_machine, needed_cpus, with_machine_defaults
-from pipeline.training.launch import Signals, device_of, root_cause, showing, under_torchrun
+from pipeline.training.launch import StopSignals, device_of, root_cause, status_display, under_torchrun
 
 
 @pytest.fixture
@@ -123,11 +123,12 @@ def test_storage_has_to_be_seen_from_all_nodes(
     config = make_config({"runtime.workers": 1})
     seen: list[str] = []
     monkeypatch.setattr(
-        "pipeline.distributed.ray_session._sees", lambda ray, node, path: os.path.exists(path) and not seen.append(path)
+        "pipeline.distributed.ray_session._path_exists_on",
+        lambda ray, node, path: os.path.exists(path) and not seen.append(path),
     )
     check_cluster(config, cluster)
     assert len(seen) == 3 and not os.path.exists(seen[0]), "every living node looked at a file that is gone now"
-    monkeypatch.setattr("pipeline.distributed.ray_session._sees", lambda ray, node, path: node == 0)
+    monkeypatch.setattr("pipeline.distributed.ray_session._path_exists_on", lambda ray, node, path: node == 0)
     with pytest.raises(
         UserError, match=r"storage .* is not visible on the nodes 10\.0\.0\.1, 10\.0\.0\.3: set storage to s3"
     ):
@@ -150,7 +151,7 @@ def test_torchrun_and_devices(make_config: Callable[..., Config], monkeypatch: p
 def test_a_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(number: int) -> None:
     asked: list[int] = []
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.raises(KeyboardInterrupt), Signals(lambda: asked.append(1)) as signals:
+    with pytest.raises(KeyboardInterrupt), StopSignals(lambda: asked.append(1)) as signals:
         signal.raise_signal(number)
         assert signals.received == number and asked == [1]
         signal.raise_signal(signal.SIGTERM)  # a second SIGTERM only repeats the request
@@ -163,7 +164,7 @@ def test_signals_belong_to_the_main_thread() -> None:
     done: list[int | None] = []
 
     def other() -> None:
-        with Signals(lambda: None) as signals:
+        with StopSignals(lambda: None) as signals:
             done.append(signals.received)
 
     thread = threading.Thread(target=other)
@@ -173,25 +174,25 @@ def test_signals_belong_to_the_main_thread() -> None:
 
 
 def test_a_board_is_shown_to_its_last_word() -> None:
-    board, seen = Board(), []
-    with showing(board.read, lambda state: seen.append(state), every_s=0.01):
-        board.publish({"phase": "training", "step": 1})
-        board.notice("first")
+    status, seen = RunStatus(), []
+    with status_display(status.read, lambda state: seen.append(state), every_s=0.01):
+        status.publish({"phase": "training", "step": 1})
+        status.add_message("first")
         while not seen or not seen[-1]["progress"]:
             pass
-        board.publish({"phase": "training", "step": 2})
-        board.notice("second")
+        status.publish({"phase": "training", "step": 2})
+        status.add_message("second")
     assert seen[-1]["progress"] == {"phase": "training", "step": 2}
-    assert [n for state in seen for n in state["notices"]] == ["first", "second"], "each once"
+    assert [n for state in seen for n in state["messages"]] == ["first", "second"], "each once"
 
 
 def test_a_board_keeps_the_first_error_and_the_request_to_stop() -> None:
-    board = Board()
-    assert not board.stopping() and board.failed() is None
-    board.fail("a")
-    board.fail("b")
-    board.stop()
-    assert board.failed() == "a" == board.read()["error"] and board.stopping()
+    status = RunStatus()
+    assert not status.stop_requested() and status.error_message() is None
+    status.fail("a")
+    status.fail("b")
+    status.stop()
+    assert status.error_message() == "a" == status.read()["error"] and status.stop_requested()
 
 
 def test_one_line_for_an_error() -> None:

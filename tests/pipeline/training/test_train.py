@@ -20,7 +20,7 @@ from pipeline.data.entries import Entry
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_here
+from pipeline.distributed.jobs import run_serially
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
@@ -208,7 +208,7 @@ def test_images_that_cannot_be_measured_are_told_before_training(run: Train, tmp
     }
     for number, (says, split_of) in enumerate(splits.items()):
         entries = [Entry(path, name, split_of(i)) for i, (path, name) in enumerate(images) if split_of(i)]
-        made = write_store("x", entries, Folder(tmp_path / f"store{number}"), run_here, num_folds=2)
+        made = write_store("x", entries, Folder(tmp_path / f"store{number}"), run_serially, num_folds=2)
         outcome = run(name="new", data__source=made.folder.uri, method__classes_per_batch=2)
         assert_one_error(outcome, 2, f"test classes of {made.folder}: {says}")
     assert not (base.root / "runs" / "new").exists() or not contents(base.root / "runs" / "new")
