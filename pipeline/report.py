@@ -12,6 +12,7 @@ import sys
 from pipeline.data.store import Store
 from pipeline.errors import RunError, UserError, first_line
 from pipeline.runs.report_page import write_report
+from pipeline.runs.run_folder import DATASET
 from pipeline.storage import Folder
 
 
@@ -21,9 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN_FOLDER", help="folder or s3:// URI of a finished run")
     run = Folder(parser.parse_args(arguments).run)
     try:
-        if not run.exists("run.json"):
+        if not run.exists(DATASET):
             raise UserError(f"{run} is not a run folder (no run.json): expected STORAGE/runs/NAME")
-        recorded = run.read_json("run.json")
+        recorded = run.read_json(DATASET)
         store = Store(Folder(recorded["dataset"]))
         if store.fingerprint != recorded["fingerprint"]:
             got = f"{store.folder} has fingerprint {store.fingerprint}"

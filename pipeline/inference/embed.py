@@ -31,6 +31,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.embedder import Embedder
 from pipeline.inference.trained_model import TrainedModel
 from pipeline.model.trunk import Trunk
+from pipeline.runs.run_folder import checkpoint_folder
 from pipeline.storage import Folder
 
 ROWS_PER_FILE = 2048  # images in a file
@@ -104,7 +105,7 @@ def embed(trained: TrainedModel, splits: Sequence[str], target: Folder, workers:
     manifest: dict[str, Any] = {
         "format": 1,
         "run": trained.run.uri,
-        "checkpoint": f"{trained.kind}/step-{trained.step:08d}",
+        "checkpoint": checkpoint_folder(trained.kind, trained.step),
         "weights": trained.weights(),
         "dataset": work.store.folder.uri,
         "fingerprint": trained.fingerprint,

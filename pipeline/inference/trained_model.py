@@ -16,6 +16,7 @@ from pipeline.evaluation.build import build_embedder, build_network
 from pipeline.evaluation.embedder import Embedder
 from pipeline.model.trunk import Trunk
 from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.run_folder import CHECKPOINT, CONFIG, DATASET, checkpoint_folder
 from pipeline.storage import Folder, home
 
 
@@ -50,7 +51,7 @@ class TrainedModel:
 
     def weights(self) -> dict[str, str]:
         """SHA-256 of the files of trunk and method: which network it is, whatever its run is called."""
-        sums = self.run.read_json(f"{self.kind}/step-{self.step:08d}/checkpoint.json")["sha256"]
+        sums = self.run.read_json(f"{checkpoint_folder(self.kind, self.step)}/{CHECKPOINT}")["sha256"]
         return {name: sums[name] for name in ("trunk.safetensors", "method.safetensors")}
 
     def load(self, store: Store, device: torch.device) -> tuple[Embedder, Trunk, Method]:
@@ -74,15 +75,15 @@ def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
         UserError: there is none.
     """
     folder = _folder(name)
-    config = build_config(yaml.safe_load(folder.read("config.yaml")))
-    record = folder.read_json("run.json")
+    config = build_config(yaml.safe_load(folder.read(CONFIG)))
+    record = folder.read_json(DATASET)
     kind, step = _checkpoint(checkpoint or config.evaluation.checkpoint, Checkpoints(folder))
     return TrainedModel(folder, config, record["dataset"], record["fingerprint"], kind, step)
 
 
 def _folder(name: str) -> Folder:
     for folder in (Folder(name), Folder(home()) / "runs" / name):
-        if folder.exists("config.yaml"):
+        if folder.exists(CONFIG):
             return folder
     raise UserError(f"{name!r} is neither a run folder nor a run in {home()}/runs (no config.yaml)")
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,6 +30,7 @@ from torch import nn
 from methods.optim import Optimizer
 from methods.plans import Plan
 from pipeline.errors import RunError, UserError, first_line
+from pipeline.runs.run_folder import CHECKPOINT, INCARNATION, checkpoint_folder, step_of
 from pipeline.storage import Folder
 
 
@@ -62,10 +62,6 @@ class TrainingState:
     finished: bool = False
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 class Checkpoints:
     """Reads and writes the checkpoints of one run folder.
 
@@ -83,20 +79,20 @@ class Checkpoints:
     def acquire(self) -> int:
         """Takes over the run folder and returns the new incarnation."""
         self.incarnation = self._current() + 1
-        self.run.write_json("incarnation", self.incarnation)
+        self.run.write_json(INCARNATION, self.incarnation)
         return self.incarnation
 
     def _current(self) -> int:
-        return int(self.run.read_json("incarnation")) if self.run.exists("incarnation") else 0
+        return int(self.run.read_json(INCARNATION)) if self.run.exists(INCARNATION) else 0
 
     def steps(self, kind: str = "checkpoints") -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        steps = [int(n[5:]) for n in self.run.names(kind) if re.fullmatch(r"step-\d+", n)]
-        return sorted(step for step in steps if self.run.exists(f"{kind}/{_name(step)}/checkpoint.json"))
+        steps = [step for name in self.run.names(kind) if (step := step_of(name)) is not None]
+        return sorted(step for step in steps if self.run.exists(f"{checkpoint_folder(kind, step)}/{CHECKPOINT}"))
 
     def folder(self, kind: str, step: int) -> Folder:
         """Where a checkpoint is."""
-        return self.run / f"{kind}/{_name(step)}"
+        return self.run / checkpoint_folder(kind, step)
 
     def save(
         self,
@@ -123,7 +119,7 @@ class Checkpoints:
                 f"{len(bad)} of {len(tensors)} tensors are not finite at step {progress.step} (first: {bad[0]}): the "
                 "checkpoint before is kept. Lower the learning rate, or clip gradients"
             )
-        base = f"{kind}/{_name(progress.step)}"
+        base = checkpoint_folder(kind, progress.step)
         buffer = io.BytesIO()
         state: dict[str, Any] = {"optimizers": {name: o.inner.state_dict() for name, o in optimizers.items()}}
         torch.save(state, buffer)
@@ -134,15 +130,15 @@ class Checkpoints:
         }
         if plan is not None:
             files["plan.npz"] = _pack(plan)
-        if self.run.exists(f"{base}/checkpoint.json"):  # the same step again, after a resume: never a mixture of two
-            self.run.remove(f"{base}/checkpoint.json")
+        if self.run.exists(f"{base}/{CHECKPOINT}"):  # the same step again, after a resume: never a mixture of two
+            self.run.remove(f"{base}/{CHECKPOINT}")
         for name, data in files.items():
             self.run.write(f"{base}/{name}", data)
         if write_extra is not None:
             write_extra(self.folder(kind, progress.step))
         checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         record = {"progress": asdict(progress), "incarnation": self.incarnation, "sha256": checksums}
-        self.run.write_json(f"{base}/checkpoint.json", record)
+        self.run.write_json(f"{base}/{CHECKPOINT}", record)
         if kind == "checkpoints":
             self._prune()
 
@@ -153,7 +149,7 @@ class Checkpoints:
             RunError: another process has taken the run over.
         """
         self._require_owner()
-        name = f"checkpoints/{_name(progress.step)}/checkpoint.json"
+        name = f"{checkpoint_folder('checkpoints', progress.step)}/{CHECKPOINT}"
         self.run.write_json(name, self.run.read_json(name) | {"progress": asdict(progress)})
 
     def is_owner(self) -> bool:
@@ -173,7 +169,8 @@ class Checkpoints:
         chosen = [self.progress("checkpoints", step).best_step for step in kept]
         for kind, stay in (("checkpoints", kept), ("best", chosen)):
             for name in self.run.names(kind):
-                if re.fullmatch(r"step-\d+", name) and int(name[5:]) < kept[-1] and int(name[5:]) not in stay:
+                step = step_of(name)
+                if step is not None and step < kept[-1] and step not in stay:
                     self.run.remove(f"{kind}/{name}")
 
     def latest(self) -> TrainingState | None:
@@ -182,7 +179,7 @@ class Checkpoints:
         return self.progress("checkpoints", steps[-1]) if steps else None
 
     def progress(self, kind: str, step: int) -> TrainingState:
-        record = self.run.read_json(f"{kind}/{_name(step)}/checkpoint.json")
+        record = self.run.read_json(f"{checkpoint_folder(kind, step)}/{CHECKPOINT}")
         return TrainingState(**record["progress"])
 
     def load(
@@ -198,8 +195,8 @@ class Checkpoints:
         Raises:
             UserError: a file is damaged (named), or the tensors do not fit.
         """
-        base = f"{kind}/{_name(step)}"
-        checksums: dict[str, str] = self.run.read_json(f"{base}/checkpoint.json")["sha256"]
+        base = checkpoint_folder(kind, step)
+        checksums: dict[str, str] = self.run.read_json(f"{base}/{CHECKPOINT}")["sha256"]
 
         def read(name: str) -> bytes:
             path = f"{base}/{name}"

@@ -22,7 +22,7 @@ from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.runs.charts import COUNTS, curves_section, metric_title
-from pipeline.runs.run_folder import read_changes
+from pipeline.runs.run_folder import CONFIG, NEIGHBOURS, REPORT, SUMMARY, read_changes
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 
@@ -74,10 +74,10 @@ def write_report(run: Folder, store: Store) -> None:
         UserError: the run has not finished, or its neighbours are not samples of this dataset.
         RunError: a shard of the dataset is damaged.
     """
-    if not run.exists("summary.json"):
+    if not run.exists(SUMMARY):
         raise UserError(f"{run} holds no finished run (no summary.json): finish it with `python -m pipeline.train`")
-    summary = run.read_json("summary.json")
-    config = run.read("config.yaml").decode()
+    summary = run.read_json(SUMMARY)
+    config = run.read(CONFIG).decode()
     metric = yaml.safe_load(config)["evaluation"]["metric"]
     groups = _choose(run, store)
     body = [
@@ -90,7 +90,7 @@ def write_report(run: Folder, store: Store) -> None:
     ]
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8") + _thumbnails(groups, store)
     page = PAGE.format(policy=POLICY, name=escape(summary["name"]), css=css, body="\n".join(body))
-    run.write("report.html", page.encode())
+    run.write(REPORT, page.encode())
 
 
 def _header(summary: Mapping[str, Any]) -> str:
@@ -198,9 +198,9 @@ def _choose(run: Folder, store: Store) -> Groups:
     Raises:
         UserError: an id is not in the store.
     """
-    if not run.exists("test_neighbours.npz"):
+    if not run.exists(NEIGHBOURS):
         return {}
-    with np.load(io.BytesIO(run.read("test_neighbours.npz"))) as file:
+    with np.load(io.BytesIO(run.read(NEIGHBOURS))) as file:
         kept = {name: file[name] for name in Retrieved._fields}
     kept["neighbours"] = kept["neighbours"][:, :NEIGHBOURS_SHOWN]
     ids = np.append(kept["query"], kept["neighbours"])

@@ -1,19 +1,52 @@
-"""The folder of a run: where it is, and its files."""
+"""The folder of a run: where it is, and the names of its files.
+
+config.yaml                 the resolved configuration
+run.json                    folder and fingerprint of the dataset
+changes.jsonl               changes of runtime keys between starts
+incarnation                 number of the newest start
+checkpoints/, best/         step-00000077/ each, see `checkpoint`
+metrics.jsonl, tensorboard/ what was measured on the way
+summary.json                the final figures
+test_neighbours.npz         what each test query retrieved
+report.html                 the report
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.storage import Folder
 
+CONFIG = "config.yaml"
+DATASET = "run.json"
+CHANGES = "changes.jsonl"
+INCARNATION = "incarnation"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+NEIGHBOURS = "test_neighbours.npz"
+REPORT = "report.html"
+CHECKPOINT = "checkpoint.json"  # in the folder of a checkpoint; written last
+
 
 def run_folder(config: Config) -> Folder:
+    """Folder of the run that is configured."""
     return Folder(config.root) / "runs" / config.name
+
+
+def checkpoint_folder(kind: str, step: int) -> str:
+    """Path of a checkpoint below the run folder; `kind` is "checkpoints" or "best"."""
+    return f"{kind}/step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """Step of a checkpoint from its folder's name; None for other names."""
+    return int(name[5:]) if re.fullmatch(r"step-\d+", name) else None
 
 
 def read_changes(run: Folder) -> list[dict[str, Any]]:
     """Changes of runtime keys between starts of a run: {"step": ..., "changes": ["key: old -> new", ...]}."""
-    text = run.read("changes.jsonl").decode() if run.exists("changes.jsonl") else ""
+    text = run.read(CHANGES).decode() if run.exists(CHANGES) else ""
     return [json.loads(line) for line in text.splitlines()]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipeline.runs.run_folder import SUMMARY
 from pipeline.storage import Folder
 
 LINE_EVERY_S = 15.0
@@ -94,7 +95,7 @@ def metrics_table(metrics: dict[str, Any], before: dict[str, Any] | None = None)
 
 
 def show_summary(folder: Folder) -> None:
-    summary = folder.read_json("summary.json")
+    summary = folder.read_json(SUMMARY)
     out = Console()
     out.print(f"{summary['name']}: retrieval on classes never seen in training", highlight=False, soft_wrap=True)
     out.print(summary_table(summary))

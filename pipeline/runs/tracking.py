@@ -19,6 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from pipeline.runs.run_folder import METRICS
 from pipeline.storage import Folder
 
 
@@ -34,11 +35,11 @@ class Tracker:
         self.run = run
         self._temporary = None if run.is_local else tempfile.TemporaryDirectory(prefix="raydml-")
         self.local = run.path() if self._temporary is None else self._temporary.name
-        old = run.read("metrics.jsonl").decode() if run.exists("metrics.jsonl") else ""
+        old = run.read(METRICS).decode() if run.exists(METRICS) else ""
         kept = [line for line in old.splitlines() if _complete(line) and json.loads(line)["step"] <= step]
         self._written = {(line["step"], line["kind"]) for line in map(json.loads, kept)}
-        run.write("metrics.jsonl", "".join(line + "\n" for line in kept).encode())
-        self._path = os.path.join(self.local, "metrics.jsonl")
+        run.write(METRICS, "".join(line + "\n" for line in kept).encode())
+        self._path = os.path.join(self.local, METRICS)
         if self._temporary is not None:
             with open(self._path, "w") as file:
                 file.writelines(line + "\n" for line in kept)
@@ -99,5 +100,5 @@ def _complete(line: str) -> bool:
 
 def read_metrics(run: Folder) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
-    text = run.read("metrics.jsonl").decode() if run.exists("metrics.jsonl") else ""
+    text = run.read(METRICS).decode() if run.exists(METRICS) else ""
     return [json.loads(line) for line in text.splitlines() if _complete(line)]

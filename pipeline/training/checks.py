@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.build import build_method
 from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.run_folder import CONFIG, DATASET
 from pipeline.storage import Folder
 
 
@@ -78,7 +79,7 @@ def check_run(config: Config, store: Store) -> None:
 
 def check_dataset(folder: Folder, store: Store) -> None:
     """The dataset is the one that the run was started with."""
-    recorded = folder.read_json("run.json")["fingerprint"] if folder.exists("run.json") else store.fingerprint
+    recorded = folder.read_json(DATASET)["fingerprint"] if folder.exists(DATASET) else store.fingerprint
     if recorded != store.fingerprint:
         raise UserError(
             f"run {folder} was trained on a dataset of fingerprint {recorded}, {store.folder} has {store.fingerprint}: "
@@ -92,11 +93,11 @@ def runtime_changes(config: Config, folder: Folder) -> list[str]:
     Raises:
         UserError: a key that is not marked runtime differs, or the run would become shorter.
     """
-    if not folder.exists("config.yaml"):
+    if not folder.exists(CONFIG):
         if Checkpoints(folder).steps():  # of whichever config: --fresh was killed while it removed them
             raise UserError(f"run {folder} has checkpoints but no config.yaml: start over with --fresh")
         return []
-    old = yaml.safe_load(folder.read("config.yaml"))
+    old = yaml.safe_load(folder.read(CONFIG))
     new = yaml.safe_load(to_yaml(config))
     other = differences(old, new, runtime=False)
     if other:

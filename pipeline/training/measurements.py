@@ -17,7 +17,7 @@ from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
 from pipeline.evaluation.tasks import RetrievalTask, test_task, validation_task
 from pipeline.model.trunk import Trunk
 from pipeline.runs.checkpoint import Checkpoints, TrainingState
-from pipeline.runs.run_folder import read_changes
+from pipeline.runs.run_folder import NEIGHBOURS, SUMMARY, read_changes
 from pipeline.runs.summary import summarise
 from pipeline.runs.tracking import Tracker
 
@@ -104,7 +104,7 @@ class Measurements:
                 tracker.log(progress.step, "test", metrics)
             tracker.sync()
         if ranks.rank == 0:
-            run.write_json("summary.json", summarise(self.config, self.store, progress, metrics, read_changes(run)))
+            run.write_json(SUMMARY, summarise(self.config, self.store, progress, metrics, read_changes(run)))
         progress.finished = True
         if ranks.rank == 0:
             self.checkpoints.update(progress)
@@ -122,4 +122,4 @@ class Measurements:
             buffer, query=result.queries.ids, neighbours=ids, average_precision=result.retrieval.average_precision,
             relevant=result.retrieval.num_relevant,
         )  # fmt: skip
-        self.checkpoints.run.write("test_neighbours.npz", buffer.getvalue())
+        self.checkpoints.run.write(NEIGHBOURS, buffer.getvalue())

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.report_page import write_report
-from pipeline.runs.run_folder import read_changes, run_folder
+from pipeline.runs.run_folder import CHANGES, CONFIG, DATASET, REPORT, SUMMARY, read_changes, run_folder
 from pipeline.runs.terminal import Display, show_summary
 from pipeline.storage import Folder
 from pipeline.training.checks import (
@@ -51,7 +51,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
     for warning in check_machine(config):
         console.print(warning)
     changes = [] if fresh else runtime_changes(config, folder)
-    if not fresh and _finished(config, folder) and not changes and folder.exists("report.html"):
+    if not fresh and _finished(config, folder) and not changes and folder.exists(REPORT):
         show_summary(folder)
         return None
     build_trunk(config.model, config.data.transforms.size)  # unknown backbone, missing weights: now, not on the cluster
@@ -117,15 +117,15 @@ def _record(config: Config, folder: Folder, store: Store, changes: list[str]) ->
             console.print(f"changed: {change}", highlight=False)
         latest = Checkpoints(folder).latest()
         lines = [*read_changes(folder), {"step": latest.step if latest else 0, "changes": changes}]
-        folder.write("changes.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    folder.write("config.yaml", to_yaml(config).encode())
-    folder.write_json("run.json", {"fingerprint": store.fingerprint, "dataset": store.folder.uri})
+        folder.write(CHANGES, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    folder.write(CONFIG, to_yaml(config).encode())
+    folder.write_json(DATASET, {"fingerprint": store.fingerprint, "dataset": store.folder.uri})
 
 
 def _finished(config: Config, folder: Folder) -> bool:
     """Whether the run has reached the configured length; it may have reached a shorter one before."""
-    if not folder.exists("summary.json"):
+    if not folder.exists(SUMMARY):
         return False
     latest = Checkpoints(folder).latest()
-    reached = folder.read_json("summary.json")["protocol"]["length"]
+    reached = folder.read_json(SUMMARY)["protocol"]["length"]
     return latest is not None and latest.finished and reached == str(config.length)
