@@ -1,4 +1,4 @@
-"""The mining servers as Ray actors, and the line to them."""
+"""The mining servers as Ray actors, and the transport to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run asks of its mining servers, over one line: batches stored, searches, indexes, all pairs, snapshots.
+"""What a run asks of its mining servers: batches stored, searches, indexes, the neighbours of all rows, snapshots.
 
 Rows are spread over the servers by a hash of their id; answers do not depend on how many there are.
 """

@@ -1,4 +1,4 @@
-"""Indexes of one table, one generation after the other: built in a thread beside the one in use, used from a declared step."""
+"""Indexes of one table, one after the other: built in a thread beside the one in use, used from a declared step."""
 
 from __future__ import annotations
 

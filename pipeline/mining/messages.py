@@ -24,11 +24,11 @@ class ServerSpec:
         shard, shards: which of how many servers this is.
         capacity: rows expected in this shard's table.
         dtype: of the table.
-        engine, k, target, seed: of the index; see `engines.build`.
+        engine, k, target, seed: of the index; see `faiss_index.build`.
         threads: for searches, and for building an index.
         per_class, total: bounds of the memory; none of them: no memory.
         memory_dtype: of its entries.
-        wait_s: how long an operation waits for those before it.
+        wait_s: how long a request waits for those before it.
     """
 
     run: str
@@ -50,11 +50,11 @@ class ServerSpec:
 
 @dataclass(frozen=True)
 class SequenceNumber:
-    """Where an operation stands among those of its client.
+    """Where a request stands among those of its client.
 
     Attributes:
         incarnation, life: start of the run that sent it, and how often that has begun anew after a server's death.
-        number: of the operation.
+        number: of the request.
         previous: that it comes after.
     """
 

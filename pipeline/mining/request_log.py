@@ -1,6 +1,6 @@
-"""The leader's line to the mining servers: requests go out in order from a thread of its own, and survive a server's death.
+"""Rank 0's requests to the mining servers: they go out in order from a thread of their own, and survive a server's death.
 
-Every request that changes state is kept until a snapshot holds it. When a server dies, the line waits for the new one,
+Every request that changes state is kept until a snapshot holds it. When a server dies, the log waits for the new one,
 puts all back to the last snapshot and sends again what came after, in the same order; whoever waits for an answer gets it,
 later.
 """
