@@ -14,7 +14,7 @@ With a query's R right rows at the ranks r_1 < r_2 < ... (0: first) of its filte
 The second is the area under the precision-recall curve by the trapezoidal rule, as in the evaluation scripts that came
 with Market-1501 and MARS, which OSM+CAA used. It is the smaller one, unless the ranking is perfect.
 
-The whole gallery is sorted by exact similarities. float32 proposals, which decide most of `metrics.retrieve`, would save
+The whole gallery is sorted by exact similarities. float32 proposals, which decide most of `retrieval.retrieve`, would save
 little here: too many rows lie within the bound on their error of one of the right ones. Counting the rows ahead of each
 right one takes as long as sorting at 10 right rows a query, and longer at more.
 """

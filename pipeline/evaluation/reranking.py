@@ -51,7 +51,7 @@ class KNearestAndFarthest(Concatenable):
     def of(
         embeddings: Float[Tensor, "all dim"], k1: int = 20, part: slice | None = None, memory_bytes: int = 64 * 2**20
     ) -> KNearestAndFarthest:
-        """The neighbourhoods of a range of rows, in about the time of two `metrics.retrieve` without a gallery.
+        """The neighbourhoods of a range of rows, in about the time of two `retrieval.retrieve` without a gallery.
 
         Args:
             embeddings: queries, then gallery.
@@ -60,7 +60,7 @@ class KNearestAndFarthest(Concatenable):
             memory_bytes: size of the temporary blocks. It changes time, never the result.
 
         Raises:
-            ValueError: k1 out of range; as `metrics.retrieve`.
+            ValueError: k1 out of range; as `retrieval.retrieve`.
         """
         if not 1 <= k1 < len(embeddings):
             raise ValueError(f"got k1={k1} for {len(embeddings)} rows: expected at least 1 and fewer than rows")
@@ -118,7 +118,7 @@ class Reranking:
             neighbourhoods: of the rows of queries and gallery, in this order, for k1; default: made here.
 
         Raises:
-            ValueError: a value out of range; neighbourhoods of other rows or another k1; as `metrics.retrieve`.
+            ValueError: a value out of range; neighbourhoods of other rows or another k1; as `retrieval.retrieve`.
         """
         if not (1 <= k2 <= k1 + 1 and 0 <= weight <= 1):
             raise ValueError(f"got k1={k1}, k2={k2}, weight={weight}: expected k2 from 1 to k1 + 1, weight from 0 to 1")

@@ -1,6 +1,6 @@
 """Approximate neighbour indexes (faiss) behind one interface, tuned on the embeddings they were built from.
 
-An index proposes rows; `exact.rerank` decides among them. `build` measures recall@k on rows of the actual embeddings and
+An index proposes rows; `exact_search.rerank` decides among them. `build` measures recall@k on rows of the actual embeddings and
 searches wider until the target is reached; an index that cannot reach it is not used, and the report says so.
 """
 

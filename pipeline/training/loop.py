@@ -67,13 +67,14 @@ class Worker:
         self.checkpoints = Checkpoints(self.run, config.checkpoint.keep)
         self.mining = build_mining(config, len(self.samples), servers, ranks, device)
         self.context = RunContext(
-            self.samples, config.seed, config.length, config.precision, device, ranks, self.trunk, self.method,
-            self.embedder, self._load_best, self.mining,
+            samples=self.samples, seed=config.seed, length=config.length, precision=config.precision, device=device,
+            ranks=ranks, trunk=self.trunk, method=self.method, embedder=self.embedder, load_best=self._load_best,
+            mining=self.mining,
         )  # fmt: skip
         self.progress = TrainingState()
         self.batches = PlannedBatches(
-            self.method, self.context, self.samples, image_source(config, self.store), config.length, config.runtime,
-            ranks, self._start_epoch,
+            self.method, self.context, self.samples, image_source(config, self.store),
+            length=config.length, runtime=config.runtime, ranks=ranks, start_epoch=self._start_epoch,
         )  # fmt: skip
         self.measurements = Measurements(
             config, self.store, self.embedder, self.trunk, self.method, self.checkpoints,

@@ -38,8 +38,9 @@ def build_mining(
     folder = run_folder(config)
     memory_dtype = "float64" if config.precision == "float64" else m.memory_dtype
     spec = ServerSpec(
-        folder.uri, config.method.embedding_dim, samples // max(1, len(servers)) * 11 // 10 + 1, m.dtype, m.engine,
-        needs.neighbours, m.recall, config.seed, m.cpus, needs.per_class, needs.total, memory_dtype, m.deadline_s,
+        run=folder.uri, dim=config.method.embedding_dim, capacity=samples // max(1, len(servers)) * 11 // 10 + 1,
+        dtype=m.dtype, engine=m.engine, k=needs.neighbours, target=m.recall, seed=config.seed, threads=m.cpus,
+        per_class=needs.per_class, total=needs.total, memory_dtype=memory_dtype, wait_s=m.deadline_s,
     )  # fmt: skip
     if not servers and ranks.rank == 0:
         servers = [Local(MiningServer())]
