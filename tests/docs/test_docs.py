@@ -108,6 +108,12 @@ def test_paths_and_presets_that_are_named_exist(page: Path) -> None:
     assert not missing
 
 
+def test_files_of_the_reading_list_exist() -> None:
+    rows = re.findall(r"^\| `([\w/]+/)` \| (.*) \|$", (DOCS / "reading-the-code.md").read_text(), re.MULTILINE)
+    named = [f"{folder}{file}" for folder, text in rows for file in re.findall(r"`(\w+\.py)`", text)]
+    assert len(named) > 40 and [path for path in named if not (ROOT / path).is_file()] == []
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_of_the_reference_can_be_imported(module: str) -> None:
     assert (importlib.import_module(module).__doc__ or "").strip(), f"{module} has no docstring"
