@@ -31,7 +31,6 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"^    (?=\S)(.*)$", re.MULTILINE)
 QUOTED = re.compile(r"`([^`\n]+)`")
-SNIPPET = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 FROM_TUTORIAL = re.compile(r"supcon|photos|glyphs")  # files that the reader makes, or the examples of the tutorials
 GENERATED = set(yaml.safe_load((DOCS / "reference" / "modules.yaml").read_text()))
 MODULES = sorted(
@@ -44,15 +43,10 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def text_of(page: Path) -> str:
-    """The page with what it takes from other files put in."""
-    return SNIPPET.sub(lambda found: (ROOT / found[1]).read_text().rstrip(), page.read_text())
-
-
 def command_lines() -> Iterator[tuple[str, str]]:
     """(page, line) of every line of a shell block or an indented block, without its comment."""
     for page in PAGES:
-        text = text_of(page)
+        text = page.read_text()
         blocks = [body for language, body in FENCE.findall(text) if language in ("", "bash")]
         for line in [*INDENTED.findall(FENCE.sub("", text)), *(line for b in blocks for line in b.splitlines())]:
             yield name_of(page), re.sub(r"\s+#.*", "", line).strip()
@@ -64,7 +58,7 @@ COMMANDS = sorted({(page, line) for page, line in command_lines() if "-m pipelin
 def recipes() -> Iterator[tuple[str, str]]:
     """(page, text) of every YAML block that is a whole recipe."""
     for page in PAGES:
-        for language, body in FENCE.findall(text_of(page)):
+        for language, body in FENCE.findall(page.read_text()):
             if language == "yaml" and re.search(r"^name:", body, re.MULTILINE):
                 yield name_of(page), body
 
@@ -120,7 +114,7 @@ def test_modules_of_the_reference_can_be_imported(module: str) -> None:
 
 
 def test_programs_that_are_named_exist() -> None:
-    named = {m for page in PAGES for m in re.findall(r"python -m ((?:pipeline|benchmarks)\.\w+)", text_of(page))}
+    named = {m for page in PAGES for m in re.findall(r"python -m ((?:pipeline|benchmarks)\.\w+)", page.read_text())}
     assert {"pipeline.train", "pipeline.prepare", "benchmarks.mining"} <= named
     assert [m for m in sorted(named) if importlib.util.find_spec(m) is None] == []
 
@@ -129,7 +123,7 @@ def test_targets_of_make_that_are_named_exist() -> None:
     named = {
         t
         for page in PAGES
-        for t in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b(?=[`\s]*(?:[`#|]|ARGS|$|&&))", text_of(page))
+        for t in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b(?=[`\s]*(?:[`#|]|ARGS|$|&&))", page.read_text())
     }
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"train", "test", "docs"} <= named and named <= targets
@@ -216,9 +210,19 @@ def register_supcon(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_contributing_shows_the_example_that_is_tested() -> None:
-    blocks = [body for language, body in FENCE.findall((ROOT / "CONTRIBUTING.md").read_text()) if language == "python"]
-    assert blocks == [(EXAMPLES / "supcon.py").read_text()]
+@pytest.mark.parametrize(
+    ("page", "example"),
+    [
+        ("CONTRIBUTING.md", "supcon.py"),
+        ("docs/tutorials/own-method.md", "supcon.py"),
+        ("docs/tutorials/own-method.md", "test_supcon.py"),
+        ("docs/tutorials/own-method.md", "supcon.yaml"),
+        ("docs/tutorials/own-images.md", "glyphs.yaml"),
+    ],
+)
+def test_pages_show_the_examples_that_are_tested(page: str, example: str) -> None:
+    blocks = [body for _, body in FENCE.findall((ROOT / page).read_text())]
+    assert (EXAMPLES / example).read_text() in blocks
 
 
 def test_the_example_method_passes_its_tests(monkeypatch: pytest.MonkeyPatch) -> None:
