@@ -1,19 +1,20 @@
 # make train   set everything up and run the main job (ARGS="recipe.yaml --set a.b=c" to pass arguments)
 # make test    set everything up and pass the tests;   make test-slow   the long matrices
+# make docs    build the documentation into build/site;   make wheel-check   train with the built wheel, outside the tree
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= -q
 BIN = $(VENV)/bin
 BROWSER := $(shell command -v chromium 2>/dev/null)
 
-.PHONY: install train test test-fast test-slow lint clean
+.PHONY: install train test test-fast test-slow lint docs wheel-check clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "error: Python %d.%d found, 3.11 to 3.13 needed: make PYTHON=python3.12 ..." % v)'
 	@echo "installing into $(VENV): several minutes and about 8 GB where PyTorch's wheel carries CUDA"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[demo,dev]'
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[demo,dev,docs]'
 	@touch $@
 
 train: install
@@ -31,6 +32,12 @@ test-fast: install
 
 test-slow: install
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+docs: install
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+wheel-check: install
+	@$(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
