@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= -q
 BIN = $(VENV)/bin
+TWO = -n 2 --dist loadfile
 BROWSER := $(shell command -v chromium 2>/dev/null)
 
 .PHONY: install train test test-fast test-slow lint docs wheel-check clean
@@ -25,10 +26,10 @@ lint: install
 
 test: lint
 	@$(if $(BROWSER),:,echo "chromium is not installed (apt-get install chromium): the report is not opened in a browser")
-	@$(BIN)/python -m pytest $(if $(BROWSER),,-m 'not slow and not browser') $(ARGS)
+	@$(BIN)/python -m pytest $(TWO) $(if $(BROWSER),,-m 'not slow and not browser') $(ARGS)
 
 test-fast: install
-	@$(BIN)/python -m pytest -m 'not slow and not cluster and not browser' $(ARGS)
+	@$(BIN)/python -m pytest $(TWO) -m 'not slow and not cluster and not browser' $(ARGS)
 
 test-slow: install
 	@$(BIN)/python -m pytest -m slow $(ARGS)

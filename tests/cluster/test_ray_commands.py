@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,9 @@ def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head
     recipe = write_recipe(
         tmp_path, store, **{"storage": "", "runtime.workers": 2, "length": "1 epochs", "runtime.loader": "ray"}
     )
-    done = submit(head, str(recipe))
+    with ThreadPoolExecutor(1) as beside:
+        refused = beside.submit(submit, head, str(recipe), "--set", "method.optimizer.lrr=1")
+        done = submit(head, str(recipe))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "starting Ray on the cluster" in done.stdout
     run = tmp_path / "storage" / "runs" / "tiny"
@@ -213,7 +216,7 @@ def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head
     assert {"methods", "pipeline"} <= names and not {".venv", ".git", "tests", "runs"} & names
     assert sum(p.stat().st_size for p in shipped.rglob("*") if p.is_file()) < 3 << 20
 
-    wrong = submit(head, str(recipe), "--set", "method.optimizer.lrr=1")
+    wrong = refused.result()
     assert wrong.returncode != 0
     ours = [line for line in wrong.stdout.splitlines() if line.startswith("error:")]
     assert set(ours) == {"error: unknown key 'method.optimizer.lrr': did you mean 'method.optimizer.lr'?"}

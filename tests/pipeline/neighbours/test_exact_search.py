@@ -43,7 +43,7 @@ def test_a_search_is_a_loop_over_all_rows(problem: tuple[Queries, Rows, int], wh
     assert_equal(search(queries, rows, k, which, memory), neighbours(queries, rows, k, which))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 7, 3000]))
 def test_all_rows_at_once_are_the_searches_of_each(
     problem: tuple[Queries, Rows, int], which: ClassFilter, block: int
