@@ -93,10 +93,9 @@ def _embeddings(
     if method is not None:
         with torch.no_grad():
             embeddings = method.refine_embeddings(embeddings)
-    embeddings = embeddings.cpu()
     queries, gallery = (retrieval_units(side) for side in sides)
     rows = (np.searchsorted(keys, side.ids if side.tracks is None else side.tracks) for side in (queries, gallery))
-    mine, theirs = (embeddings[torch.from_numpy(r)] for r in rows)
+    mine, theirs = (embeddings[torch.from_numpy(r).to(embeddings.device)] for r in rows)
     return queries, gallery, mine, theirs
 
 

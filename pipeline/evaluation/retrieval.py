@@ -1,25 +1,26 @@
-"""Exact retrieval metrics: Recall@k, MAP@R, R-Precision.
+"""Exact retrieval metrics: Recall@k, MAP@R and R-Precision, by cosine similarity.
 
 Distinctive:
 
-- **Exact.** A float32 matrix product proposes neighbours, with a proven bound on its error; what the bound leaves open
-  is decided in float64, ties by the smaller gallery row. No bit of a result depends on the size of the blocks, on how
-  the queries are shared among ranks, or on the number of threads.
-- **Exact sums, not careful ones.** The float64 similarity is a sum of integers in disguise (`exact_cosine.NormedRows`):
-  every order of summation gives the same bits, so BLAS may do it. Embeddings that collapsed to (nearly) one point, of
-  which float32 can order nothing, cost about 7 times the usual time.
+- **Exact.** float32 similarities propose neighbours, with a proven bound on their error; what the bound leaves open is
+  decided in float64, ties by the smaller gallery row. No bit of a result depends on the size of the blocks, on how the
+  queries are shared among ranks, on the number of threads, or on the device that proposed.
+- **Each pair once.** Without a gallery, the similarity of two rows serves both as a query.
 - **Recall at any k.** The rank of the first positive is counted, not searched, so its cost does not grow with k.
-- **Classes of any number and size.** Labels are sorted once; a class of thousands makes only its own queries deep.
+- **Classes of any number and size.** Each query collects as many candidates as its own class needs.
 
-The similarity is the cosine. MAP@R and R-Precision are those of Musgrave et al., "A Metric Learning Reality Check",
-ECCV 2020, arXiv 2003.08505. For a query with R relevant gallery rows:
+MAP@R and R-Precision are those of Musgrave et al., "A Metric Learning Reality Check", ECCV 2020, arXiv 2003.08505. For a
+query with R relevant gallery rows:
 
     R-Precision = hits among the R nearest / R            MAP@R = 1/R * sum_{i <= R} precision(i) * [i-th is relevant]
+
+Embeddings that collapsed to (nearly) one point, of which float32 can order nothing, cost about 20 times the usual time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,9 +28,13 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
+from pipeline.neighbours import kernels
+from pipeline.neighbours.candidates import Search, close_rows, given_up
 from pipeline.neighbours.exact_cosine import Concatenable, ExactCosine, NormedRows, run_blocks, slices
+from pipeline.neighbours.kernels import Candidates, Mask, compiled
 
-_PAIR_COST = 32  # comparing one pair exactly costs about as much as 32 elements of the exact matrix product
+PAIR_COST = 32  # comparing one pair exactly costs about as much as 32 elements of the exact matrix product
+_CLASS_QUERIES, _CLASS_ROWS = 64, 2048  # of a tile in which the nearest positives are looked for
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,8 @@ def retrieve(
     """Rank the gallery for each query by cosine similarity, exactly.
 
     Without a gallery every row is a query against all the others; it is left out by its index, so that its duplicates
-    count. Time: a float32 matrix product Q x N x D and about ten passes over its Q x N values (60,502 rows, D = 64:
-    40 s on one core). Memory: a float32 copy of the rows and about `memory_bytes`.
+    count. Time: a float32 matrix product Q x N x D, half of it without a gallery, and two passes over its values. Memory: a
+    float32 copy of the rows and about `memory_bytes`. Embeddings on an accelerator are multiplied there.
 
     Args:
         embeddings: float32 or float64, of any length but zero; float64 is compared as float64.
@@ -106,180 +111,227 @@ def retrieve(
     """
     if keep < 1:
         raise ValueError(f"got keep={keep}: expected at least 1")
-    search = _Search.of(embeddings, labels, gallery, gallery_labels, memory_bytes // torch.get_num_threads())
-    query_ids = np.arange(len(labels))[queries or slice(None)]
-    num_relevant = search.num_relevant[query_ids]
-    depth = np.minimum(np.maximum(num_relevant, keep), search.num_gallery - search.leave_one_out)
-    first_hit, neighbours = np.full(len(query_ids), -1), np.full((len(query_ids), keep), -1)
-    average_precision, r_precision = np.zeros(len(query_ids)), np.zeros(len(query_ids))
-
-    def rank(block: np.ndarray) -> None:
-        ids, first_hit[block] = search.rank(query_ids[block], int(depth[block].max()))
-        hits = search.are_positive(query_ids[block], ids)
-        average_precision[block], r_precision[block] = _precisions(hits, num_relevant[block])
-        neighbours[block, : ids.shape[1]] = ids[:, :keep]
-
-    order = np.argsort(depth, kind="stable")  # deep queries share their blocks, so that the others stay shallow
-    run_blocks(rank, [order[part] for part in slices(len(order), search.rows_per_block(12))])
-    first_hit[num_relevant == 0] = -1
-    return Retrieval(first_hit, average_precision, r_precision, num_relevant, neighbours)
+    ranking = _Ranking(embeddings, labels, gallery, gallery_labels, queries, keep, memory_bytes)
+    ranking.run()
+    return ranking.result
 
 
-@dataclass(frozen=True)
-class _Search:
-    """Ranks the gallery for blocks of queries."""
+class _Ranking:
+    """One call of `retrieve`: the queries in the order of their depth, so that deep ones share their blocks.
 
-    cosine: ExactCosine
-    query_units: np.ndarray  # float32 [queries, dim], of length one
-    gallery_units: np.ndarray  # the same of the gallery
-    query_classes: np.ndarray  # int64 [queries]
-    gallery_classes: np.ndarray  # int64 [gallery]
-    num_relevant: np.ndarray  # int64 [queries]
-    leave_one_out: bool
-    memory_bytes: int
+    Attributes:
+        order: places in the result, in that order.
+        asked: rows of the embeddings, in that order.
+        row_order: gallery rows in the order in which they are searched: without a gallery, the queries come first.
+    """
 
-    @staticmethod
-    def of(
-        embeddings: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None, memory_bytes: int
-    ) -> _Search:
-        """Checks the input of `retrieve` and numbers the classes."""
+    def __init__(
+        self, embeddings: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None,
+        queries: slice | None, keep: int, memory_bytes: int,
+    ) -> None:  # fmt: skip
         if (gallery is None) != (gallery_labels is None):
             raise ValueError("got only one of gallery and gallery_labels: give both or neither")
-        leave_one_out = gallery is None
-        queries = target = labelled_rows(embeddings, labels, "embeddings")
+        self.keep, self.memory_bytes, self.leave_one_out = keep, memory_bytes, gallery is None
+        rows = target = labelled_rows(embeddings, labels, "embeddings")
         if gallery is not None and gallery_labels is not None:
             target = labelled_rows(gallery, gallery_labels, "gallery")
-        if leave_one_out and len(queries) == 1:
+        if self.leave_one_out and len(rows) == 1:
             raise ValueError("got 1 embedding: expected a row to find besides the query")
-        cosine = ExactCosine(queries, target)
+        self.cosine, self.device = ExactCosine(rows, target), embeddings.device
         wanted = labels.cpu().numpy()
         searched = wanted if gallery_labels is None else gallery_labels.cpu().numpy()
-        classes, gallery_classes, sizes = np.unique(searched, return_inverse=True, return_counts=True)
+        classes, self.gallery_classes, sizes = np.unique(searched, return_inverse=True, return_counts=True)
         position = np.minimum(np.searchsorted(classes, wanted), len(classes) - 1)
         query_classes = np.where(classes[position] == wanted, position, -1)
-        num_relevant = np.where(query_classes < 0, 0, sizes[query_classes] - leave_one_out)
-        units = queries.unit32()
-        target_units = units if leave_one_out else target.unit32()
-        return _Search(
-            cosine,
-            units,
-            target_units,
-            query_classes,
-            gallery_classes,
-            num_relevant,
-            leave_one_out,
-            memory_bytes,
+        num_relevant = np.where(query_classes < 0, 0, sizes[query_classes] - self.leave_one_out)
+
+        own = np.arange(len(labels))[queries or slice(None)]
+        num = len(own)
+        depth = np.minimum(np.maximum(num_relevant[own], keep), len(target) - self.leave_one_out)
+        self.order = np.argsort(depth, kind="stable")
+        self.asked, self.depth = own[self.order], depth[self.order]
+        self.query_classes, self.num_relevant = query_classes[self.asked], num_relevant[self.asked]
+        others = np.ones(len(target), bool)
+        others[own if self.leave_one_out else slice(0)] = False
+        self.row_order = np.concatenate([self.asked if self.leave_one_out else own[:0], np.flatnonzero(others)])
+        self.result = Retrieval(
+            np.full(num, -1), np.zeros(num), np.zeros(num), num_relevant[own], np.full((num, keep), -1)
         )
 
-    @property
-    def num_gallery(self) -> int:
-        return len(self.cosine.gallery)
+    def run(self) -> None:
+        rows = self._on_device(self.cosine.gallery.unit32(self.row_order))
+        queries = rows
+        if not self.leave_one_out:
+            queries = self._on_device(self.cosine.queries.unit32(self.asked))
+        mask = Mask(self.row_order, self.gallery_classes[self.row_order], False)
+        margin = np.float32(1.001 * self.cosine.gallery.margin)
+        search = Search(
+            queries=lambda part: queries[part],
+            rows=lambda part: rows[part],
+            num_rows=len(rows),
+            dim=self.cosine.gallery.dim,
+            mask=mask,
+            depth=self.depth,
+            margin=np.full(len(self.asked), margin),
+            ids=self.asked if self.leave_one_out else np.full(len(self.asked), -1),
+            labels=self.query_classes,
+            reference=self._nearest_positive(queries, rows, mask.labels),
+            same=self.leave_one_out,
+            most_close=len(rows) // PAIR_COST,
+            accelerator=not isinstance(rows, np.ndarray),
+        )
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            undecided = [*pool.map(lambda block: self._rank(*block), search.collect(self.memory_bytes))]
+        self._rank_exactly(np.concatenate([np.empty(0, np.int64), *undecided]))
 
-    def rows_per_block(self, bytes_per_similarity: int) -> int:
-        return max(1, self.memory_bytes // (bytes_per_similarity * self.num_gallery))
+    def _on_device(self, units: np.ndarray) -> np.ndarray | Tensor:
+        return torch.from_numpy(units).to(self.device) if on_accelerator(self.device) else units
 
-    @property
-    def margin(self) -> float:
-        """Twice the largest error of a float32 similarity: gamma_n = n u / (1 - n u), u = 2^-24 (Higham 2002, 3.1).
+    def _nearest_positive(
+        self, queries: np.ndarray | Tensor, rows: np.ndarray | Tensor, row_classes: np.ndarray
+    ) -> np.ndarray:
+        """Each query's largest similarity to a row of its class, float32 [queries]; +inf where there is none.
 
-        n = D for the sum in any order, two more for rounding both vectors, the rest for comparing with a rounded bound.
+        Queries and rows are taken in the order of their classes, so that small tiles hold all that is looked at.
         """
-        rounding = (self.cosine.gallery.dim + 8) * 2.0**-24
-        return 2 * rounding / (1 - rounding)
+        best = np.full(len(self.asked), -np.inf, np.float32)
+        by_class = np.argsort(self.query_classes, kind="stable")
+        by_class = by_class[self.num_relevant[by_class] > 0]
+        present = np.zeros(len(self.gallery_classes) + 1, bool)
+        present[self.query_classes[by_class]] = True
+        row_by_class = np.argsort(row_classes, kind="stable")
+        row_by_class = row_by_class[present[row_classes[row_by_class]]]
+        ordered = row_classes[row_by_class]
+        for part in slices(len(by_class), _CLASS_QUERIES):
+            some = by_class[part]
+            classes = self.query_classes[some]
+            start = int(np.searchsorted(ordered, classes[0], "left"))
+            stop = int(np.searchsorted(ordered, classes[-1], "right"))
+            for block in slices(stop - start, _CLASS_ROWS):
+                found = row_by_class[start:stop][block]
+                tile = queries[some] @ rows[found].T
+                tile = tile if isinstance(tile, np.ndarray) else tile.cpu().numpy()
+                _largest_of_class(tile, some, found, classes, row_classes[found], self.leave_one_out, best)
+        best[self.num_relevant == 0] = np.inf
+        return best
 
-    def rank(self, query_ids: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest `depth` gallery rows, nearest first, [queries, depth], and the rank of the first positive."""
-        ids, first_hit, undecided = self._rank_by_float32(query_ids, depth)
-        for part in slices(len(undecided), self.rows_per_block(24)):
-            chosen = undecided[part]
-            ids[chosen], first_hit[chosen] = self._rank_exactly(query_ids[chosen], depth)
-        return ids, first_hit
+    def _rank(self, part: slice, c: Candidates) -> np.ndarray:
+        """Results of a block of queries; returns those that it leaves to `_rank_exactly`, as places in `asked`."""
+        asked = self.asked[part]
+        places, exact = kernels.places_to_compare(c), np.empty(len(c.values))
+        query = np.searchsorted(c.starts, places, "right") - 1
+        exact[places] = self.cosine.pairs(asked[query], self.row_order[c.rows[places]])
+        kernels.sort_runs(c.starts, c.counts, c.values, c.margin, c.rows, exact, self.row_order)
+        self._record(part, c.starts, c.counts, self.row_order[c.rows])
+        self.result.first_hit[self.order[part]] = self._first_hit(c, part)
+        return given_up(c) + part.start
 
-    def _rank_by_float32(self, query_ids: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `rank`, and the positions of queries it leaves to `_rank_exactly`: too many rows are too near to tell.
+    def _record(self, part: slice | np.ndarray, starts: np.ndarray, counts: np.ndarray, ids: np.ndarray) -> None:
+        """Precisions and neighbours of some queries, whose nearest gallery rows are ids[start:start + count]."""
+        result, places = self.result, self.order[part]
+        classes, num_relevant = self.query_classes[part], self.num_relevant[part]
+        average_precision, r_precision = np.zeros(len(places)), np.zeros(len(places))
+        neighbours = np.full((len(places), self.keep), -1)
+        _precisions(
+            starts, counts, ids, self.gallery_classes, classes, num_relevant, average_precision, r_precision, neighbours
+        )
+        result.average_precision[places], result.r_precision[places] = average_precision, r_precision
+        result.neighbours[places] = neighbours
 
-        Two sets of gallery rows are compared exactly. At least `depth` rows reach the depth-th float32 value, so a row
-        that is lower by more than the margin is not among the nearest `depth`. And with b the positives' best value,
-        the best positive and all that may stand on either side of it are within the margin of b; what lies between
-        the two sets is certainly nearer than the best positive, and only counted.
+    def _first_hit(self, c: Candidates, part: slice) -> np.ndarray:
+        """The rank of the nearest positive: rows surely nearer, and those of the close ones that are.
+
+        With b the largest float32 similarity of a positive, the nearest positive and all that may stand on either side of it
+        lie within the margin of b.
         """
-        similarity = np.matmul(self.query_units[query_ids], self.gallery_units.T)
-        self._exclude_self(similarity, query_ids)
-        positive = self.are_positive(query_ids, slice(None))
-        best = similarity.max(axis=1, where=positive, initial=-np.inf, keepdims=True)
-        near = similarity >= np.partition(similarity, -depth, axis=1)[:, -depth, None] - self.margin
-        ahead = similarity > best + self.margin
-        first_hit = np.count_nonzero(ahead & ~near, axis=1)
-        near |= (similarity >= best - self.margin) & ~ahead
-        undecided = np.count_nonzero(near, axis=1) > self.num_gallery // _PAIR_COST
-        near[undecided] = False
+        query, row = close_rows(c)
+        alone = c.close[query] == 1  # the nearest positive itself
+        query, row = query[~alone], row[~alone]
+        ids = self.row_order[row]
+        exact = self.cosine.pairs(self.asked[part][query], ids)
+        first_hit = c.ahead.astype(np.int64)
+        _count_nearer(query, ids, exact, self.gallery_classes[ids] == self.query_classes[part][query], first_hit)
+        return np.where(self.num_relevant[part] > 0, first_hit, -1)
 
-        rows, near_ids = np.divmod(np.flatnonzero(near), near.shape[1])  # np.nonzero takes 5 times as long
-        near_ids = self._sorted(query_ids, rows, near_ids, similarity[rows, near_ids])
-        place = np.arange(len(rows)) - np.searchsorted(rows, rows)
-        ids = np.zeros((len(query_ids), depth), np.int64)
-        listed = place < depth
-        ids[rows[listed], place[listed]] = near_ids[listed]
-        hits = np.flatnonzero(positive[rows, near_ids])
-        found, first = np.unique(rows[hits], return_index=True)
-        first_hit[found] += place[hits[first]]
-        return ids, first_hit, np.flatnonzero(undecided)
+    def _rank_exactly(self, undecided: np.ndarray) -> None:
+        """Results of some queries by the exact similarities to the whole gallery: 3 float64 matrix products."""
+        size = max(1, self.memory_bytes // torch.get_num_threads() // (24 * len(self.cosine.gallery)))
 
-    def _sorted(self, query_ids: np.ndarray, rows: np.ndarray, ids: np.ndarray, similarity: np.ndarray) -> np.ndarray:
-        """The `ids` of each row (both ascending) by exact similarity, highest first, ties by the smaller id.
+        def rank(part: slice) -> None:
+            some = undecided[part]
+            similarity = self.cosine.block(self.asked[some])
+            if self.leave_one_out:
+                similarity[np.arange(len(some)), self.asked[some]] = -np.inf
+            depth = int(self.depth[some].max())
+            last = np.partition(similarity, -depth, axis=1)[:, [-depth]]
+            above, tied = similarity > last, similarity == last
+            room = depth - np.count_nonzero(above, axis=1, keepdims=True)
+            listed = above | (tied & (np.cumsum(tied, axis=1, dtype=np.int32) <= room))
+            ids = (np.flatnonzero(listed) % listed.shape[1]).reshape(len(some), depth)
+            order = np.argsort(-np.take_along_axis(similarity, ids, axis=1), axis=1, kind="stable")
+            ids = np.take_along_axis(ids, order, axis=1)
+            self._record(some, np.arange(len(some)) * depth, np.full(len(some), depth), ids.ravel())
 
-        Float32 values more than the margin apart are in the right order; only runs of nearer ones are compared.
-        """
-        order = np.lexsort((-similarity, rows))
-        ids, similarity = ids[order], similarity[order]
-        close = (rows[1:] == rows[:-1]) & (similarity[:-1] - similarity[1:] <= self.margin)
-        run = np.cumsum(np.append(True, ~close)[: len(rows)])
-        members = np.flatnonzero(np.append(close, False) | np.append(False, close))
-        exact = np.zeros(len(rows))
-        exact[members] = self.cosine.pairs(query_ids[rows[members]], ids[members])
-        return ids[np.lexsort((ids, -exact, run))]
+            positive = self.gallery_classes == self.query_classes[some, None]
+            best = similarity.max(axis=1, where=positive, initial=-np.inf, keepdims=True)
+            tied = similarity == best
+            tied &= np.arange(len(self.gallery_classes)) < (tied & positive).argmax(axis=1)[:, None]
+            first_hit = np.count_nonzero(similarity > best, axis=1) + np.count_nonzero(tied, axis=1)
+            self.result.first_hit[self.order[some]] = np.where(self.num_relevant[some] > 0, first_hit, -1)
 
-    def _rank_exactly(self, query_ids: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """`rank` by the exact similarities to the whole gallery: 3 float64 matrix products."""
-        similarity = self.cosine.block(query_ids)
-        self._exclude_self(similarity, query_ids)
-        last = np.partition(similarity, -depth, axis=1)[:, [-depth]]
-        above, tied = similarity > last, similarity == last
-        room = depth - np.count_nonzero(above, axis=1, keepdims=True)
-        listed = above | (tied & (np.cumsum(tied, axis=1, dtype=np.int32) <= room))
-        ids = (np.flatnonzero(listed) % listed.shape[1]).reshape(len(query_ids), depth)
-        order = np.argsort(-np.take_along_axis(similarity, ids, axis=1), axis=1, kind="stable")
+        run_blocks(rank, slices(len(undecided), size))
 
-        positive = self.are_positive(query_ids, slice(None))
-        best = similarity.max(axis=1, where=positive, initial=-np.inf, keepdims=True)
-        tied = similarity == best
-        tied &= np.arange(self.num_gallery) < (tied & positive).argmax(axis=1)[:, None]
-        first_hit = np.count_nonzero(similarity > best, axis=1) + np.count_nonzero(tied, axis=1)
-        return np.take_along_axis(ids, order, axis=1), first_hit
 
-    def _exclude_self(self, similarity: np.ndarray, query_ids: np.ndarray) -> None:
-        if self.leave_one_out:
-            similarity[np.arange(len(query_ids)), query_ids] = -np.inf
-
-    def are_positive(self, query_ids: np.ndarray, gallery_ids: np.ndarray | slice) -> np.ndarray:
-        """Whether of the query's class, bool [queries, ids]. The query itself is, too: its similarity is -inf."""
-        return self.gallery_classes[gallery_ids] == self.query_classes[query_ids, None]
+def on_accelerator(device: torch.device) -> bool:
+    """Whether similarities are computed where the embeddings lie, with torch, instead of by the CPU's kernels."""
+    return device.type != "cpu"
 
 
 def labelled_rows(embeddings: Tensor, labels: Tensor, name: str) -> NormedRows:
-    """The embeddings as vectors; there has to be one label a row."""
+    """The embeddings as rows to compare; there has to be one label a row."""
     vectors = NormedRows.of(embeddings, name)
     if labels.shape != (len(vectors),):
         raise ValueError(f"got {name} {tuple(embeddings.shape)} with labels {tuple(labels.shape)}: expected one a row")
     return vectors
 
 
-def _precisions(hits: np.ndarray, num_relevant: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """MAP@R's term and R-Precision of each query, from bool [queries, depth]; 0 where nothing is relevant.
+@compiled
+def _largest_of_class(tile, queries, rows, classes, row_classes, leave_one_out, best):
+    """Raises best[query] to the largest element of its class in a tile [queries, rows]; itself is left out."""
+    for i in range(tile.shape[0]):
+        for j in range(tile.shape[1]):
+            itself = leave_one_out and rows[j] == queries[i]
+            if row_classes[j] == classes[i] and not itself and tile[i, j] > best[queries[i]]:
+                best[queries[i]] = tile[i, j]
 
-    The sums run from left to right, so the depth of the block changes no bit.
-    """
-    rows, num_relevant = np.arange(len(hits)), np.maximum(num_relevant, 1)
-    num_hits = np.cumsum(hits, axis=1)
-    precision = np.cumsum(hits * num_hits / np.arange(1, hits.shape[1] + 1), axis=1)
-    return precision[rows, num_relevant - 1] / num_relevant, num_hits[rows, num_relevant - 1] / num_relevant
+
+@compiled
+def _precisions(starts, counts, ids, row_classes, classes, num_relevant, average_precision, r_precision, neighbours):
+    """MAP@R's term and R-Precision of each query, 0 where nothing is relevant; sums run from the nearest on."""
+    for query in range(counts.size):
+        found = ids[starts[query] : starts[query] + counts[query]]
+        for i in range(min(neighbours.shape[1], found.size)):
+            neighbours[query, i] = found[i]
+        hits, total, relevant = 0, 0.0, num_relevant[query]
+        for i in range(min(relevant, found.size)):
+            if row_classes[found[i]] == classes[query]:
+                hits += 1
+                total += hits / (i + 1)
+        if relevant > 0:
+            average_precision[query], r_precision[query] = total / relevant, hits / relevant
+
+
+@compiled
+def _count_nearer(queries, ids, exact, positive, first_hit):
+    """Adds to first_hit[query] how many of its listed rows are nearer than its nearest listed positive; ties by id."""
+    best, best_id = np.full(first_hit.size, -np.inf), np.full(first_hit.size, -1)
+    for i in range(queries.size):
+        query = queries[i]
+        if positive[i]:
+            nearer = exact[i] > best[query] or (exact[i] == best[query] and ids[i] < best_id[query])
+            if best_id[query] < 0 or nearer:
+                best[query], best_id[query] = exact[i], ids[i]
+    for i in range(queries.size):
+        query = queries[i]
+        if exact[i] > best[query] or (exact[i] == best[query] and ids[i] < best_id[query]):
+            first_hit[query] += 1

@@ -1,1 +1,1 @@
-"""Exact nearest neighbours: by cosine over blocks of rows, and by distance over a table."""
+"""The exact nearest-neighbour engine: by cosine for evaluation, by Euclidean distance for mining."""

@@ -14,9 +14,14 @@ from jaxtyping import Float32, Float64, Int64
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from pipeline.neighbours import kernels
+
 _CHUNK_ELEMENTS = 2**17  # float64 elements of a temporary array in a loop over rows or pairs: 1 MiB, stays in cache
 
+_HIGH_STEPS = 2.0**26
+
 Part = TypeVar("Part", bound="Concatenable")
+Block = TypeVar("Block", np.ndarray, slice)
 
 
 class Concatenable:
@@ -66,14 +71,28 @@ class NormedRows:
     def dim(self) -> int:
         return self.rows.shape[1]
 
-    def unit32(self) -> Float32[np.ndarray, "rows dim"]:
-        """A float32 copy of length one."""
-        unit = np.empty(self.rows.shape, np.float32)
-        for part in slices(len(unit), _CHUNK_ELEMENTS // self.dim):
-            unit[part] = self.rows[part] / self.norms[part, None]
+    def unit32(self, ids: np.ndarray | None = None) -> Float32[np.ndarray, "rows dim"]:
+        """A float32 copy of length one, of the given rows in their order; default: of all."""
+        ids = np.arange(len(self)) if ids is None else ids
+        unit = np.empty((len(ids), self.dim), np.float32)
+        kernels.unit_rows(self.rows, self.norms, ids, unit)
         return unit
 
-    def split(self, ids: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def margin(self) -> float:
+        """Twice the largest error of a float32 similarity: gamma_n = n u / (1 - n u), u = 2^-24 (Higham 2002, 3.1).
+
+        n = D for the sum in any order, two more for rounding both vectors, the rest for comparing with rounded bounds.
+        """
+        rounding = (self.dim + 10) * 2.0**-24
+        return 2 * rounding / (1 - rounding)
+
+    @property
+    def low_steps(self) -> float:
+        """Steps of the low parts in one: about 2^52 / sqrt(D)."""
+        return 2.0 ** (52 - math.ceil(math.log2(self.dim) / 2))
+
+    def high_low(self, ids: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
         """Unit rows as high + low, multiples of 2^-26 and of about 2^-52 sqrt(D), whose dot products are exact.
 
         A product of two highs is a multiple of 2^-52, and by Cauchy-Schwarz all partial sums of high . high' are below
@@ -81,14 +100,17 @@ class NormedRows:
         high . low' + low . high', as |low| <= 2^-27. With low . low' left out, the cosine is right to D 2^-50.
         """
         low = self.rows[ids] / self.norms[ids, None]
-        high = _round(low.copy(), 2.0**26)
+        high = _round(low.copy(), _HIGH_STEPS)
         low -= high
-        return high, _round(low, 2.0 ** (52 - math.ceil(math.log2(low.shape[1]) / 2)))
+        return high, _round(low, self.low_steps)
 
 
 @dataclass(frozen=True)
 class ExactCosine:
-    """Exact similarities of queries and gallery rows: sums of integers in disguise, so that BLAS may add them up."""
+    """Exact similarities of queries and gallery rows.
+
+    Their products are fixed-point numbers whose partial sums are exact in float64, so that BLAS may add them in any order.
+    """
 
     queries: NormedRows
     gallery: NormedRows
@@ -102,25 +124,24 @@ class ExactCosine:
         self, query_ids: Int64[np.ndarray, " pairs"], gallery_ids: Int64[np.ndarray, " pairs"]
     ) -> Float64[np.ndarray, " pairs"]:
         """Of pairs: the same bits as `block` gives."""
-        similarity = np.empty(len(query_ids))
-        for part in slices(len(query_ids), _CHUNK_ELEMENTS // self.gallery.dim):
-            high, low = self.queries.split(query_ids[part])
-            gallery_high, gallery_low = self.gallery.split(gallery_ids[part])
-            cross = np.einsum("pd,pd->p", high, gallery_low) + np.einsum("pd,pd->p", low, gallery_high)
-            similarity[part] = np.einsum("pd,pd->p", high, gallery_high) + cross
-        return similarity
+        sums = np.empty((len(query_ids), 3))
+        kernels.split_dot_products(
+            self.queries.rows, self.queries.norms, self.gallery.rows, self.gallery.norms, query_ids, gallery_ids,
+            _HIGH_STEPS, self.gallery.low_steps, sums,
+        )  # fmt: skip
+        return sums[:, 0] + (sums[:, 1] + sums[:, 2])
 
     def block(self, query_ids: Int64[np.ndarray, " queries"]) -> Float64[np.ndarray, "queries gallery"]:
         """To the whole gallery: 3 float64 matrix products."""
         similarity = np.empty((len(query_ids), len(self.gallery)))
-        high, low = self.queries.split(query_ids)
+        high, low = self.queries.high_low(query_ids)
         for part in slices(similarity.shape[1], _CHUNK_ELEMENTS // high.shape[1]):
-            gallery_high, gallery_low = self.gallery.split(part)
+            gallery_high, gallery_low = self.gallery.high_low(part)
             similarity[:, part] = high @ gallery_high.T + (high @ gallery_low.T + low @ gallery_high.T)
         return similarity
 
 
-def run_blocks(work: Callable[[np.ndarray], None], blocks: Iterable[np.ndarray]) -> None:
+def run_blocks(work: Callable[[Block], None], blocks: Iterable[Block]) -> None:
     """Calls `work` on every block, one block a thread of torch.
 
     BLAS's own threads would wait for each other in every product, 16 ms each on a busy machine.

@@ -1,26 +1,25 @@
 """Exact nearest neighbours in a table of embeddings, by squared Euclidean distance.
 
-A float32 matrix product proposes rows, with a bound on its error; float64 distances of the proposed pairs decide, ties by
-the smaller id. A distance is computed from its two rows alone, so no bit of an answer depends on the size of the blocks,
-on what else was asked, or on how rows are spread over shards.
+float32 similarities propose rows, with a bound on their error; float64 distances of the proposed pairs decide, ties by the
+smaller id. A distance is computed from its two rows alone, so no bit of an answer depends on the size of the blocks, on the
+number of threads, on what else was asked, or on how rows are spread over shards.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float64, Int64
-from torch import Tensor
+from jaxtyping import Float, Float32, Float64, Int, Int64
 
 from methods.mining import ClassFilter
+from pipeline.neighbours import kernels
+from pipeline.neighbours.candidates import TILE, Search, given_up
+from pipeline.neighbours.kernels import Mask
 
-_GROUP = 16  # of every so many similarities only the largest enters the first selection
-SYMMETRIC_ROWS = 2**17  # up to which `search_all` compares each pair once
-_MOST_PAIRS = 2**21  # pairs that one block of queries may propose before it is cut in two
+_MAX_PAIRS = 2**21  # whose distances are computed at once where every pair of some rows is compared
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,18 @@ def search(
 ) -> Neighbours:
     """The k nearest rows of each query, exactly.
 
-    Time: a float32 matrix product Q x N x D and five passes over its values; `same` looks at the members of each class
+    Time: a float32 matrix product Q x N x D and two passes over its values; `same` looks at the members of each class
     alone. Memory: about `memory_bytes`, which changes no result.
     """
     if len(rows) == 0 or len(queries) == 0:
         return empty(len(queries), k)
     if which == "same":
         return _search_classes(queries, rows, k)
-    size = max(1, memory_bytes // (6 * min(len(rows), 2**16)))
-    return Neighbours.concatenate([_search_block(queries[p], rows, k, which) for p in _slices(len(queries), size)])
+    labels = _labels(queries) if which == "other" else None
+    vectors = _Lifted(np.asarray(queries.values, np.float32))
+    problem = _problem(vectors, queries.ids, labels, rows, k, _Lifted(rows.values))
+    answers = _answers(problem, queries.__getitem__, rows, k, which, memory_bytes)
+    return Neighbours.concatenate([answer for _, answer in answers])
 
 
 def rerank(
@@ -130,41 +132,23 @@ def _labels(queries: Queries) -> np.ndarray:
     return queries.labels
 
 
-def search_all(rows: Rows, k: int, which: ClassFilter = "all", block: int = 3072) -> Iterator[tuple[slice, Neighbours]]:
+def search_all(
+    rows: Rows, k: int, which: ClassFilter = "all", memory_bytes: int = 256 * 2**20
+) -> Iterator[tuple[slice, Neighbours]]:
     """The k nearest rows of every row, exactly, in blocks of consecutive rows: `search` of all of them, in less time.
 
-    Each pair of rows is compared once, for both. Memory: a float32 copy of the rows, and about 3 k candidates a row, which
-    is why more rows than `SYMMETRIC_ROWS` are searched block by block instead.
+    Each pair of rows is multiplied once, for both, as far as the candidates of both fit into half of `memory_bytes`: they
+    take 16 k + 128 bytes a row.
     """
-    if which == "same" or len(rows) > SYMMETRIC_ROWS:
-        for part in _slices(len(rows), block):
-            yield part, search(as_queries(rows, part), rows, k, which)
+    if len(rows) == 0:
         return
-    vectors, margin = _lifted(rows.values), _margin(rows.values, rows)[:, 0].numpy()
-    blocks = list(_slices(len(rows), block))
-    finders = [_Finder(p.stop - p.start, k, margin[p]) for p in blocks]
-    labels = torch.from_numpy(rows.labels.astype(np.int64))
-    tile, near = torch.empty(block * block), np.empty(block * block, bool)  # one piece of memory for all tiles
-    for i, part in enumerate(blocks):
-        left = vectors[part].clone()
-        left[:, -2:] = left[:, [-1, -2]]  # so that the product of two rows is minus half their squared distance
-        for j in range(i, len(blocks)):
-            other = blocks[j]
-            shape = (len(left), other.stop - other.start)
-            similarity = torch.mm(left, vectors[other].T, out=tile[: shape[0] * shape[1]].view(shape))
-            if i == j:
-                similarity.fill_diagonal_(-torch.inf)
-            if which == "other":
-                similarity.masked_fill_(labels[part, None] == labels[None, other], -torch.inf)
-            finders[i].look(similarity, other.start, True, near)
-            if i != j:
-                finders[j].look(similarity, part.start, False, near)
-        queries = as_queries(rows, part)
-        if finders[i].full:  # many (nearly) equal rows: float32 cannot tell
-            yield part, search(queries, rows, k, which)
-        else:
-            yield part, _nearest(queries, rows, *finders[i].found(), k)
-        finders[i] = _Finder(0, k, margin[:0])
+    if which == "same":
+        for part in _slices(len(rows), TILE):
+            yield part, _search_classes(as_queries(rows, part), rows, k)
+        return
+    labels, vectors = (rows.labels if which == "other" else None), _Lifted(rows.values)
+    problem = _problem(vectors, rows.ids, labels, rows, k, vectors)
+    yield from _answers(problem, lambda part: as_queries(rows, part), rows, k, which, memory_bytes)
 
 
 def as_queries(rows: Rows, part: slice) -> Queries:
@@ -173,110 +157,87 @@ def as_queries(rows: Rows, part: slice) -> Queries:
     return Queries(values, rows.ids[part], rows.labels[part].astype(np.int64))
 
 
-def _lifted(values: np.ndarray) -> Tensor:
-    """Rows [x, 0 ..., 1, -|x|²/2] in float32."""
-    out = torch.zeros((len(values), -(-(values.shape[1] + 2) // 8) * 8))
-    out[:, : values.shape[1]] = torch.from_numpy(values)
-    out[:, -2] = 1
-    out[:, -1] = torch.from_numpy(-0.5 * np.square(values, dtype=np.float64).sum(1))
-    return out
+class _Lifted:
+    """float32 vectors whose dot products order rows as their distances do: [q, 1, -|q|²/2] and [x, -|x|²/2, 1].
 
-
-class _Finder:
-    """Collects, for a block of queries, the rows that may be among their k nearest, one tile of similarities at a time.
-
-    Args:
-        queries: how many.
-        k: neighbours wanted.
-        margin: how far below the k-th best similarity a row may lie and still be one of them, [queries].
+    The product is q·x - |q|²/2 - |x|²/2, minus half the squared distance. Vectors are made for a range at a time.
     """
 
-    def __init__(self, queries: int, k: int, margin: np.ndarray) -> None:
-        self.margin = margin
-        self._best = np.full((queries, k), -np.inf, np.float32)  # the least of them is never above the true k-th
-        self._found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self._pairs, self._most = 0, max(_MOST_PAIRS, 8 * k * queries) if queries > 1 else math.inf
-        self.full = False  # found so many that it has given up
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+        self.halves = np.empty(len(values), np.float32)
+        for part in _slices(len(values), TILE):
+            block = values[part].astype(np.float32, copy=False)
+            self.halves[part] = -0.5 * np.einsum("nd,nd->n", block, block)
 
-    def look(
-        self, similarity: Tensor, start: int, rows_are_queries: bool = True, memory: np.ndarray | None = None
-    ) -> None:
-        """A tile [queries, rows], or its transpose; `start` is the position of its first row; `memory` to work in."""
-        if self.full:
-            return
-        axis = 1 if rows_are_queries else 0
-        count, k = similarity.shape[axis], self._best.shape[1]
-        groups = count // _GROUP if count >= k * _GROUP else count // 2 if count >= 2 * k else count
-        size = count // max(1, groups)
-        grouped = similarity.narrow(axis, 0, groups * size).unflatten(axis, (size, groups)).amax(axis)
-        rest = similarity.narrow(axis, groups * size, count - groups * size)
-        large = torch.cat([grouped, rest], axis)
-        candidates = np.concatenate([self._best, (large if rows_are_queries else large.T).numpy()], 1)
-        self._best = np.partition(candidates, candidates.shape[1] - k, axis=1)[:, -k:]
-        bound, tile = self._bound(), similarity.numpy()
-        out = None if memory is None else memory[: tile.size].reshape(tile.shape)
-        # numpy compares three times as fast as torch
-        near = np.flatnonzero(np.greater_equal(tile, bound[:, None] if rows_are_queries else bound, out=out))
-        first, second = np.divmod(near, tile.shape[1])
-        query, row = (first, second) if rows_are_queries else (second, first)
-        self._found.append((query, row + start, tile.ravel()[near]))
-        self._pairs += len(near)
-        if self._pairs > self._most:
-            self._found, self.full = [], True
+    def queries(self, part: slice) -> Float32[np.ndarray, "rows lifted"]:
+        return self._vectors(part, 1.0, self.halves[part])
 
-    def _bound(self) -> np.ndarray:
-        return np.maximum(self._best.min(1) - self.margin, np.finfo(np.float32).min)  # what is masked is -inf
+    def rows(self, part: slice) -> Float32[np.ndarray, "rows lifted"]:
+        return self._vectors(part, self.halves[part], 1.0)
 
-    def found(self) -> tuple[np.ndarray, np.ndarray]:
-        """(query, position) of all that can still be among the nearest."""
-        query, position, values = (np.concatenate(part) for part in zip(*self._found, strict=True))
-        kept = values >= self._bound()[query]
-        return query[kept], position[kept]
+    def _vectors(self, part: slice, before_last: Any, last: Any) -> np.ndarray:
+        values = self.values[part]
+        out = np.zeros((len(values), self.dim), np.float32)
+        out[:, : values.shape[1]] = values
+        out[:, -2], out[:, -1] = before_last, last
+        return out
+
+    @property
+    def dim(self) -> int:
+        """A multiple of eight."""
+        return -(-(self.values.shape[1] + 2) // 8) * 8
 
 
-def _search_block(queries: Queries, rows: Rows, k: int, which: ClassFilter) -> Neighbours:
-    values = torch.from_numpy(np.ascontiguousarray(queries.values, np.float32))
-    finder = _Finder(len(queries), k, _margin(queries.values, rows)[:, 0].numpy())
-    for part in _slices(len(rows), 2**16):
-        similarity = _similarity(values, rows.values[part])
-        _mask(similarity, queries, rows, part, which)
-        finder.look(similarity, part.start)
-    if finder.full:  # many (nearly) equal rows: float32 cannot tell
-        half = len(queries) // 2
-        parts = (queries[:half], queries[half:])
-        return Neighbours.concatenate([_search_block(p, rows, k, which) for p in parts])
-    return _nearest(queries, rows, *finder.found(), k)
+def _problem(
+    queries: _Lifted, ids: np.ndarray, labels: np.ndarray | None, rows: Rows, k: int, searched: _Lifted
+) -> Search:
+    """The search for candidates; with `labels`, among rows of other classes. Where both sides are one, pairs are shared."""
+    lengths = np.sqrt(-2.0 * queries.halves.astype(np.float64))
+    rounding = (rows.values.shape[1] + 12) * 2.0**-24  # Higham 2002, 3.1, as `NormedRows.margin`
+    error = rounding / (1 - rounding) * (lengths * rows.largest + (rows.largest**2 + lengths**2) / 2)
+    other = labels is not None
+    return Search(
+        queries=queries.queries,
+        rows=searched.rows,
+        num_rows=len(rows),
+        dim=queries.dim,
+        mask=Mask(rows.ids, (rows.labels if other else np.zeros(len(rows))).astype(np.int64), other),
+        depth=np.full(len(ids), min(k, len(rows))),
+        margin=(2.02 * error).astype(np.float32),
+        ids=ids,
+        labels=(np.zeros(len(ids)) if labels is None else labels).astype(np.int64),
+        same=queries is searched,
+    )
 
 
-def _similarity(values: Tensor, part: np.ndarray) -> Tensor:
-    """q·x - |x|²/2, which orders rows as their distance does, nearest highest."""
-    x = torch.from_numpy(part).float()
-    return torch.addmm(-0.5 * x.square().sum(1)[None], values, x.T)
+def _answers(
+    problem: Search, queries: Callable[[slice], Queries], rows: Rows, k: int, which: ClassFilter, memory_bytes: int
+) -> Iterator[tuple[slice, Neighbours]]:
+    """Neighbours of consecutive blocks of queries: the exact distances of the candidates decide."""
+    for part, c in problem.collect(memory_bytes):
+        asked, places = queries(part), _ranges(c.starts[:-1], c.counts)
+        exact = np.empty(len(c.values))
+        exact[places] = -_squared_distances(asked, rows, np.repeat(np.arange(len(asked)), c.counts), c.rows[places])
+        kernels.sort_runs(c.starts, c.counts, c.values, c.margin, c.rows, exact, rows.ids)
+        answer = _first(k, c.starts[:-1], c.counts, c.rows, exact, rows)
+        undecided = given_up(c)  # many (nearly) equal rows: float32 cannot tell
+        if len(undecided):
+            by_distance = _search_pairs(asked[undecided], rows, k, which)
+            answer.ids[undecided], answer.distances[undecided] = by_distance.ids, by_distance.distances
+        yield part, answer
 
 
-def _mask(similarity: Tensor, queries: Queries, rows: Rows, part: slice, which: ClassFilter) -> None:
-    if which == "other":
-        wanted, present = torch.from_numpy(_labels(queries)), torch.from_numpy(rows.labels[part].astype(np.int64))
-        similarity.masked_fill_(wanted[:, None] == present[None], -torch.inf)
-    own = np.flatnonzero(queries.ids >= 0)
-    order = np.argsort(queries.ids[own])
-    position = np.searchsorted(queries.ids[own], rows.ids[part], sorter=order)
-    hit = np.flatnonzero(position < len(own))
-    hit = hit[queries.ids[own][order[position[hit]]] == rows.ids[part][hit]]
-    if len(hit) == 0:
-        return
-    by_id = dict(zip(rows.ids[part][hit].tolist(), hit.tolist(), strict=True))
-    pairs = [(q, by_id[i]) for q, i in enumerate(queries.ids.tolist()) if i in by_id]  # a sample may be asked for twice
-    query, column = torch.tensor(pairs).T
-    similarity[query, column] = -torch.inf
-
-
-def _margin(values: np.ndarray, rows: Rows) -> Tensor:
-    """Twice the largest error of a float32 similarity (Higham 2002, 3.1), [queries, 1]."""
-    rounding = (values.shape[1] + 8) * 2.0**-24
-    lengths = np.sqrt(np.square(values, dtype=np.float64).sum(1))
-    bound = 2 * rounding / (1 - rounding) * (lengths * rows.largest + rows.largest**2)
-    return torch.from_numpy(bound.astype(np.float32) * np.float32(1.01))[:, None]
+def _search_pairs(queries: Queries, rows: Rows, k: int, which: ClassFilter) -> Neighbours:
+    """The k nearest by the exact distances to all rows."""
+    answers = []
+    for part in _slices(len(queries), max(1, _MAX_PAIRS // len(rows))):
+        answer = empty(part.stop - part.start, k)
+        for block in _slices(len(rows), _MAX_PAIRS):
+            positions = np.tile(np.arange(block.start, block.stop), (len(answer.ids), 1))
+            answer = Neighbours.merge([answer, rerank(queries[part], rows, positions, k, which)])
+        answers.append(answer)
+    return Neighbours.concatenate(answers)
 
 
 def by_class(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -290,34 +251,52 @@ def _search_classes(queries: Queries, rows: Rows, k: int) -> Neighbours:
     wanted = _labels(queries)
     start, stop = np.searchsorted(ordered, wanted, "left"), np.searchsorted(ordered, wanted, "right")
     parts = []
-    for part in _chunks(stop - start, _MOST_PAIRS):
+    for part in _chunks(stop - start, _MAX_PAIRS):
         counts = (stop - start)[part]
         query = np.repeat(np.arange(len(counts)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        position = order[np.repeat(start[part], counts) + within]
+        position = order[_ranges(start[part], counts)]
         other = rows.ids[position] != queries.ids[part][query]
         parts.append(_nearest(queries[part], rows, query[other], position[other], k))
     return Neighbours.concatenate(parts)
 
 
 def _nearest(queries: Queries, rows: Rows, query: np.ndarray, position: np.ndarray, k: int) -> Neighbours:
-    """Of the given pairs the k nearest of each query."""
+    """Of the given pairs the k nearest of each query; `query` ascends."""
     counts = np.bincount(query, minlength=len(queries))
-    width = int(counts.max(initial=0))
-    out = empty(len(queries), max(k, width))
-    position = np.sort(query * np.int64(len(rows)) + position) % len(rows)  # by query, then by position
-    stops, asked = np.cumsum(counts).tolist(), queries.values.astype(np.float64)
-    for q, stop in enumerate(stops):
-        where = position[stops[q - 1] if q else 0 : stop]
-        difference = rows.values.take(where, 0).astype(np.float64)
-        difference -= asked[q]
-        out.distances[q, : len(where)] = np.vecdot(difference, difference)
-        out.ids[q, : len(where)] = rows.ids[where]
-    order = np.argsort(out.distances, axis=1, kind="stable")
-    distances = np.take_along_axis(out.distances, order, 1)
-    tied = np.flatnonzero(((distances[:, 1:] == distances[:, :-1]) & np.isfinite(distances[:, 1:])).any(1))
-    order[tied] = np.lexsort((out.ids[tied], out.distances[tied]), axis=1)
-    return Neighbours(np.take_along_axis(out.ids, order, 1)[:, :k], distances[:, :k])
+    starts, exact = np.cumsum(counts) - counts, -_squared_distances(queries, rows, query, position)
+    position, one_run = np.array(position, np.int64), np.zeros(len(query), np.float32)
+    kernels.sort_runs(starts, counts, one_run, np.zeros(len(queries), np.float32), position, exact, rows.ids)
+    return _first(k, starts, counts, position, exact, rows)
+
+
+def _squared_distances(
+    queries: Queries, rows: Rows, query: Int[np.ndarray, " pairs"], position: Int[np.ndarray, " pairs"]
+) -> Float64[np.ndarray, " pairs"]:
+    """Each from its two rows alone."""
+    values, out = np.asarray(queries.values, np.float32), np.empty(len(query))
+    if rows.values.dtype == np.float32:
+        kernels.squared_distances(values, rows.values, query, position, out)
+        return out
+    for part in _slices(len(query), 2**18 // values.shape[1]):  # numba knows no float16
+        gathered = rows.values[position[part]].astype(np.float32)
+        kernels.squared_distances(values, gathered, query[part], np.arange(len(gathered)), out[part])
+    return out
+
+
+def _first(
+    k: int, starts: np.ndarray, counts: np.ndarray, position: np.ndarray, exact: np.ndarray, rows: Rows
+) -> Neighbours:
+    """The first k of each query's sorted rows; `exact` is minus their squared distance."""
+    answer, taken = empty(len(counts), k), np.minimum(counts, k)
+    places, filled = _ranges(starts, taken), np.arange(k) < taken[:, None]
+    answer.ids[filled], answer.distances[filled] = rows.ids[position[places]], -exact[places]
+    return answer
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> Int64[np.ndarray, " places"]:
+    """start, ..., start + count - 1 of each, one after the other."""
+    counts = counts.astype(np.int64)
+    return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from pipeline.config import Config, RuntimeConfig, build_config, differences, to
 from pipeline.console import console
 from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
+from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, on_cluster
 from pipeline.errors import UserError
 from pipeline.evaluation.build import build_method
@@ -25,6 +26,9 @@ from pipeline.storage import Folder
 
 class _PlanContext(Context):
     """As much of a context as a plan may look at that is a pure function of the labels, the seed and the epoch."""
+
+    ranks = Ranks()
+    mining = None
 
     def __init__(self, samples: Samples, seed: int) -> None:
         self.labels, self.tracks, self.seed, self.clock = samples.labels, samples.tracks, seed, Clock()

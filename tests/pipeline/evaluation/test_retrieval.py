@@ -21,9 +21,22 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 from pipeline.evaluation import retrieval
 from pipeline.evaluation.clustering import _adjusted_mutual_info, clustering
 from pipeline.evaluation.retrieval import Retrieval, retrieve
-from pipeline.neighbours import exact_cosine
+from pipeline.neighbours import candidates, exact_cosine
+from pipeline.neighbours.exact_cosine import ExactCosine, NormedRows
 
-FLOAT32_ONLY, EXACT_ONLY = 1, 10**9  # values of _PAIR_COST that send every query one way
+
+def take_way(patch: pytest.MonkeyPatch, way: str) -> None:
+    """Sends every query the same way: as it comes; by float32 and pairs; by exact blocks; proposals by torch on a device."""
+    if way == "pairs":
+        patch.setattr(retrieval, "PAIR_COST", 1)
+        patch.setattr(candidates, "capacity", lambda depth: 2 * depth + 10_000)
+    elif way == "exact":
+        patch.setattr(retrieval, "PAIR_COST", 10**9)
+    elif way == "device":
+        patch.setattr(retrieval, "on_accelerator", lambda device: True)
+
+
+WAYS = ["as it comes", "pairs", "exact", "device"]
 
 
 def oracle(embeddings, labels, gallery=None, gallery_labels=None, keep=10) -> Retrieval:
@@ -71,9 +84,9 @@ def clustered(num: int, num_classes: int, dim: int, noise: float = 0.7, seed: in
     return rows, labels
 
 
-@pytest.fixture(params=[FLOAT32_ONLY, 32, EXACT_ONLY])
+@pytest.fixture(params=WAYS)
 def any_way(request, monkeypatch):
-    monkeypatch.setattr(retrieval, "_PAIR_COST", request.param)
+    take_way(monkeypatch, request.param)
 
 
 @functools.cache
@@ -97,14 +110,14 @@ def test_equals_the_loops(any_way, num, num_classes, dim, dtype):
         st.tuples(st.integers(0, 4), st.sampled_from([0.25, 1.0, 2.0]), st.integers(0, 3)), min_size=2, max_size=14
     ),
     keep=st.integers(1, 16),
-    pair_cost=st.sampled_from([FLOAT32_ONLY, EXACT_ONLY]),
+    way=st.sampled_from(WAYS),
 )
-def test_equals_the_loops_with_many_ties(picks, keep, pair_cost):
+def test_equals_the_loops_with_many_ties(picks, keep, way):
     pool = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     rows = torch.stack([pool[which] * scale for which, scale, _ in picks])
     labels = torch.tensor([label for _, _, label in picks])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "_PAIR_COST", pair_cost)
+        take_way(patch, way)
         assert_equal(retrieve(rows, labels, keep=keep), oracle(rows, labels, keep=keep))
 
 
@@ -159,9 +172,11 @@ def test_no_bit_depends_on_how_the_work_is_cut(monkeypatch, noise):
         assert Retrieval.concatenate(parts).summary() == whole.summary()
     monkeypatch.setattr(exact_cosine, "_CHUNK_ELEMENTS", 1000)
     assert_equal(retrieve(rows, labels, keep=5), whole)
-    for way in (FLOAT32_ONLY, EXACT_ONLY):
-        monkeypatch.setattr(retrieval, "_PAIR_COST", way)
-        assert_equal(retrieve(rows, labels, keep=5), whole)
+    for way in WAYS:
+        with pytest.MonkeyPatch.context() as patch:
+            take_way(patch, way)
+            assert_equal(retrieve(rows, labels, keep=5), whole)
+            assert_equal(retrieve(rows, labels, keep=5, memory_bytes=10**5), whole)
 
 
 def test_no_bit_depends_on_torch_settings():
@@ -184,8 +199,9 @@ def test_float32_alone_decides_ordinary_data(monkeypatch):
     """The exact search is a fallback: it must not be what makes the other tests pass."""
     generator = torch.Generator().manual_seed(0)
     rows, labels = torch.randn(1000, 32, generator=generator), torch.arange(1000) // 4
-    monkeypatch.setattr(retrieval._Search, "_rank_exactly", None)
-    assert (retrieve(rows, labels).first_hit > 100).any()
+    undecided: list[int] = []
+    monkeypatch.setattr(retrieval._Ranking, "_rank_exactly", lambda self, queries: undecided.extend(queries.tolist()))
+    assert (retrieve(rows, labels).first_hit > 100).any() and not undecided
 
 
 @functools.cache
@@ -245,13 +261,13 @@ def test_margin_covers_the_float32_error(dim):
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(60, 1, generator=generator).expand(60, dim) + 0.1
     rows[:, 0] = 30 * torch.rand(60, generator=generator)
-    search = retrieval._Search.of(rows, torch.arange(60), None, None, 2**20)
-    unit, exact = search.query_units, search.cosine.block(np.arange(60))
+    vectors = NormedRows.of(rows, "rows")
+    unit, exact = vectors.unit32(), ExactCosine(vectors, vectors).block(np.arange(60))
     worst = 0.0
     for i, j in itertools.combinations(range(60), 2):
         in_order = np.cumsum(unit[i] * unit[j], dtype=np.float32)[-1]
         worst = max(worst, abs(float(in_order) - exact[i, j]))
-    assert search.margin / 5 < worst < search.margin / 2
+    assert vectors.margin / 5 < worst < vectors.margin / 2
 
 
 def test_summary_is_in_percent_and_leaves_out_queries_without_positive():

@@ -11,15 +11,26 @@ def neighbours(queries: Queries, rows: Rows, k: int, which: str = "all") -> Neig
     out = empty(len(queries), k)
     for q, value in enumerate(queries.values.astype(np.float64)):
         found = []
+        distances = squared_distances(value, rows.values.astype(np.float64))
         for row in range(len(rows)):
             same = queries.labels is not None and rows.labels[row] == queries.labels[q]
             if rows.ids[row] == queries.ids[q] or (which == "other" and same) or (which == "same" and not same):
                 continue
-            difference = value - rows.values[row].astype(np.float64)
-            found.append((float(np.vecdot(difference, difference)), int(rows.ids[row])))
+            found.append((float(distances[row]), int(rows.ids[row])))
         for place, (distance, i) in enumerate(sorted(found)[:k]):
             out.ids[q, place], out.distances[q, place] = i, distance
     return out
+
+
+def squared_distances(value: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """In the order that the engine promises: number i of every eight goes to the i-th sum, what is left over to the first."""
+    squares = (value - rows) * (value - rows)
+    sums = np.zeros((len(rows), 8))
+    for i, column in enumerate(squares.T):
+        sums[:, i % 8 if i < squares.shape[1] // 8 * 8 else 0] += column
+    return ((sums[:, 0] + sums[:, 4]) + (sums[:, 1] + sums[:, 5])) + (
+        (sums[:, 2] + sums[:, 6]) + (sums[:, 3] + sums[:, 7])
+    )
 
 
 def assert_equal(got: Neighbours, expected: Neighbours) -> None:

@@ -20,7 +20,7 @@ def random_rows(num: int, dim: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dim", [1, 2, 3, 64, 100, 512])
 def test_split_sums_are_exact(dim):
     rows = random_rows(6, dim)
-    high, low = NormedRows.of(rows, "rows").split(slice(None))
+    high, low = NormedRows.of(rows, "rows").high_low(slice(None))
     for i in range(6):
         for j in range(6):
             parts = [(high[i], high[j]), (np.append(high[i], low[i]), np.append(low[j], high[j]))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,28 +45,36 @@ def test_a_search_is_a_loop_over_all_rows(problem: tuple[Queries, Rows, int], wh
 
 
 @settings(max_examples=30, deadline=None)
-@given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 7, 3000]))
+@given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 3000, 10**8]))
 def test_all_rows_at_once_are_the_searches_of_each(
-    problem: tuple[Queries, Rows, int], which: ClassFilter, block: int
+    problem: tuple[Queries, Rows, int], which: ClassFilter, memory: int
 ) -> None:
     _, rows, k = problem
-    parts = list(search_all(rows, k, which, block))
-    assert [p for p, _ in parts] == [slice(s, min(s + block, len(rows))) for s in range(0, len(rows), block)]
-    for part, found in parts:
+    reached = 0
+    for part, found in search_all(rows, k, which, memory):
+        assert part.start == reached
+        reached = part.stop
         assert_equal(found, neighbours(as_queries(rows, part), rows, k, which))
+    assert reached == len(rows)
 
 
 @pytest.mark.parametrize("which", ["all", "other", "same"])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_all_rows_at_once_in_several_blocks(
-    which: ClassFilter, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("memory", [40_000, 2**20])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_all_rows_at_once_in_several_tiles(
+    which: ClassFilter, memory: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks large enough for groups, the last one short; and so many rows that each pair is compared twice."""
-    monkeypatch.setattr(exact_search, "SYMMETRIC_ROWS", 10**6 if symmetric else 100)
+    """Tiles large enough for groups, the last ones short; in one group of queries that share their products, and in several."""
     ids, values, labels = clustered(1000, 12, 40)
     rows = Rows(values, ids, labels, 1.001)
-    found = Neighbours.concatenate([lists for _, lists in search_all(rows, 9, which, 384)])
-    assert_equal(found, search(Queries(values, ids, labels), rows, 9, which))
+    expected = search(Queries(values, ids, labels), rows, 9, which)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = Neighbours.concatenate([lists for _, lists in search_all(rows, 9, which, memory)])
+    finally:
+        torch.set_num_threads(before)
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("which", ["all", "other", "same"])
@@ -78,8 +87,8 @@ def test_many_rows_and_groups(which: ClassFilter) -> None:
 
 
 def test_equal_rows_do_not_take_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where float32 cannot tell rows apart, the block of queries is cut until its pairs are few."""
-    monkeypatch.setattr(exact_search, "_MOST_PAIRS", 1000)
+    """Where float32 cannot tell rows apart, all pairs are compared exactly, a bounded number at a time."""
+    monkeypatch.setattr(exact_search, "_MAX_PAIRS", 1000)
     seen: list[int] = []
     nearest = exact_search._nearest
     monkeypatch.setattr(
@@ -88,11 +97,11 @@ def test_equal_rows_do_not_take_all_memory(monkeypatch: pytest.MonkeyPatch) -> N
     rows = Rows(np.ones((400, 4), np.float32), np.arange(400), np.zeros(400, np.int64), 2.0)
     found = search(Queries(rows.values[:50], np.arange(50)), rows, 3)
     assert found.ids[0].tolist() == [1, 2, 3] and found.ids[49].tolist() == [0, 1, 2]
-    assert max(seen) <= 1200 and sum(seen) == 50 * 399
+    assert max(seen) <= 1000 and sum(seen) == 50 * 399
     seen.clear()
     lists = Neighbours.concatenate([part for _, part in search_all(rows, 3, "all", 100)])
     assert lists.ids[0].tolist() == [1, 2, 3] and lists.ids[399].tolist() == [0, 1, 2]
-    assert max(seen) <= 1200 and sum(seen) == 400 * 399
+    assert max(seen) <= 1000 and sum(seen) == 400 * 399
 
 
 def test_candidates_are_ranked_exactly_under_the_mask() -> None:
