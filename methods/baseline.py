@@ -183,7 +183,7 @@ class Baseline(Method):
         k = self.config.hard_negatives
         if not k:
             return None
-        ask: dict[str, Any] = {"which": "other", "with_values": True, "unknown": "empty"}
+        ask: dict[str, Any] = {"class_filter": "other", "with_embeddings": True, "missing": "empty"}
         found = mining.take_prefetched("hard")
         if found is None:  # the first step of an epoch
             found = mining.neighbours(k, ids=batch.ids, **ask)
@@ -193,8 +193,11 @@ class Baseline(Method):
         first = first[ids >= 0]
         if len(first) == 0:
             return None
-        assert found.values is not None
-        values, labels = found.values.reshape(-1, found.values.shape[-1])[first], found.labels.reshape(-1)[first]
+        assert found.embeddings is not None
+        values, labels = (
+            found.embeddings.reshape(-1, found.embeddings.shape[-1])[first],
+            found.labels.reshape(-1)[first],
+        )
         return torch.from_numpy(values), torch.from_numpy(labels).to(batch.labels.device)
 
     def loss(

@@ -44,7 +44,7 @@ class SearchResult(Protocol):
         distances: squared Euclidean, float64; inf where there is none.
         labels: their classes; -1 where there is none.
         steps: at which their embeddings were put; -1 where there is none.
-        values: their embeddings, float32 [queries, k, dim], if asked for; zeros where there is none.
+        embeddings: their embeddings, float32 [queries, k, dim], if asked for; zeros where there is none.
     """
 
     @property
@@ -60,7 +60,7 @@ class SearchResult(Protocol):
     def steps(self) -> Int64[np.ndarray, "queries k"]: ...
 
     @property
-    def values(self) -> Float[np.ndarray, "queries k dim"] | None: ...
+    def embeddings(self) -> Float[np.ndarray, "queries k dim"] | None: ...
 
 
 @runtime_checkable
@@ -115,12 +115,12 @@ class Mining(Protocol):
 
         Args:
             k: how many.
-            values: queries [queries, dim]; or
+            embeddings: queries [queries, dim]; or
             ids: the samples whose stored embeddings are the queries. A sample is left out of its own answer.
-            labels: classes of the queries, where `values` are given and `which` is not "all".
-            which: "all" classes, "other" than the query's, or the "same".
-            with_values: whether to return the found embeddings.
-            unknown: for ids without a stored embedding: "error", or "empty" for an answer without neighbours.
+            labels: classes of the queries, where `embeddings` are given and `class_filter` is not "all".
+            class_filter: "all" classes, "other" than the query's, or the "same".
+            with_embeddings: whether to return the found embeddings.
+            missing: for ids without a stored embedding: "error", or "empty" for an answer without neighbours.
         """
         ...
 
@@ -135,17 +135,17 @@ class Mining(Protocol):
     def all_neighbours(
         self,
         k: int,
-        which: ClassFilter = "all",
-        reduce: Callable[[Any, Any], Any] | None = None,
+        class_filter: ClassFilter = "all",
+        map_block: Callable[[Any, Any], Any] | None = None,
         tag: str = "",
         approximate: bool = False,
     ) -> tuple[Int64[np.ndarray, " rows"], list[Any], float]:
-        """Lists of all rows of the table: (ids, [lists], recall); with `reduce`, what it makes of each block of lists.
+        """Lists of all rows of the table: (ids, [lists], recall); with `map_block`, what it makes of each block of lists.
 
         Args:
             k: length of a list.
-            which: as in `neighbours`.
-            reduce: a function of (queries, lists), called where the lists are; only its result travels. Queries have `ids`,
+            class_filter: as in `neighbours`.
+            map_block: a function of (queries, lists), called where the lists are; only its result travels. Queries have `ids`,
                 `values` and `labels`; lists have `ids` and `distances`, as `SearchResult`.
             tag: that every row has to have been put with, since any other put; "": any.
             approximate: through an index (`mining.engine`, `mining.recall`); else exact.

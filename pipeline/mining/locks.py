@@ -1,4 +1,4 @@
-"""A lock for what is read by many and written by one."""
+"""A readers-writer lock."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from pipeline.config import Config, build_config
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy
 from pipeline.errors import RunError, UserError, first_line
-from pipeline.mining.actor import Remote, start_servers
+from pipeline.mining.actor import RayTransport, start_servers
 from pipeline.storage import Folder
 from pipeline.training.loop import Worker
 
@@ -201,7 +201,7 @@ def train_worker(loop: dict[str, Any]) -> None:
     if status.error_message() is not None:
         return
     try:
-        servers = [Remote(actor) for actor in loop["servers"]]
+        servers = [RayTransport(actor) for actor in loop["servers"]]
         device = ray.train.torch.get_device()
         Worker(config, loop["store"], ranks, device, status, report=ray.train.report, servers=servers)()
     except (RunError, UserError) as error:

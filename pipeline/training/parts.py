@@ -14,7 +14,7 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.mining.messages import ServerSpec
 from pipeline.mining.method_view import MethodMining
 from pipeline.mining.server import MiningServer
-from pipeline.mining.transport import Local, Transport
+from pipeline.mining.transport import LocalTransport, Transport
 from pipeline.runs.run_folder import run_folder
 from pipeline.storage import Folder
 
@@ -43,6 +43,6 @@ def build_mining(
         per_class=needs.per_class, total=needs.total, memory_dtype=memory_dtype, wait_s=m.deadline_s,
     )  # fmt: skip
     if not servers and ranks.rank == 0:
-        servers = [Local(MiningServer())]
+        servers = [LocalTransport(MiningServer())]
     options = {"ordered": m.consistency == "exact", "in_flight": m.in_flight, "deadline_s": m.deadline_s}
     return MethodMining(needs, spec, servers, ranks, device, folder, m.swap_after, **options)

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.mining.messages import ServerSpec
 from pipeline.mining.method_view import MethodMining
 from pipeline.mining.server import MiningServer
-from pipeline.mining.transport import Local
+from pipeline.mining.transport import LocalTransport
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext
 from tests.methods.test_smart_mining_rule import algorithm
@@ -151,7 +151,7 @@ class Swept(FakeContext):
 
 
 def make(folder: Path, shards: int | list[Any] = 1, **config: Any) -> tuple[SmartMining, Swept]:
-    servers = [Local(MiningServer()) for _ in range(shards)] if isinstance(shards, int) else shards
+    servers = [LocalTransport(MiningServer()) for _ in range(shards)] if isinstance(shards, int) else shards
     values = {"embedding_dim": 5, "triplets_per_batch": 8, "random_epochs": 1, "kappa": 1.1} | config
     method = SmartMining(SmartMiningConfig(**values), 5, 14)
     return method, Swept(method, folder, servers)
@@ -182,7 +182,7 @@ def test_a_server_may_die_while_triplets_are_mined(
     context.mining.close()
     deaths = 0
     for death in range(2, 20):
-        servers = [Mortal({death}, after), Local(MiningServer())]
+        servers = [Mortal({death}, after), LocalTransport(MiningServer())]
         method, context = make(tmp_path / f"{death}", servers)
         found = method.plan(3, context)
         assert np.array_equal(found.ids, wanted.ids), death
@@ -253,7 +253,7 @@ def test_lists_of_other_weights_are_refused(tmp_path: Path) -> None:
     mining = context.mining
     ids = torch.arange(len(LABELS))
     assert len(mining.all_neighbours(3, tag="epoch 1, weights weights").ids) == len(LABELS)
-    with pytest.raises(UserError, match="lists of 'epoch 2, weights weights' were asked for, but the table holds embeddings of 'epoch 1, weights weights'"):  # fmt: skip
+    with pytest.raises(UserError, match="neighbours of 'epoch 2, weights weights' were requested, but the table holds embeddings of 'epoch 1, weights weights'"):  # fmt: skip
         mining.all_neighbours(3, tag="epoch 2, weights weights")
     mining.step = 5
     mining.put(ids[:10], EMBEDDINGS[:10], torch.from_numpy(LABELS[:10]), "epoch 2, weights weights")
