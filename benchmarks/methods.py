@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.table import Row, finish
 from benchmarks.whole_set import measure_mmsi, measure_rule, mmsi
-from methods.gca_hng import BatchLayout, GcaHng, GcaHngConfig, kept_entries, synthesise, synthetic_npair
+from methods.gca_hng import BatchLayout, GcaHng, GcaHngConfig, similarity_term_mask, synthesise, synthetic_npair
 from methods.intra_batch import IntraBatchConfig, MessageNetwork
 from methods.osm_caa import OsmCaaConfig, soft_mining_loss
 
@@ -131,7 +131,7 @@ def gca_hng(ours: bool) -> Step:
     method.metric_mean.fill_(4.0)
     z, uniforms = (0.2 * torch.randn(P * K, DIM)).requires_grad_(), torch.rand(K, K - 1)
     layout = BatchLayout(P, K, torch.arange(P).repeat(K), slice(0, P * K))
-    strength = method._strength()
+    strength = method._pull_strength()
 
     def synthetic(z: Tensor, lam: Tensor) -> Tensor:
         return (
@@ -145,7 +145,7 @@ def gca_hng(ours: bool) -> Step:
         joined = synthesis_by_chunks(z, lam, strength, uniforms)
         scores = F.linear(joined.flatten(0, 1), method.classifier.weight.detach(), method.classifier.bias.detach())
         soft = config.softmax_weight * F.cross_entropy(scores, layout.labels[:P].repeat(len(z)))
-        similar = ((1 - F.cosine_similarity(z[:, None], joined, dim=-1)) * kept_entries(layout, False)).mean()
+        similar = ((1 - F.cosine_similarity(z[:, None], joined, dim=-1)) * similarity_term_mask(layout, False)).mean()
         spread = (lam - lam.mean(1, keepdim=True)).square().sum() / len(z) ** 2
         diverse = 1e-2 * (1 - spread.sqrt())
         return 0.5 * (soft + config.similarity_weight * similar + config.diversity_weight * diverse)

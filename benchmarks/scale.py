@@ -46,7 +46,7 @@ from PIL import Image
 from benchmarks.evaluation import peak_mib, product_sizes
 from benchmarks.table import Row, finish
 from methods.base import Context
-from methods.plans import Plan, class_balanced, combine, each_class_once, uniform_classes
+from methods.plans import Plan, class_balanced, combine_sampler, each_class_once, uniform_classes
 from methods.smart_mining import SmartMining, SmartMiningConfig
 from pipeline.data.cache import _SCHEMA as COPY
 from pipeline.data.cache import MappedReader, split_bytes
@@ -164,7 +164,7 @@ PLANS: dict[str, Callable[[np.ndarray], Plan]] = {
     "class_balanced": lambda labels: class_balanced(labels, P, K, 0, 0),
     "each_class_once": lambda labels: each_class_once(labels, P, K, 0, 0),
     "uniform_classes": lambda labels: uniform_classes(labels, P, K, 0, 0),
-    "combine": lambda labels: combine(labels, P, K, 0, 0),
+    "combine": lambda labels: combine_sampler(labels, P, K, 0, 0),
     "random triplets": random_triplets,
 }
 

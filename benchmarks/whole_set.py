@@ -25,9 +25,9 @@ from benchmarks.mining import make_rows
 from benchmarks.table import Row
 from methods.base import Batch
 from methods.config import Clock, Length
-from methods.mmsi import Mmsi, MmsiConfig, loss, meta_loss, normalise, select
+from methods.mmsi import Mmsi, MmsiConfig, meta_loss, normalise_weights, select_pairs, weighted_loss
 from methods.plans import Plan
-from methods.smart_mining_rule import HALF_MINED, MINED, ClassIndex, mine
+from methods.smart_mining_rule import HALF_MINED, MINED, ClassIndex, mine_triplets
 from pipeline.config import ModelConfig
 from pipeline.distributed.collectives import Ranks
 from pipeline.mining.memory import EmbeddingMemory
@@ -101,15 +101,17 @@ def _through_the_virtual_step(
 
     embeddings = embed(parameters, pixels[:BATCH])
     similarity = embeddings @ embeddings.T
-    chosen = select(similarity, labels, c)
+    chosen = select_pairs(similarity, labels, c)
     w = torch.zeros(chosen.slots.shape, requires_grad=True)
-    gradients = torch.autograd.grad(loss(similarity, w, chosen, c), list(parameters.values()), create_graph=True)
+    gradients = torch.autograd.grad(
+        weighted_loss(similarity, w, chosen, c), list(parameters.values()), create_graph=True
+    )
     moved = {n: p - c.optimizer.lr * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
     value = meta_loss(embed(moved, pixels[BATCH:]), batch.labels[BATCH:], batch.ids[BATCH:], memory, c)
     (u,) = torch.autograd.grad(value, w)
     del gradients, moved, value, embeddings, similarity
     again = embed(parameters, pixels[:BATCH])
-    final = loss(again @ again.T, normalise(-u, chosen, c.norm_scope), chosen, c)
+    final = weighted_loss(again @ again.T, normalise_weights(-u, chosen, c.norm_scope), chosen, c)
     context.backward(final)
     context.step("main")
     return float(final.detach())
@@ -141,7 +143,7 @@ def measure_rule(rounds: int) -> list[Row]:
     lists = Neighbours.concatenate([found for _, found in search_all(rows, 200)])
     queries, labels = SimpleNamespace(ids=rows.ids), np.asarray(rows.labels)
     classes = ClassIndex(labels, (0,))
-    work = functools.partial(mine, queries, lists, classes, 1.2, 1, None)
+    work = functools.partial(mine_triplets, queries, lists, classes, 1.2, 1, None)
     found = work()
     seconds, loops = [], []
     some = np.random.default_rng(0).permutation(len(rows))[:2000]

@@ -91,7 +91,7 @@ class OptimizerConfig(BaseConfig):
 
 @dataclass
 class Optimizer:
-    """A torch optimizer with its schedule and clipping; what `Method.optimizers` returns by name."""
+    """A torch optimizer with its schedule and clipping."""
 
     inner: torch.optim.Optimizer
     config: OptimizerConfig
@@ -113,27 +113,27 @@ def build_optimizer(config: OptimizerConfig, groups: Mapping[str, Iterable[torch
     """Makes the optimizer over named parameter groups.
 
     Args:
-        config: what to build.
-        groups: parameters by group name: "trunk", "head" and "loss" take their own learning rate, any other name the
-            trunk's. An empty group is left out.
+        config: The configuration of the optimizer.
+        groups: Parameters by group name: "head" and "loss" have learning-rate multipliers, all other groups the trunk's
+            rate. Empty groups are left out.
     """
     multiplier = {"head": config.head_lr_multiplier, "loss": config.loss_lr_multiplier}
     param_groups: list[dict[str, Any]] = []
     for name, parameters in groups.items():
         lr = config.lr * multiplier.get(name, 1.0)
-        listed = list(parameters)
-        if listed:
-            param_groups.append({"params": listed, "lr": lr, "initial_lr": lr, "name": name})
+        group_parameters = list(parameters)
+        if group_parameters:
+            param_groups.append({"params": group_parameters, "lr": lr, "initial_lr": lr, "name": name})
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":
-        built: torch.optim.Optimizer = torch.optim.SGD(
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
             param_groups, momentum=config.momentum, nesterov=config.nesterov, **common
         )
     elif config.name == "radam":
-        built = torch.optim.RAdam(
+        optimizer = torch.optim.RAdam(
             param_groups, betas=config.betas, eps=config.eps, decoupled_weight_decay=config.decoupled, **common
         )
     else:
-        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
-        built = kind(param_groups, betas=config.betas, eps=config.eps, **common)
-    return Optimizer(built, config)
+        optimizer_class = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
+        optimizer = optimizer_class(param_groups, betas=config.betas, eps=config.eps, **common)
+    return Optimizer(optimizer, config)

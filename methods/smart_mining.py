@@ -47,10 +47,11 @@ from methods.config import Length
 from methods.mining import MiningRequirements
 from methods.optim import OptimizerConfig, ScheduleConfig
 from methods.plans import Plan
-from methods.smart_mining_rule import ClassIndex, Triplets, mine
+from methods.random_streams import Stream
+from methods.smart_mining_rule import ClassIndex, Triplets, mine_triplets
 
-_SWEEP = 2**18  # images embedded in one go
-_PUT = 4096  # rows sent at once
+_IMAGES_PER_PASS = 2**18  # images embedded by one call of `embed_samples`
+_ROWS_PER_PUT = 4096  # rows sent to the mining server by one call
 
 
 class SmartMiningConfig(MethodConfig):
@@ -109,16 +110,18 @@ def triplet_loss(
     anchor: Float[Tensor, "b dim"], positive: Float[Tensor, "b dim"], negative: Float[Tensor, "b dim"], margin: float
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, " b"]]:
     """J_t of every triplet (eq. 2), and D²(a, p), D²(a, n)."""
-    near, far = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
-    ratio = (far + 1e-12).sqrt() / ((near + 1e-12).sqrt() + margin)
-    return torch.relu(1 - ratio), near, far
+    d_positive, d_negative = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
+    ratio = (d_negative + 1e-12).sqrt() / ((d_positive + 1e-12).sqrt() + margin)
+    return torch.relu(1 - ratio), d_positive, d_negative
 
 
-def global_loss(near: Float[Tensor, " b"], far: Float[Tensor, " b"], margin: float, lam: float) -> Float[Tensor, ""]:
+def global_loss(
+    d_positive: Float[Tensor, " b"], d_negative: Float[Tensor, " b"], margin: float, lam: float
+) -> Float[Tensor, ""]:
     """J_g (eq. 3; Kumar B G, Carneiro, Reid, CVPR 2016) of squared distances, with biased variances."""
-    near, far = near / 4, far / 4
-    spread = near.var(correction=0) + far.var(correction=0)
-    return spread + lam * torch.relu(near.mean() - far.mean() + margin)
+    d_positive, d_negative = d_positive / 4, d_negative / 4
+    spread = d_positive.var(correction=0) + d_negative.var(correction=0)
+    return spread + lam * torch.relu(d_positive.mean() - d_negative.mean() + margin)
 
 
 # ---- the controller --------------------------------------------------------------------------------------------------
@@ -129,9 +132,9 @@ class Controller:
 
     Attributes:
         history: (e, κ) of the last mined epochs.
-        alpha, beta: of the newest fit.
-        kappa: for the next epoch.
-        pinned: epochs in a row at an end of its range.
+        alpha, beta: Slope and intercept of the newest fit.
+        kappa: κ for the next epoch.
+        pinned: Number of consecutive epochs in which κ was at an end of its range.
     """
 
     def __init__(self, config: SmartMiningConfig) -> None:
@@ -139,27 +142,27 @@ class Controller:
         self.history: list[tuple[float, float]] = []
         self.alpha, self.beta = c.kappa_min - c.kappa_max, c.kappa_max
         self.pinned = 0
-        self.kappa = c.kappa if c.kappa is not None else self._within(self.alpha * c.target_error + self.beta)
+        self.kappa = c.kappa if c.kappa is not None else self._clip_kappa(self.alpha * c.target_error + self.beta)
 
     def update(self, error: float) -> None:
-        """Takes in what share of the epoch's triplets had a gradient, at the present κ."""
+        """Records the share of the epoch's triplets that had a gradient at the present κ, and sets the next κ."""
         c = self.config
         self.history = [*self.history, (error, self.kappa)][-c.window :]
         if not c.adaptive:
             return
         self.fit()
-        wanted = self.alpha * c.target_error + self.beta
-        self.kappa = self._within(wanted)
-        self.pinned = self.pinned + 1 if self.kappa != wanted else 0
+        unclipped = self.alpha * c.target_error + self.beta
+        self.kappa = self._clip_kappa(unclipped)
+        self.pinned = self.pinned + 1 if self.kappa != unclipped else 0
         if self.pinned == 3:
             warnings.warn(
-                f"kappa has stood at its end {self.kappa:g} for 3 epochs, the error of the last is {error:.2f}: target_error "
-                f"{c.target_error:g} is out of reach; change it, or the range",
+                f"kappa has been at the end of its range, {self.kappa:g}, for 3 epochs (error of the last: {error:.2f}): "
+                f"target_error {c.target_error:g} cannot be reached; change target_error, kappa_min or kappa_max",
                 stacklevel=2,
             )
 
     def fit(self) -> None:
-        """Weighted least squares; a slope above zero would say that harder triplets err less: the last slope stays then."""
+        """Weighted least squares; a positive slope (harder triplets err less) is implausible: the last slope is kept then."""
         c = self.config
         prior = [(0.0, c.kappa_max), (1.0, c.kappa_min)]
         e, k = np.array(prior + self.history).T
@@ -173,7 +176,7 @@ class Controller:
             self.alpha = float(slope)
         self.beta = float(k_mean - self.alpha * e_mean)
 
-    def _within(self, kappa: float) -> float:
+    def _clip_kappa(self, kappa: float) -> float:
         return min(self.config.kappa_max, max(self.config.kappa_min, kappa))
 
     def state(self) -> Float64[Tensor, " numbers"]:
@@ -200,36 +203,36 @@ class SmartMining(Method):
         self.register_buffer(
             "counts", torch.zeros(2, dtype=torch.int64)
         )  # triplets with a gradient, and all, of the epoch
-        self.found = [1.0, 0.0, 0.0]  # recall of the lists, shares without a positive, without a negative
+        self.list_statistics = [1.0, 0.0, 0.0]  # recall of the lists, shares without a positive, without a negative
         self.seconds: dict[str, float] = {}  # of the last mining
 
     def get_extra_state(self) -> Tensor:
-        return torch.cat([torch.tensor(self.found, dtype=torch.float64), self.controller.state()])
+        return torch.cat([torch.tensor(self.list_statistics, dtype=torch.float64), self.controller.state()])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.found = state[:3].tolist()
+        self.list_statistics = state[:3].tolist()
         self.controller.load(state[3:].double())
 
     def plan(self, epoch: int, context: Context) -> Plan:
         """Triplets of all anchors in random order: slots of anchors, of positives, of negatives, with their kind."""
         c = self.config
-        classes = ClassIndex(context.labels, (context.seed, epoch, 0x53A))
-        random = np.random.default_rng([context.seed, epoch, 0x53B])
+        classes = ClassIndex(context.labels, (context.seed, epoch, Stream.SMART_MINING_TRIPLETS))
+        random = np.random.default_rng([context.seed, epoch, Stream.SMART_MINING_ORDER])
         anchors = np.flatnonzero(classes.sizes[classes.labels] > 1)
         if len(anchors) == 0 or len(np.flatnonzero(classes.sizes)) < 2:
             raise ValueError("triplets need two classes, one of them with two images")
         if c.anchors is not None:
             anchors = np.sort(random.permutation(anchors)[: c.anchors])
-        drawn = classes.random_triplets(
+        random_triplets = classes.random_triplets(
             np.repeat(anchors, c.triplets_per_anchor), np.tile(np.arange(c.triplets_per_anchor), len(anchors))
         )
-        triplets = self._mine(epoch, anchors, classes, context) if self._mines(epoch) else drawn
-        order = random.permutation(len(drawn.anchor))
+        triplets = self._mine(epoch, anchors, classes, context) if self._mines(epoch) else random_triplets
+        order = random.permutation(len(random_triplets.anchor))
         order = np.resize(order, -(-len(order) // c.triplets_per_batch) * c.triplets_per_batch)
         order = order.reshape(-1, c.triplets_per_batch)
-        mined = np.arange(c.triplets_per_batch) < round(c.mined_share * c.triplets_per_batch)
+        is_mined_slot = np.arange(c.triplets_per_batch) < round(c.mined_share * c.triplets_per_batch)
         anchor, positive, negative, kind = (
-            np.where(mined, a[order], b[order]) for a, b in zip(triplets, drawn, strict=True)
+            np.where(is_mined_slot, a[order], b[order]) for a, b in zip(triplets, random_triplets, strict=True)
         )
         roles = np.repeat(np.array(["anchor", "positive", "negative"]), c.triplets_per_batch)
         ids = np.concatenate([anchor, positive, negative], 1)
@@ -243,41 +246,41 @@ class SmartMining(Method):
         c, mining = self.config, context.mining
         assert mining is not None
         tag = f"epoch {epoch}, weights {context.weights_hash()}"
-        started = time.perf_counter()
-        everything, count = np.arange(len(context.labels)), len(context.labels)
-        for first in range(0, count, _SWEEP):
-            ids = everything[first : first + _SWEEP]
+        started_at = time.perf_counter()
+        all_ids, count = np.arange(len(context.labels)), len(context.labels)
+        for first in range(0, count, _IMAGES_PER_PASS):
+            ids = all_ids[first : first + _IMAGES_PER_PASS]
             embeddings = context.embed_samples(ids)
-            for start in range(0, len(ids), _PUT):
-                part = slice(start, start + _PUT)
-                some = torch.from_numpy(ids[part])
-                mining.put(some, embeddings[part], torch.from_numpy(context.labels[ids[part]]), tag)
-        swept = time.perf_counter()
+            for start in range(0, len(ids), _ROWS_PER_PUT):
+                rows = slice(start, start + _ROWS_PER_PUT)
+                row_ids = torch.from_numpy(ids[rows])
+                mining.put(row_ids, embeddings[rows], torch.from_numpy(context.labels[ids[rows]]), tag)
+        embedded_at = time.perf_counter()
         k = min(c.list_length, count - 1)
-        wanted = None if c.anchors is None else np.isin(everything, anchors)
-        which: Literal["all", "other"] = "all"
+        is_anchor = None if c.anchors is None else np.isin(all_ids, anchors)
+        class_filter: Literal["all", "other"] = "all"
         positives = None
         if c.positives == "class":
-            which = "other"
-            known, lists, _ = mining.all_neighbours(min(k, int(classes.sizes.max()) - 1), "same", None, tag)
-            positives = known, lists[0]
+            class_filter = "other"
+            own_ids, own_lists, _ = mining.all_neighbours(min(k, int(classes.sizes.max()) - 1), "same", None, tag)
+            positives = own_ids, own_lists[0]
         rule = functools.partial(
-            mine, classes=classes, kappa=self.controller.kappa, count=c.triplets_per_anchor, wanted=wanted, positives=positives
+            mine_triplets, classes=classes, kappa=self.controller.kappa, count=c.triplets_per_anchor, is_anchor=is_anchor, positives=positives
         )  # fmt: skip
-        _, blocks, recall = mining.all_neighbours(k, which, rule, tag, c.lists == "approximate")
-        listed = time.perf_counter()
-        parts = [b.triplets for b in blocks]
-        anchor = np.concatenate([p.anchor for p in parts])
+        _, blocks, recall = mining.all_neighbours(k, class_filter, rule, tag, c.lists == "approximate")
+        listed_at = time.perf_counter()
+        block_triplets = [b.triplets for b in blocks]
+        anchor = np.concatenate([p.anchor for p in block_triplets])
         order = np.argsort(anchor, kind="stable")  # blocks come in the order of the table
-        triplets = Triplets(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
-        lists_of = max(1, len(anchors))
-        self.found = [
+        triplets = Triplets(*(np.concatenate(column)[order] for column in zip(*block_triplets, strict=True)))
+        num_lists = max(1, len(anchors))
+        self.list_statistics = [
             recall,
-            sum(b.without_positive for b in blocks) / lists_of,
-            sum(b.without_negative for b in blocks) / lists_of,
+            sum(b.without_positive for b in blocks) / num_lists,
+            sum(b.without_negative for b in blocks) / num_lists,
         ]
         rule_s = sum(b.seconds for b in blocks)
-        self.seconds = {"sweep": swept - started, "lists": listed - swept - rule_s, "rule": rule_s}
+        self.seconds = {"sweep": embedded_at - started_at, "lists": listed_at - embedded_at - rule_s, "rule": rule_s}
         return triplets
 
     def on_epoch_end(self, epoch: int, context: Context, metrics: Mapping[str, float] | None) -> None:
@@ -288,9 +291,9 @@ class SmartMining(Method):
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
         c = self.config
         anchor, positive, negative = self.embed(context.encode()).chunk(3)
-        triplet, near, far = triplet_loss(anchor, positive, negative, c.margin)
-        overall = global_loss(near, far, c.global_margin, c.lam)
-        loss = c.w_triplet * triplet.mean() + c.w_global * overall
+        triplet, d_positive, d_negative = triplet_loss(anchor, positive, negative, c.margin)
+        global_term = global_loss(d_positive, d_negative, c.global_margin, c.lam)
+        loss = c.w_triplet * triplet.mean() + c.w_global * global_term
         context.backward(loss)
         context.step("main")
         active = triplet.detach() > 0
@@ -298,14 +301,19 @@ class SmartMining(Method):
             self.counts.device
         )
         kind = batch.columns["kind"][: len(active)]
-        logs = {"loss": float(loss.detach()), "triplet": float(triplet.detach().mean()), "global": float(overall.detach()),
+        logs = {"loss": float(loss.detach()), "triplet": float(triplet.detach().mean()), "global": float(global_term.detach()),
                 "error": float(self.counts[0]) / float(self.counts[1])}  # fmt: skip
         logs |= {f"share/{n}": float((kind == k).mean()) for k, n in enumerate(("mined", "half_mined", "random"))}
         if self._mines(context.clock.epoch):
-            t = self.controller
-            logs |= {"kappa": t.kappa, "alpha": t.alpha, "beta": t.beta, "pinned_epochs": float(t.pinned)}
+            controller = self.controller
+            logs |= {
+                "kappa": controller.kappa,
+                "alpha": controller.alpha,
+                "beta": controller.beta,
+                "pinned_epochs": float(controller.pinned),
+            }
             names = ("recall", "lists_without_positive", "lists_without_negative")
-            logs |= {f"lists/{n}": v for n, v in zip(names, self.found, strict=True)}
+            logs |= {f"lists/{n}": v for n, v in zip(names, self.list_statistics, strict=True)}
             logs |= {f"seconds/{n}": s for n, s in self.seconds.items()}
         return logs
 

@@ -111,7 +111,9 @@ def test_controller_starts_on_the_prior_line_and_keeps_its_slope() -> None:
 def test_controller_says_when_the_target_is_out_of_reach() -> None:
     c = Controller(SmartMiningConfig(target_error=0.9))
     c.update(0.1), c.update(0.1)
-    with pytest.warns(UserWarning, match="kappa has stood at its end 1 for 3 epochs, the error of the last is 0.10"):
+    with pytest.warns(
+        UserWarning, match=r"kappa has been at the end of its range, 1, for 3 epochs \(error of the last: 0.10"
+    ):
         c.update(0.1)
 
 
@@ -244,7 +246,7 @@ def test_approximate_lists_of_full_recall_give_the_same_triplets(tmp_path: Path)
     exact, context = make(tmp_path / "exact")
     wanted = exact.plan(1, context)
     method, context = make(tmp_path / "approximate", lists="approximate")
-    assert np.array_equal(method.plan(1, context).ids, wanted.ids) and method.found[0] == 1.0
+    assert np.array_equal(method.plan(1, context).ids, wanted.ids) and method.list_statistics[0] == 1.0
 
 
 def test_lists_of_other_weights_are_refused(tmp_path: Path) -> None:
@@ -296,7 +298,7 @@ def test_steps_and_epochs(tmp_path: Path) -> None:
     assert method.controller.kappa != 32.5
     other = SmartMining(method.config, 5, 14).double()
     other.load_state_dict(method.state_dict())
-    assert vars(other.controller) == vars(method.controller) and other.found == method.found
+    assert vars(other.controller) == vars(method.controller) and other.list_statistics == method.list_statistics
     assert other.get_extra_state().dtype == torch.float64
 
 
