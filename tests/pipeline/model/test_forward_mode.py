@@ -163,7 +163,7 @@ def test_outputs_that_do_not_fit_are_an_error(inplace: bool) -> None:
     features = context.encode(keep_for_jvp=True)
     direction = {n: torch.ones_like(p) for n, p in trunk.named_parameters()}
     if inplace:
-        with pytest.raises(RunError, match=r"test_efficientnet gives other features .* Choose another"):
+        with pytest.raises(RunError, match=r"test_efficientnet gives different features .* Choose another"):
             context.jvp(None, direction)
     else:
         torch.testing.assert_close(context.jvp(None, direction)[0], features.detach())

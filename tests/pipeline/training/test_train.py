@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_good_checkpoint(
 
     monkeypatch.setattr(Baseline, "loss", broken)
     outcome = run(name="nan")
-    assert_one_error(outcome, 1, "the loss is not finite at step 5 (got nan on rank 0); nothing was learnt from it")
+    assert_one_error(outcome, 1, "the loss is not finite at step 5 (nan on rank 0): no update was applied")
     folder = Folder(base.root / "runs" / "nan")
     saved = Checkpoints(folder).latest()
     assert 0 < saved.step <= 5 and not saved.finished
