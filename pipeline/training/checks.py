@@ -1,4 +1,4 @@
-"""Checks before a run starts: the machine, the cluster, the dataset, and an earlier start of the same run."""
+"""Checks before a run starts: the machine, the cluster, the dataset, and the config of an earlier start of the same run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from pipeline.storage import Folder
 
 
 class _PlanContext(Context):
-    """As much of a context as a plan may look at that is a pure function of the labels, the seed and the epoch."""
+    """The part of a context that a plan may depend on: labels, tracks, seed and clock."""
 
     def __init__(self, samples: Samples, seed: int) -> None:
         self.labels, self.tracks, self.seed, self.clock = samples.labels, samples.tracks, seed, Clock()
 
 
 def check_run(config: Config, store: Store) -> None:
-    """The dataset fits the config: folds, classes, images."""
+    """Checks that the dataset fits the config: folds, classes, images, metrics."""
     folds = len(store.manifest["folds"])
     fold = config.data.validation_fold
     if fold is not None and fold >= folds:
@@ -47,18 +47,20 @@ def check_run(config: Config, store: Store) -> None:
             method.plan(0, _PlanContext(samples, config.seed))  # type: ignore[abstract]
         except ValueError as error:
             raise UserError(f"method: {error}") from error
-    single = np.flatnonzero(np.bincount(samples.labels) == 1)
-    if len(single):
-        first = samples.class_names[single[0]]
-        console.print(f"{len(single):,} training classes have one image each (first: {first}): used as negatives only")
-    size = split_bytes(store, "train")
-    if size > config.cache.max_bytes:
+    single_image_classes = np.flatnonzero(np.bincount(samples.labels) == 1)
+    if len(single_image_classes):
+        example = samples.class_names[single_image_classes[0]]
         console.print(
-            f"the training split has {size / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: images are "
+            f"{len(single_image_classes):,} training classes have one image each (first: {example}): used as negatives only"
+        )
+    num_bytes = split_bytes(store, "train")
+    if num_bytes > config.cache.max_bytes:
+        console.print(
+            f"the training split has {num_bytes / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: images are "
             "read from the store in every epoch"
         )
-    e = config.evaluation
-    if store.protocol != "reid" and (e.reranking is not None or e.distractors != "wrong"):
+    evaluation = config.evaluation
+    if store.protocol != "reid" and (evaluation.reranking is not None or evaluation.distractors != "wrong"):
         raise UserError(
             f"evaluation.reranking and evaluation.distractors are for datasets of re-identification, {store.title} is measured "
             f"by {store.protocol}: leave them out"
@@ -68,17 +70,17 @@ def check_run(config: Config, store: Store) -> None:
         try:
             if task is not None:
                 task.check(cluster=config.evaluation.clustering and name == "test")
-                known = task.metrics(config.evaluation.recall_at)
-                if config.evaluation.metric not in known:
+                metric_names = task.metrics(config.evaluation.recall_at)
+                if config.evaluation.metric not in metric_names:
                     raise ValueError(
-                        f"evaluation.metric is {config.evaluation.metric!r}, they are measured by {', '.join(known)}"
+                        f"evaluation.metric is {config.evaluation.metric!r}, they are measured by {', '.join(metric_names)}"
                     )
         except ValueError as error:
             raise UserError(f"{name} classes of {store.folder}: {error}") from error
 
 
 def check_dataset(folder: Folder, store: Store) -> None:
-    """The dataset is the one that the run was started with."""
+    """Checks that the dataset is the one that the run was started with."""
     recorded = folder.read_json(DATASET)["fingerprint"] if folder.exists(DATASET) else store.fingerprint
     if recorded != store.fingerprint:
         raise UserError(
@@ -99,27 +101,27 @@ def runtime_changes(config: Config, folder: Folder) -> list[str]:
         return []
     old = yaml.safe_load(folder.read(CONFIG))
     new = yaml.safe_load(to_yaml(config))
-    other = differences(old, new, runtime=False)
-    if other:
+    changed_keys = differences(old, new, runtime=False)
+    if changed_keys:
         raise UserError(
-            f"run {folder} exists with another config ({'; '.join(other[:4])}{' ...' if len(other) > 4 else ''}): "
+            f"run {folder} exists with another config ({'; '.join(changed_keys[:4])}{' ...' if len(changed_keys) > 4 else ''}): "
             "choose another --set name=..., or start over with --fresh"
         )
-    before = build_config(old)
-    if before.length.unit != config.length.unit or config.length.value < before.length.value:
+    old_config = build_config(old)
+    if old_config.length.unit != config.length.unit or config.length.value < old_config.length.value:
         raise UserError(
-            f"run {folder} has length {before.length}, now {config.length}: it may only grow, in the same unit"
+            f"run {folder} has length {old_config.length}, now {config.length}: it may only grow, in the same unit"
         )
     return differences(old, new, runtime=True)
 
 
 def with_machine_defaults(runtime: RuntimeConfig) -> RuntimeConfig:
-    """Fills in what depends on the machine: threads of a worker."""
+    """Fills in the defaults that depend on the machine: the number of threads of a worker."""
     if runtime.cpus_per_worker is not None:
         return runtime
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = 2 if on_cluster() else max(1, cores // max(1, runtime.workers))
-    return runtime.model_copy(update={"cpus_per_worker": share})
+    threads = 2 if on_cluster() else max(1, cores // max(1, runtime.workers))
+    return runtime.model_copy(update={"cpus_per_worker": threads})
 
 
 def needed_cpus(config: Config) -> int:
@@ -131,23 +133,24 @@ def needed_cpus(config: Config) -> int:
 
 
 def check_machine(config: Config) -> list[str]:
-    """Without a cluster: an error for GPUs that are not there, a warning for threads beyond the cores."""
+    """Without a cluster: raises UserError for missing GPUs and far too many threads; returns warnings for too many threads."""
     runtime = config.runtime
     import torch
 
     if runtime.gpus_per_worker and not on_cluster():
-        wanted = runtime.gpus_per_worker * max(1, runtime.workers)
-        if wanted > torch.cuda.device_count():
+        num_gpus = runtime.gpus_per_worker * max(1, runtime.workers)
+        if num_gpus > torch.cuda.device_count():
             raise UserError(
-                f"{wanted:g} GPUs wanted (runtime.workers × gpus_per_worker), this machine has {torch.cuda.device_count()}: "
-                "lower them, or submit the run to a cluster"
+                f"{num_gpus:g} GPUs requested (runtime.workers × gpus_per_worker), {torch.cuda.device_count()} available on this "
+                "machine: reduce runtime.workers or gpus_per_worker, or submit the run to a cluster"
             )
     if "TORCHELASTIC_RUN_ID" in os.environ and runtime.loader == "ray":
         raise UserError("under torchrun there is no Ray: set runtime.loader to in_process")
     cores, threads = os.cpu_count() or 1, max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
     if not on_cluster() and threads > 4 * cores:
         raise UserError(
-            f"{threads} threads wanted (runtime.workers × cpus_per_worker), this machine has {cores} cores: lower them"
+            f"{threads} threads requested (runtime.workers × cpus_per_worker), {cores} cores available on this machine: reduce "
+            "runtime.workers or cpus_per_worker"
         )
     if not on_cluster() and threads > cores:
         return [
@@ -157,23 +160,23 @@ def check_machine(config: Config) -> list[str]:
 
 
 def check_cluster(config: Config, ray: Any) -> None:
-    """On a cluster: resources beyond what it can ever have, or storage that not all nodes see, are errors at once."""
+    """On a cluster: raises UserError for more resources than it can ever have, or storage that some node cannot access."""
     if not on_cluster() or config.runtime.workers == 0:
         return
     runtime = config.runtime
     limits = cluster_maximum(ray)
     gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
-    wanted = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers + gpus}
-    for resource, amount in wanted.items():
+    requested = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers + gpus}
+    for resource, amount in requested.items():
         if amount > limits.get(resource, 0.0):
             raise UserError(
-                f"the run wants {amount:g} {resource} ({runtime.workers} workers, their loaders, mining servers), the cluster has at most "
-                f"{limits.get(resource, 0.0):g}: lower runtime.workers or cpus_per_worker, or enlarge the cluster"
+                f"the run requests {amount:g} {resource} ({runtime.workers} workers, their loaders, mining servers), the cluster "
+                f"has at most {limits.get(resource, 0.0):g}: reduce runtime.workers or cpus_per_worker, or enlarge the cluster"
             )
-    label = config.mining.resource
-    if config.method.mining is not None and label is not None and not limits.get(label):
+    node_resource = config.mining.resource
+    if config.method.mining is not None and node_resource is not None and not limits.get(node_resource):
         raise UserError(
-            f"mining.resource is {label!r}, which no node of the cluster has (known: {', '.join(sorted(limits)) or 'none'}): "
-            "give it to the nodes that are not spot, or set mining.resource to null"
+            f"mining.resource is {node_resource!r}, which no node of the cluster has (known: "
+            f"{', '.join(sorted(limits)) or 'none'}): add it to the nodes that are not spot, or set mining.resource to null"
         )
     check_visible(ray, Folder(config.root), "storage")

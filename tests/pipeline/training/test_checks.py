@@ -65,9 +65,9 @@ def test_what_a_machine_can_bear(
     assert check(workers=3, cpus_per_worker=4) == [
         "warning: 12 threads on 8 cores (runtime.workers × cpus_per_worker): steps will be slower"
     ]
-    with pytest.raises(UserError, match=r"33 threads wanted .*this machine has 8 cores: lower them"):
+    with pytest.raises(UserError, match=r"33 threads requested .*8 cores available on this machine"):
         check(workers=11, cpus_per_worker=3)
-    with pytest.raises(UserError, match=r"1\.5 GPUs wanted .*this machine has 0"):
+    with pytest.raises(UserError, match=r"1\.5 GPUs requested .*0 available on this machine"):
         check(workers=3, gpus_per_worker=0.5)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert check(workers=100, cpus_per_worker=4) == [] == check(workers=3, gpus_per_worker=1.0), (
@@ -102,7 +102,7 @@ def test_mining_servers_count_and_their_resource_has_to_exist(
     mining = changes | {"mining.cpus": 2, "method.memory": 10}
     assert needed_cpus(make_config(changes)) == 2 and needed_cpus(make_config(mining)) == 8
     check_cluster(make_config(changes), Cluster(CPU=2))
-    with pytest.raises(UserError, match="the run wants 8 CPU"):
+    with pytest.raises(UserError, match="the run requests 8 CPU"):
         check_cluster(make_config(mining), Cluster(CPU=7))
     pinned = make_config(mining | {"mining.resource": "steady"})
     check_cluster(pinned, Cluster(CPU=8, steady=1))

@@ -76,9 +76,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "re-ranking without cameras": ({"evaluation.reranking": {"k1": 5}}, "is measured by leave_one_out: leave them out"),
     "distractors without cameras": ({"evaluation.distractors": "junk"}, "is measured by leave_one_out: leave them out"),
     "relative storage": ({"storage": "here/and/there"}, "storage 'here/and/there' is a relative path"),
-    "too many threads": ({"runtime.cpus_per_worker": 4 * (os.cpu_count() or 1) + 1}, "threads wanted (runtime.workers × cpus_per_worker)"),
-    "too many workers": ({"runtime.workers": 500, "runtime.cpus_per_worker": 2}, "1000 threads wanted"),
-    "GPUs": ({"runtime.gpus_per_worker": torch.cuda.device_count() + 1, "precision": "float32"}, "GPUs wanted"),
+    "too many threads": ({"runtime.cpus_per_worker": 4 * (os.cpu_count() or 1) + 1}, "threads requested (runtime.workers × cpus_per_worker)"),
+    "too many workers": ({"runtime.workers": 500, "runtime.cpus_per_worker": 2}, "1000 threads requested"),
+    "GPUs": ({"runtime.gpus_per_worker": torch.cuda.device_count() + 1, "precision": "float32"}, "GPUs requested"),
 }  # fmt: skip
 
 
