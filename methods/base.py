@@ -145,7 +145,7 @@ class Context(Protocol):
     def encode(
         self, role: str | Sequence[str] | None = None, keep_for_jvp: bool = False
     ) -> Float[Tensor, "batch features"]:
-        """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.
+        """Pooled features of the batch (of the slots whose plan column `role` is one of those given), gathered with gradient.
 
         The trunk runs once per call; a second call before the `backward` of the first is an error (encode both roles at once).
         With `keep_for_jvp`, the outputs of the pass are kept for a `jvp` of the same slots, which is faster then.
@@ -249,7 +249,7 @@ class Method(nn.Module):
         """Called after the epoch's last step and after its evaluation, whose metrics are given if there was one."""
 
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
-        """One step on one batch; returns what to log, "loss" among it."""
+        """One step on one batch; returns the metrics to log, "loss" among them."""
         loss = self.loss(self.embed(context.encode()), batch.labels, context)
         context.backward(loss)
         context.step("main")

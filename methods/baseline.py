@@ -90,7 +90,7 @@ def _build(
     try:
         return cls(**{**{n: v for n, v in derived.items() if n in accepted}, **arguments})
     except Exception as error:  # whatever a third party's constructor raises
-        raise ValueError(f"{name} refuses {dict(arguments)}: {_first_line(error)}") from None
+        raise ValueError(f"{name} does not accept {dict(arguments)}: {_first_line(error)}") from None
 
 
 def _derived_arguments(num_classes: int, dim: int) -> dict[str, int]:
@@ -108,7 +108,7 @@ class BaselineConfig(MethodConfig):
     miner: str | None = Field(None, description="class of pytorch_metric_learning.miners")
     miner_args: dict[str, Any] = Field(default_factory=dict)
     memory: int = Field(0, ge=0, description="past embeddings that the batch is compared with (XBM); 0: none")
-    memory_start: Length = Field(Length(value=0, unit="steps"), description="the memory only fills for so long")
+    memory_start: Length = Field(Length(value=0, unit="steps"), description="until then the memory is filled, not used")
     memory_weight: float = Field(1.0, ge=0)
     hard_negatives: int = Field(
         0, ge=0, description="k nearest of all samples of other classes, for each image; 0: none"
@@ -124,7 +124,7 @@ class BaselineConfig(MethodConfig):
     @model_validator(mode="after")
     def _check(self) -> BaselineConfig:
         if self.miner is None and self.miner_args:
-            raise ValueError("miner_args are given, but no miner")
+            raise ValueError("miner_args are given, but no miner: set miner, or leave out miner_args")
         with global_generators(0):
             loss = _build("loss", self.loss, self.loss_args, LOSSES, _derived_arguments(2, self.embedding_dim))
             miner = _build("miner", self.miner, self.miner_args, MINERS, {}) if self.miner else None
@@ -209,10 +209,8 @@ class Baseline(Method):
         if len(first_positions) == 0:
             return None
         assert neighbours.embeddings is not None
-        embeddings, labels = (
-            neighbours.embeddings.reshape(-1, neighbours.embeddings.shape[-1])[first_positions],
-            neighbours.labels.reshape(-1)[first_positions],
-        )
+        embeddings = neighbours.embeddings.reshape(-1, neighbours.embeddings.shape[-1])[first_positions]
+        labels = neighbours.labels.reshape(-1)[first_positions]
         return torch.from_numpy(embeddings), torch.from_numpy(labels).to(batch.labels.device)
 
     def loss(

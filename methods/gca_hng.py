@@ -53,7 +53,7 @@ class GcaHngConfig(MethodConfig):
     base_loss: Literal["npair", "proxy_anchor"] = Field("npair", description="J_m; proxy_anchor is our variant")
     generate: bool = Field(True, description="off: J_m alone, without graph and classifier")
     layers: int = Field(2, ge=1, description="L: rounds of node and edge messages")
-    heads: int = Field(4, ge=1, description="of the node attention; a divisor of embedding_dim")
+    heads: int = Field(4, ge=1, description="heads of the node attention; a divisor of embedding_dim")
     edge_dropout: float = Field(0.1, ge=0, lt=1, description="on the two weights of the edge attention")
     alpha: float = Field(5.0, gt=0, description="α: the larger, the later negatives come close")
     beta: float = Field(20.0, gt=0, description="β: the larger, the earlier J_syn counts")
@@ -61,7 +61,7 @@ class GcaHngConfig(MethodConfig):
     similarity_weight: float = Field(20.0, ge=0, description="d")
     diversity_weight: float = Field(60.0, ge=0, description="v")
     orthogonal_neck: bool = Field(False, description="orthogonal weights and zero bias at first (the DINO recipes)")
-    warmup: Length = Field(Length(value=2, unit="epochs"), description="the trunk stands still for so long")
+    warmup: Length = Field(Length(value=2, unit="epochs"), description="the trunk is not trained until then")
     similarity_mask: Literal["correct", "reference"] = Field(
         "correct",
         description="which entries the similarity term leaves out: own classes | those the authors' code does",
@@ -70,7 +70,7 @@ class GcaHngConfig(MethodConfig):
     shard_edges: bool = Field(False, description="share pairs among the workers, for large batches: the same result")
     zero_gradients: bool = Field(
         True,
-        description="graph parameters that a phase does not use step with gradient 0 (decay, momentum) | stand still",
+        description="graph parameters that a phase does not use step with gradient 0 (decay, momentum) | are not updated",
     )
     proxy_margin: float = 0.1
     proxy_scale: float = Field(32.0, gt=0)
@@ -294,7 +294,7 @@ class GcaHng(Method):
         context: Context,
         ranks: Ranks | None = None,
     ) -> dict[str, float]:
-        """The phases A, B and C on one batch, sample-major; returns what to log.
+        """The phases A, B and C on one batch, sample-major; returns the metrics to log.
 
         Args:
             features: Pooled features, sample-major.

@@ -119,7 +119,8 @@ class NodeBlock(nn.Module):
         super().__init__()
         self.attention = PlusOneAttention(dim, heads)
         self.edge_to_node = nn.Linear(dim, dim)
-        self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(
@@ -145,8 +146,10 @@ class EdgeBlock(nn.Module):
         for linear in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.norm, self.hidden_norm = nn.LayerNorm(dim), nn.LayerNorm(4 * dim)
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.hidden_norm = nn.LayerNorm(4 * dim)
         self.dropout = dropout
 
     def forward(
@@ -197,7 +200,8 @@ class CorrelationGraph(nn.Module):
         self.reduce = nn.Linear(dim, dim)
         self.nodes = nn.ModuleList(NodeBlock(dim, heads) for _ in range(layers))
         self.edges = nn.ModuleList(EdgeBlock(dim, edge_dropout) for _ in range(layers))
-        self.edge_norm, self.lambda_head = EdgeNorm(dim), nn.Linear(dim, dim)
+        self.edge_norm = EdgeNorm(dim)
+        self.lambda_head = nn.Linear(dim, dim)
         self.node_norm = nn.BatchNorm1d(dim, track_running_stats=False)
         self.node_norm.bias.requires_grad_(False)
         self.classifier = nn.Linear(dim, num_classes)

@@ -48,7 +48,7 @@ class IntraBatchConfig(MethodConfig):
     )
     graph: bool = Field(True, description="off: the cross-entropy of the embedding alone")
     layers: int = Field(1, ge=1)
-    heads: int = Field(2, ge=1, description="of the attention; a divisor of embedding_dim")
+    heads: int = Field(2, ge=1, description="heads of the attention; a divisor of embedding_dim")
     concatenate: bool = Field(False, description="classify the outputs of all layers, not of the last one")
     dropout: float = Field(0.1, ge=0, lt=1)
     temperature: float = Field(0.2, gt=0, description="T: logits are divided by it")
@@ -64,11 +64,13 @@ class IntraBatchConfig(MethodConfig):
     @model_validator(mode="after")
     def _check(self) -> IntraBatchConfig:
         if self.embedding_dim % self.heads:
-            raise ValueError(f"heads is {self.heads}, no divisor of embedding_dim ({self.embedding_dim})")
+            raise ValueError(f"heads is {self.heads}: expected a divisor of embedding_dim ({self.embedding_dim})")
         if self.inference == "reciprocal" and not self.graph:
             raise ValueError("inference 'reciprocal' runs the graph, which is off: set graph to true")
         if any(epoch < 1 for epoch in self.reload_best):
-            raise ValueError(f"reload_best is {self.reload_best}: before epoch 1 there is nothing to go back to")
+            raise ValueError(
+                f"reload_best is {self.reload_best}: expected epochs from 1 on, there are no weights before"
+            )
         return self
 
     @property
@@ -82,8 +84,10 @@ class MessageLayer(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.attention = PlusOneAttention(dim, heads, dropout)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, nodes: Float[Tensor, "nodes dim"], allowed: Tensor | None = None) -> Float[Tensor, "nodes dim"]:

@@ -56,11 +56,12 @@ class MmsiConfig(MethodConfig):
     embedding_dim: int = Field(512, ge=1, description="D")
     loss: Literal["contrastive", "multi_similarity", "binomial", "lifted", "triplet"] = "multi_similarity"
     margin: float | None = Field(
-        None, description="of mining (contrastive: similarity above which a negative counts; none: the loss's own)"
+        None,
+        description="margin of mining (contrastive: similarity above which a negative counts; none: the loss's own)",
     )
-    alpha: float = Field(40.0, gt=0, description="α: of negatives")
-    beta: float = Field(2.0, gt=0, description="β: of positives")
-    base: float = Field(0.5, description="λ: similarity about which they turn")
+    alpha: float = Field(40.0, gt=0, description="α: scale of negatives")
+    beta: float = Field(2.0, gt=0, description="β: scale of positives")
+    base: float = Field(0.5, description="λ: similarity at which both scales are centred")
     meta: bool = Field(True, description="off: the plain loss, every weight 1")
     meta_start: Length = Field(
         Length(value=0, unit="steps"),
@@ -186,7 +187,9 @@ class Mmsi(Method):
 
     def plan(self, epoch: int, context: Context) -> Plan:
         """Batches of P classes × K images, each class once an epoch, each with a meta batch (roles `train` and `meta`)."""
-        c, labels, seed = self.config, context.labels, context.seed
+        c = self.config
+        labels = context.labels
+        seed = context.seed
         all_samples = np.arange(len(labels))
         holdout = _held_out(labels, c.meta_share, seed) if c.meta and c.meta_source == "holdout" else all_samples[:0]
         training_samples = np.setdiff1d(all_samples, holdout)
@@ -199,12 +202,14 @@ class Mmsi(Method):
 
     def _meta_batches(self, labels: np.ndarray, source: np.ndarray, seed: int, epoch: int, steps: int) -> Plan:
         """The epoch's part of an endless sequence of passes over all classes."""
-        steps_per_pass = len(np.unique(labels[source])) // self.config.meta_classes  # steps of a pass
+        num_classes = len(np.unique(labels[source]))
+        steps_per_pass = num_classes // self.config.meta_classes
         if steps_per_pass == 0:
             raise ValueError(
-                f"meta_classes is {self.config.meta_classes}, but meta images have {len(np.unique(labels[source]))} classes: lower it"
+                f"meta_classes is {self.config.meta_classes}, but the meta images have {num_classes} classes: lower meta_classes"
             )
-        first, last = epoch * steps // steps_per_pass, ((epoch + 1) * steps - 1) // steps_per_pass
+        first = epoch * steps // steps_per_pass
+        last = ((epoch + 1) * steps - 1) // steps_per_pass
         passes = [
             each_class_once(labels[source], self.config.meta_classes, 1, seed + 1, p).ids
             for p in range(first, last + 1)

@@ -66,7 +66,9 @@ class OsmCaaConfig(MethodConfig):
     @model_validator(mode="after")
     def _check(self) -> OsmCaaConfig:
         if self.samples_per_class % self.frames:
-            raise ValueError(f"samples_per_class is {self.samples_per_class}, no multiple of frames ({self.frames})")
+            raise ValueError(
+                f"samples_per_class is {self.samples_per_class}: expected a multiple of frames ({self.frames})"
+            )
         if self.frames > 1 and not self.global_pairs:
             raise ValueError("global_pairs: false is for images, not for tracklets: set frames to 1")
         return self
@@ -166,7 +168,7 @@ class OsmCaa(Method):
         if c.frames == 1:
             return super().plan(epoch, context)
         if context.tracks is None:
-            raise ValueError(f"frames is {c.frames}, but the training images are of no tracklets: set frames to 1")
+            raise ValueError(f"frames is {c.frames}, but the dataset has no tracklets: set frames to 1")
         return tracklets(
             context.labels,
             context.tracks,
@@ -222,7 +224,9 @@ class OsmCaa(Method):
         own_probability = self._probability(logits, labels)
         attention = self._attention(own_probability) if config.caa else None
         embeddings = F.normalize(z)
-        metric, positive, negative = z.new_zeros(()), z.new_zeros(()), z.new_zeros(())
+        metric = z.new_zeros(())
+        positive = z.new_zeros(())
+        negative = z.new_zeros(())
         non_trivial_shards = [s for s in shards if len(labels[s]) > 1]
         for shard in non_trivial_shards:
             count = len(labels[shard])
@@ -233,10 +237,8 @@ class OsmCaa(Method):
                 embeddings[shard], labels[shard], None if attention is None else attention[shard], config
             )
             metric = metric + scale * pair_terms.loss / len(non_trivial_shards)
-            positive, negative = (
-                positive + pair_terms.positive / len(non_trivial_shards),
-                negative + pair_terms.negative / len(non_trivial_shards),
-            )
+            positive = positive + pair_terms.positive / len(non_trivial_shards)
+            negative = negative + pair_terms.negative / len(non_trivial_shards)
         return {"loss": entropy + metric, "cross_entropy": entropy, "metric": metric,
                 "positive": positive, "negative": negative, "own_probability": own_probability.mean()}  # fmt: skip
 

@@ -147,7 +147,8 @@ def _assign_steps(
 
 def _fill_steps(table: np.ndarray, counts: np.ndarray, random: np.random.Generator) -> None:
     """Fills short steps, in place, with groups of owners that the step does not have yet. Full columns come first."""
-    starts, owners = np.cumsum(counts) - counts, np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    owners = np.repeat(np.arange(len(counts)), counts)
     for column in range(table.shape[1]):
         short_steps = np.flatnonzero(table[:, column] < 0)
         if len(short_steps):
@@ -165,7 +166,8 @@ def _fill_slots(
     Where no class is absent, with images of classes that have several: no image of a single-image class is repeated.
     """
     steps, empty_label = np.flatnonzero((ids < 0).any(axis=1)), len(sizes)
-    slots, repeatable = ids[steps], order[sizes[labels[order]] > 1] if len(steps) else order
+    slots = ids[steps]
+    repeatable = order[sizes[labels[order]] > 1] if len(steps) else order
     sizes, starts = np.append(sizes, 0), np.append(np.cumsum(sizes) - sizes, len(labels))
     while (slots < 0).any():  # as often as slots are empty: equally many in each of these steps
         present_classes = np.sort(np.where(slots < 0, empty_label, labels[slots]), axis=1)
@@ -184,7 +186,7 @@ def _fill_slots(
 def combine_sampler(
     labels: Int64[np.ndarray, " samples"], groups_per_batch: int, group_size: int, seed: int, epoch: int
 ) -> Plan:
-    """Batches of P random groups of K images of one class; a class may stand in a batch more than once.
+    """Batches of P random groups of K images of one class; a class may occur more than once in a batch.
 
     The CombineSampler of Intra-Batch Connections: each class, shuffled and filled to K by repeats if it is smaller, is
     extended by further images of its own to (⌊n/K⌋ + 1)·K (by a whole group where K divides n) and cut into groups; random
@@ -230,7 +232,8 @@ def _combine_plan(labels: np.ndarray, groups_per_batch: int, group_size: int, ra
     padded_sizes = np.maximum(sizes, group_size)
     counts = padded_sizes // group_size + 1
     positions, last_groups = _group_positions(counts, group_size), np.cumsum(counts) - 1
-    large, small = np.flatnonzero(sizes >= group_size), np.flatnonzero(sizes < group_size)
+    large = np.flatnonzero(sizes >= group_size)
+    small = np.flatnonzero(sizes < group_size)
     last = positions[last_groups[large]]
     further = _sample_without_replacement(group_size, sizes[large], random)
     positions[last_groups[large]] = np.where(last < sizes[large, None], last, further)
@@ -262,7 +265,7 @@ def uniform_classes(
     does not promise to use every image. The lists start anew each epoch, so that the plan depends on (seed, epoch) alone.
 
     Raises:
-        ValueError: there are fewer classes than P.
+        ValueError: There are fewer classes than P.
     """
     random = np.random.default_rng([seed, epoch, Stream.UNIFORM_CLASSES])
     sizes, group_size = np.bincount(labels), samples_per_class
@@ -278,7 +281,8 @@ def uniform_classes(
     # A class's lists, one after the other, as many as its visits use up.
     groups_per_list = np.maximum(sizes // group_size, 1)
     num_lists = np.where(sizes < group_size, 0, -(-visits // groups_per_list))
-    list_lengths, first_list = np.repeat(sizes, num_lists), np.cumsum(num_lists) - num_lists
+    list_lengths = np.repeat(sizes, num_lists)
+    first_list = np.cumsum(num_lists) - num_lists
     list_starts = np.cumsum(list_lengths) - list_lengths
     members = _shuffled(np.repeat(np.arange(len(list_lengths)), list_lengths), random) - np.repeat(
         list_starts, list_lengths
@@ -302,7 +306,7 @@ def each_class_once(
     The sampler of MMSI. Classes come in random order; those of an incomplete last batch are left out of the epoch.
 
     Raises:
-        ValueError: there are fewer classes than P.
+        ValueError: There are fewer classes than P.
 
     Cost: O(N log N).
     """

@@ -67,13 +67,13 @@ class SmartMiningConfig(MethodConfig):
     )
     random_epochs: int = Field(2, ge=0, description="epochs of random triplets before mining starts")
     mined_share: float = Field(1.0, ge=0, le=1, description="ρ: share of mined triplets in a batch; others are random")
-    adaptive: bool = Field(True, description="off: κ stays what it is")
+    adaptive: bool = Field(True, description="off: κ is constant")
     kappa: float | None = Field(None, gt=0, description="κ of the first mined epoch (none: from the prior line)")
     target_error: float = Field(0.6, ge=0, le=1, description="e_target")
     kappa_min: float = Field(1.0, gt=0)
     kappa_max: float = Field(64.0, gt=0)
     window: int = Field(5, ge=1, description="epochs that κ is fitted to")
-    prior_weight: float = Field(0.1, ge=0, description="of the two points of the prior line in the fit")
+    prior_weight: float = Field(0.1, ge=0, description="weight of the two points of the prior line in the fit")
     margin: float = Field(0.2, gt=0, description="m of the triplet loss")
     global_margin: float = Field(0.01, ge=0, description="t of the global loss")
     lam: float = Field(0.8, ge=0, description="λ of the global loss")
@@ -99,7 +99,7 @@ class SmartMiningConfig(MethodConfig):
         if self.kappa_min > self.kappa_max:
             raise ValueError(f"kappa_min {self.kappa_min:g} is above kappa_max {self.kappa_max:g}")
         if not self.adaptive and self.kappa is None:
-            raise ValueError("without adaptive, kappa has to be given")
+            raise ValueError("adaptive is off: set kappa")
         return self
 
 
@@ -110,7 +110,8 @@ def triplet_loss(
     anchor: Float[Tensor, "b dim"], positive: Float[Tensor, "b dim"], negative: Float[Tensor, "b dim"], margin: float
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, " b"]]:
     """J_t of every triplet (eq. 2), and D²(a, p), D²(a, n)."""
-    d_positive, d_negative = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
+    d_positive = (anchor - positive).square().sum(1)
+    d_negative = (anchor - negative).square().sum(1)
     ratio = (d_negative + 1e-12).sqrt() / ((d_positive + 1e-12).sqrt() + margin)
     return torch.relu(1 - ratio), d_positive, d_negative
 
@@ -140,7 +141,8 @@ class Controller:
     def __init__(self, config: SmartMiningConfig) -> None:
         c = self.config = config
         self.history: list[tuple[float, float]] = []
-        self.alpha, self.beta = c.kappa_min - c.kappa_max, c.kappa_max
+        self.alpha = c.kappa_min - c.kappa_max
+        self.beta = c.kappa_max
         self.pinned = 0
         self.kappa = c.kappa if c.kappa is not None else self._clip_kappa(self.alpha * c.target_error + self.beta)
 
@@ -185,7 +187,10 @@ class Controller:
 
     def load(self, state: Float64[Tensor, " numbers"]) -> None:
         values = state.tolist()
-        self.alpha, self.beta, self.kappa, self.pinned = values[0], values[1], values[2], int(values[3])
+        self.alpha = values[0]
+        self.beta = values[1]
+        self.kappa = values[2]
+        self.pinned = int(values[3])
         self.history = list(zip(values[4::2], values[5::2], strict=True))
 
 
@@ -220,7 +225,9 @@ class SmartMining(Method):
         random = np.random.default_rng([context.seed, epoch, Stream.SMART_MINING_ORDER])
         anchors = np.flatnonzero(classes.sizes[classes.labels] > 1)
         if len(anchors) == 0 or len(np.flatnonzero(classes.sizes)) < 2:
-            raise ValueError("triplets need two classes, one of them with two images")
+            raise ValueError(
+                "triplets need at least two classes, and a class with at least two images: prepare more images"
+            )
         if c.anchors is not None:
             anchors = np.sort(random.permutation(anchors)[: c.anchors])
         random_triplets = classes.random_triplets(
@@ -265,8 +272,13 @@ class SmartMining(Method):
             own_ids, own_lists, _ = mining.all_neighbours(min(k, int(classes.sizes.max()) - 1), "same", None, tag)
             positives = own_ids, own_lists[0]
         rule = functools.partial(
-            mine_triplets, classes=classes, kappa=self.controller.kappa, count=c.triplets_per_anchor, is_anchor=is_anchor, positives=positives
-        )  # fmt: skip
+            mine_triplets,
+            classes=classes,
+            kappa=self.controller.kappa,
+            count=c.triplets_per_anchor,
+            is_anchor=is_anchor,
+            positives=positives,
+        )
         _, blocks, recall = mining.all_neighbours(k, class_filter, rule, tag, c.lists == "approximate")
         listed_at = time.perf_counter()
         block_triplets = [b.triplets for b in blocks]

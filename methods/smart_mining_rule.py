@@ -179,7 +179,8 @@ def _apply_rule_loop(
                 break
             if labels[list_ids[r]] != own_class:
                 if num_negatives < count:
-                    negative[i, num_negatives], kind[i, num_negatives] = list_ids[r], HALF_MINED
+                    negative[i, num_negatives] = list_ids[r]
+                    kind[i, num_negatives] = HALF_MINED
                     num_negatives += 1
                 continue
             excluded[num_excluded] = position_in_class[list_ids[r]]
@@ -245,12 +246,16 @@ def mine_triplets(
         positives: (ids [samples], lists of neighbours of the same class).
     """
     started = time.perf_counter()
-    anchors, ids, distances = queries.ids, lists.ids, lists.distances
+    anchors = queries.ids
+    ids = lists.ids
+    distances = lists.distances
     has_triplets = classes.sizes[classes.labels[anchors]] > 1
     if is_anchor is not None:
         has_triplets &= is_anchor[anchors]
     if has_triplets.mean() < 0.5:  # else a copy takes longer than what it saves
-        anchors, ids, distances = anchors[has_triplets], ids[has_triplets], distances[has_triplets]
+        anchors = anchors[has_triplets]
+        ids = ids[has_triplets]
+        distances = distances[has_triplets]
         has_triplets = np.ones(len(anchors), bool)
     if positives is not None:
         ids, distances = _merge_lists(anchors, ids, distances, *positives)
@@ -258,10 +263,13 @@ def mine_triplets(
     triplets = Triplets(
         np.repeat(anchors[has_triplets], count), *(column[has_triplets].ravel() for column in result[:3])
     )
-    random_rows, draw = np.flatnonzero(triplets.kind == RANDOM), np.tile(np.arange(count), int(has_triplets.sum()))
+    random_rows = np.flatnonzero(triplets.kind == RANDOM)
+    draw = np.tile(np.arange(count), int(has_triplets.sum()))
     random = classes.random_triplets(triplets.anchor[random_rows], draw[random_rows])
-    triplets.positive[random_rows], triplets.negative[random_rows] = random.positive, random.negative
-    without_positive, without_negative = int(result.without_positive.sum()), int(result.without_negative.sum())
+    triplets.positive[random_rows] = random.positive
+    triplets.negative[random_rows] = random.negative
+    without_positive = int(result.without_positive.sum())
+    without_negative = int(result.without_negative.sum())
     return MinedBlock(triplets, without_positive, without_negative, time.perf_counter() - started)
 
 

@@ -36,7 +36,7 @@ def start_servers(
     """Starts a run's servers; they end with the process that holds these handles.
 
     Args:
-        ray: the module, connected.
+        ray: The ray module, connected to a cluster.
         run: Name of the run; the actors' names contain it and a random token, so that no two runs share an actor.
         shards: Number of servers; they are spread over the nodes.
         threads, gpus: CPU threads and GPUs of each server.

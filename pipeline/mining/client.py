@@ -44,7 +44,7 @@ class MiningClient(RequestLog):
 
         Raises:
             UserError: The dimension differs, or rows are not finite.
-            RunError: the servers have been away beyond the deadline.
+            RunError: The servers were unreachable beyond the deadline.
         """
         validate_rows(ids, embeddings, labels, self.spec.dim)
         owner = shard_of(ids, len(self.transports))
@@ -77,30 +77,29 @@ class MiningClient(RequestLog):
         fetched: dict[str, Any] = {}
 
         def collect(results: list[Any]) -> None:
-            embeddings, labels = np.zeros((len(ids), dim), np.float32), np.full(len(ids), -1, np.int64)
+            embeddings = np.zeros((len(ids), dim), np.float32)
+            labels = np.full(len(ids), -1, np.int64)
             is_stored = np.zeros(len(ids), bool)
             for in_shard, shard_embeddings, shard_labels in results:
                 embeddings[in_shard], labels[in_shard] = shard_embeddings, shard_labels
                 is_stored |= in_shard
-            fetched.update(values=embeddings, labels=labels, known=is_stored)
+            fetched.update(embeddings=embeddings, labels=labels, is_stored=is_stored)
 
         fetch_request = Request("fetch", lambda _: (ids,), collect, ordered=self.ordered)
 
         def arguments(_: int) -> tuple[Any, ...]:
-            if request.missing == "error" and not fetched["known"].all():
+            if request.missing == "error" and not fetched["is_stored"].all():
                 return (request,)  # each server raises the error
             labels = fetched["labels"] if request.labels is None else request.labels
-            return (replace(request, embeddings=fetched["values"], labels=labels),)
+            return (replace(request, embeddings=fetched["embeddings"], labels=labels),)
 
         def merge(results: list[SearchResponse]) -> SearchResponse:
             response = merge_responses(results)
-            not_stored = ~fetched["known"]
-            (
-                response.ids[not_stored],
-                response.distances[not_stored],
-                response.labels[not_stored],
-                response.steps[not_stored],
-            ) = -1, np.inf, -1, -1
+            not_stored = ~fetched["is_stored"]
+            response.ids[not_stored] = -1
+            response.distances[not_stored] = np.inf
+            response.labels[not_stored] = -1
+            response.steps[not_stored] = -1
             if response.embeddings is not None:
                 response.embeddings[not_stored] = 0
             return response
@@ -131,8 +130,8 @@ class MiningClient(RequestLog):
         """Lists of all rows; see `MiningServer.all_neighbours` and `AllNeighbours`.
 
         Raises:
-            UserError: rows of another tag.
-            RunError: the servers have been away beyond the deadline.
+            UserError: Rows have another tag.
+            RunError: The servers were unreachable beyond the deadline.
         """
         recall = 1.0
         if len(self.transports) == 1:
@@ -157,7 +156,8 @@ class MiningClient(RequestLog):
 
     def _fetch(self, ids: np.ndarray) -> Queries:
         """The stored embeddings and labels of samples, wherever they are."""
-        embeddings, labels = np.zeros((len(ids), self.spec.dim), np.float32), np.zeros(len(ids), np.int64)
+        embeddings = np.zeros((len(ids), self.spec.dim), np.float32)
+        labels = np.zeros(len(ids), np.int64)
         for in_shard, shard_embeddings, shard_labels in self._ordered("fetch", list, ids):
             embeddings[in_shard], labels[in_shard] = shard_embeddings, shard_labels
         return Queries(embeddings, ids, labels)

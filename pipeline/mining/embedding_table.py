@@ -27,7 +27,8 @@ class Table:
     """
 
     def __init__(self, dim: int, dtype: str = "float32", capacity: int = 2**16) -> None:
-        self.dim, self.dtype = dim, np.dtype(dtype)
+        self.dim = dim
+        self.dtype = np.dtype(dtype)
         self.count = 0
         self.largest = 0.0  # the largest length that a row has had
         self._allocate(max(1, capacity))
@@ -58,7 +59,8 @@ class Table:
     def _allocate(self, capacity: int) -> None:
         old_arrays = self._arrays() if self.count else {}
         self._values = np.empty((capacity, self.dim), self.dtype)
-        self._ids, self._labels = np.empty(capacity, np.int64), np.empty(capacity, np.int32)
+        self._ids = np.empty(capacity, np.int64)
+        self._labels = np.empty(capacity, np.int32)
         self._steps = np.empty(capacity, np.int32)
         for name, array in old_arrays.items():
             self._arrays()[name][: self.count] = array[: self.count]
@@ -78,7 +80,9 @@ class Table:
         validate_rows(ids, embeddings, labels, self.dim)
         _, from_end = np.unique(ids[::-1], return_index=True)
         last_occurrences = np.sort(len(ids) - 1 - from_end)
-        ids, embeddings, labels = ids[last_occurrences], embeddings[last_occurrences], labels[last_occurrences]
+        ids = ids[last_occurrences]
+        embeddings = embeddings[last_occurrences]
+        labels = labels[last_occurrences]
         rows = self.rows_of(ids)
         new_positions = np.flatnonzero(rows < 0)
         if len(new_positions):
@@ -91,7 +95,9 @@ class Table:
             self._merge(max(_MIN_MERGE, self.count // 128))
         if len(new_positions) or not np.array_equal(self._labels[rows], labels):
             self._classes = None
-        self._values[rows], self._labels[rows], self._steps[rows] = embeddings, labels, step
+        self._values[rows] = embeddings
+        self._labels[rows] = labels
+        self._steps[rows] = step
         stored_values = self._values[rows].astype(np.float64)
         self.largest = max(self.largest, float(np.sqrt(np.square(stored_values).sum(1)).max(initial=0)))
 
@@ -142,7 +148,8 @@ class Table:
         missing = ids[rows < 0]
         if len(missing):
             raise UserError(
-                f"{len(missing)} of {len(ids)} sample ids have no embedding in the table (first: {_format_ids(missing)}): put them first"
+                f"{len(missing)} of {len(ids)} sample ids have no embedding in the table (first: {_format_ids(missing)}): "
+                "put them first"
             )
         return rows
 
@@ -183,8 +190,8 @@ def validate_rows(ids: np.ndarray, embeddings: np.ndarray, labels: np.ndarray | 
     non_finite_ids = ids[~np.isfinite(squared_norms)]
     if len(non_finite_ids):
         raise UserError(
-            f"{len(non_finite_ids)} of {len(ids)} embeddings are not finite (sample ids {_format_ids(non_finite_ids)}): lower the learning rate, "
-            "or inspect these images"
+            f"{len(non_finite_ids)} of {len(ids)} embeddings are not finite (sample ids {_format_ids(non_finite_ids)}): "
+            "lower the learning rate, or inspect these images"
         )
 
 

@@ -61,8 +61,12 @@ class Index:
     def __init__(
         self, index: Any, search_parameter: str, rows: int, overfetch: int, largest_class: int, gpu: bool
     ) -> None:
-        self._index, self._search_parameter, self.rows, self._overfetch = index, search_parameter, rows, overfetch
-        self._largest_class, self._gpu = largest_class, gpu
+        self._index = index
+        self._search_parameter = search_parameter
+        self.rows = rows
+        self._overfetch = overfetch
+        self._largest_class = largest_class
+        self._gpu = gpu
         self.report = IndexReport("exact")
 
     def set_search_width(self, value: int) -> None:
@@ -132,7 +136,10 @@ def build(
         index_bytes,
     )
     if recall < target:
-        note = f"{engine_built} reached recall@{k} {recall:.3f} of {target:g} at {search_parameter} {search_width}: rows are searched exactly"
+        note = (
+            f"{engine_built} reached recall@{k} {recall:.3f} of {target:g} at {search_parameter} {search_width}: "
+            "rows are searched exactly"
+        )
         return None, IndexReport("exact", report.parameters, 1.0, report.seconds, 0, note)
     index.report = report
     return index, report
@@ -179,18 +186,22 @@ def _train(index: Any, values: np.ndarray, num_lists: int, seed: int) -> None:
 
 def _ivf(kind: str) -> Callable[[np.ndarray, int], BuiltIndex]:
     def build_ivf(values: np.ndarray, seed: int) -> BuiltIndex:
-        d, lists = values.shape[1], _num_inverted_lists(len(values))
+        d = values.shape[1]
+        num_lists = _num_inverted_lists(len(values))
         index: Any
         quantizer = faiss.IndexFlatL2(d)
         if kind == "flat":
-            index, overfetch = faiss.IndexIVFFlat(quantizer, d, lists), 1
+            index = faiss.IndexIVFFlat(quantizer, d, num_lists)
+            overfetch = 1
         elif kind == "fp16":
-            index, overfetch = faiss.IndexIVFScalarQuantizer(quantizer, d, lists, faiss.ScalarQuantizer.QT_fp16), 1
+            index = faiss.IndexIVFScalarQuantizer(quantizer, d, num_lists, faiss.ScalarQuantizer.QT_fp16)
+            overfetch = 1
         else:
-            index, overfetch = faiss.IndexIVFPQ(quantizer, d, lists, _pq_code_bytes(d), 8), OVERFETCH
-        _train(index, values, lists, seed)
-        search_widths = [w for w in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if w <= lists // 2] or [1]
-        return index, "nprobe", search_widths, {"lists": lists}, overfetch
+            index = faiss.IndexIVFPQ(quantizer, d, num_lists, _pq_code_bytes(d), 8)
+            overfetch = OVERFETCH
+        _train(index, values, num_lists, seed)
+        search_widths = [w for w in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if w <= num_lists // 2] or [1]
+        return index, "nprobe", search_widths, {"lists": num_lists}, overfetch
 
     return build_ivf
 
@@ -237,5 +248,6 @@ def neighbour_lists(queries: Queries, rows: Rows, index: Index | None, k: int, c
     incomplete = np.flatnonzero(neighbours.ids[:, min(k, len(rows) - 1) - 1] < 0) if len(rows) > 1 else np.arange(0)
     if len(incomplete):
         exact_neighbours = search(queries[incomplete], rows, k, class_filter)
-        neighbours.ids[incomplete], neighbours.distances[incomplete] = exact_neighbours.ids, exact_neighbours.distances
+        neighbours.ids[incomplete] = exact_neighbours.ids
+        neighbours.distances[incomplete] = exact_neighbours.distances
     return neighbours

@@ -89,11 +89,11 @@ class IndexBuilds:
         newest_build = candidates[-1]
         if not newest_build.ready.wait(self.spec.wait_s):
             raise RunError(
-                f"index generation {newest_build.number} was not built within {self.spec.wait_s:b} s after its first use was due: "
+                f"index {newest_build.number} was not built within {self.spec.wait_s:g} s after it was due: "
                 "raise mining.swap_after, mining.cpus or mining.deadline_s"
             )
         if newest_build.error is not None:
-            raise RunError(f"index generation {newest_build.number} could not be built: {newest_build.error}")
+            raise RunError(f"index {newest_build.number} could not be built: {newest_build.error}")
         return newest_build
 
     def snapshot_entries(self) -> list[SavedIndex]:

@@ -63,7 +63,9 @@ class EmbeddingMemory:
         for name, bound in (("per_class", per_class), ("total", total)):
             if bound is not None and bound < 1:
                 raise UserError(f"the memory's {name} is {bound}: expected at least 1")
-        self.dim, self.per_class, self.total = dim, per_class, total
+        self.dim = dim
+        self.per_class = per_class
+        self.total = total
         self.version = 0  # entries ever appended
         self._count = 0
         self._features = torch.empty((0, dim), dtype=dtype, device=device)
@@ -140,7 +142,8 @@ class EmbeddingMemory:
             self._sequence_numbers = np.concatenate([self._sequence_numbers, np.empty(num_new, np.int64)])
         positions = torch.from_numpy(slots).to(self._features.device)
         self._features[positions] = features.to(self._features)
-        self._ids[positions], self._labels[positions] = ids.to(self._ids), labels.to(self._labels)
+        self._ids[positions] = ids.to(self._ids)
+        self._labels[positions] = labels.to(self._labels)
         self._sequence_numbers[slots] = sequence_numbers
 
     def changes_since(self, since: int) -> MemoryChanges:
@@ -156,7 +159,8 @@ class EmbeddingMemory:
         features, ids, labels = (torch.from_numpy(np.array(a)) for a in (changes.features, changes.ids, changes.labels))
         self._write(changes.slots, features, ids, labels, changes.sequence_numbers)
         self.version = changes.version
-        self._classes, self._slots_by_age = {}, {}
+        self._classes = {}
+        self._slots_by_age = {}
         classes = self.labels.tolist()
         for slot in np.argsort(self._sequence_numbers[: self._count]).tolist():
             self._classes.setdefault(classes[slot], deque()).append(slot)
@@ -172,7 +176,8 @@ class EmbeddingMemory:
         """Replaces all entries by those of `state`."""
         if state["features"].shape[1] != self.dim:
             raise UserError(f"the saved memory has dimension {state['features'].shape[1]}, this run's has {self.dim}")
-        self._count, self.version = 0, 0
+        self._count = 0
+        self.version = 0
         self.apply(
             MemoryChanges(int(state["version"]), *(state[n] for n in ("slots", "features", "ids", "labels", "numbers")))
         )

@@ -142,7 +142,8 @@ def merge_responses(responses: list[SearchResponse]) -> SearchResponse:
         all_embeddings = np.concatenate([r.embeddings for r in responses if r.embeddings is not None], 1)
         embeddings = np.take_along_axis(all_embeddings, order[:, :, None], 1)
     ids, distances, labels, steps = (np.take_along_axis(a, order, 1) for a in (ids, distances, labels, steps))
-    generation, applied = min(r.generation for r in responses), min(r.applied for r in responses)
+    generation = min(r.generation for r in responses)
+    applied = min(r.applied for r in responses)
     return SearchResponse(
         ids, distances, labels, steps, embeddings, generation, applied, min(r.recall for r in responses)
     )

@@ -44,8 +44,14 @@ class MethodMining:
         self, needs: MiningRequirements, spec: ServerSpec, transports: Sequence[Transport], ranks: Ranks, device: torch.device,
         folder: Folder, swap_after: int = 0, **options: Any,
     ) -> None:  # fmt: skip
-        self.needs, self.spec, self.ranks, self.device, self.folder = needs, spec, ranks, device, folder
-        self._transports, self._swap_after, self._options = transports, swap_after, options
+        self.needs = needs
+        self.spec = spec
+        self.ranks = ranks
+        self.device = device
+        self.folder = folder
+        self._transports = transports
+        self._swap_after = swap_after
+        self._options = options
         self._client: MiningClient | None = None
         self.memory: EmbeddingMemory | None = None  # the mirror
         self._pending: dict[str, Future[SearchResponse]] = {}

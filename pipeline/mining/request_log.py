@@ -80,8 +80,13 @@ class RequestLog:
         deadline_s: float = 120.0,
         log_bytes: int = 2**28,
     ) -> None:
-        self.transports, self.spec, self.incarnation, self.folder = list(transports), spec, incarnation, folder
-        self.ordered, self.deadline_s, self.log_bytes = ordered, deadline_s, log_bytes
+        self.transports = list(transports)
+        self.spec = spec
+        self.incarnation = incarnation
+        self.folder = folder
+        self.ordered = ordered
+        self.deadline_s = deadline_s
+        self.log_bytes = log_bytes
         self.recoveries = 0
         self.lag = 0  # puts that the newest search response did not reflect yet (async)
         self.recall = 1.0  # recall and number of the index behind that response
@@ -212,7 +217,8 @@ class RequestLog:
         self._restarts_without_answer = 0
         result = request.merge([request.results[s] for s in shards])
         if isinstance(result, SearchResponse):
-            self.recall, self.generation = result.recall, result.generation
+            self.recall = result.recall
+            self.generation = result.generation
             self.lag = sum(1 for r in self._log if r.method == "put" and r.number > result.applied)
         request.answer.set_result(result)
         if request.logged:

@@ -77,7 +77,8 @@ class MiningServer:
                 raise UserError(f"this mining server belongs to run {self.spec.run}, not to {spec.run}")
             if incarnation < self.incarnation:
                 raise RunError(_superseded(incarnation, self.incarnation))
-            self.incarnation, self.server_epoch = incarnation, server_epoch
+            self.incarnation = incarnation
+            self.server_epoch = server_epoch
             self.spec = spec
             self._reset()
             with self._state_lock.write():
@@ -179,7 +180,8 @@ class MiningServer:
                 with self._state_lock.write():
                     if table is not None:
                         self.table.put(*table, step)
-                        self._num_puts, self._list_index = self._num_puts + 1, None
+                        self._num_puts += 1
+                        self._list_index = None
                         self._tag = Tag(tag, step)
                     if memory is not None:
                         ids, embeddings, labels = (torch.from_numpy(np.array(a)) for a in memory)
@@ -216,7 +218,8 @@ class MiningServer:
             index_build = self.generations.for_step(request.step, wait=order is not None)
             neighbours = self._search(queries, request.k, request.class_filter, index_build)
             if is_stored is not None:
-                neighbours.ids[~is_stored], neighbours.distances[~is_stored] = -1, np.inf
+                neighbours.ids[~is_stored] = -1
+                neighbours.distances[~is_stored] = np.inf
             return self._response(neighbours, request.with_embeddings, index_build)
 
     def _queries(self, request: SearchRequest) -> tuple[Queries, np.ndarray | None]:
@@ -235,10 +238,8 @@ class MiningServer:
         if request.missing == "error" or is_stored.all():
             embeddings, labels, _ = self.table.get(request.ids)
         else:
-            embeddings, labels = (
-                np.zeros((len(request.ids), self.table.dim), np.float32),
-                np.full(len(request.ids), -1, np.int64),
-            )
+            embeddings = np.zeros((len(request.ids), self.table.dim), np.float32)
+            labels = np.full(len(request.ids), -1, np.int64)
             embeddings[is_stored], labels[is_stored], _ = self.table.get(request.ids[is_stored])
         return Queries(embeddings, request.ids, labels if request.labels is None else request.labels), is_stored
 
@@ -258,17 +259,16 @@ class MiningServer:
         incomplete = np.flatnonzero(neighbours.ids[:, -1] < 0)
         if len(incomplete):  # the index proposed too few of the wanted classes
             exact_neighbours = search(queries[incomplete], rows, k, class_filter)
-            neighbours.ids[incomplete], neighbours.distances[incomplete] = (
-                exact_neighbours.ids,
-                exact_neighbours.distances,
-            )
+            neighbours.ids[incomplete] = exact_neighbours.ids
+            neighbours.distances[incomplete] = exact_neighbours.distances
         return neighbours
 
     def _response(
         self, neighbours: Neighbours, with_embeddings: bool, index_build: IndexBuild | None
     ) -> SearchResponse:
         is_row = neighbours.ids >= 0
-        labels, steps = np.full(neighbours.ids.shape, -1, np.int64), np.full(neighbours.ids.shape, -1, np.int64)
+        labels = np.full(neighbours.ids.shape, -1, np.int64)
+        steps = np.full(neighbours.ids.shape, -1, np.int64)
         embeddings = None
         if with_embeddings:
             embeddings = np.zeros((*neighbours.ids.shape, self.table.dim), np.float32)
@@ -292,7 +292,7 @@ class MiningServer:
             return neighbour_lists(queries, rows, index, request.k, request.class_filter), recall
 
     def _index_of_present_rows(self, k: int, class_filter: ClassFilter) -> tuple[Index | None, float]:
-        """An index of the present rows, built when first asked for after a put."""
+        """An index of the present rows, built by the first call after a put."""
         if class_filter == "same":
             return None, 1.0  # members of a class are found without an index
         with self._list_index_lock:
@@ -324,8 +324,8 @@ class MiningServer:
             return
         if self._tag.name != tag:
             raise UserError(
-                f"neighbours of {tag!r} were requested, but the table holds embeddings of {self._tag.name or 'training steps'!r}: "
-                "put the embeddings of all samples first"
+                f"neighbours of {tag!r} were requested, but the table holds embeddings of "
+                f"{self._tag.name or 'training steps'!r}: put the embeddings of all samples first"
             )
         num_outdated = int((self.table.state()["steps"] != self._tag.step).sum())
         if num_outdated:
@@ -399,7 +399,8 @@ class MiningServer:
     def _restore(self, folder: Folder, spec: ServerSpec) -> None:
         """Reads this shard's rows from a snapshot, whatever the number of shards that wrote it."""
         restored = read(folder, Header(spec.run, spec.dim, spec.shard, spec.shards))
-        self._table, self._tag = Table.restore(restored.table, spec.capacity), restored.tag
+        self._table = Table.restore(restored.table, spec.capacity)
+        self._tag = restored.tag
         if self._memory is not None and restored.memory is not None:
             self._memory.load(restored.memory)
         for saved_index, base_rows in restored.built:

@@ -79,7 +79,7 @@ def write(
 
 
 def read(folder: Folder, header: Header) -> RestoredState:
-    """Reads what belongs to one shard.
+    """Reads the state of one shard.
 
     Raises:
         UserError: A file is missing or damaged, or the snapshot belongs to another run or has another dimension.
@@ -91,7 +91,8 @@ def read(folder: Folder, header: Header) -> RestoredState:
     for shard_header in headers:
         if (shard_header["run"], shard_header["dim"]) != (header.run, header.dim):
             raise UserError(
-                f"{folder} is a snapshot of run {shard_header['run']} with dimension {shard_header['dim']}, expected {header.run} with {header.dim}"
+                f"{folder} is a snapshot of run {shard_header['run']} with dimension {shard_header['dim']}, "
+                f"expected {header.run} with {header.dim}"
             )
     if len(names) != headers[0]["shards"]:
         raise UserError(

@@ -48,7 +48,9 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
                 raise UserError(
                     f"{BN_INCEPTION} has no download: set model.weights to the file of its checkpoint, or to none"
                 )
-            net, mean, std = BNInception(), bn_inception.MEAN, bn_inception.STD
+            net = BNInception()
+            mean = bn_inception.MEAN
+            std = bn_inception.STD
         elif config.backbone.startswith(TORCHVISION):
             net, mean, std = _torchvision(config, download)
         else:
@@ -63,7 +65,8 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
         if not download:
             raise UserError(f"backbone {config.backbone!r} cannot be built: {error}") from error
         raise UserError(
-            f"weights of {config.backbone!r} cannot be downloaded ({type(error).__name__}): set model.weights to a file, or to none"
+            f"weights of {config.backbone!r} cannot be downloaded ({type(error).__name__}): set model.weights to a file, or "
+            "to none"
         ) from error
     if config.weights not in ("pretrained", "none"):
         _load_weights(net, config.weights)
@@ -92,7 +95,10 @@ def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, A
         options = {"aux_logits": True, "init_weights": False, "transform_input": True} if not download else {}
     net = torchvision.models.get_model(name, weights="DEFAULT" if download else None, **options)
     if name in ("googlenet", "inception_v3"):
-        net.aux_logits, net.aux1, net.aux2, net.AuxLogits = False, None, None, None
+        net.aux_logits = False
+        net.aux1 = None
+        net.aux2 = None
+        net.AuxLogits = None
     if config.pooling != "native":
         if not isinstance(getattr(net, "avgpool", None), nn.Module):
             raise UserError(

@@ -105,7 +105,7 @@ class _ForwardMode(TorchFunctionMode):
 
 
 class _Convolution(torch.autograd.Function):
-    """Derivative of a convolution whose output is known."""
+    """Derivative of a convolution whose output was kept."""
 
     @staticmethod
     def forward(
@@ -133,7 +133,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Padding(torch.autograd.Function):
-    """Derivative of a padding with zeros whose output is known."""
+    """Derivative of a padding with zeros whose output was kept."""
 
     @staticmethod
     def forward(x: Tensor, kept: _KeptOutput, widths: Any) -> Tensor:
@@ -149,7 +149,7 @@ class _Padding(torch.autograd.Function):
 
 
 class _Clamp(torch.autograd.Function):
-    """Derivative of a clamp whose output is known: 1 between the bounds, 0 at and beyond them."""
+    """Derivative of a clamp whose output was kept: 1 between the bounds, 0 at and beyond them."""
 
     @staticmethod
     def forward(x: Tensor, kept: _KeptOutput, bounds: tuple[float, float]) -> Tensor:

@@ -47,8 +47,14 @@ class PlannedBatches:
         ranks: Ranks,
         start_epoch: Callable[[int], None],
     ) -> None:
-        self.method, self.context, self.samples, self.source = method, context, samples, source
-        self.length, self.runtime, self.ranks, self.start_epoch = length, runtime, ranks, start_epoch
+        self.method = method
+        self.context = context
+        self.samples = samples
+        self.source = source
+        self.length = length
+        self.runtime = runtime
+        self.ranks = ranks
+        self.start_epoch = start_epoch
         self.stored: Plan | None = None
 
     def plan(self, epoch: int) -> Plan:

@@ -27,7 +27,10 @@ class _PlanContext(Context):
     """The part of a context that a plan may depend on: labels, tracks, seed and clock."""
 
     def __init__(self, samples: Samples, seed: int) -> None:
-        self.labels, self.tracks, self.seed, self.clock = samples.labels, samples.tracks, seed, Clock()
+        self.labels = samples.labels
+        self.tracks = samples.tracks
+        self.seed = seed
+        self.clock = Clock()
 
 
 def check_run(config: Config, store: Store) -> None:
@@ -56,8 +59,8 @@ def check_run(config: Config, store: Store) -> None:
     num_bytes = split_bytes(store, "train")
     if num_bytes > config.cache.max_bytes:
         console.print(
-            f"the training split has {num_bytes / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: images are "
-            "read from the store in every epoch"
+            f"the training split has {num_bytes / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: "
+            "images are read from the store in every epoch"
         )
     evaluation = config.evaluation
     if store.protocol != "reid" and (evaluation.reranking is not None or evaluation.distractors != "wrong"):
@@ -93,7 +96,7 @@ def runtime_changes(config: Config, folder: Folder) -> list[str]:
     """Compares with the config that an existing run was started with; returns the runtime keys that have changed.
 
     Raises:
-        UserError: a key that is not marked runtime differs, or the run would become shorter.
+        UserError: A key that is not marked runtime differs, or the run would become shorter.
     """
     if not folder.exists(CONFIG):
         if Checkpoints(folder).steps():  # of whichever config: --fresh was killed while it removed them
@@ -146,7 +149,8 @@ def check_machine(config: Config) -> list[str]:
             )
     if "TORCHELASTIC_RUN_ID" in os.environ and runtime.loader == "ray":
         raise UserError("under torchrun there is no Ray: set runtime.loader to in_process")
-    cores, threads = os.cpu_count() or 1, max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
+    cores = os.cpu_count() or 1
+    threads = max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
     if not on_cluster() and threads > 4 * cores:
         raise UserError(
             f"{threads} threads requested (runtime.workers × cpus_per_worker), {cores} cores available on this machine: reduce "

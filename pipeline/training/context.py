@@ -29,7 +29,7 @@ from pipeline.training.derivatives import RoleSlots, trunk_gradient, trunk_jvp
 
 
 class RunContext:
-    """The context of one worker; see `methods.base.Context` for what a method may use.
+    """The context of one worker; `methods.base.Context` is its interface to methods.
 
     Args:
         samples: The training set.
@@ -58,11 +58,19 @@ class RunContext:
         load_best: Callable[[], None],
         mining: MethodMining | None = None,
     ) -> None:
-        self.samples, self.labels, self.tracks = samples, samples.labels, samples.tracks
-        self.seed, self.length, self.precision = seed, length, precision
-        self.device, self.ranks = device, ranks
+        self.samples = samples
+        self.labels = samples.labels
+        self.tracks = samples.tracks
+        self.seed = seed
+        self.length = length
+        self.precision = precision
+        self.device = device
+        self.ranks = ranks
         self.dtype = torch.float64 if precision == "float64" else torch.float32
-        self.trunk, self.method, self.embedder, self.load_best = trunk, method, embedder, load_best
+        self.trunk = trunk
+        self.method = method
+        self.embedder = embedder
+        self.load_best = load_best
         self.optimizers: Mapping[str, Optimizer] = method.optimizers(trunk)
         self.ddp: nn.Module = trunk
         if ranks.world > 1:

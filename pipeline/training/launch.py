@@ -74,7 +74,7 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
     """Trains in this process (one of torchrun's, or the only one); returns the signal that stopped it, if any.
 
     Raises:
-        RunError, UserError: the run cannot go on.
+        RunError, UserError: The run cannot go on.
     """
     torch.set_num_threads(config.runtime.cpus_per_worker or 1)
     device = device_of(config)

@@ -54,7 +54,9 @@ class Worker:
         report: Callable[[dict[str, Any]], None] | None = None,
         servers: Sequence[Transport] = (),
     ) -> None:
-        self.config, self.ranks, self.status = config, ranks, status
+        self.config = config
+        self.ranks = ranks
+        self.status = status
         torch.use_deterministic_algorithms(config.runtime.deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.store = Store(Folder(store_uri))

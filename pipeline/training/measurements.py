@@ -51,9 +51,16 @@ class Measurements:
         publish: Callable[[dict[str, Any]], None],
         report: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.config, self.store, self.embedder, self.trunk, self.method = config, store, embedder, trunk, method
-        self.checkpoints, self.save, self.load_best = checkpoints, save, load_best
-        self.publish, self.report = publish, report
+        self.config = config
+        self.store = store
+        self.embedder = embedder
+        self.trunk = trunk
+        self.method = method
+        self.checkpoints = checkpoints
+        self.save = save
+        self.load_best = load_best
+        self.publish = publish
+        self.report = report
         self.validation = validation_task(config, store)
 
     def frozen(self, progress: TrainingState, tracker: Tracker | None) -> None:
@@ -74,12 +81,14 @@ class Measurements:
         if self.validation is None:
             return None
         self.publish({"phase": "validating"})
-        recall_at, name = self.config.evaluation.recall_at, self.config.evaluation.metric
+        recall_at = self.config.evaluation.recall_at
+        name = self.config.evaluation.metric
         metrics = evaluate(self.validation, self.embedder, self.trunk, self.method, recall_at).metrics
         if tracker is not None:
             tracker.log(progress.step, "validation", {"epoch": round(clock.epoch, 4), **metrics})
         if progress.best_step < 0 or metrics[name] > progress.best_metrics[name]:
-            progress.best_step, progress.best_metrics = progress.step, metrics
+            progress.best_step = progress.step
+            progress.best_metrics = metrics
             self.save("best")
         if self.report is not None:
             self.report({"step": progress.step, "epoch": clock.epoch, **metrics})

@@ -39,8 +39,8 @@ def build_mining(
     memory_dtype = "float64" if config.precision == "float64" else mining.memory_dtype
     spec = ServerSpec(
         run=folder.uri, dim=config.method.embedding_dim, capacity=samples // max(1, len(servers)) * 11 // 10 + 1,
-        dtype=mining.dtype, engine=mining.engine, k=requirements.neighbours, target=mining.recall, seed=config.seed, threads=mining.cpus,
-        per_class=requirements.per_class, total=requirements.total, memory_dtype=memory_dtype, wait_s=mining.deadline_s,
+        dtype=mining.dtype, engine=mining.engine, k=requirements.neighbours, target=mining.recall, seed=config.seed,
+        threads=mining.cpus, per_class=requirements.per_class, total=requirements.total, memory_dtype=memory_dtype, wait_s=mining.deadline_s,
     )  # fmt: skip
     if not servers and ranks.rank == 0:
         servers = [LocalTransport(MiningServer())]

@@ -95,8 +95,8 @@ def _dataset(config: Config) -> Store:
         folder = Folder(config.root) / "data" / source if is_name else Folder(source)
         if is_name and not folder.exists("manifest.json"):
             raise UserError(
-                f"there is no dataset {source!r} in {Folder(config.root) / 'data'}: prepare it with `python -m pipeline.prepare`, "
-                "or set data.source to the folder or s3:// URI of a store"
+                f"there is no dataset {source!r} in {Folder(config.root) / 'data'}: prepare it with "
+                "`python -m pipeline.prepare`, or set data.source to the folder or s3:// URI of a store"
             )
         store = Store(folder)
     else:

@@ -182,8 +182,8 @@ def test_a_saved_and_loaded_loss_goes_on_alike(name: str) -> None:
         ),
         ({"miner_args": {"epsilon": 0.1}}, "no miner"),
         ({"loss": "ArcFaceLoss", "loss_args": {"num_classes": 4}}, "num_classes follows from the data"),
-        ({"loss": "RankedListLoss"}, "RankedListLoss refuses {}.*'margin'"),
-        ({"loss": "SoftTripleLoss", "loss_args": {"centers_per_class": -1}}, "SoftTripleLoss refuses"),
+        ({"loss": "RankedListLoss"}, "RankedListLoss does not accept {}.*'margin'"),
+        ({"loss": "SoftTripleLoss", "loss_args": {"centers_per_class": -1}}, "SoftTripleLoss does not accept"),
         # a value of the wrong type is seen by the loss only when it runs: now, not in the first step on a cluster
         ({"loss_args": {"alpha": "two"}}, "MultiSimilarityLoss with .*'two'.* fails"),
         ({"loss_args": {"distance": "LpDistance"}}, "MultiSimilarityLoss with .*fails"),

@@ -121,7 +121,7 @@ def test_controller_that_is_switched_off() -> None:
     c = Controller(SmartMiningConfig(adaptive=False, kappa=7))
     c.update(0.1)
     assert c.kappa == 7
-    with pytest.raises(ValueError, match="without adaptive, kappa has to be given"):
+    with pytest.raises(ValueError, match="adaptive is off: set kappa"):
         SmartMiningConfig(adaptive=False)
     with pytest.raises(ValueError, match="set triplets_per_batch, leave out samples_per_class"):
         SmartMiningConfig(samples_per_class=5)
@@ -306,5 +306,5 @@ def test_too_few_classes(tmp_path: Path) -> None:
     method, context = make(tmp_path)
     for labels in (np.arange(5), np.zeros(5, np.int64)):
         context.labels = labels
-        with pytest.raises(ValueError, match="triplets need two classes, one of them with two images"):
+        with pytest.raises(ValueError, match="triplets need at least two classes"):
             method.plan(0, context)

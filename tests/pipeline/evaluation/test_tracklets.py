@@ -254,7 +254,7 @@ def test_what_does_not_fit_is_told_first(
 
 def test_images_are_no_tracklets(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert start(store, tmp_path, {"evaluation.metric": "map@r"}) == 2
-    assert "frames is 3, but the training images are of no tracklets: set frames to 1" in capsys.readouterr().err
+    assert "frames is 3, but the dataset has no tracklets: set frames to 1" in capsys.readouterr().err
 
 
 def test_queries_that_no_other_camera_has_seen() -> None:

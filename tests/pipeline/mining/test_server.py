@@ -241,7 +241,7 @@ def test_a_build_that_fails_is_told_to_who_needs_it(sent: Sent, monkeypatch: pyt
     sent.put(slice(0, 10))
     sent.server.rebuild(sent.order(), 1, 0, 5, None)
     assert sent.ask(step=4).generation == 0
-    with pytest.raises(RunError, match="index generation 1 could not be built: MemoryError: no room"):
+    with pytest.raises(RunError, match="index 1 could not be built: MemoryError: no room"):
         sent.ask(step=5)
 
 

@@ -121,7 +121,7 @@ def test_known_outputs_are_not_computed_again() -> None:
             derivative(net, lambda t: t(x), direction, known)
         # by kernel, and for the second by its input; torch's own: of both, by both, and the outputs
         assert sum(e.count for e in watched.key_averages() if e.key == "aten::_convolution") == wanted
-    with pytest.raises(RuntimeError, match="not of this pass"):
+    with pytest.raises(RuntimeError, match="not those of this pass"):
         derivative(net, lambda t: t(x), direction, outputs.of(slice(0, 3)))
 
 
