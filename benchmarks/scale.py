@@ -51,8 +51,8 @@ from methods.smart_mining import SmartMining, SmartMiningConfig
 from pipeline.data.cache import _SCHEMA as COPY
 from pipeline.data.cache import MappedReader, split_bytes
 from pipeline.data.entries import Entry
-from pipeline.data.loader import MAX_REQUESTS_PER_BLOCK, PIPELINE_ITEMS, LoadRequest, item_blocks
-from pipeline.data.reader import _FOOTERS, RowGroupReader
+from pipeline.data.loader import MAX_REQUESTS_PER_BLOCK, REQUESTS_PER_PIPELINE, LoadRequest, request_blocks
+from pipeline.data.reader import _MAX_FOOTERS, RowGroupReader
 from pipeline.data.store import FORMAT, ROW_GROUP, Store
 from pipeline.data.write_store import plan_shards, write_shard
 from pipeline.distributed.collectives import Ranks
@@ -244,12 +244,12 @@ def measure_shards(samples: int, folder: str) -> Figures:
 
     def find() -> None:
         for ids in items:
-            reader._places(ids)
+            reader._locate(ids)
 
     timed(figures, "an epoch's row groups found", find)
     figures["an epoch's row groups found, peak MB"] = (peak_mib() - level) * 1.048576
     figures["row groups found, CPU-µs an item"] = figures["an epoch's row groups found, CPU-s"] / len(items) * 1e6
-    groups = [len({place[:2] for place in reader._places(ids)}) for ids in items[:1000]]
+    groups = [len({place[:2] for place in reader._locate(ids)}) for ids in items[:1000]]
     figures["row groups an item"] = sum(groups) / len(groups)
     return figures
 
@@ -263,7 +263,7 @@ def measure_row_groups(samples: int, folder: str) -> Figures:
     )
     figures["a row group of every shard read, peak MB"] = (peak_mib() - level) * 1.048576
     figures["row groups' reader keeps, bytes a shard"] = (anonymous_mib() - anonymous) * 2**20 / shards
-    assert len(reader.metadata) <= _FOOTERS
+    assert len(reader.metadata) <= _MAX_FOOTERS
     return figures
 
 
@@ -305,10 +305,10 @@ def measure_pipeline() -> Figures:
 
     random, figures = np.random.default_rng(0), Figures()
     with ray_session(2):
-        ray.data.from_arrow(item_blocks([LoadRequest(np.arange(P * K))], 1))  # what starts with the first
-        items = [LoadRequest(random.integers(0, 10**7, P * K), (0, step, 0)) for step in range(PIPELINE_ITEMS)]
+        ray.data.from_arrow(request_blocks([LoadRequest(np.arange(P * K))], 1))  # what starts with the first
+        items = [LoadRequest(random.integers(0, 10**7, P * K), (0, step, 0)) for step in range(REQUESTS_PER_PIPELINE)]
         wall, level = time.perf_counter(), peak_mib(reset=True)
-        timed(figures, "blocks taken in", lambda: ray.data.from_arrow(item_blocks(items, MAX_REQUESTS_PER_BLOCK)))
+        timed(figures, "blocks taken in", lambda: ray.data.from_arrow(request_blocks(items, MAX_REQUESTS_PER_BLOCK)))
         figures["blocks taken in, wall s"] = time.perf_counter() - wall
         figures["blocks taken in, peak MB"] = (peak_mib() - level) * 1.048576
     return figures
@@ -395,7 +395,7 @@ def main() -> int:
         if "items" in options.only:
             rows += rows_of(f"{samples:,}", fresh("items", samples=samples))
     if "items" in options.only:
-        rows += rows_of(f"a pipeline of {PIPELINE_ITEMS:,} steps of {P * K}", fresh("pipeline"))
+        rows += rows_of(f"a pipeline of {REQUESTS_PER_PIPELINE:,} steps of {P * K}", fresh("pipeline"))
     return finish(rows, options.json)
 
 

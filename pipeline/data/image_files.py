@@ -14,11 +14,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-MAX_PIXELS = 100_000_000  # of an image that is let into a store; 300 MB once decoded
+MAX_PIXELS = 100_000_000  # largest image that a store accepts; 300 MB once decoded
 
 
 def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
-    """Decodes what `normalise` has let into a store."""
+    """Decodes an image of a store, in the form that `normalise` writes."""
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return torchvision.io.decode_image(buffer, mode=torchvision.io.ImageReadMode.RGB)
 
@@ -37,10 +37,11 @@ def normalise(
 
     Args:
         data: an encoded image.
-        max_side: of what is stored, pixels.
+        max_side: upper bound for the longer side of the stored image, pixels.
         box: left, top, width, height in pixels of the file as it is, before any rotation: only this is stored.
-        max_pixels: width × height that may be decoded, in place of Pillow's own limit. A larger JPEG is let in where
-            `max_side` is given (and no box): it is decoded at a half, a quarter or an eighth, and this has to fit.
+        max_pixels: upper bound for the decoded width × height, in place of Pillow's own limit. A larger JPEG is accepted
+            where `max_side` is given (and no box): it is decoded at a half, a quarter or an eighth of its size, which
+            must not be larger.
 
     Raises:
         Exception: the bytes are not an image that can be decoded whole; decoders have no common class of errors.
@@ -53,7 +54,7 @@ def normalise(
             image.draft(None, (math.ceil(width * share), math.ceil(height * share)))
         if image.size[0] * image.size[1] > max_pixels:
             raise ValueError(f"{width} × {height} pixels, more than --max-pixels {max_pixels:,}")
-        Image.open(io.BytesIO(data)).verify()  # checksums of a PNG, which `load` does not mind
+        Image.open(io.BytesIO(data)).verify()  # compares the checksums of a PNG, which `load` ignores
         image.load()
         lossy = image.format in ("JPEG", "MPO")
         keep = image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == (width, height)

@@ -37,7 +37,9 @@ class TransformConfig(BaseConfig):
     erase: float = Field(
         0.0, ge=0, le=1, description="training: probability of painting over a rectangle of 2 to 40 % of the area"
     )
-    erase_colour: tuple[int, int, int] = Field((161, 144, 129), description="of that rectangle, 0..255 each")
+    erase_colour: tuple[int, int, int] = Field(
+        (161, 144, 129), description="training: colour of the rectangle that `erase` paints (red, green, blue, 0..255)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TransformConfig:
