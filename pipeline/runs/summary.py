@@ -1,10 +1,11 @@
-"""What a run comes to: summary.json, and the protocol that stands beside its figures."""
+"""The result of a run: the content of summary.json, and the protocol of its figures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from methods.config import Length
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.runs.checkpoint import TrainingState
@@ -20,7 +21,7 @@ RESULT_KEYS = (
 
 
 def protocol(config: Config, store: Store) -> dict[str, Any]:
-    """Under which conditions the figures were obtained."""
+    """The conditions under which the figures were measured."""
     c, t = config, config.data.transforms
     fold = c.data.validation_fold
     crop = f"squash to {t.size}" if t.squash else f"resize {t.resize or t.size}, centre crop {t.size}"
@@ -55,7 +56,8 @@ def summarise(
     config: Config, store: Store, progress: TrainingState, metrics: dict[str, float], changes: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of summary.json; metrics in percent, `seconds` spent in training steps."""
-    touched = sorted({c.split(":")[0] for change in changes for c in change["changes"]} & set(RESULT_KEYS))
+    changed_keys = {change.split(":")[0] for line in changes for change in line["changes"]}
+    affecting = sorted(changed_keys & set(RESULT_KEYS))
     asynchronous = config.method.mining is not None and config.mining.consistency == "async"
     return {
         "name": config.name,
@@ -68,9 +70,14 @@ def summarise(
         "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 2),
         "waiting_for_data": round(progress.waited_s / max(progress.seconds, 1e-9), 4),
         "protocol": protocol(config, store),
-        "reproducible": config.runtime.deterministic and not touched and not asynchronous,
-        "changed_while_running": touched,
+        "reproducible": config.runtime.deterministic and not affecting and not asynchronous,
+        "changed_while_running": affecting,
     }
+
+
+def finished_length(summary: Mapping[str, Any]) -> Length:
+    """The length of the run that a summary.json is about."""
+    return Length.model_validate(summary["protocol"]["length"])
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:
