@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from methods import METHODS
 from methods.config import Length
@@ -284,6 +286,23 @@ def test_root_is_storage_or_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAYDML_HOME")
     monkeypatch.setenv("HOME", "/house")
     assert load_config().root == "/house/raydml"
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    """(key, description) of every key of a config model."""
+    for name, field in model.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        if is_section and field.annotation is not Length:
+            yield from leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.description
+
+
+def test_every_key_has_a_description_that_stands_by_itself() -> None:
+    keys = [key for model in (Config, *(method.Config for method in METHODS.values())) for key in leaves(model)]
+    assert len(keys) > 150
+    bad = [key for key, text in keys if key.rsplit(".")[-1] != "name" and (not text or text.startswith("of "))]
+    assert not bad
 
 
 def test_config_is_frozen_and_finite() -> None:
