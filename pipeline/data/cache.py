@@ -33,7 +33,7 @@ _SCHEMA = pa.schema([("sample_id", pa.int64()), ("image", pa.large_binary()), ("
 
 
 class Cache(NamedTuple):
-    """Where copies are kept, and how large they may be.
+    """The folder of copies, and their largest size.
 
     Attributes:
         folder: a folder on this node's disk.

@@ -59,7 +59,7 @@ def normalise(
         lossy = image.format in ("JPEG", "MPO")
         keep = image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == (width, height)
         if box is not None:
-            image, keep = _cut(image, box), False
+            image, keep = _crop_to_box(image, box), False
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips at 255
     if image.mode in ("I", "F"):
@@ -85,7 +85,7 @@ def normalise(
 
 @contextlib.contextmanager
 def _without_pillow_limit() -> Iterator[None]:
-    """Pillow warns above one fixed number of pixels and fails above twice as many; `max_pixels` takes its place."""
+    """A block in which Pillow has no limit on pixels of its own, since `max_pixels` is the limit."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -93,7 +93,7 @@ def _without_pillow_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _cut(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+def _crop_to_box(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
     """The pixels that a box touches, where it lies within the image."""
     left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
     right, bottom = min(image.width, math.ceil(box[0] + box[2])), min(image.height, math.ceil(box[1] + box[3]))

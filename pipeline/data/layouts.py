@@ -174,7 +174,7 @@ def _rows(tree: FileIndex, file: str, columns: int) -> np.ndarray:
     """The one matrix of a MATLAB file, as integers [rows, columns]."""
     matrices = [np.asarray(value) for value in tree.mat(file).values()]
     if len(matrices) != 1 or matrices[0].dtype.kind not in "iuf" or matrices[0].size % columns:
-        raise UserError(f"{file} holds {len(matrices)} variables, expected one matrix of {columns} columns")
+        raise UserError(f"{file} contains {len(matrices)} variables, expected one matrix of {columns} columns")
     return matrices[0].astype(np.int64).reshape(-1, columns)
 
 

@@ -38,12 +38,12 @@ PAUSE_S = 0.02  # between two steps of Ray Data's scheduling loop
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where images come from and how they are transformed, the same for every request.
+    """The source of images and their transforms, the same for every request.
 
     Attributes:
         uri, fingerprint: address of the store, and the content that it must have.
-        cache: where this node's copy of the training split is kept; None: row groups are read.
-        transforms: how images become pixels.
+        cache: the folder of this node's copy of the training split; None: row groups are read.
+        transforms: settings that turn images into pixels.
         seed: the run's seed, first number of every augmentation's key.
     """
 

@@ -128,8 +128,8 @@ def open_reader(uri: str, fingerprint: str, cache: Cache | None) -> Reader:
     Args:
         uri: address of the store.
         fingerprint: content that the store must have; a store written again under the same uri gets a new reader.
-        cache: where this node's copy of the training split is, or is made now; None: row groups are read. Where copies in
-            use leave no room, row groups are read as well, with a warning.
+        cache: folder of this node's copy of the training split, which is made now if there is none; None: row groups are
+            read. If copies in use leave no room, row groups are read as well, with a warning.
 
     Raises:
         RunError: the store has another fingerprint, or `open_local_copy` fails.

@@ -116,7 +116,7 @@ class Reranking:
             k1: number of nearest neighbours that may be reciprocal.
             k2: number of rows in the local query expansion, the row itself included; 1 for none.
             weight: weight of the original distance, 0 to 1.
-            neighbours: for k1, of the rows of queries and gallery, in this order; default: computed here.
+            neighbours: neighbours of the rows of queries and gallery, in this order, for k1; default: computed here.
 
         Raises:
             ValueError: a value out of range; neighbours of other rows or another k1; as `retrieval.retrieve`.

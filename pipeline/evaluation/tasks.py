@@ -96,7 +96,7 @@ def validation_task(config: Config, store: Store) -> RetrievalTask | None:
 
 
 def test_task(config: Config, store: Store) -> RetrievalTask | None:
-    """As the store's protocol says: query to gallery, re-identification, or leave-one-out; None if it has no test images."""
+    """The task of the store's protocol (query to gallery, re-identification, leave-one-out); None without test images."""
     if store.protocol == "leave_one_out":
         samples = store.select(["test"])
         return RetrievalTask(samples) if len(samples) else None

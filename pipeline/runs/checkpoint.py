@@ -77,7 +77,7 @@ class Checkpoints:
         self.incarnation = incarnation
 
     def acquire(self) -> int:
-        """Takes over the run folder and returns the new incarnation."""
+        """Becomes the owner of the run folder; returns the number of this start."""
         self.incarnation = self._current() + 1
         self.run.write_json(INCARNATION, self.incarnation)
         return self.incarnation

@@ -71,14 +71,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "image size": ({"model.backbone": "test_vit", "model.pooling": "native"}, "cannot take images of 24×24"),
     "missing dataset": ({"data.source": "/no/such/place"}, "no prepared dataset in /no/such/place"),
     "dataset by a name that is not there": ({"data.source": "cub"}, "there is no dataset 'cub' in "),
-    "best weights, but nothing says which": ({"method": {"name": "intra_batch", "reload_best": [1]}, "data.validation_fold": None, "evaluation.checkpoint": "last"}, "nothing says which"),
+    "best weights, but nothing to choose them on": ({"method": {"name": "intra_batch", "reload_best": [1]}, "data.validation_fold": None, "evaluation.checkpoint": "last"}, "there is nothing to choose them on"),
     "dataset in a missing bucket": ({"data.source": "s4://nowhere/x"}, "cannot be opened"),
-    "re-ranking without cameras": ({"evaluation.reranking": {"k1": 5}}, "is measured by leave_one_out: leave them out"),
-    "distractors without cameras": ({"evaluation.distractors": "junk"}, "is measured by leave_one_out: leave them out"),
+    "re-ranking without cameras": ({"evaluation.reranking": {"k1": 5}}, "is leave_one_out: leave them out"),
+    "distractors without cameras": ({"evaluation.distractors": "junk"}, "is leave_one_out: leave them out"),
     "relative storage": ({"storage": "here/and/there"}, "storage 'here/and/there' is a relative path"),
     "too many threads": ({"runtime.cpus_per_worker": 4 * (os.cpu_count() or 1) + 1}, "threads requested (runtime.workers × cpus_per_worker)"),
-    "too many workers": ({"runtime.workers": 500, "runtime.cpus_per_worker": 2}, "1000 threads wanted"),
-    "GPUs": ({"runtime.gpus_per_worker": torch.cuda.device_count() + 1, "precision": "float32"}, "GPUs wanted"),
+    "too many workers": ({"runtime.workers": 500, "runtime.cpus_per_worker": 2}, "1000 threads requested"),
+    "GPUs": ({"runtime.gpus_per_worker": torch.cuda.device_count() + 1, "precision": "float32"}, "GPUs requested"),
 }  # fmt: skip
 
 
