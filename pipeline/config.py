@@ -1,7 +1,7 @@
 """The configuration of a run: typed, frozen, and checked before any cluster time is spent.
 
-Precedence: defaults < preset < recipe file < `--set a.b=c`. Keys marked *runtime* may change when a run is resumed; a
-change of any other key makes it another run.
+Precedence: defaults < preset < recipe file < `--set a.b=c`. Keys marked *runtime* may change when a
+run is resumed; a change of any other key makes it another run.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class DataConfig(BaseConfig):
 
     source: str = Field(
         "emoji",
-        description="name of a dataset below STORAGE/data (emoji is prepared automatically), or folder or s3:// URI of a store",
+        description="name of a dataset below STORAGE/data (emoji is prepared automatically), or folder or s3:// URI of "
+        "a store",
     )
     validation_fold: int | None = Field(
         0,
@@ -126,7 +127,8 @@ class MiningConfig(BaseConfig):
     )
     engine: Literal["auto", "exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg"] = Field(
         "auto",
-        description="nearest-neighbour search; auto: exact up to 8,192 rows or where an index would cost more, else ivf_fp16",
+        description="nearest-neighbour search; auto: exact up to 8,192 rows or where an index would cost more, else "
+        "ivf_fp16",
     )
     recall: float = Field(
         0.95, gt=0, le=1, description="recall that an approximate index has to reach, 0 to 1; below it, search is exact"

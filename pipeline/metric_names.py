@@ -1,6 +1,7 @@
 """The metrics of an evaluation: their keys in metrics.jsonl and summary.json, their titles, and the tasks that have them.
 
-A key that ends in "@" is a family of metrics, one for each K: "recall@" stands for recall@1, recall@2, ...
+A key that ends in "@" is a family of metrics, one for each K: "recall@" stands for recall@1,
+recall@2, ...
 """
 
 from __future__ import annotations

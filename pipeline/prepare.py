@@ -1,7 +1,7 @@
 """`python -m pipeline.prepare NAME ...`: writes a dataset as a Parquet store, as a parallel Ray Data job.
 
-NAME is a published dataset (cub, cars, sop, inshop, mars, lpw) as its authors ship it, your own images (folder, csv), or the
-built-in demo (emoji).
+NAME is a published dataset (cub, cars, sop, inshop, mars, lpw) as its authors ship it, your own
+images (folder, csv), or the built-in demo (emoji).
 """
 
 from __future__ import annotations

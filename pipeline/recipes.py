@@ -21,8 +21,8 @@ def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Con
     """Reads a recipe and applies overrides.
 
     Args:
-        recipe: a YAML file or the name of a preset ("baseline/emoji"); the default preset if None. A file may build on a
-            preset with the key `preset`.
+        recipe: a YAML file or the name of a preset ("baseline/emoji"); the default preset if None.
+            A file may build on a preset with the key `preset`.
         overrides: "a.b=c" each; c is read as YAML.
 
     Raises:
@@ -89,7 +89,8 @@ def _yaml(path: Path) -> dict[str, Any]:
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """The base with the keys of `top`.
 
-    Sections are merged; arguments (`loss_args`) are one value, and another method name drops the base's method section.
+    Sections are merged; arguments (`loss_args`) are one value, and another method name drops the
+    base's method section.
     """
     out = dict(base)
     for key, value in top.items():

@@ -1,7 +1,7 @@
 """`python -m pipeline.train [recipe.yaml | preset] [--set a.b=c ...]`: one run, from a dataset to a report.
 
-Without arguments: the built-in demo. Run again, the same command continues an interrupted run, or prints the summary of a
-finished one.
+Without arguments: the built-in demo. Run again, the same command continues an interrupted run, or
+prints the summary of a finished one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Archives (.zip and .tar, compressed or not), unpacked into a folder that is removed afterwards.
 
-Archives are not trusted: only regular files are written, below that folder; a link becomes a copy of the file that it
-points to within its archive. An archive with any other member or link is refused, and so is one that unpacks to far more
-than its size (photographs unpack to about 1×).
+Archives are not trusted: only regular files are written, below that folder; a link becomes a copy
+of the file that it points to within its archive. An archive with any other member or link is
+refused, and so is one that unpacks to far more than its size (photographs unpack to about 1×).
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class Unpacker:
         """Unpacks into a subfolder.
 
         Raises:
-            UserError: the archive is damaged, encrypted, too large once unpacked, or has a member that is neither a file nor
-                a folder inside it. Files already written stay; the caller removes the whole folder.
+            UserError: the archive is damaged, encrypted, too large once unpacked, or has a member
+                that is neither a file nor a folder inside it. Files already written stay; the
+                caller removes the whole folder.
         """
         try:
             with _open(archive) as file:

@@ -1,8 +1,9 @@
 """This node's copies of training splits: memory-mapped Arrow files, shared by all workers and trials of the node.
 
-A copy is made once, from shards whose checksums are compared, and keeps a checksum of every image. The copies in a folder
-together stay below a number of bytes: the least recently used are removed first, never one that a process has open. A lock
-lets one process build at a time; an unfinished copy of a killed process is removed by the next.
+A copy is made once, from shards whose checksums are compared, and keeps a checksum of every image.
+The copies in a folder together stay below a number of bytes: the least recently used are removed
+first, never one that a process has open. A lock lets one process build at a time; an unfinished
+copy of a killed process is removed by the next.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
 
     Raises:
         CacheFull: copies in use leave no room.
-        RunError: a shard is damaged, the disk is too full, the folder cannot be written, or the copy is damaged.
+        RunError: a shard is damaged, the disk is too full, the folder cannot be written, or the
+            copy is damaged.
     """
     name = re.sub(r"[^\w.-]", "_", store.name)
     path = Path(cache.folder) / f"{name}-{store.fingerprint}-{split}.v{_FORMAT}.arrow"

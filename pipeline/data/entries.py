@@ -23,7 +23,8 @@ class Entry:
         class_name: the name of its class.
         split: one of SPLITS.
         group: a group of classes that must stay on one side of every split; None: the class alone.
-        box: the object in the image, as left, top, width, height in pixels as stored (before EXIF rotation).
+        box: the object in the image, as left, top, width, height in pixels as stored (before EXIF
+            rotation).
         track: the tracklet that the image is a frame of, by any name that is unique in the dataset.
         camera: number of the camera that took it.
         frame: its number in the tracklet.

@@ -31,20 +31,23 @@ def normalise(
 ) -> bytes:
     """Bytes of a plain RGB or grey JPEG, or of an RGB PNG: the input itself where it is such a JPEG, else re-encoded.
 
-    Transparency is composited on white, EXIF orientation applied, 16 bits cut to 8, other colour spaces and formats
-    converted (to PNG where the source is lossless, to JPEG of quality 95 else), and a longer side than `max_side` reduced.
-    A PNG is always written anew: on one that is damaged in places, torchvision's decoder ends the process.
+    Transparency is composited on white, EXIF orientation applied, 16 bits cut to 8, other colour
+    spaces and formats converted (to PNG where the source is lossless, to JPEG of quality 95 else),
+    and a longer side than `max_side` reduced. A PNG is always written anew: on one that is damaged
+    in places, torchvision's decoder ends the process.
 
     Args:
         data: an encoded image.
         max_side: upper bound for the longer side of the stored image, pixels.
-        box: left, top, width, height in pixels of the file as it is, before any rotation: only this is stored.
-        max_pixels: upper bound for the decoded width × height, in place of Pillow's own limit. A larger JPEG is accepted
-            where `max_side` is given (and no box): it is decoded at a half, a quarter or an eighth of its size, which
-            must not be larger.
+        box: left, top, width, height in pixels of the file as it is, before any rotation: only this
+            is stored.
+        max_pixels: upper bound for the decoded width × height, in place of Pillow's own limit. A
+            larger JPEG is accepted where `max_side` is given (and no box): it is decoded at a half,
+            a quarter or an eighth of its size, which must not be larger.
 
     Raises:
-        Exception: the bytes are not an image that can be decoded whole; decoders have no common class of errors.
+        Exception: the bytes are not an image that can be decoded whole; decoders have no common
+            class of errors.
     """
     with _without_pillow_limit():
         image: Image.Image = Image.open(io.BytesIO(data))

@@ -7,9 +7,10 @@
     mars    MARS (Zheng et al., ECCV 2016): tracklets; its test tracklets, queries included, are the gallery
     lpw     Labeled Pedestrian in the Wild (Song et al., AAAI 2018): tracklets; scene 1 tests
 
-The halves of CUB and Cars are those of Oh Song et al., CVPR 2016, and so are the counts of the image datasets (In-Shop's are of
-its own paper). Counts of MARS are of its paper and of its authors' index files: 634 people, distractors (0000) and junk (00-1)
-make the 636 identities of its test split; 626 people are queried. LPW's counts are those that other programs state.
+The halves of CUB and Cars are those of Oh Song et al., CVPR 2016, and so are the counts of the
+image datasets (In-Shop's are of its own paper). Counts of MARS are of its paper and of its authors'
+index files: 634 people, distractors (0000) and junk (00-1) make the 636 identities of its test
+split; 626 people are queried. LPW's counts are those that other programs state.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def read_sop(tree: FileIndex) -> Iterator[Entry]:
 
 def read_inshop(tree: FileIndex) -> Iterator[Entry]:
     """`list_eval_partition.txt`, `img/`, and the boxes of `list_bbox_inshop.txt` if it exists."""
-    file, boxes = "list_eval_partition.txt", dict[str, Box]()
+    file = "list_eval_partition.txt"
+    boxes: dict[str, Box] = {}
     if tree.find("list_bbox_inshop.txt"):
         columns = "image_name clothes_type pose_type x_1 y_1 x_2 y_2"
         for path, _, _, *corners in fields(tree, "list_bbox_inshop.txt", columns, skip=2, from_end=True):
@@ -157,7 +159,8 @@ def read_mars(tree: FileIndex) -> Iterator[Entry]:
         for number, (first, last, person, camera) in enumerate(_rows(tree, file, 4).tolist(), 1):
             split = "train" if side == "train" else "query" if number in queries else "gallery"
             identity = "00-1" if person == -1 else f"{person:04d}"
-            track, kind = f"{side} {number:05d}", MARS_KINDS.get(identity)
+            track = f"{side} {number:05d}"
+            kind = MARS_KINDS.get(identity)
             if not 1 <= first <= last <= len(names):
                 raise UserError(f"{file}, row {number}: frames {first} to {last}, there are {len(names)} names")
             for name in names[first - 1 : last]:
@@ -166,7 +169,8 @@ def read_mars(tree: FileIndex) -> Iterator[Entry]:
                     raise UserError(
                         f"{file}, row {number}: frame {name!r}, expected one of {identity}, as {identity}C1T0001F001.jpg"
                     )
-                source, frame = f"{folder}/{identity}/{name}", int(matched[2])
+                source = f"{folder}/{identity}/{name}"
+                frame = int(matched[2])
                 yield Entry(source, identity, split, track=track, camera=camera, frame=frame, kind=kind)
 
 
@@ -185,8 +189,8 @@ LPW_VIEWS = {1: 3, 2: 4, 3: 4}
 def read_lpw(tree: FileIndex) -> Iterator[Entry]:
     """Frames `scen1/view2/17/342.jpg`: scene, view, person, number. Persons are numbered in each scene anew.
 
-    A tracklet is all frames of a person in one view. Queries are view 2 of scene 1, the gallery is its other two views.
-    Cameras are numbered over all scenes: 1 to 3, 4 to 7, 8 to 11.
+    A tracklet is all frames of a person in one view. Queries are view 2 of scene 1, the gallery is
+    its other two views. Cameras are numbered over all scenes: 1 to 3, 4 to 7, 8 to 11.
     """
     for path in tree.root_of:
         matched = LPW_FRAME.fullmatch(path)

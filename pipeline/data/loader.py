@@ -1,10 +1,11 @@
 """Plan rows to pixels: one function that fetches, decodes and augments, run in this process or as a Ray Data pipeline.
 
-Both engines take the same requests and give the same bytes in the same order. The Ray engine is a pipeline inside each
-worker over that worker's slice of the plan: several requests in a block (one task has some 40 ms of overhead), uint8
-pixels, order preserved, limited to the worker's share of loader CPUs. It takes seconds to start the first time in a
-cluster and a tenth of a second later, so one pipeline serves a whole segment of the plan; but every block is put into the
-object store before the first is fetched, which takes 5 CPU-ms of each, so a long segment is served by several.
+Both engines take the same requests and give the same bytes in the same order. The Ray engine is a
+pipeline inside each worker over that worker's slice of the plan: several requests in a block (one
+task has some 40 ms of overhead), uint8 pixels, order preserved, limited to the worker's share of
+loader CPUs. It takes seconds to start the first time in a cluster and a tenth of a second later, so
+one pipeline serves a whole segment of the plan; but every block is put into the object store before
+the first is fetched, which takes 5 CPU-ms of each, so a long segment is served by several.
 """
 
 from __future__ import annotations
@@ -175,8 +176,9 @@ def _fetch_block(rows: pa.Table, source: ImageSource) -> pa.Table:
 class ThrottleCallback:
     """A Ray Data execution callback that sleeps after each scheduling step.
 
-    While the pipeline waits for its consumer, Ray's scheduling loop runs without a pause, in a thread of the training
-    process: it took a core and the interpreter lock, and training ran at a third of its speed.
+    While the pipeline waits for its consumer, Ray's scheduling loop runs without a pause, in a
+    thread of the training process: it took a core and the interpreter lock, and training ran at a
+    third of its speed.
     """
 
     def before_execution_starts(self, executor: Any) -> None: ...

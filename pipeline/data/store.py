@@ -5,11 +5,12 @@
     shards/*.parquet    sample_id, label, class_name, split, image (bytes of a plain JPEG or PNG)
     rejected.csv        source, class, reason of every image that could not be read
 
-Sample ids follow the order of the entries; a rejected image leaves a gap. Validation folds divide the training classes
-(groups stay whole) and are the same for everyone who uses the store.
+Sample ids follow the order of the entries; a rejected image leaves a gap. Validation folds divide
+the training classes (groups stay whole) and are the same for everyone who uses the store.
 
-A dataset of tracklets has the columns track (numbered over the store), camera and frame as well, in the catalogue and in the
-shards; test images of no class have the label DISTRACTOR or JUNK. The manifest's protocol says how test images are measured:
+A dataset of tracklets has the columns track (numbered over the store), camera and frame as well, in
+the catalogue and in the shards; test images of no class have the label DISTRACTOR or JUNK. The
+manifest's protocol says how test images are measured:
 
     leave_one_out   each test image is searched among the others
     query_gallery   query rows are searched in gallery rows
@@ -85,8 +86,8 @@ class Store:
     """An opened store.
 
     Raises:
-        UserError: there is no store, its format is newer than this program, its catalogue is damaged, or a shard is missing
-            or has another size than the manifest says.
+        UserError: there is no store, its format is newer than this program, its catalogue is
+            damaged, or a shard is missing or has another size than the manifest says.
     """
 
     def __init__(self, folder: Folder) -> None:

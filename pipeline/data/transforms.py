@@ -1,6 +1,7 @@
 """A decoded image to a uint8 tensor [3, S, S]: augment or crop, resize. Normalisation happens on the device.
 
-Random draws come from a generator keyed by (seed, epoch, step, slot): the pixels of a slot depend on nothing else.
+Random draws come from a generator keyed by (seed, epoch, step, slot): the pixels of a slot depend
+on nothing else.
 """
 
 from __future__ import annotations

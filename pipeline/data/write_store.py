@@ -51,7 +51,8 @@ def plan_shards(entries: Iterable[Entry], num_folds: int, images_per_shard: int)
     into shards.
 
     Raises:
-        UserError: a distractor or junk in the training split; or tracks, cameras or frames of some images only.
+        UserError: a distractor or junk in the training split; or tracks, cameras or frames of some
+            images only.
     """
     ordered = sorted(
         entries, key=lambda e: (SPLITS.index(e.split or "train"), e.class_name, e.track or "", e.frame or 0, e.source)
@@ -165,11 +166,13 @@ def write_store(
         crop: store only the pixels within the entries' boxes.
         source: origin of the entries, for the manifest: a published dataset, folder, csv or emoji.
         protocol: one of PROTOCOLS (default: by the splits, query_gallery or leave_one_out).
-        missing: a sentence for each thing that a published dataset lacks; None for other datasets, which have no list of
-            their images. Then rejected images do not make the dataset partial.
+        missing: a sentence for each thing that a published dataset lacks; None for other datasets,
+            which have no list of their images. Then rejected images do not make the dataset
+            partial.
 
     Raises:
-        UserError: too many unreadable images, `rejected.csv` then names them; no boxes to crop to; what `plan_shards` refuses.
+        UserError: too many unreadable images, `rejected.csv` then names them; no boxes to crop to;
+            what `plan_shards` refuses.
     """
     if crop and not all(e.box for e in entries):
         raise UserError("not all images have a box to crop to: leave out --crop box")

@@ -1,8 +1,9 @@
 """Communication between ranks: gathered features with gradient, sums, logical or, broadcast.
 
-One rule holds for all: everything after the pooled features is replicated, so every rank has the same loss. The
-backward pass of `gather` sums over the ranks and keeps its own rows; with DDP's mean over ranks the trunk then receives
-exactly the gradient of one process on the whole batch. No other scale factor exists anywhere.
+One rule holds for all: everything after the pooled features is replicated, so every rank has the
+same loss. The backward pass of `gather` sums over the ranks and keeps its own rows; with DDP's mean
+over ranks the trunk then receives exactly the gradient of one process on the whole batch. No other
+scale factor exists anywhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Independent tasks, streamed through Ray Data: shards to write, files of embeddings to write.
 
-Only the tasks and their small records pass through the driver and the object store; what a task reads and writes goes
-directly between its process and the storage.
+Only the tasks and their small records pass through the driver and the object store; what a task
+reads and writes goes directly between its process and the storage.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ def run_on_ray(
 
     Args:
         function: does one task and returns a small record.
-        tasks: any picklable values whose length is a number of images, which the progress bar counts.
+        tasks: any picklable values whose length is a number of images, which the progress bar
+            counts.
         title: text beside the progress bar.
-        actors: the largest number of Ray actors, each with its own copy of `function`; 0: plain Ray tasks.
+        actors: the largest number of Ray actors, each with its own copy of `function`; 0: plain Ray
+            tasks.
         gpus: GPUs of each actor or Ray task.
 
     Raises:

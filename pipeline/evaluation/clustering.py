@@ -22,7 +22,8 @@ def clustering(
     `iterations` float32 matrix products N x C x D.
 
     Raises:
-        ValueError: as `retrieve`; or fewer than two classes or no two rows of one, where the measures are undefined.
+        ValueError: as `retrieve`; or fewer than two classes or no two rows of one, where the
+            measures are undefined.
     """
     vectors = labelled_rows(embeddings, labels, "embeddings")
     _, classes = np.unique(labels.cpu().numpy(), return_inverse=True)
@@ -42,8 +43,9 @@ def clustering(
 def _adjusted_mutual_info(classes: np.ndarray, clusters: np.ndarray) -> float:
     """scikit-learn's `adjusted_mutual_info_score`, for two partitions that are not both trivial, in milliseconds.
 
-    Its expectation sums over all pairs of class and cluster, for 11,316 x 11,316 in 40 s. The terms depend on the two
-    sizes only, so we visit pairs of *distinct* sizes, of which N rows allow at most sqrt(2N) on either side.
+    Its expectation sums over all pairs of class and cluster, for 11,316 x 11,316 in 40 s. The terms
+    depend on the two sizes only, so we visit pairs of *distinct* sizes, of which N rows allow at
+    most sqrt(2N) on either side.
     """
     sizes_a, sizes_b = (np.unique(partition, return_counts=True)[1] for partition in (classes, clusters))
     mean_entropy = -sum(float((p * np.log(p)).sum()) for p in (sizes_a / len(classes), sizes_b / len(classes))) / 2

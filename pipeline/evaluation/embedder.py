@@ -61,7 +61,8 @@ class Embedder:
     ) -> Float[Tensor, "tracks dim"]:
         """The mean embedding of each tracklet, at length one, tracklets ascending, on every rank.
 
-        No rank keeps more frames than a batch: each rank sums its share, and the sums are added over the ranks.
+        No rank keeps more frames than a batch: each rank sums its share, and the sums are added
+        over the ranks.
 
         Raises:
             ValueError: the mean of a tracklet is zero or not finite.

@@ -1,9 +1,10 @@
 """Re-identification: is a person retrieved from another camera? CMC and mAP from queries to a gallery, exactly.
 
-A gallery row is a *correct match* of a query if it shows the same person from another camera. It is *junk*, removed from
-the query's ranking and neither right nor wrong, if it shows the same person from the same camera or is labelled `JUNK`.
-Everything else is wrong, including persons that are in no query, labelled `DISTRACTOR` (Zheng et al., "Scalable Person
-Re-identification", ICCV 2015: Market-1501; "MARS", ECCV 2016, whose identities 0000 and 00-1 are these two).
+A gallery row is a *correct match* of a query if it shows the same person from another camera. It is
+*junk*, removed from the query's ranking and neither right nor wrong, if it shows the same person
+from the same camera or is labelled `JUNK`. Everything else is wrong, including persons that are in
+no query, labelled `DISTRACTOR` (Zheng et al., "Scalable Person Re-identification", ICCV 2015:
+Market-1501; "MARS", ECCV 2016, whose identities 0000 and 00-1 are these two).
 
 With a query's R correct matches at the ranks r_1 < r_2 < ... (0: first) of its filtered ranking:
 
@@ -11,12 +12,14 @@ With a query's R correct matches at the ranks r_1 < r_2 < ... (0: first) of its 
     AP                1/R * sum_i i / (r_i + 1)
     AP, trapezoidal   1/R * sum_i (i / (r_i + 1) + [(i - 1) / r_i, or 1 if r_i = 0]) / 2
 
-The second is the area under the precision-recall curve by the trapezoidal rule, as in the evaluation scripts that came
-with Market-1501 and MARS, which OSM+CAA used. It is the smaller one, unless the ranking is perfect.
+The second is the area under the precision-recall curve by the trapezoidal rule, as in the
+evaluation scripts that came with Market-1501 and MARS, which OSM+CAA used. It is the smaller one,
+unless the ranking is perfect.
 
-The whole gallery is sorted by exact similarities. float32 proposals, which decide most of `retrieval.retrieve`, would save
-little here: too many rows lie within the bound on their error of a correct match. Counting the rows ahead of each
-correct match takes as long as sorting at 10 correct matches a query, and longer at more.
+The whole gallery is sorted by exact similarities. float32 proposals, which decide most of
+`retrieval.retrieve`, would save little here: too many rows lie within the bound on their error of a
+correct match. Counting the rows ahead of each correct match takes as long as sorting at 10 correct
+matches a query, and longer at more.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ class ReidSet:
         """Rows, labels and cameras.
 
         Raises:
-            ValueError: as `NormedRows.of`; not one label and camera a row; a label below `least_label`.
+            ValueError: as `NormedRows.of`; not one label and camera a row; a label below
+                `least_label`.
         """
         vectors = NormedRows.of(self.embeddings, name)
         labels, cameras = self.labels.cpu().numpy(), self.cameras.cpu().numpy()
@@ -75,11 +79,13 @@ class ReidRetrieval(Concatenable):
     """Results per query.
 
     Attributes:
-        first_hit: rank of the nearest correct match in the filtered ranking, 0 is the nearest row; -1 if there is none.
+        first_hit: rank of the nearest correct match in the filtered ranking, 0 is the nearest row;
+            -1 if there is none.
         average_precision: in [0, 1]; 0 if the query has no correct match.
         average_precision_trapezoidal: the same by the trapezoidal rule.
         num_relevant: R, the number of correct matches.
-        neighbours: gallery rows of the nearest `keep` that are not junk, nearest first; -1 where there are fewer.
+        neighbours: gallery rows of the nearest `keep` that are not junk, nearest first; -1 where
+            there are fewer.
     """
 
     first_hit: Int64[np.ndarray, " queries"]
@@ -92,7 +98,8 @@ class ReidRetrieval(Concatenable):
         """Averages over the queries that have a correct match.
 
         Args:
-            cmc_at: every k of CMC@k: the share of queries with a correct match among their k nearest rows.
+            cmc_at: every k of CMC@k: the share of queries with a correct match among their k
+                nearest rows.
 
         Returns:
             `cmc@k` for each k, `map` and `map_trapezoidal` in percent; `queries`, the number averaged over;
@@ -127,21 +134,21 @@ def match(
 ) -> ReidRetrieval:
     """Ranks the gallery for each query by cosine similarity, exactly, ties by the smaller gallery row.
 
-    Time: 3 float64 matrix products Q x N x D, and sorting the N similarities of each query. Memory: about `memory_bytes`
-    beside the embeddings.
+    Time: 3 float64 matrix products Q x N x D, and sorting the N similarities of each query. Memory:
+    about `memory_bytes` beside the embeddings.
 
     Args:
         queries, gallery: the gallery may contain the queries, each of which is junk for itself.
-        distractors: whether distractors count as wrong or as junk. `junk` for the MARS figures of OSM+CAA, whose script
-            ranks 00-1 instead: give those rows a label that no query has.
+        distractors: whether distractors count as wrong or as junk. `junk` for the MARS figures of
+            OSM+CAA, whose script ranks 00-1 instead: give those rows a label that no query has.
         reranking: ranks by its distance instead of the cosine; made from the same rows.
         part: range of queries to rank, one rank's share; default all.
         keep: neighbours to return for each query.
         memory_bytes: size of the temporary blocks. It changes time, never the result.
 
     Raises:
-        ValueError: wrong dtype or shape; a row of length zero or with a NaN or infinity; a label below those allowed;
-            a reranking of other rows.
+        ValueError: wrong dtype or shape; a row of length zero or with a NaN or infinity; a label
+            below those allowed; a reranking of other rows.
     """
     if keep < 1:
         raise ValueError(f"got keep={keep}: expected at least 1")

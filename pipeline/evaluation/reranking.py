@@ -1,6 +1,7 @@
 """k-reciprocal re-ranking (Zhong, Zheng, Cao, Li, CVPR 2017, arXiv 1701.08398; github.com/zhunzhong07/person-re-ranking).
 
-A gallery row is nearer to a query if the two have the same neighbours. Over queries and gallery together:
+A gallery row is nearer to a query if the two have the same neighbours. Over queries and gallery
+together:
 
     R(i, k)    rows among i's k nearest that have i among theirs, and i itself
     R*(i)      R(i, k1), and R(q, k1/2) of every q in R(i, k1) of which more than two thirds lie in R(i, k1)
@@ -9,12 +10,13 @@ A gallery row is nearer to a query if the two have the same neighbours. Over que
     J(i, j)    1 - sum(min(V'_i, V'_j)) / sum(max(V'_i, V'_j))
     d*(q, g)   (1 - weight) J(q, g) + weight d(q, g)
 
-d is the cosine distance divided by its largest value in row i, which for rows of length one is the authors' squared
-Euclidean distance divided likewise. Where the authors' code, which made the published results, differs from the paper,
-this follows the code: V has sum one, d is divided by its largest value, and "more than" two thirds (paper: at least).
+d is the cosine distance divided by its largest value in row i, which for rows of length one is the
+authors' squared Euclidean distance divided likewise. Where the authors' code, which made the
+published results, differs from the paper, this follows the code: V has sum one, d is divided by its
+largest value, and "more than" two thirds (paper: at least).
 
-Everything but the blocks of d* is sparse. Distances and neighbours are those of the exact cosine, ties by the smaller
-row, so no bit depends on blocks or ranks.
+Everything but the blocks of d* is sparse. Distances and neighbours are those of the exact cosine,
+ties by the smaller row, so no bit depends on blocks or ranks.
 """
 
 from __future__ import annotations
@@ -108,18 +110,21 @@ class Reranking:
     ) -> Reranking:
         """Re-ranked distances; defaults are the paper's for Market-1501, OSM+CAA's on MARS are k1 7, k2 3, weight 0.85.
 
-        Time: a float64 comparison for each of the about N k1 entries of V. Memory: 12 bytes for each of the entries of
-        V', at most k2 times as many, and several times that while they are made.
+        Time: a float64 comparison for each of the about N k1 entries of V. Memory: 12 bytes for
+        each of the entries of V', at most k2 times as many, and several times that while they are
+        made.
 
         Args:
             queries, gallery: embeddings, as given to `reid.match`.
             k1: number of nearest neighbours that may be reciprocal.
             k2: number of rows in the local query expansion, the row itself included; 1 for none.
             weight: weight of the original distance, 0 to 1.
-            neighbours: neighbours of the rows of queries and gallery, in this order, for k1; default: computed here.
+            neighbours: neighbours of the rows of queries and gallery, in this order, for k1;
+                default: computed here.
 
         Raises:
-            ValueError: a value out of range; neighbours of other rows or another k1; as `retrieval.retrieve`.
+            ValueError: a value out of range; neighbours of other rows or another k1; as
+                `retrieval.retrieve`.
         """
         if not (1 <= k2 <= k1 + 1 and 0 <= weight <= 1):
             raise ValueError(f"got k1={k1}, k2={k2}, weight={weight}: expected k2 from 1 to k1 + 1, weight from 0 to 1")

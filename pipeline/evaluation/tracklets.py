@@ -18,8 +18,9 @@ _FRAMES_PER_BLOCK = 4096  # converted to float64 at once
 class TrackSums:
     """Sums of the embeddings of each tracklet's frames, accumulated over batches and ranks.
 
-    On several ranks: `TrackSums(local.tracks, ranks.sum(local.sums), ranks.sum(local.counts)).rows()`. Sums in the order of
-    the frames have the same bits for any batch size; sums of the ranks' sums differ by rounding in float64.
+    On several ranks: `TrackSums(local.tracks, ranks.sum(local.sums),
+    ranks.sum(local.counts)).rows()`. Sums in the order of the frames have the same bits for any
+    batch size; sums of the ranks' sums differ by rounding in float64.
 
     Attributes:
         tracks: numbers of the tracklets, ascending.
@@ -44,7 +45,8 @@ class TrackSums:
         """Adds frames, of any tracklets in any order.
 
         Raises:
-            ValueError: not one tracklet a frame; other than the expected dimension; an unknown tracklet.
+            ValueError: not one tracklet a frame; other than the expected dimension; an unknown
+                tracklet.
         """
         if embeddings.shape != (len(tracks), self.sums.shape[1]):
             expected = (len(tracks), self.sums.shape[1])

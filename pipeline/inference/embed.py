@@ -5,8 +5,9 @@
     part-*.parquet      named by their first row: sample_id, label, class_name, split (for tracklets also track, camera,
                         frame), embedding [D]
 
-Each file is computed by one process and written whole; the same command continues after an interruption and keeps the files
-that are there. Memory is that of one file and of the catalogue, for any number of images.
+Each file is computed by one process and written whole; the same command continues after an
+interruption and keeps the files that are there. Memory is that of one file and of the catalogue,
+for any number of images.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class EmbedTask:
         return self.trained.load(self.store, torch.device("cuda" if gpu else "cpu"))
 
     def __call__(self, file_rows: range) -> dict[str, Any]:
-        store, rows = self.store, self.rows[file_rows.start : file_rows.stop]
+        store = self.store
+        rows = self.rows[file_rows.start : file_rows.stop]
         embedder, trunk, method = self._network
         embeddings = embedder(store.sample_id[rows], trunk, method).cpu().numpy()
         source = embedder.source

@@ -7,8 +7,8 @@
         checkpoint.json                         position, metrics, checksums; written last: without it, no checkpoint
     best/step-00000077/                         the weights that validated best, in the same form
 
-A run folder belongs to one start of the run at a time: a later start writes its number into the file `incarnation`, and an
-older process that is still running reads it and stops before it writes.
+A run folder belongs to one start of the run at a time: a later start writes its number into the
+file `incarnation`, and an older process that is still running reads it and stops before it writes.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class Checkpoints:
         `write_extra` writes further files into its folder, before it counts as complete.
 
         Raises:
-            RunError: another process now owns the run, or a tensor is not finite; nothing has been written then.
+            RunError: another process now owns the run, or a tensor is not finite; nothing has been
+                written then.
         """
         self._require_owner()
         tensors = {**trunk.state_dict(), **{f"method.{n}": t for n, t in method.state_dict().items()}}
@@ -234,7 +235,8 @@ def _contiguous(module: nn.Module) -> dict[str, torch.Tensor]:
 def _pack(plan: Plan) -> bytes:
     """A plan as npz: its columns may hold text, which tensors cannot.
 
-    Random ids do not compress: they take the least bytes that hold them. A column that every step shares is stored once.
+    Random ids do not compress: they take the least bytes that hold them. A column that every step
+    shares is stored once.
     """
     buffer = io.BytesIO()
     columns: dict[str, Any] = {

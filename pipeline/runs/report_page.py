@@ -1,7 +1,8 @@
 """A finished run as one HTML page that needs no network and no script.
 
-Every image that the gallery shows is embedded once, as the background of a CSS class. A full gallery (36 queries with 8
-neighbours each) takes 1 to 2 MB; pure noise, the worst case for JPEG, would take 3.3 MB.
+Every image that the gallery shows is embedded once, as the background of a CSS class. A full
+gallery (36 queries with 8 neighbours each) takes 1 to 2 MB; pure noise, the worst case for JPEG,
+would take 3.3 MB.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ PAGE = """<!doctype html>
 def write_report(run: Folder, store: Store) -> None:
     """Writes report.html into the folder of a finished run.
 
-    Reads summary.json, config.yaml, metrics.jsonl, changes.jsonl, and test_neighbours.npz where there is one; of the
-    dataset it reads only the images that are shown.
+    Reads summary.json, config.yaml, metrics.jsonl, changes.jsonl, and test_neighbours.npz where
+    there is one; of the dataset it reads only the images that are shown.
 
     Args:
         run: the run folder.

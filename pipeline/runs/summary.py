@@ -22,33 +22,35 @@ RESULT_KEYS = (
 
 def protocol(config: Config, store: Store) -> dict[str, Any]:
     """The conditions under which the figures were measured."""
-    c, t = config, config.data.transforms
-    fold = c.data.validation_fold
-    crop = f"squash to {t.size}" if t.squash else f"resize {t.resize or t.size}, centre crop {t.size}"
-    choice = {
-        "fair": "validation fold of the training classes" if c.validates else "no choice made",
-        "paper": "TEST classes",
-    }
+    transforms = config.data.transforms
+    size = transforms.size
+    pixels = f"squash to {size}" if transforms.squash else f"resize {transforms.resize or size}, centre crop {size}"
+    fold = config.data.validation_fold
+    mining = config.mining
+    checkpoint: str = config.evaluation.checkpoint
+    if checkpoint == "best":
+        fair = "validation fold of the training classes" if config.validates else "no choice made"
+        classes = "TEST classes" if config.protocol == "paper" else fair
+        checkpoint += f" by {config.evaluation.metric} on the {classes}"
     return {
-        "profile": c.protocol,
+        "profile": config.protocol,
         "dataset": store.title,
         **({"partial": "; ".join(store.partial)} if store.partial else {}),
         "classes": "disjoint: test classes are never trained on",
         "trained_on": "all training classes" if fold is None else f"training classes without fold {fold}",
-        "checkpoint": f"{c.evaluation.checkpoint}"
-        + (f" by {c.evaluation.metric} on the {choice[c.protocol]}" if c.evaluation.checkpoint == "best" else ""),
-        "method": c.method.name,
-        "backbone": c.model.backbone,
-        "weights": c.model.weights,
-        "pooling": c.model.pooling,
-        "batch_norm": c.model.batch_norm,
-        "embedding_dim": c.method.embedding_dim,
-        "test_pixels": crop,
-        "batch": f"{c.method.classes_per_batch} x {c.method.samples_per_class}",
-        "length": str(c.length),
-        "precision": c.precision,
-        "seed": c.seed,
-        **({"mining": f"{c.mining.engine}, {c.mining.consistency}"} if c.method.mining is not None else {}),
+        "checkpoint": checkpoint,
+        "method": config.method.name,
+        "backbone": config.model.backbone,
+        "weights": config.model.weights,
+        "pooling": config.model.pooling,
+        "batch_norm": config.model.batch_norm,
+        "embedding_dim": config.method.embedding_dim,
+        "test_pixels": pixels,
+        "batch": f"{config.method.classes_per_batch} x {config.method.samples_per_class}",
+        "length": str(config.length),
+        "precision": config.precision,
+        "seed": config.seed,
+        **({"mining": f"{mining.engine}, {mining.consistency}"} if config.method.mining is not None else {}),
     }
 
 

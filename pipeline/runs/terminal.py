@@ -20,7 +20,8 @@ class Display:
     """Shows the status of a run.
 
     Args:
-        console: a terminal gets a live bar, anything else a line every 15 s and at every change of phase.
+        console: a terminal gets a live bar, anything else a line every 15 s and at every change of
+            phase.
     """
 
     def __init__(self, console: Console) -> None:
@@ -50,7 +51,8 @@ class Display:
         progress = state["progress"]
         if not progress:
             return
-        phase, note = progress["phase"], _note(progress)
+        phase = progress["phase"]
+        note = _note(progress)
         if "step" in progress:
             self.bar.update(
                 self.task, description=phase, completed=progress["step"], total=progress["total"], note=note

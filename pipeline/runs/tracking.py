@@ -1,8 +1,9 @@
 """A run's log: metrics.jsonl and TensorBoard events.
 
-Rank 0 writes. A local run folder is written in place; for object storage the files grow in a temporary folder and are
-copied whole at every `sync`. Lines of steps after the checkpoint that a run resumes from are cut off first, and a line
-that survived the kill is not written again: a killed run's log reads like that of a run that was never killed.
+Rank 0 writes. A local run folder is written in place; for object storage the files grow in a
+temporary folder and are copied whole at every `sync`. Lines of steps after the checkpoint that a
+run resumes from are cut off first, and a line that survived the kill is not written again: a killed
+run's log reads like that of a run that was never killed.
 """
 
 from __future__ import annotations

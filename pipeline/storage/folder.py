@@ -1,7 +1,8 @@
 """Files by URI, the same calls for a local path and for object storage ("s3://bucket/..."), through fsspec and s3fs.
 
-Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...); `pipeline.storage.s3`
-documents retries and errors. An object in object storage appears whole or not at all.
+Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...);
+`pipeline.storage.s3` documents retries and errors. An object in object storage appears whole or not
+at all.
 """
 
 from __future__ import annotations

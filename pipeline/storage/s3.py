@@ -5,8 +5,9 @@ name the file. A body of more than 50 MB is read without either layer, with zero
 `_cat_file_concurrent`), and nothing ends an upload that the server does not read, or a response that stalls. Here both
 try once, and every request, with the body of its response, goes through `S3._with_retries`.
 
-Waits are drawn uniformly from 0 to FIRST_WAIT_S × 2^faults, at most LONGEST_WAIT_S ("full jitter": M. Brooker, Exponential
-Backoff And Jitter, AWS Architecture Blog 2015). Error codes: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html.
+Waits are drawn uniformly from 0 to FIRST_WAIT_S × 2^faults, at most LONGEST_WAIT_S ("full jitter":
+M. Brooker, Exponential Backoff And Jitter, AWS Architecture Blog 2015). Error codes:
+docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class S3(S3FileSystem):
         retry_timeout_s: how long the faults of one request may last before it fails; 0 tries once.
 
     Raises:
-        RunError: faults lasted longer than that, or the storage refuses the request; the object is named.
+        RunError: faults lasted longer than that, or the storage refuses the request; the object is
+            named.
         UserError: credentials, bucket, region or endpoint are wrong; at once.
         FileNotFoundError: there is no such object.
     """

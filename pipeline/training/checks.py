@@ -180,7 +180,8 @@ def check_cluster(config: Config, ray: Any) -> None:
     """Checks that a cluster can provide the run's resources, and that all its nodes see the storage.
 
     Raises:
-        UserError: more resources than the cluster has at its largest, or storage that not all nodes see.
+        UserError: more resources than the cluster has at its largest, or storage that not all nodes
+            see.
     """
     if not on_cluster() or config.runtime.workers == 0:
         return
