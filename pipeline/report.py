@@ -1,4 +1,4 @@
-"""`python -m pipeline.report RUN_FOLDER`: writes report.html of a finished run, one file without scripts or links."""
+"""`python -m pipeline.report RUN_FOLDER`: writes report.html of a finished run, one file that needs no network."""
 
 from __future__ import annotations
 
