@@ -1,4 +1,4 @@
-"""Cost of the methods against plain literal implementations of their formulas.
+"""Cost of the methods compared with literal implementations of their formulas.
 
     python -m benchmarks.methods [--only in_batch mmsi smart_mining] [--rounds 7] [--json PATH]
 
@@ -8,8 +8,8 @@ lists with gathers and scatters for the graphs, loops over pairs for OSM+CAA. Bo
 before they are timed. What is timed is all that a step does after the embeddings, forward and backward: for GCA-HNG the graph
 and the synthesis of its phases A and C, for Intra-Batch Connections the message passing, for OSM+CAA the pair loss. Sides
 alternate; the ratio is the median over pairs. Memory is the peak of a step above the level between steps, in a fresh process.
-Of these methods, rows tell what share of a whole step that is with a ResNet-50 at 224 pixels (timed on 4 images, scaled to the
-batch). What is measured of MMSI and Smart Mining: see benchmarks/whole_set.py.
+For these methods, rows give the share of a whole step with a ResNet-50 at 224 pixels (timed on 4 images, scaled to the batch).
+For the measurements of MMSI and Smart Mining see benchmarks/whole_set.py.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ PROMISED_MEMORY = {"GCA-HNG, graph and synthesis": 0.35}
 
 
 def check(name: str) -> None:
-    """Both sides compute the same; in float64, where rounding cannot hide a mistake nor look like one."""
+    """Checks that both sides compute the same, in float64, where rounding neither hides nor looks like a mistake."""
     torch.set_default_dtype(torch.float64)
     for number, (one, other) in enumerate(zip(*(SIDES[name][0](ours)() for ours in (True, False)), strict=True)):
         difference = float((one - other).norm() / other.norm().clamp(min=1e-9))

@@ -34,10 +34,10 @@ from methods.plans import Plan, class_balanced
 class MethodConfig(BaseConfig):
     """Options that every method has."""
 
-    name: str
+    name: str = Field(description="name of the method")
     classes_per_batch: int = Field(24, ge=2, description="P: groups of different classes in a batch")
     samples_per_class: int = Field(4, ge=2, description="K: images of one class in a batch")
-    embedding_dim: int = Field(128, ge=1, description="D")
+    embedding_dim: int = Field(128, ge=1, description="D: dimension of the embedding")
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @property

@@ -104,16 +104,21 @@ def _first_line(error: Exception) -> str:
 class BaselineConfig(MethodConfig):
     name: Literal["baseline"] = "baseline"
     loss: str = Field("MultiSimilarityLoss", description="class of pytorch_metric_learning.losses")
-    loss_args: dict[str, Any] = Field(default_factory=dict)
-    miner: str | None = Field(None, description="class of pytorch_metric_learning.miners")
-    miner_args: dict[str, Any] = Field(default_factory=dict)
+    loss_args: dict[str, Any] = Field(default_factory=dict, description="arguments of the loss")
+    miner: str | None = Field(None, description="class of pytorch_metric_learning.miners; none: all pairs or triplets")
+    miner_args: dict[str, Any] = Field(default_factory=dict, description="arguments of the miner")
     memory: int = Field(0, ge=0, description="past embeddings that the batch is compared with (XBM); 0: none")
-    memory_start: Length = Field(Length(value=0, unit="steps"), description="until then the memory is filled, not used")
-    memory_weight: float = Field(1.0, ge=0)
-    hard_negatives: int = Field(
-        0, ge=0, description="k nearest of all samples of other classes, for each image; 0: none"
+    memory_start: Length = Field(
+        Length(value=0, unit="steps"),
+        description="time before the memory is used, steps or epochs; it is filled from the start",
     )
-    hard_weight: float = Field(1.0, ge=0)
+    memory_weight: float = Field(1.0, ge=0, description="weight of the loss over the memory")
+    hard_negatives: int = Field(
+        0,
+        ge=0,
+        description="number of nearest samples of other classes mined for each image, from the whole training set; 0: none",
+    )
+    hard_weight: float = Field(1.0, ge=0, description="weight of the loss over the hard negatives")
 
     @property
     def mining(self) -> MiningRequirements | None:

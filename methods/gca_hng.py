@@ -49,31 +49,41 @@ class GcaHngConfig(MethodConfig):
     name: Literal["gca_hng"] = "gca_hng"
     classes_per_batch: int = Field(27, ge=2, description="P: classes in a batch")
     samples_per_class: int = Field(3, ge=2, description="K: images of one class in a batch")
-    embedding_dim: int = Field(512, ge=2, description="D")
-    base_loss: Literal["npair", "proxy_anchor"] = Field("npair", description="J_m; proxy_anchor is our variant")
-    generate: bool = Field(True, description="off: J_m alone, without graph and classifier")
+    embedding_dim: int = Field(512, ge=2, description="D: dimension of the embedding")
+    base_loss: Literal["npair", "proxy_anchor"] = Field(
+        "npair", description="J_m: the metric loss; proxy_anchor is not in the paper"
+    )
+    generate: bool = Field(True, description="generate hard negatives; false: J_m alone, without graph and classifier")
     layers: int = Field(2, ge=1, description="L: rounds of node and edge messages")
     heads: int = Field(4, ge=1, description="heads of the node attention; a divisor of embedding_dim")
-    edge_dropout: float = Field(0.1, ge=0, lt=1, description="on the two weights of the edge attention")
-    alpha: float = Field(5.0, gt=0, description="α: the larger, the later negatives come close")
-    beta: float = Field(20.0, gt=0, description="β: the larger, the earlier J_syn counts")
-    softmax_weight: float = Field(20.0, ge=0, description="s")
-    similarity_weight: float = Field(20.0, ge=0, description="d")
-    diversity_weight: float = Field(60.0, ge=0, description="v")
-    orthogonal_neck: bool = Field(False, description="orthogonal weights and zero bias at first (the DINO recipes)")
-    warmup: Length = Field(Length(value=2, unit="epochs"), description="the trunk is not trained until then")
+    edge_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the two weights of the edge attention")
+    alpha: float = Field(
+        5.0, gt=0, description="α: the larger, the later in training negatives are generated close to the anchor"
+    )
+    beta: float = Field(20.0, gt=0, description="β: the larger, the earlier in training J_syn has weight")
+    softmax_weight: float = Field(20.0, ge=0, description="s: weight of the softmax term")
+    similarity_weight: float = Field(20.0, ge=0, description="d: weight of the similarity term")
+    diversity_weight: float = Field(60.0, ge=0, description="v: weight of the diversity term")
+    orthogonal_neck: bool = Field(
+        False, description="initialise the head with orthogonal weights and zero bias (the DINO recipes)"
+    )
+    warmup: Length = Field(
+        Length(value=2, unit="epochs"), description="time for which the trunk is not updated, steps or epochs"
+    )
     similarity_mask: Literal["correct", "reference"] = Field(
         "correct",
         description="which entries the similarity term leaves out: own classes | those the authors' code does",
     )
-    edge_symmetry: bool = Field(True, description="computes each unordered pair once: the same result in half the work")
+    edge_symmetry: bool = Field(
+        True, description="compute each unordered pair once: the same result with half the work"
+    )
     shard_edges: bool = Field(False, description="share pairs among the workers, for large batches: the same result")
     zero_gradients: bool = Field(
         True,
         description="graph parameters that a phase does not use step with gradient 0 (decay, momentum) | are not updated",
     )
-    proxy_margin: float = 0.1
-    proxy_scale: float = Field(32.0, gt=0)
+    proxy_margin: float = Field(0.1, description="proxy_anchor: margin of the similarities")
+    proxy_scale: float = Field(32.0, gt=0, description="proxy_anchor: scale of the similarities")
     optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-4, weight_decay=1e-4, clip_value=10)
     graph_optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-4, weight_decay=1e-4, clip_value=10)
     classifier_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, weight_decay=0.01)

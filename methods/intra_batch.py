@@ -42,17 +42,21 @@ class IntraBatchConfig(MethodConfig):
     name: Literal["intra_batch"] = "intra_batch"
     classes_per_batch: int = Field(6, ge=2, description="P: groups in a batch")
     samples_per_class: int = Field(9, ge=2, description="K: images of a group, all of one class")
-    embedding_dim: int = Field(512, ge=1, description="D")
+    embedding_dim: int = Field(512, ge=1, description="D: dimension of the embedding")
     sampler: Literal["combine", "number", "balanced"] = Field(
         "combine", description="P×K of the authors | with P and K redrawn each epoch | no class twice in a batch"
     )
-    graph: bool = Field(True, description="off: the cross-entropy of the embedding alone")
-    layers: int = Field(1, ge=1)
+    graph: bool = Field(
+        True, description="pass messages between the images of a batch; false: the cross-entropy of the embedding alone"
+    )
+    layers: int = Field(1, ge=1, description="layers of message passing")
     heads: int = Field(2, ge=1, description="heads of the attention; a divisor of embedding_dim")
-    concatenate: bool = Field(False, description="classify the outputs of all layers, not of the last one")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    concatenate: bool = Field(
+        False, description="classify the concatenated outputs of all layers instead of the last one's"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the message passing, probability")
     temperature: float = Field(0.2, gt=0, description="T: logits are divided by it")
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing of the cross-entropy, 0 to 1")
     reload_best: tuple[int, ...] = Field((), description="epochs (from 0) that start from the best weights so far")
     inference: Literal["embedding", "reciprocal"] = Field(
         "embedding", description="reciprocal: the graph on each test image and its k-reciprocal neighbours"

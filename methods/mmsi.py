@@ -53,19 +53,21 @@ class MmsiConfig(MethodConfig):
     name: Literal["mmsi"] = "mmsi"
     classes_per_batch: int = Field(16, ge=2, description="P: classes in a batch")
     samples_per_class: int = Field(5, ge=2, description="K: images of one class in a batch")
-    embedding_dim: int = Field(512, ge=1, description="D")
-    loss: Literal["contrastive", "multi_similarity", "binomial", "lifted", "triplet"] = "multi_similarity"
+    embedding_dim: int = Field(512, ge=1, description="D: dimension of the embedding")
+    loss: Literal["contrastive", "multi_similarity", "binomial", "lifted", "triplet"] = Field(
+        "multi_similarity", description="the pair loss that is weighted"
+    )
     margin: float | None = Field(
         None,
-        description="margin of mining (contrastive: similarity above which a negative counts; none: the loss's own)",
+        description="margin of pair selection (contrastive: similarity above which a negative counts; none: the loss's own)",
     )
-    alpha: float = Field(40.0, gt=0, description="α: scale of negatives")
-    beta: float = Field(2.0, gt=0, description="β: scale of positives")
-    base: float = Field(0.5, description="λ: similarity at which both scales are centred")
-    meta: bool = Field(True, description="off: the plain loss, every weight 1")
+    alpha: float = Field(40.0, gt=0, description="α: scale of the negatives' similarities")
+    beta: float = Field(2.0, gt=0, description="β: scale of the positives' similarities")
+    base: float = Field(0.5, description="λ: similarity that is subtracted before scaling")
+    meta: bool = Field(True, description="learn weights of pairs; false: the plain loss, every weight 1")
     meta_start: Length = Field(
         Length(value=0, unit="steps"),
-        description="the plain loss until then, as the authors start from a trained network",
+        description="length of training with the plain loss first; the authors start from a trained network",
     )
     meta_classes: int = Field(10, ge=1, description="images of the meta batch, each of another class")
     meta_source: Literal["train", "holdout"] = Field(
@@ -79,9 +81,10 @@ class MmsiConfig(MethodConfig):
         98, ge=1, description="classes in the memory (at most all) before which nothing is learnt"
     )
     norm_scope: Literal["all", "per_sign"] = Field(
-        "all", description="largest weight is 1: of all pairs | of the positives, and of the negatives"
+        "all",
+        description="scale weights so that the largest of all pairs is 1 | that of the positives and that of the negatives",
     )
-    w_init: float = Field(0.0, ge=0, description="weights about which the virtual step is taken")
+    w_init: float = Field(0.0, ge=0, description="weight of every pair at which the virtual step is taken")
     optimizer: OptimizerConfig = OptimizerConfig(name="adam", lr=1e-7, weight_decay=5e-4)
 
     @property

@@ -19,12 +19,16 @@ from methods.config import BaseConfig, Clock, Length
 class ScheduleConfig(BaseConfig):
     """Factor on the learning rate over time; any kind may start with a linear warm-up."""
 
-    kind: Literal["constant", "cosine", "step"] = "constant"
-    warmup: Length = Field(Length(value=0, unit="steps"), description="linear from 0 over this length")
-    floor: float = Field(0.0, ge=0, le=1, description="cosine: factor reached at the end of the run")
-    every: Length | None = Field(None, description="step: multiply by gamma each time this length has passed")
-    milestones: tuple[Length, ...] = Field((), description="step: multiply by gamma at these points")
-    gamma: float = Field(0.5, gt=0, le=1, description="step: the factor of one decay")
+    kind: Literal["constant", "cosine", "step"] = Field(
+        "constant", description="shape of the schedule after the warm-up"
+    )
+    warmup: Length = Field(Length(value=0, unit="steps"), description="length of a linear rise from 0, steps or epochs")
+    floor: float = Field(0.0, ge=0, le=1, description="cosine: factor at the end of the run, 0 to 1")
+    every: Length | None = Field(None, description="step: time between two multiplications by gamma, steps or epochs")
+    milestones: tuple[Length, ...] = Field(
+        (), description="step: times at which the factor is multiplied by gamma, steps or epochs"
+    )
+    gamma: float = Field(0.5, gt=0, le=1, description="step: factor of one decay")
     staircase: bool = Field(False, description="the factor changes at the start of an epoch only")
 
     @model_validator(mode="after")
@@ -62,16 +66,18 @@ class ScheduleConfig(BaseConfig):
 class OptimizerConfig(BaseConfig):
     """One optimizer over the trunk and the method's modules."""
 
-    name: Literal["adamw", "adam", "sgd", "radam"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "radam"] = Field("adamw", description="optimizer of torch.optim")
     lr: float = Field(1e-4, gt=0, description="learning rate of the trunk")
     head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the head, relative to the trunk's")
     loss_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the loss's own parameters (proxies)")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="weight decay, 0 for none")
     decoupled: bool = Field(False, description="radam: decoupled weight decay (AdamW's always is)")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
-    nesterov: bool = Field(False, description="sgd only")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="adam, adamw, radam: decay rates of the moving averages of gradient and square"
+    )
+    eps: float = Field(1e-8, gt=0, description="adam, adamw, radam: added to the denominator")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum")
+    nesterov: bool = Field(False, description="sgd: Nesterov momentum")
     clip_value: float | None = Field(None, gt=0, description="clip every gradient element to this size")
     clip_norm: float | None = Field(None, gt=0, description="clip the gradient's global norm to this size")
     schedule: ScheduleConfig = ScheduleConfig()

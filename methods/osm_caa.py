@@ -44,23 +44,27 @@ class OsmCaaConfig(MethodConfig):
     alpha: float = Field(1.2, gt=0, description="α: distance beyond which a negative does not count")
     sigma: float = Field(0.8, gt=0, description="σ of the positives' soft weight")
     lam: float = Field(0.5, ge=0, le=1, description="λ: share of the negatives in the metric loss")
-    osm: bool = Field(True, description="soft mining; off: all positives and all close negatives count alike")
-    caa: bool = Field(True, description="class-aware attention; off: every pair counts alike")
+    osm: bool = Field(
+        True, description="soft mining; false: all positives and all close negatives have the same weight"
+    )
+    caa: bool = Field(True, description="class-aware attention; false: every pair has the same attention")
     caa_logits: Literal["raw", "fnorm", "cosine"] = Field(
         "raw", description="classifier on z with bias | on z / |z| with bias | cosine of z and the class vectors"
     )
     caa_mean: float = Field(1.0, description="caffe: mean of the attention's Gaussian")
     caa_sigma: float = Field(0.68, gt=0, description="caffe: width of the attention's Gaussian")
-    detach_weights: bool = Field(True, description="weights are constants; off: gradient runs through them")
+    detach_weights: bool = Field(True, description="treat weights as constants; false: gradients flow through them")
     w_metric: float | None = Field(
         None, ge=0, description="weight of the metric loss (none: 1, in caffe mode 1 / number of pairs)"
     )
     ce_weighting: Literal["none", "gauss"] | None = Field(
         None, description="cross-entropy of each image weighted by N(p; ce_mean, ce_sigma) (none: in caffe mode only)"
     )
-    ce_mean: float = 0.5
-    ce_sigma: float = Field(0.18, gt=0)
-    global_pairs: bool = Field(True, description="pairs of the whole batch; off: only pairs within a worker's share")
+    ce_mean: float = Field(0.5, description="gauss: mean of the weight of the cross-entropy")
+    ce_sigma: float = Field(0.18, gt=0, description="gauss: width of the weight of the cross-entropy")
+    global_pairs: bool = Field(
+        True, description="use pairs of the whole batch; false: only pairs within a worker's share"
+    )
     frames: int = Field(1, ge=1, description="video: consecutive slots of a class that form a tracklet")
 
     @model_validator(mode="after")

@@ -56,29 +56,33 @@ _ROWS_PER_PUT = 4096  # rows sent to the mining server by one call
 
 class SmartMiningConfig(MethodConfig):
     name: Literal["smart_mining"] = "smart_mining"
-    embedding_dim: int = Field(64, ge=1, description="D")
+    embedding_dim: int = Field(64, ge=1, description="D: dimension of the embedding")
     triplets_per_batch: int = Field(64, ge=1, description="B: a batch has 3 B images")
-    triplets_per_anchor: int = Field(1, ge=1, description="T: of an anchor and epoch")
-    anchors: int | None = Field(None, ge=1, description="random anchors of an epoch; none: all images")
-    list_length: int = Field(1000, ge=2, description="K: neighbours listed of an anchor (at most all)")
-    lists: Literal["exact", "approximate"] = Field("exact", description="approximate: through mining.engine")
+    triplets_per_anchor: int = Field(1, ge=1, description="T: triplets of each anchor in an epoch")
+    anchors: int | None = Field(None, ge=1, description="number of random anchors in an epoch; none: all images")
+    list_length: int = Field(1000, ge=2, description="K: length of each anchor's neighbour list (at most all images)")
+    lists: Literal["exact", "approximate"] = Field(
+        "exact", description="neighbour lists from an exact search | from the index of mining.engine"
+    )
     positives: Literal["list", "class"] = Field(
         "list", description="positives in the list | all of the class, however far, up to K"
     )
     random_epochs: int = Field(2, ge=0, description="epochs of random triplets before mining starts")
     mined_share: float = Field(1.0, ge=0, le=1, description="ρ: share of mined triplets in a batch; others are random")
-    adaptive: bool = Field(True, description="off: κ is constant")
+    adaptive: bool = Field(True, description="adapt κ after each epoch to reach target_error; false: κ is constant")
     kappa: float | None = Field(None, gt=0, description="κ of the first mined epoch (none: from the prior line)")
-    target_error: float = Field(0.6, ge=0, le=1, description="e_target")
-    kappa_min: float = Field(1.0, gt=0)
-    kappa_max: float = Field(64.0, gt=0)
-    window: int = Field(5, ge=1, description="epochs that κ is fitted to")
-    prior_weight: float = Field(0.1, ge=0, description="weight of the two points of the prior line in the fit")
-    margin: float = Field(0.2, gt=0, description="m of the triplet loss")
-    global_margin: float = Field(0.01, ge=0, description="t of the global loss")
-    lam: float = Field(0.8, ge=0, description="λ of the global loss")
-    w_triplet: float = Field(1.0, ge=0)
-    w_global: float = Field(1.0, ge=0)
+    target_error: float = Field(
+        0.6, ge=0, le=1, description="e_target: share of triplets with a loss above 0 that κ is adapted to"
+    )
+    kappa_min: float = Field(1.0, gt=0, description="smallest κ")
+    kappa_max: float = Field(64.0, gt=0, description="largest κ")
+    window: int = Field(5, ge=1, description="number of past epochs that the line of error over κ is fitted to")
+    prior_weight: float = Field(0.1, ge=0, description="weight of each of the prior line's two points in the fit")
+    margin: float = Field(0.2, gt=0, description="m: margin of the triplet loss")
+    global_margin: float = Field(0.01, ge=0, description="t: margin of the global loss")
+    lam: float = Field(0.8, ge=0, description="λ: weight of the means in the global loss")
+    w_triplet: float = Field(1.0, ge=0, description="weight of the triplet loss")
+    w_global: float = Field(1.0, ge=0, description="weight of the global loss")
     optimizer: OptimizerConfig = OptimizerConfig(
         name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, head_lr_multiplier=10,
         schedule=ScheduleConfig(kind="step", every=Length(value=3, unit="epochs"), gamma=0.5),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from pipeline.config import BN_INCEPTION, LITE0, TORCHVISION, ModelConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.model import bn_inception
 from pipeline.model.bn_inception import BNInception
 
@@ -74,22 +73,16 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
 
 
 def check_timm(name: str) -> None:
-    """Raises UserError, naming the nearest, unless timm knows the model."""
+    """Raises UserError, naming the most similar model, unless timm has the model."""
     if not timm.is_model(name.split(".")[0]):
-        close_matches = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4)
-        raise UserError(
-            f"backbone {name!r} is unknown" + (f": did you mean {close_matches[0]!r}?" if close_matches else "")
-        )
+        raise UserError(f"backbone {name!r} is unknown: {did_you_mean(name, timm.list_models())}")
 
 
 def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, Any]:
     name = config.backbone.removeprefix(TORCHVISION)
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
-        close_matches = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        raise UserError(
-            f"torchvision has no model {name!r}" + (f": did you mean {close_matches[0]!r}?" if close_matches else "")
-        )
+        raise UserError(f"torchvision has no model {name!r}: {did_you_mean(name, names)}")
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": True, "init_weights": False, "transform_input": True} if not download else {}

@@ -14,6 +14,7 @@ from pipeline.config import Config, RuntimeConfig, build_config, differences, to
 from pipeline.console import console
 from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
+from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, on_cluster
 from pipeline.errors import UserError
 from pipeline.evaluation.build import build_method
@@ -24,7 +25,9 @@ from pipeline.storage import Folder
 
 
 class _PlanContext(Context):
-    """The part of a context that a plan may depend on: labels, tracks, seed and clock."""
+    """The part of a context that a plan may use which is a function of the labels, the seed and the epoch."""
+
+    ranks = Ranks()  # one process; beartype reads the attribute where it checks arguments
 
     def __init__(self, samples: Samples, seed: int) -> None:
         self.labels = samples.labels
@@ -34,7 +37,11 @@ class _PlanContext(Context):
 
 
 def check_run(config: Config, store: Store) -> None:
-    """Checks that the dataset fits the config: folds, classes, images, metrics."""
+    """Checks that the dataset fits the config: folds, classes, images.
+
+    Raises:
+        UserError: it does not.
+    """
     folds = len(store.manifest["folds"])
     fold = config.data.validation_fold
     if fold is not None and fold >= folds:
@@ -65,25 +72,29 @@ def check_run(config: Config, store: Store) -> None:
     evaluation = config.evaluation
     if store.protocol != "reid" and (evaluation.reranking is not None or evaluation.distractors != "wrong"):
         raise UserError(
-            f"evaluation.reranking and evaluation.distractors are for datasets of re-identification, {store.title} is measured "
-            f"by {store.protocol}: leave them out"
+            f"evaluation.reranking and evaluation.distractors are for datasets of re-identification, the protocol of "
+            f"{store.title} is {store.protocol}: leave them out"
         )
     tasks = {"validation": validation_task(config, store), "test": test_task(config, store)}
     for name, task in tasks.items():
         try:
             if task is not None:
                 task.check(cluster=config.evaluation.clustering and name == "test")
-                metric_names = task.metrics(config.evaluation.recall_at)
-                if config.evaluation.metric not in metric_names:
+                metrics = task.metrics(config.evaluation.recall_at)
+                if config.evaluation.metric not in metrics:
                     raise ValueError(
-                        f"evaluation.metric is {config.evaluation.metric!r}, they are measured by {', '.join(metric_names)}"
+                        f"evaluation.metric is {config.evaluation.metric!r}, expected one of {', '.join(metrics)}"
                     )
         except ValueError as error:
             raise UserError(f"{name} classes of {store.folder}: {error}") from error
 
 
 def check_dataset(folder: Folder, store: Store) -> None:
-    """Checks that the dataset is the one that the run was started with."""
+    """Checks that the dataset is the one that the run was started with.
+
+    Raises:
+        UserError: it has another fingerprint.
+    """
     recorded = folder.read_json(DATASET)["fingerprint"] if folder.exists(DATASET) else store.fingerprint
     if recorded != store.fingerprint:
         raise UserError(
@@ -99,27 +110,27 @@ def runtime_changes(config: Config, folder: Folder) -> list[str]:
         UserError: A key that is not marked runtime differs, or the run would become shorter.
     """
     if not folder.exists(CONFIG):
-        if Checkpoints(folder).steps():  # of whichever config: --fresh was killed while it removed them
+        if Checkpoints(folder).steps():  # of an unknown config: --fresh was killed while it removed them
             raise UserError(f"run {folder} has checkpoints but no config.yaml: start over with --fresh")
         return []
     old = yaml.safe_load(folder.read(CONFIG))
     new = yaml.safe_load(to_yaml(config))
-    changed_keys = differences(old, new, runtime=False)
-    if changed_keys:
+    changes = differences(old, new, runtime=False)
+    if changes:
         raise UserError(
-            f"run {folder} exists with another config ({'; '.join(changed_keys[:4])}{' ...' if len(changed_keys) > 4 else ''}): "
+            f"run {folder} exists with another config ({'; '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}): "
             "choose another --set name=..., or start over with --fresh"
         )
     old_config = build_config(old)
     if old_config.length.unit != config.length.unit or config.length.value < old_config.length.value:
         raise UserError(
-            f"run {folder} has length {old_config.length}, now {config.length}: it may only grow, in the same unit"
+            f"run {folder} has length {old_config.length}, got {config.length}: length may only grow, in the same unit"
         )
     return differences(old, new, runtime=True)
 
 
 def with_machine_defaults(runtime: RuntimeConfig) -> RuntimeConfig:
-    """Fills in the defaults that depend on the machine: the number of threads of a worker."""
+    """The runtime section with its machine-dependent defaults filled in: threads of a worker."""
     if runtime.cpus_per_worker is not None:
         return runtime
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -136,7 +147,11 @@ def needed_cpus(config: Config) -> int:
 
 
 def check_machine(config: Config) -> list[str]:
-    """Without a cluster: raises UserError for missing GPUs and far too many threads; returns warnings for too many threads."""
+    """Checks GPUs and threads of this machine, where the run is not on a cluster; returns warnings.
+
+    Raises:
+        UserError: more GPUs than the machine has, or more than four threads a core.
+    """
     runtime = config.runtime
     import torch
 
@@ -144,8 +159,8 @@ def check_machine(config: Config) -> list[str]:
         num_gpus = runtime.gpus_per_worker * max(1, runtime.workers)
         if num_gpus > torch.cuda.device_count():
             raise UserError(
-                f"{num_gpus:g} GPUs requested (runtime.workers × gpus_per_worker), {torch.cuda.device_count()} available on this "
-                "machine: reduce runtime.workers or gpus_per_worker, or submit the run to a cluster"
+                f"{num_gpus:g} GPUs requested (runtime.workers × gpus_per_worker), this machine has "
+                f"{torch.cuda.device_count()}: reduce runtime.workers or gpus_per_worker, or submit the run to a cluster"
             )
     if "TORCHELASTIC_RUN_ID" in os.environ and runtime.loader == "ray":
         raise UserError("under torchrun there is no Ray: set runtime.loader to in_process")
@@ -153,8 +168,8 @@ def check_machine(config: Config) -> list[str]:
     threads = max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
     if not on_cluster() and threads > 4 * cores:
         raise UserError(
-            f"{threads} threads requested (runtime.workers × cpus_per_worker), {cores} cores available on this machine: reduce "
-            "runtime.workers or cpus_per_worker"
+            f"{threads} threads requested (runtime.workers × cpus_per_worker), this machine has {cores} cores: "
+            "reduce runtime.workers or cpus_per_worker"
         )
     if not on_cluster() and threads > cores:
         return [
@@ -164,7 +179,12 @@ def check_machine(config: Config) -> list[str]:
 
 
 def check_cluster(config: Config, ray: Any) -> None:
-    """On a cluster: raises UserError for more resources than it can ever have, or storage that some node cannot access."""
+    """Checks that a cluster can provide the run's resources, and that all its nodes see the storage.
+
+    Raises:
+        UserError: more resources than the cluster has at its largest, or storage that not all nodes
+            see.
+    """
     if not on_cluster() or config.runtime.workers == 0:
         return
     runtime = config.runtime
@@ -174,13 +194,13 @@ def check_cluster(config: Config, ray: Any) -> None:
     for resource, amount in requested.items():
         if amount > limits.get(resource, 0.0):
             raise UserError(
-                f"the run requests {amount:g} {resource} ({runtime.workers} workers, their loaders, mining servers), the cluster "
+                f"{amount:g} {resource}s requested ({runtime.workers} workers, their loaders, mining servers), the cluster "
                 f"has at most {limits.get(resource, 0.0):g}: reduce runtime.workers or cpus_per_worker, or enlarge the cluster"
             )
     node_resource = config.mining.resource
     if config.method.mining is not None and node_resource is not None and not limits.get(node_resource):
         raise UserError(
-            f"mining.resource is {node_resource!r}, which no node of the cluster has (known: "
-            f"{', '.join(sorted(limits)) or 'none'}): add it to the nodes that are not spot, or set mining.resource to null"
+            f"mining.resource is {node_resource!r}, which no node of the cluster has (its resources: "
+            f"{', '.join(sorted(limits)) or 'none'}): give it to the nodes that are not spot, or set mining.resource to null"
         )
     check_visible(ray, Folder(config.root), "storage")

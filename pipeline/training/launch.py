@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pipeline.config import Config, build_config
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy
-from pipeline.errors import RunError, UserError, first_line
+from pipeline.errors import RunError, UserError, one_line
 from pipeline.mining.actor import RayTransport, start_servers
 from pipeline.storage import Folder
 from pipeline.training.loop import Worker
@@ -205,7 +205,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         device = ray.train.torch.get_device()
         Worker(config, loop_config["store"], ranks, device, status, report=ray.train.report, servers=servers)()
     except (RunError, UserError) as error:
-        status.fail(first_line(error))  # a restart would fail again: end the run, and tell the other ranks
+        status.fail(one_line(error))  # a restart would fail again: end instead, and let the other ranks see it
         if dist.is_initialized():
             dist.destroy_process_group()
     except Exception:

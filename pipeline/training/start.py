@@ -19,6 +19,7 @@ from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.report_page import write_report
 from pipeline.runs.run_folder import CHANGES, CONFIG, DATASET, REPORT, SUMMARY, read_changes, run_folder
+from pipeline.runs.summary import finished_length
 from pipeline.runs.terminal import Display, show_summary
 from pipeline.storage import Folder
 from pipeline.training.checks import (
@@ -113,7 +114,7 @@ def _dataset(config: Config) -> Store:
 
 
 def _record(config: Config, folder: Folder, store: Store, changes: list[str]) -> None:
-    """Writes config and dataset of the run; prints and records changes of runtime keys."""
+    """Writes config.yaml and run.json; changes of runtime keys are printed and added to changes.jsonl."""
     if changes:
         for change in changes:
             console.print(f"changed: {change}", highlight=False)
@@ -125,9 +126,8 @@ def _record(config: Config, folder: Folder, store: Store, changes: list[str]) ->
 
 
 def _finished(config: Config, folder: Folder) -> bool:
-    """True if the run has reached the configured length; it may have finished with a shorter one before."""
+    """True if the run has reached the configured length; an earlier start may have finished a shorter one."""
     if not folder.exists(SUMMARY):
         return False
     latest = Checkpoints(folder).latest()
-    finished_length = folder.read_json(SUMMARY)["protocol"]["length"]
-    return latest is not None and latest.finished and finished_length == str(config.length)
+    return latest is not None and latest.finished and finished_length(folder.read_json(SUMMARY)) == config.length
