@@ -1,13 +1,13 @@
-"""What the methods reach on the emoji, each beside its base, measured on held-out training classes.
+"""Figures of all methods on the emoji, each beside its baseline, measured on held-out training classes.
 
     python -m benchmarks.emoji [--seeds 3] [--only osm_caa mmsi] [--parallel 2] [--root FOLDER] [--json PATH]
 
 Every run trains the preset `METHOD/emoji` (EfficientNet-Lite0, 64 pixels, 4 epochs of about 28,800 images in all) with the
-first validation fold held out, and measures Recall@1 and MAP@R on that fold after the last epoch. A base is the same recipe
-without what the method adds: OSM+CAA without soft mining and attention (contrastive), Intra-Batch Connections without the
+first validation fold held out, and measures Recall@1 and MAP@R on that fold after the last epoch. A baseline is the same recipe
+without the method's addition: OSM+CAA without soft mining and attention (contrastive), Intra-Batch Connections without the
 graph (its cross-entropy), GCA-HNG without generated negatives (N-pair), MMSI without weights, Smart Mining with random
 triplets; Smart Mining is also shown beside itself with a fixed kappa, and beside a triplet loss with semi-hard mining within
-the batches of the baseline. Test classes are not looked at.
+the batches of the method "baseline". Test classes are not used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.table import Row, finish
 
 FOLD = ["data.validation_fold=0", "evaluation.every=4 epochs", "evaluation.test=false"]
-Run = tuple[str, list[str]]  # preset and what is set
+Run = tuple[str, list[str]]  # method and the keys that are set
 CONTRASTIVE = ["method.loss=contrastive", "method.margin=0.5", "method.norm_scope=all", "method.w_init=0"]
 SEMI_HARD = [
     "method.loss=TripletMarginLoss",
@@ -33,7 +33,7 @@ SEMI_HARD = [
     "method.miner=TripletMarginMiner",
     "method.miner_args={margin: 0.2, type_of_triplets: semihard}",
 ]
-# method: what is shown, and its base
+# method: rows of (variant, run, baseline's name and run)
 ROWS: dict[str, list[tuple[str, Run, tuple[str, Run] | None]]] = {
     "baseline": [("multi-similarity", ("baseline", []), None)],
     "osm_caa": [("", ("osm_caa", []), ("contrastive", ("osm_caa", ["method.osm=false", "method.caa=false"])))],
@@ -52,7 +52,7 @@ ROWS: dict[str, list[tuple[str, Run, tuple[str, Run] | None]]] = {
 
 
 def train(method: str, overrides: list[str], seed: int, root: str) -> dict[str, float]:
-    """One run in a process of its own; its last validation."""
+    """Trains a run in a process of its own; returns the metrics of its last validation."""
     name = f"{method}-{hashlib.sha256(repr(overrides).encode()).hexdigest()[:6]}-{seed}"
     settings = [
         *FOLD,
@@ -67,9 +67,9 @@ def train(method: str, overrides: list[str], seed: int, root: str) -> dict[str, 
     command = [sys.executable, "-m", "pipeline.train", f"{method}/emoji"]
     for setting in settings:
         command += ["--set", setting]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(process.stderr)
     lines = [json.loads(line) for line in (Path(root) / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "validation"][-1]
 
@@ -86,27 +86,27 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="raydml-bench-") as temporary, ThreadPoolExecutor(options.parallel) as pool:
         root = options.root or temporary
         train("baseline", ["length=1 steps"], 0, root)  # prepares the dataset
-        started: dict[str, list[Future[dict[str, float]]]] = {}
+        futures: dict[str, list[Future[dict[str, float]]]] = {}
 
-        def runs(run: Run) -> list[Future[dict[str, float]]]:
-            """One for each seed; what several rows show is trained once."""
-            if repr(run) not in started:
-                started[repr(run)] = [pool.submit(train, *run, seed, root) for seed in range(options.seeds)]
-            return started[repr(run)]
+        def start(run: Run) -> list[Future[dict[str, float]]]:
+            """Starts a run for each seed; a run in several rows is trained once."""
+            if repr(run) not in futures:
+                futures[repr(run)] = [pool.submit(train, *run, seed, root) for seed in range(options.seeds)]
+            return futures[repr(run)]
 
-        found = [
-            (method, what, runs(ours), base[0] if base else "", runs(base[1]) if base else None)
+        comparisons = [
+            (method, variant, start(run), baseline[0] if baseline else "", start(baseline[1]) if baseline else None)
             for method in options.only
-            for what, ours, base in ROWS[method]
+            for variant, run, baseline in ROWS[method]
         ]
-        for method, what, mine, base_name, theirs in found:
+        for method, variant, runs, baseline_name, baseline_runs in comparisons:
             for metric in ("recall@1", "map@r"):
-                values = [[run.result()[metric] for run in side] for side in (mine, theirs) if side]
+                values = [[run.result()[metric] for run in side] for side in (runs, baseline_runs) if side]
                 means = [statistics.mean(side) for side in values]
                 seeds = " | ".join(" ".join(f"{v:.1f}" for v in side) for side in values)
-                title = f"{method}{f' ({what})' if what else ''}, {metric}"
-                beside = f" / {base_name}" if base_name else ""
-                rows.append(Row(f"{title} (seeds {seeds}){beside}", means[0], means[1] if theirs else None))
+                title = f"{method}{f' ({variant})' if variant else ''}, {metric}"
+                against = f" / {baseline_name}" if baseline_name else ""
+                rows.append(Row(f"{title} (seeds {seeds}){against}", means[0], means[1] if baseline_runs else None))
                 print(rows[-1], file=sys.stderr, flush=True)
     return finish(rows, options.json)
 

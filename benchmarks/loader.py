@@ -3,17 +3,17 @@
     python -m benchmarks.loader [--only loading s3 prepare embed] [--rounds 3] [--json PATH]
 
 loading: JPEGs of 256 pixels to training crops of 224, P×K batches of 16 × 4 shared by two workers that do nothing else; images
-a second of the slower worker from its 41st batch of 180 on, when all processes run; the time to the first is told apart. Ours
-is the Ray Data pipeline of each worker, limited to one CPU, and the thread that the in-process engine uses. Against them:
-torch's `DataLoader` with the very same fetch function and 0 or 1 processes a worker, whichever is faster, and the usual stack:
+a second of the slower worker from its 41st batch of 180 on, when all processes run; the time to the first is a row of its own.
+Ours are the Ray Data pipeline of each worker, limited to one CPU, and the thread of the in-process engine. Compared with
+torch's `DataLoader` with the same fetch function and 0 or 1 processes a worker, whichever is faster, and the usual stack:
 ImageFolder, PIL transforms, `MPerClassSampler`, `DataLoader` with two processes a worker. Sides alternate; figures are medians,
 ratios medians over rounds.
 
 s3: the same from an S3 server, the training split already copied to this node, against a local store.
 
-prepare: 24,223 drawings to a Parquet store, images a second by processes that have worked before (a first call starts them,
-told apart), against what two processes read, check and encode that do nothing else; and the resident memory of Ray's processes
-for 12,000 and 24,000 drawings, the object store held at 300 MB.
+prepare: 24,223 drawings to a Parquet store, images a second by processes that are already running (the first call, which
+starts them, is a row of its own), against two processes that only read, check and encode; and the resident memory of Ray's
+processes for 12,000 and 24,000 drawings, the object store limited to 300 MB.
 
 embed: the same memory for `python -m pipeline.evaluate RUN --embed-to FOLDER`.
 """
@@ -80,7 +80,9 @@ def items_of(store: Store, rank: int) -> list[LoadRequest]:
     return [LoadRequest(samples.ids[row], (0, step, rank * half)) for step, row in enumerate(rows)]
 
 
-class Fetched(torch.utils.data.Dataset[torch.Tensor]):
+class FetchDataset(torch.utils.data.Dataset[torch.Tensor]):
+    """The batches of a worker, by our own fetch function."""
+
     def __init__(self, source: ImageSource, items: list[LoadRequest]) -> None:
         self.source, self.items = source, items
 
@@ -119,26 +121,26 @@ def batches(side: str, rank: int, root: str, source: ImageSource) -> Iterator[An
         return usual_stack(f"{root}/photos", rank)
     items = items_of(Store(Folder(source.uri)), rank)
     if side.startswith("torch"):
-        loader = torch.utils.data.DataLoader(Fetched(source, items), batch_size=None, num_workers=int(side[-1]))
+        loader = torch.utils.data.DataLoader(FetchDataset(source, items), batch_size=None, num_workers=int(side[-1]))
         return iter(loader)
     return load(source, items, side)
 
 
 def consume(side: str, rank: int, root: str, source: ImageSource, address: str, start: Any, results: Any) -> None:
-    """One worker: takes all its batches; seconds to the first, and images a second after WARM of them."""
+    """Loads all batches of a worker; puts (rank, seconds to the first, images a second after WARM of them) into `results`."""
     if side == "ray":
         import ray
 
         ray.init(address, log_to_driver=False, logging_level="ERROR")
     start.wait()
     began = time.perf_counter()
-    found = batches(side, rank, root, source)
-    next(found)
+    iterator = batches(side, rank, root, source)
+    next(iterator)
     first = time.perf_counter()
     for _ in range(WARM - 1):
-        next(found)
+        next(iterator)
     warm = time.perf_counter()
-    images = sum(len(b) for b in found)
+    images = sum(len(batch) for batch in iterator)
     results.put((rank, first - began, images / (time.perf_counter() - warm)))
 
 
@@ -152,10 +154,10 @@ def measure(side: str, root: str, source: ImageSource, address: str) -> tuple[fl
     ]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=600) for _ in workers]
+    figures = [results.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
-    return max(f[1] for f in found), WORKERS * min(f[2] for f in found)
+    return max(first_s for _, first_s, _ in figures), WORKERS * min(speed for _, _, speed in figures)
 
 
 def measure_loading(rounds: int) -> list[Row]:
@@ -167,15 +169,15 @@ def measure_loading(rounds: int) -> list[Row]:
         sides = ("ray", "in_process", "torch0", "torch1", "usual")
         address = ray.get_runtime_context().gcs_address
         measure("in_process", root, source, address)  # makes the cache
-        found = [{side: measure(side, root, source, address) for side in sides} for _ in range(rounds)]
-        torch_best = max(("torch0", "torch1"), key=lambda s: statistics.median(f[s][1] for f in found))
+        figures = [{side: measure(side, root, source, address) for side in sides} for _ in range(rounds)]
+        torch_best = max(("torch0", "torch1"), key=lambda s: statistics.median(f[s][1] for f in figures))
         for ours in ("ray", "in_process"):
             for other, what, least in (
                 (torch_best, f"DataLoader, same fetch, {torch_best[-1]} processes", 1.0),
                 ("usual", "the usual stack", 1.5),
             ):
-                speeds = [statistics.median(f[s][1] for f in found) for s in (ours, other)]
-                ratio = statistics.median(f[ours][1] / f[other][1] for f in found)
+                speeds = [statistics.median(f[s][1] for f in figures) for s in (ours, other)]
+                ratio = statistics.median(f[ours][1] / f[other][1] for f in figures)
                 rows.append(
                     Row(
                         f"two workers, {ours}, images/s / {what}",
@@ -186,7 +188,7 @@ def measure_loading(rounds: int) -> list[Row]:
                     )
                 )
         for side in sides:
-            rows.append(Row(f"seconds to the first batch, {side}", statistics.median(f[side][0] for f in found)))
+            rows.append(Row(f"seconds to the first batch, {side}", statistics.median(f[side][0] for f in figures)))
     return rows
 
 
@@ -206,11 +208,11 @@ def measure_s3(rounds: int) -> list[Row]:
             sources[name] = ImageSource(store.folder.uri, store.fingerprint, Cache(f"{root}/{name}", 2**40), TRANSFORMS)
             measure("in_process", root, sources[name], "")  # makes the copy
         proxy.reset()
-        found = [{name: measure("in_process", root, s, "")[1] for name, s in sources.items()} for _ in range(rounds)]
+        speeds = [{name: measure("in_process", root, s, "")[1] for name, s in sources.items()} for _ in range(rounds)]
         images = proxy.count("GET", "shards/")
         proxy.close()
-    ratio = statistics.median(f["s3"] / f["local"] for f in found)
-    ours, local = (statistics.median(f[name] for f in found) for name in ("s3", "local"))
+    ratio = statistics.median(speed["s3"] / speed["local"] for speed in speeds)
+    ours, local = (statistics.median(speed[name] for speed in speeds) for name in ("s3", "local"))
     return [
         Row("two workers, in_process, images/s, S3 with a warm cache / local", ours, local, ratio, ">= 0.9", ratio >= 0.9),
         Row("the same, requests for images", float(images), None, None, "0", images == 0),
@@ -221,7 +223,7 @@ def measure_s3(rounds: int) -> list[Row]:
 
 
 def decode_rate(entries: list[Entry], cores: int, seconds: float = 5.0) -> float:
-    """Images a second that so many processes read, check and encode at once, all of them together."""
+    """Images a second that `cores` processes together read, check and encode."""
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         return sum(pool.starmap(_decode, [(entries[i::cores], seconds) for i in range(cores)], chunksize=1))
 
@@ -237,13 +239,13 @@ def _decode(entries: list[Entry], seconds: float) -> float:
     return count / (time.perf_counter() - started)
 
 
-def resident_mib(what: bytes = b"ray::") -> float:
-    """Of this process and Ray's workers whose title holds `what`, shared pages of the object store left out."""
+def resident_mib(title: bytes = b"ray::") -> float:
+    """Memory of this process and of Ray's workers with `title` in theirs, without shared pages of the object store."""
     total = 0.0
     for entry in Path("/proc").iterdir():
         try:
             command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
-            if entry.name == str(os.getpid()) or what in command:
+            if entry.name == str(os.getpid()) or title in command:
                 status = dict(line.split(":", 1) for line in (entry / "status").read_text().splitlines())
                 total += int(status["RssAnon"].split()[0]) / 1024
         except (FileNotFoundError, ProcessLookupError):
@@ -260,8 +262,8 @@ def measure_prepare(rounds: int) -> list[Row]:
     speeds, peaks = [], dict[int, float]()
     with ray_session(cores):
         for count in (1000, *[len(entries)] * rounds, 12_000, 24_000):
-            some = [entries[i] for i in np.linspace(0, len(entries) - 1, count).astype(int)]
-            some = list(dict.fromkeys(some))
+            selected = [entries[i] for i in np.linspace(0, len(entries) - 1, count).astype(int)]
+            selected = list(dict.fromkeys(selected))
             peak = 0.0
 
             def watched(function: Any, shards: Any) -> Iterator[Any]:
@@ -273,10 +275,10 @@ def measure_prepare(rounds: int) -> list[Row]:
             rate = decode_rate(entries[:: max(1, len(entries) // 6000)], cores) if count == len(entries) else 0.0
             with tempfile.TemporaryDirectory(prefix="raydml-bench-") as root:
                 started = time.perf_counter()
-                write_store("emoji", some, Folder(root), run_on_ray if rate else watched)
-                took = time.perf_counter() - started
-                first = first or took
-                speeds.append((len(some) / took, rate))
+                write_store("emoji", selected, Folder(root), run_on_ray if rate else watched)
+                seconds = time.perf_counter() - started
+                first = first or seconds
+                speeds.append((len(selected) / seconds, rate))
             peaks[count] = peak
     counted = speeds[1 : 1 + rounds]
     ratio = statistics.median(ours / bound for ours, bound in counted)
@@ -290,7 +292,7 @@ def measure_prepare(rounds: int) -> list[Row]:
 
 
 def measure_embed() -> list[Row]:
-    """Resident memory of bulk embedding, small network and pictures, by two processes on Ray."""
+    """Resident memory of bulk embedding, with a small network and small images, by two processes on Ray."""
     import pipeline.distributed.ray_session
     import pipeline.inference.embed
     from pipeline import train
@@ -324,10 +326,11 @@ def measure_embed() -> list[Row]:
 
             pipeline.inference.embed.run_on_ray = watched
             started = time.perf_counter()
-            found = pipeline.inference.embed.embed(
+            manifest = pipeline.inference.embed.embed(
                 load_run(f"{root}/runs/embed-{count}"), own_images.SPLITS, Folder(f"{root}/out/{count}"), 2
             )
-            peaks[count], speeds[count] = peak, found["rows"] / (time.perf_counter() - started)
+            peaks[count] = peak
+            speeds[count] = manifest["rows"] / (time.perf_counter() - started)
     small, large = peaks[12_000], peaks[24_000]
     return [
         Row("embed 24,000 drawings of 32 pixels, two processes, images/s", speeds[24_000]),

@@ -1,4 +1,4 @@
-"""Cost of the methods against plain literal implementations of their formulas.
+"""Cost of the methods compared with literal implementations of their formulas.
 
     python -m benchmarks.methods [--only in_batch mmsi smart_mining] [--rounds 7] [--json PATH]
 
@@ -8,8 +8,8 @@ lists with gathers and scatters for the graphs, loops over pairs for OSM+CAA. Bo
 before they are timed. What is timed is all that a step does after the embeddings, forward and backward: for GCA-HNG the graph
 and the synthesis of its phases A and C, for Intra-Batch Connections the message passing, for OSM+CAA the pair loss. Sides
 alternate; the ratio is the median over pairs. Memory is the peak of a step above the level between steps, in a fresh process.
-Of these methods, rows tell what share of a whole step that is with a ResNet-50 at 224 pixels (timed on 4 images, scaled to the
-batch). What is measured of MMSI and Smart Mining: see benchmarks/whole_set.py.
+For these methods, rows give the share of a whole step with a ResNet-50 at 224 pixels (timed on 4 images, scaled to the batch).
+For the measurements of MMSI and Smart Mining see benchmarks/whole_set.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.table import Row, finish
 from benchmarks.whole_set import measure_mmsi, measure_rule, mmsi
-from methods.gca_hng import BatchLayout, GcaHng, GcaHngConfig, kept_entries, synthesise, synthetic_npair
+from methods.gca_hng import BatchLayout, GcaHng, GcaHngConfig, similarity_term_mask, synthesise, synthetic_npair
 from methods.intra_batch import IntraBatchConfig, MessageNetwork
 from methods.osm_caa import OsmCaaConfig, soft_mining_loss
 
@@ -131,7 +131,7 @@ def gca_hng(ours: bool) -> Step:
     method.metric_mean.fill_(4.0)
     z, uniforms = (0.2 * torch.randn(P * K, DIM)).requires_grad_(), torch.rand(K, K - 1)
     layout = BatchLayout(P, K, torch.arange(P).repeat(K), slice(0, P * K))
-    strength = method._strength()
+    strength = method._pull_strength()
 
     def synthetic(z: Tensor, lam: Tensor) -> Tensor:
         return (
@@ -145,7 +145,7 @@ def gca_hng(ours: bool) -> Step:
         joined = synthesis_by_chunks(z, lam, strength, uniforms)
         scores = F.linear(joined.flatten(0, 1), method.classifier.weight.detach(), method.classifier.bias.detach())
         soft = config.softmax_weight * F.cross_entropy(scores, layout.labels[:P].repeat(len(z)))
-        similar = ((1 - F.cosine_similarity(z[:, None], joined, dim=-1)) * kept_entries(layout, False)).mean()
+        similar = ((1 - F.cosine_similarity(z[:, None], joined, dim=-1)) * similarity_term_mask(layout, False)).mean()
         spread = (lam - lam.mean(1, keepdim=True)).square().sum() / len(z) ** 2
         diverse = 1e-2 * (1 - spread.sqrt())
         return 0.5 * (soft + config.similarity_weight * similar + config.diversity_weight * diverse)
@@ -225,7 +225,7 @@ PROMISED_MEMORY = {"GCA-HNG, graph and synthesis": 0.35}
 
 
 def check(name: str) -> None:
-    """Both sides compute the same; in float64, where rounding cannot hide a mistake nor look like one."""
+    """Checks that both sides compute the same, in float64, where rounding neither hides nor looks like a mistake."""
     torch.set_default_dtype(torch.float64)
     for number, (one, other) in enumerate(zip(*(SIDES[name][0](ours)() for ours in (True, False)), strict=True)):
         difference = float((one - other).norm() / other.norm().clamp(min=1e-9))

@@ -35,10 +35,10 @@ import torch
 
 from benchmarks.table import Row, finish
 from pipeline.distributed.ray_session import ray_session
-from pipeline.mining.actor import Remote, start_servers
+from pipeline.mining.actor import RayTransport, start_servers
 from pipeline.mining.client import MiningClient
 from pipeline.mining.embedding_table import Table
-from pipeline.mining.faiss_index import ENGINES, Engine, build, choose
+from pipeline.mining.faiss_index import ENGINES, Engine, auto_engine, build
 from pipeline.mining.messages import SearchRequest, ServerSpec
 from pipeline.mining.server import MiningServer
 from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, rerank, search, search_all
@@ -85,12 +85,12 @@ def served(ray: Any, rows: Rows, spec: ServerSpec) -> Iterator[MiningClient]:
     """A server in an actor that holds the rows."""
     actors = start_servers(ray, "benchmark")
     with tempfile.TemporaryDirectory() as folder:
-        client = MiningClient([Remote(a) for a in actors], spec, 1, Folder(folder))
+        client = MiningClient([RayTransport(a) for a in actors], spec, 1, Folder(folder))
         client.begin(None)
         for start in range(0, len(rows), 4096):
             part = slice(start, start + 4096)
             client.put(rows.ids[part], rows.values[part], rows.labels[part], 0)
-        client.wait(client.ask(SearchRequest(1, 0, rows.values[:1])))
+        client.wait(client.search(SearchRequest(1, 0, rows.values[:1])))
         yield client
         client.close()
     for actor in actors:
@@ -109,12 +109,12 @@ def measure_actor(ray: Any, rounds: int) -> list[Row]:
     lists, out = report.parameters["lists"], []
     with served(ray, rows, spec) as client:
         client.rebuild(1, 0, 0, None)
-        client.wait(client.ask(SearchRequest(16, 1, queries)))
+        client.wait(client.search(SearchRequest(16, 1, queries)))
         for width, promised in ((report.parameters["nprobe"], ""), (16, "<= 1.3")):
-            index.widen(width)
+            index.set_search_width(width)
             ray.get(client.transports[0].actor.__ray_call__.remote(_widen, width))  # type: ignore[attr-defined]
             ours, other, ratio = pairs(
-                lambda: client.wait(client.ask(SearchRequest(16, 1, queries))),
+                lambda: client.wait(client.search(SearchRequest(16, 1, queries))),
                 lambda: index._index.search(queries, 16),
                 5 * rounds,
                 time.perf_counter,
@@ -125,9 +125,9 @@ def measure_actor(ray: Any, rounds: int) -> list[Row]:
 
 
 def _widen(server: MiningServer, width: int) -> None:
-    generation = server.generations.declared(1, wait=True)
+    generation = server.generations.for_step(1, wait=True)
     assert generation is not None and generation.index is not None
-    generation.index.widen(width)
+    generation.index.set_search_width(width)
 
 
 def measure_step(ray: Any, rounds: int) -> list[Row]:
@@ -146,7 +146,7 @@ def measure_step(ray: Any, rounds: int) -> list[Row]:
 
     with served(ray, rows, ServerSpec("benchmark", dim, 60_000, engine="ivf", k=16)) as client:
         client.rebuild(1, 0, 0, None)
-        client.wait(client.ask(SearchRequest(16, 1, rows.values[:64])))
+        client.wait(client.search(SearchRequest(16, 1, rows.values[:64])))
 
         def putting() -> None:
             for s in range(5):
@@ -154,12 +154,12 @@ def measure_step(ray: Any, rounds: int) -> list[Row]:
                 client.put(ids, rows.values[ids], rows.labels[ids], s)
                 step()
 
-        ready = [client.ask(SearchRequest(16, 1, ids=order[:batch]))]
+        ready = [client.search(SearchRequest(16, 1, ids=order[:batch]))]
 
         def asking() -> None:
             for s in range(5):
                 client.wait(ready.pop())
-                ready.append(client.ask(SearchRequest(16, 1, ids=order[s * batch : (s + 1) * batch])))
+                ready.append(client.search(SearchRequest(16, 1, ids=order[s * batch : (s + 1) * batch])))
                 step()
 
         def plain() -> None:
@@ -178,13 +178,13 @@ def measure_rebuild(ray: Any, rounds: int) -> list[Row]:
     with served(ray, rows, ServerSpec("benchmark", 128, 60_000, engine="ivf", k=16, target=0.9)) as client:
         client.rebuild(1, 0, 0, None)
         ask = SearchRequest(16, 1, rows.values[:64])
-        client.wait(client.ask(ask))
+        client.wait(client.search(ask))
 
         def latencies(until: Callable[[int], bool]) -> list[float]:
             out: list[float] = []
             while not until(len(out)):
                 started = time.perf_counter()
-                client.wait(client.ask(ask))
+                client.wait(client.search(ask))
                 out.append(time.perf_counter() - started)
             return out
 
@@ -253,8 +253,8 @@ def measure_auto() -> list[Row]:
                 if answered == engine:
                     seconds[engine] = spent
             best = min(seconds, key=seconds.__getitem__)
-            taken = seconds[choose(count)]
-            what = f"build and N queries, k = 10, {count:,} x {dim}, CPU-s: auto ({choose(count)}) / best ({best})"
+            taken = seconds[auto_engine(count)]
+            what = f"build and N queries, k = 10, {count:,} x {dim}, CPU-s: auto ({auto_engine(count)}) / best ({best})"
             ratio = taken / seconds[best]
             out.append(Row(what, taken, seconds[best], ratio, "<= 1.5", ratio <= 1.5))
     return out

@@ -1,22 +1,23 @@
-"""What an epoch of very many images costs before the first of them is read: plan, catalogue, shards, the loader's items.
+"""Cost of an epoch of very many images before the first is read: plan, catalogue, shards, the loader's requests.
 
     python -m benchmarks.scale [--samples 59_551 1_000_000 10_000_000] [--only plans catalogue shards items] [--json PATH]
     python -m benchmarks.scale --samples 100_000_000 --only plans --plans class_balanced              # 6 GB
 
-Datasets are simulated: labels and a catalogue, no pixels but one small image's. Classes have 2 to 12 images, 5.26 on average,
+Datasets are simulated: labels and a catalogue, and one small image. Classes have 2 to 12 images, 5.26 on average,
 like the training classes of Stanford Online Products (59,551 images of 11,318).
 
 plans      an epoch's plan: class_balanced 16 × 4 (the default), each_class_once 16 × 4 (MMSI), uniform_classes 16 × 4
            (GCA-HNG), combine 16 × 4 (Intra-Batch Connections), random triplets (Smart Mining's first epochs), and its checkpoint
-catalogue  `layout` of entries (up to 10 million: an entry is a Python object), writing catalogue.parquet, opening the store and
-           selecting three of four folds
-shards     opening a store with the manifest that `prepare` writes, what its cache copies, where the images of an epoch of
-           class_balanced 16 × 4 are, what the readers keep: of all shards read once, and of an opened copy. Every shard is the
+catalogue  `plan_shards` of entries (up to 10 million: an entry is a Python object), writing catalog.parquet, opening the
+           store and selecting three of four folds
+shards     opening a store with the manifest that `prepare` writes, locating the images of an epoch of class_balanced 16 × 4,
+           and the memory of the readers: after reading from every shard once, and of an opened copy. Every shard is the
            same file, of one small image 512 times; a copy has the batches of a real one, of 8 bytes an image
-items      items of one worker for an epoch of class_balanced 16 × 4, and what one Ray Data pipeline takes in before its first
+items      requests of one worker for an epoch of class_balanced 16 × 4, and the blocks that a Ray Data pipeline takes before
+           its first image
 
-Figures are of fresh processes: CPU-seconds with one thread, and peak memory above the imports; labels are counted in plans,
-with 8 bytes a sample.
+Every figure is of a fresh process: CPU-seconds with one thread, and peak memory above the imports; plans include the labels,
+8 bytes a sample.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ from PIL import Image
 from benchmarks.evaluation import peak_mib, product_sizes
 from benchmarks.table import Row, finish
 from methods.base import Context
-from methods.plans import Plan, class_balanced, combine, each_class_once, uniform_classes
+from methods.plans import Plan, class_balanced, combine_sampler, each_class_once, uniform_classes
 from methods.smart_mining import SmartMining, SmartMiningConfig
 from pipeline.data.cache import _SCHEMA as COPY
 from pipeline.data.cache import MappedReader, split_bytes
 from pipeline.data.entries import Entry
-from pipeline.data.loader import MAX_REQUESTS_PER_BLOCK, PIPELINE_ITEMS, LoadRequest, item_blocks
-from pipeline.data.reader import _FOOTERS, RowGroupReader
+from pipeline.data.loader import MAX_REQUESTS_PER_BLOCK, REQUESTS_PER_PIPELINE, LoadRequest, request_blocks
+from pipeline.data.reader import _MAX_FOOTERS, RowGroupReader
 from pipeline.data.store import FORMAT, ROW_GROUP, Store
 from pipeline.data.write_store import plan_shards, write_shard
 from pipeline.distributed.collectives import Ranks
@@ -64,10 +65,10 @@ from pipeline.training.batches import PlannedBatches
 SECTIONS = ("plans", "catalogue", "shards", "items")
 IMAGES, CLASSES = 59_551, 11_318  # training set of Stanford Online Products (Oh Song et al., CVPR 2016)
 P, K = 16, 4
-LIMITS = {IMAGES: (0.3, None), 10_000_000: (30.0, 2000.0)}  # promised of a plan: CPU-s, MB
-MOST_ENTRIES = 10_000_000
-PER_SHARD = 512  # images, as `prepare` has it
-MOST_LINKS = 10_000  # to one file
+LIMITS = {IMAGES: (0.3, None), 10_000_000: (30.0, 2000.0)}  # for a plan: CPU-s, MB
+MAX_ENTRIES = 10_000_000
+PER_SHARD = 512  # images, the default of `prepare`
+MAX_LINKS = 10_000  # hard links to one file
 Figures = dict[str, float]
 
 
@@ -96,7 +97,7 @@ def simulated_catalogue(labels: Int64[np.ndarray, " samples"], folds: int = 4) -
 
 
 def simulated_shards(samples: int, folder: Folder) -> list[dict[str, Any]]:
-    """Records of the shards of a training set, and their files: one, of a small image, under all their names."""
+    """Records of the shards of a training set, whose files are hard links to one with a small image."""
     source = Path(folder.path("image.png"))
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)).save(source)
     labels = simulated_labels(PER_SHARD).tolist()
@@ -106,7 +107,7 @@ def simulated_shards(samples: int, folder: Folder) -> list[dict[str, Any]]:
     records = []
     for i, start in enumerate(range(0, samples, PER_SHARD)):
         name = f"shards/train-{i:05d}.parquet"
-        if i % MOST_LINKS == 0:
+        if i % MAX_LINKS == 0:
             folder.write(file := name, data)
         else:
             os.link(folder.path(file), folder.path(name))
@@ -148,7 +149,7 @@ def write_simulated_store(table: pa.Table, folder: Folder, shards: Sequence[dict
 
 
 def timed(figures: Figures, name: str, work: Callable[[], Any]) -> Any:
-    """What `work` returns; its CPU-seconds go into the figures."""
+    """Calls `work`, records its CPU-seconds in the figures, and returns its result."""
     started = time.process_time()
     result = work()
     figures[f"{name}, CPU-s"] = time.process_time() - started
@@ -164,21 +165,21 @@ PLANS: dict[str, Callable[[np.ndarray], Plan]] = {
     "class_balanced": lambda labels: class_balanced(labels, P, K, 0, 0),
     "each_class_once": lambda labels: each_class_once(labels, P, K, 0, 0),
     "uniform_classes": lambda labels: uniform_classes(labels, P, K, 0, 0),
-    "combine": lambda labels: combine(labels, P, K, 0, 0),
+    "combine": lambda labels: combine_sampler(labels, P, K, 0, 0),
     "random triplets": random_triplets,
 }
 
 
 def measure_plans(samples: int, kinds: list[str]) -> Figures:
-    """One kind after the other: what one leaves behind has gone back to the system before the next."""
+    """Figures of several kinds of plans, one after the other; the memory of each is freed before the next."""
     level = peak_mib(reset=True)
     labels, figures = simulated_labels(samples), Figures()
     for kind in kinds:
         peak_mib(reset=True)
         plan = timed(figures, kind, functools.partial(PLANS[kind], labels))
         figures[f"{kind}, peak MB"] = (peak_mib() - level) * 1.048576
-        own = [column for column in plan.columns.values() if column.strides[0]]
-        figures[f"{kind}, bytes a sample"] = (plan.ids.nbytes + sum(column.nbytes for column in own)) / samples
+        columns = [column for column in plan.columns.values() if column.strides[0]]  # others are one broadcast row
+        figures[f"{kind}, bytes a sample"] = (plan.ids.nbytes + sum(column.nbytes for column in columns)) / samples
         if plan.columns:
             packed = timed(figures, f"{kind}, for a checkpoint", functools.partial(_pack, plan))
             figures[f"{kind}, for a checkpoint, bytes a sample"] = len(packed) / samples
@@ -244,12 +245,12 @@ def measure_shards(samples: int, folder: str) -> Figures:
 
     def find() -> None:
         for ids in items:
-            reader._places(ids)
+            reader._locate(ids)
 
     timed(figures, "an epoch's row groups found", find)
     figures["an epoch's row groups found, peak MB"] = (peak_mib() - level) * 1.048576
     figures["row groups found, CPU-µs an item"] = figures["an epoch's row groups found, CPU-s"] / len(items) * 1e6
-    groups = [len({place[:2] for place in reader._places(ids)}) for ids in items[:1000]]
+    groups = [len({place[:2] for place in reader._locate(ids)}) for ids in items[:1000]]
     figures["row groups an item"] = sum(groups) / len(groups)
     return figures
 
@@ -263,7 +264,7 @@ def measure_row_groups(samples: int, folder: str) -> Figures:
     )
     figures["a row group of every shard read, peak MB"] = (peak_mib() - level) * 1.048576
     figures["row groups' reader keeps, bytes a shard"] = (anonymous_mib() - anonymous) * 2**20 / shards
-    assert len(reader.metadata) <= _FOOTERS
+    assert len(reader.metadata) <= _MAX_FOOTERS
     return figures
 
 
@@ -272,16 +273,16 @@ def measure_copy(samples: int, folder: str) -> Figures:
     figures, anonymous = Figures(), anonymous_mib()
     with path.open("rb") as file:
         reader = timed(figures, "copy opened", lambda: MappedReader(path, file))
-    kept = (anonymous_mib() - anonymous) * 2**20
-    figures["copy opened, MB kept"] = kept / 1e6
-    figures["copy opened, bytes a sample kept"] = kept / samples
+    reader_bytes = (anonymous_mib() - anonymous) * 2**20
+    figures["copy opened, MB kept"] = reader_bytes / 1e6
+    figures["copy opened, bytes a sample kept"] = reader_bytes / samples
     figures["copy opened, bytes a sample of ids and checksums"] = (reader.ids.nbytes + reader.sums.nbytes) / samples
     assert len(reader.ids) == samples
     return figures
 
 
 def anonymous_mib() -> float:
-    """This process's resident memory now, without mapped files: their pages are the system's to drop (Linux)."""
+    """This process's resident memory, without mapped files, whose pages the system can drop (Linux)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024
 
@@ -305,10 +306,10 @@ def measure_pipeline() -> Figures:
 
     random, figures = np.random.default_rng(0), Figures()
     with ray_session(2):
-        ray.data.from_arrow(item_blocks([LoadRequest(np.arange(P * K))], 1))  # what starts with the first
-        items = [LoadRequest(random.integers(0, 10**7, P * K), (0, step, 0)) for step in range(PIPELINE_ITEMS)]
+        ray.data.from_arrow(request_blocks([LoadRequest(np.arange(P * K))], 1))  # what starts with the first
+        items = [LoadRequest(random.integers(0, 10**7, P * K), (0, step, 0)) for step in range(REQUESTS_PER_PIPELINE)]
         wall, level = time.perf_counter(), peak_mib(reset=True)
-        timed(figures, "blocks taken in", lambda: ray.data.from_arrow(item_blocks(items, MAX_REQUESTS_PER_BLOCK)))
+        timed(figures, "blocks taken in", lambda: ray.data.from_arrow(request_blocks(items, MAX_REQUESTS_PER_BLOCK)))
         figures["blocks taken in, wall s"] = time.perf_counter() - wall
         figures["blocks taken in, peak MB"] = (peak_mib() - level) * 1.048576
     return figures
@@ -332,11 +333,11 @@ MEASURES: dict[str, Callable[..., Figures]] = {
 
 
 def fresh(measure: str, **arguments: Any) -> Figures:
-    """Figures of a process of its own."""
+    """Runs a measurement in a new process and returns its figures."""
     command = [sys.executable, "-m", "benchmarks.scale", "--measure", measure, json.dumps(arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def rows_of(what: str, figures: Figures) -> list[Row]:
@@ -345,18 +346,18 @@ def rows_of(what: str, figures: Figures) -> list[Row]:
 
 def plan_rows(samples: int, kinds: list[str]) -> list[Row]:
     rows: list[Row] = []
-    most_s, most_mb = LIMITS.get(samples, (None, None))
+    max_cpu_s, max_mb = LIMITS.get(samples, (None, None))
     figures = fresh("plans", samples=samples, kinds=kinds)
-    limits = {f"{kind}, CPU-s": most_s for kind in kinds} | {f"{kind}, peak MB": most_mb for kind in kinds}
+    limits = {f"{kind}, CPU-s": max_cpu_s for kind in kinds} | {f"{kind}, peak MB": max_mb for kind in kinds}
     for name, value in figures.items():
-        most = limits.get(name)
-        promised = "" if most is None else f"<= {most:g}"
-        rows.append(Row(f"{samples:,}, {name}", value, None, None, promised, most is None or value <= most))
+        limit = limits.get(name)
+        promised = "" if limit is None else f"<= {limit:g}"
+        rows.append(Row(f"{samples:,}, {name}", value, None, None, promised, limit is None or value <= limit))
     return rows
 
 
 def catalogue_rows(samples: int) -> list[Row]:
-    figures = fresh("layout", samples=samples) if samples <= MOST_ENTRIES else {}
+    figures = fresh("layout", samples=samples) if samples <= MAX_ENTRIES else {}
     with tempfile.TemporaryDirectory() as folder:
         figures |= fresh("write", samples=samples, folder=folder) | fresh("open", samples=samples, folder=folder)
     return rows_of(f"{samples:,}", figures)
@@ -395,7 +396,7 @@ def main() -> int:
         if "items" in options.only:
             rows += rows_of(f"{samples:,}", fresh("items", samples=samples))
     if "items" in options.only:
-        rows += rows_of(f"a pipeline of {PIPELINE_ITEMS:,} steps of {P * K}", fresh("pipeline"))
+        rows += rows_of(f"a pipeline of {REQUESTS_PER_PIPELINE:,} steps of {P * K}", fresh("pipeline"))
     return finish(rows, options.json)
 
 

@@ -15,12 +15,12 @@ class Row:
     """One measured figure.
 
     Attributes:
-        what: what was measured, with its unit.
+        what: name of the figure, with its unit.
         ours: our figure.
-        other: the other side's, if there is one.
-        ratio: ours to theirs.
-        promised: what we promise of it, in words; empty if nothing.
-        ok: whether the promise is kept.
+        other: the figure of the other side, if there is one.
+        ratio: ours divided by the other.
+        promised: the limit that the figure has to keep, in words; empty if there is none.
+        ok: true if the limit is kept.
     """
 
     what: str
@@ -32,7 +32,7 @@ class Row:
 
 
 def finish(rows: Sequence[Row], json_path: str | Path | None = None) -> int:
-    """Prints the rows, writes them as JSON with the machine's load; returns 1 if a promise is broken, else 0."""
+    """Prints the rows, writes them as JSON with the machine's load; returns 1 if a limit is exceeded, else 0."""
     header = ("what", "ours", "the other", "ratio", "promised", "")
     cells = [header] + [
         (row.what, *map(_number, (row.ours, row.other, row.ratio)), row.promised, "" if row.ok else "BROKEN")

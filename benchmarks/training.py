@@ -4,9 +4,9 @@
 
 Both sides train EfficientNet-Lite0 on the emoji at 64 pixels with multi-similarity loss, batches of 24 x 4, AdamW, the same
 number of threads, and decode every image in every step. The plain loop is one process without Ray, checkpoints, logs or
-exactness on several ranks; it is shown as people write it and with the channels-last layout that raydml uses. Ours is the
+exactness on several ranks; it is measured as usually written, and with the channels-last layout that raydml uses. Ours is the
 real command with Ray Train and the Ray Data loader. The sides alternate; figures are medians over the rounds of the steps
-after warm-up, CPU seconds those of the whole process tree (Ray's own processes counted). Start-up is told apart.
+after warm-up, CPU seconds those of the whole process tree (Ray's own processes included). Start-up is a row of its own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def tree_cpu_s(root: int) -> float:
 
 
 def watch(process: subprocess.Popen[bytes], steps_done: Path) -> dict[str, float]:
-    """Wall and CPU seconds an image between two steps, from a file whose last JSON line tells the step."""
+    """Wall and CPU seconds an image between two steps, from a file whose last JSON line contains the step."""
     started = time.perf_counter()
     marks: dict[str, tuple[int, float, float]] = {}
     while process.poll() is None:
@@ -65,7 +65,7 @@ def watch(process: subprocess.Popen[bytes], steps_done: Path) -> dict[str, float
         time.sleep(0.2)
     if last_step(steps_done) < STEPS:
         raise SystemExit(f"a measured process failed with status {process.wait()}: {process.args}")
-    process.kill()  # enough seen; Ray's processes end with their driver
+    process.kill()  # all steps are measured; Ray's processes end with their driver
     process.wait()
     low, high = marks["low"], marks["high"]
     images = (high[0] - low[0]) * BATCH
@@ -111,7 +111,7 @@ def plain(threads: int, channels_last: bool, folder: Path) -> dict[str, float]:
 
 
 def plain_loop(folder: str, log: str, threads: int, channels_last: bool) -> None:
-    """The loop that people write: read, decode, batch, forward, loss, backward, step."""
+    """The loop as usually written: read, decode, batch, forward, loss, backward, step."""
     import numpy as np
     import pyarrow.parquet as pq
     import timm
@@ -140,9 +140,9 @@ def plain_loop(folder: str, log: str, threads: int, channels_last: bool) -> None
             module.eval()
     with open(log, "a", buffering=1) as file:
         for step in range(1, STEPS + 51):
-            chosen = random.choice(len(classes), 24, replace=False)
+            batch_classes = random.choice(len(classes), 24, replace=False)
             ids = np.concatenate(
-                [random.choice(rows[classes[c]], 4, replace=len(rows[classes[c]]) < 4) for c in chosen]
+                [random.choice(rows[classes[c]], 4, replace=len(rows[classes[c]]) < 4) for c in batch_classes]
             )
             pictures = [
                 Image.open(io.BytesIO(images[i])).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC) for i in ids
@@ -177,21 +177,21 @@ def main() -> int:
             "plain": lambda: plain(options.threads, False, folder),
             "plain, channels last": lambda: plain(options.threads, True, folder),
         }
-        seen: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        figures: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(options.rounds):
             for side, measure in sides.items():
-                seen[side].append(measure())
-    return finish(rows(seen), options.json)
+                figures[side].append(measure())
+    return finish(rows(figures), options.json)
 
 
-def rows(seen: dict[str, list[dict[str, float]]]) -> list[Row]:
+def rows(figures: dict[str, list[dict[str, float]]]) -> list[Row]:
     def median(side: str, key: str) -> float:
-        return statistics.median(figures[key] for figures in seen[side])
+        return statistics.median(of_round[key] for of_round in figures[side])
 
     out = []
     for other in ("plain", "plain, channels last"):
         for key, what in (("cpu", "CPU-ms/image"), ("wall", "wall ms/image")):
-            ratio = statistics.median(a[key] / b[key] for a, b in zip(seen["ours"], seen[other], strict=True))
+            ratio = statistics.median(a[key] / b[key] for a, b in zip(figures["ours"], figures[other], strict=True))
             name = f"{what}: ours / {other}"
             promised = "<= 1.10" if other == "plain" else ""
             ok = ratio <= 1.10 or not promised

@@ -25,9 +25,9 @@ from benchmarks.mining import make_rows
 from benchmarks.table import Row
 from methods.base import Batch
 from methods.config import Clock, Length
-from methods.mmsi import Mmsi, MmsiConfig, loss, meta_loss, normalise, select
+from methods.mmsi import Mmsi, MmsiConfig, meta_loss, normalise_weights, select_pairs, weighted_loss
 from methods.plans import Plan
-from methods.smart_mining_rule import HALF_MINED, MINED, ClassIndex, mine
+from methods.smart_mining_rule import HALF_MINED, MINED, ClassIndex, mine_triplets
 from pipeline.config import ModelConfig
 from pipeline.distributed.collectives import Ranks
 from pipeline.mining.memory import EmbeddingMemory
@@ -88,7 +88,7 @@ def mmsi(side: str) -> Step:
 def _through_the_virtual_step(
     method: Mmsi, trunk: torch.nn.Module, pixels: Tensor, batch: Batch, memory: EmbeddingMemory, context: RunContext
 ) -> float:
-    """The step as the authors' program takes it: weights by a gradient through a gradient."""
+    """The step as in the authors' program: weights from a gradient through a gradient."""
     c, labels = method.config, batch.labels[:BATCH]
     parts = {"trunk": trunk, "head": method.head}
     parameters = {f"{part}.{n}": p for part, module in parts.items() for n, p in module.named_parameters()}
@@ -101,15 +101,17 @@ def _through_the_virtual_step(
 
     embeddings = embed(parameters, pixels[:BATCH])
     similarity = embeddings @ embeddings.T
-    chosen = select(similarity, labels, c)
-    w = torch.zeros(chosen.slots.shape, requires_grad=True)
-    gradients = torch.autograd.grad(loss(similarity, w, chosen, c), list(parameters.values()), create_graph=True)
+    pairs = select_pairs(similarity, labels, c)
+    w = torch.zeros(pairs.slots.shape, requires_grad=True)
+    gradients = torch.autograd.grad(
+        weighted_loss(similarity, w, pairs, c), list(parameters.values()), create_graph=True
+    )
     moved = {n: p - c.optimizer.lr * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
     value = meta_loss(embed(moved, pixels[BATCH:]), batch.labels[BATCH:], batch.ids[BATCH:], memory, c)
     (u,) = torch.autograd.grad(value, w)
     del gradients, moved, value, embeddings, similarity
     again = embed(parameters, pixels[:BATCH])
-    final = loss(again @ again.T, normalise(-u, chosen, c.norm_scope), chosen, c)
+    final = weighted_loss(again @ again.T, normalise_weights(-u, pairs, c.norm_scope), pairs, c)
     context.backward(final)
     context.step("main")
     return float(final.detach())
@@ -138,22 +140,22 @@ def measure_rule(rounds: int) -> list[Row]:
     """Smart Mining's rule at the size of Stanford Online Products."""
     torch.set_num_threads(1)
     rows = make_rows(59_551, 64, noise=1.5)  # R@1 66, as in training
-    lists = Neighbours.concatenate([found for _, found in search_all(rows, 200)])
+    lists = Neighbours.concatenate([neighbours for _, neighbours in search_all(rows, 200)])
     queries, labels = SimpleNamespace(ids=rows.ids), np.asarray(rows.labels)
     classes = ClassIndex(labels, (0,))
-    work = functools.partial(mine, queries, lists, classes, 1.2, 1, None)
-    found = work()
+    work = functools.partial(mine_triplets, queries, lists, classes, 1.2, 1, None)
+    result = work()
     seconds, loops = [], []
-    some = np.random.default_rng(0).permutation(len(rows))[:2000]
+    anchors = np.random.default_rng(0).permutation(len(rows))[:2000]
     for _ in range(rounds):
         started = time.process_time()
         work()
         seconds.append(time.process_time() - started)
         started = time.process_time()
-        triplets = [_algorithm(int(i), lists.ids[i], lists.distances[i], labels, 1.2) for i in some]
-        loops.append((time.process_time() - started) * len(rows) / len(some))
-    t = found.triplets
-    for i, (p, n, kind) in zip(some, triplets, strict=True):
+        triplets = [_algorithm(int(i), lists.ids[i], lists.distances[i], labels, 1.2) for i in anchors]
+        loops.append((time.process_time() - started) * len(rows) / len(anchors))
+    t = result.triplets
+    for i, (p, n, kind) in zip(anchors, triplets, strict=True):
         at = int(np.searchsorted(t.anchor, i))
         if (kind, n) != (t.kind[at], t.negative[at] if kind in (MINED, HALF_MINED) else n) or (
             kind == MINED and p != t.positive[at]

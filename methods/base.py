@@ -32,38 +32,38 @@ from methods.plans import Plan, class_balanced
 
 
 class MethodConfig(BaseConfig):
-    """What every method can be told."""
+    """Options that every method has."""
 
-    name: str
+    name: str = Field(description="name of the method")
     classes_per_batch: int = Field(24, ge=2, description="P: groups of different classes in a batch")
     samples_per_class: int = Field(4, ge=2, description="K: images of one class in a batch")
-    embedding_dim: int = Field(128, ge=1, description="D")
+    embedding_dim: int = Field(128, ge=1, description="D: dimension of the embedding")
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
     def needs_best(self) -> bool:
-        """Whether the method calls `load_best`, so that there has to be an evaluation during training."""
+        """True if the method calls `load_best`: the run then needs evaluations during training."""
         return False
 
     @property
     def requires_frozen_batch_norm(self) -> bool:
-        """Whether the method needs frozen batch normalisation, as `Context.jvp` does."""
+        """True if the method needs frozen batch normalisation, as `Context.jvp` does."""
         return False
 
     @property
     def mining(self) -> MiningRequirements | None:
-        """What the method mines; none: no mining server is started."""
+        """The method's requirements of the mining server; None: no server is started."""
         return None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's plan row, whole, on every rank.
+    """The plan of one step, all slots, on every rank.
 
     Attributes:
-        ids: sample of each slot.
-        labels: its class.
-        columns: further columns of the plan row.
+        ids: Sample of each slot.
+        labels: Class of each slot's sample.
+        columns: Further columns of the plan.
     """
 
     ids: Int64[Tensor, " batch"]
@@ -73,12 +73,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Gradient of an objective, complete and the same on every rank.
+    """Gradient of an objective, summed over the ranks and the same on each.
 
     Attributes:
-        value: of the objective.
-        trunk: by the name of the trunk's parameter (those that are trained).
-        extra: of the given tensors, in their order.
+        value: Value of the objective.
+        trunk: Gradients of the trunk's trained parameters, by name.
+        extra: Gradients of the `extra` tensors, in their order.
     """
 
     value: float
@@ -88,10 +88,10 @@ class Gradient:
 
 @runtime_checkable
 class Ranks(Protocol):
-    """The processes of a run, for a method that shares out work; every process has to make the same calls in the same order.
+    """The processes of a run, for a method that divides work among them; all make the same calls in the same order.
 
-    Work that is shared reads replicated values through `copy_to_ranks` and ends in `sum_over_ranks`: the gradient is then complete, and the
-    same, in every process.
+    Divided work reads replicated values through `copy_to_ranks` and ends in `sum_over_ranks`: the gradient is then complete,
+    and the same, in every process.
     """
 
     def slice(self, total: int) -> slice:
@@ -99,30 +99,30 @@ class Ranks(Protocol):
         ...
 
     def copy_to_ranks(self, value: Tensor) -> Tensor:
-        """A replicated value, as it is; its gradient is summed over the processes."""
+        """Identity of a replicated value; the backward pass sums its gradient over the processes."""
         ...
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """Sum over the processes; its gradient passes as it is."""
+        """Sum over the processes; the backward pass is the identity."""
         ...
 
 
 @runtime_checkable
 class Context(Protocol):
-    """What the loop offers to a method, alike on every rank unless said.
+    """The training loop's interface to a method; the same on every rank unless stated otherwise.
 
     Attributes:
-        labels: class of every training sample, 0..num_classes-1.
-        tracks: of video, the tracklet of every training sample.
-        seed: of the run.
-        clock: steps and epochs done.
-        length: of the run, as `Length`.
-        device, dtype: of features and of the method's parameters.
-        generator: freshly seeded from (seed, step) before each step, from (seed, epoch) before the epoch's hooks.
-        shards: the slots of the batch that each rank encodes, in rank order.
-        ranks: for sharing out work among them.
-        next_ids: samples of the next step, if it is of the same epoch.
-        mining: the mining server; none unless the method's config says what it mines.
+        labels: Class of every training sample, 0..num_classes-1.
+        tracks: Tracklet of every training sample; None for still images.
+        seed: Seed of the run.
+        clock: Steps and epochs done.
+        length: Length of the run.
+        device, dtype: Device and data type of features and of the method's parameters.
+        generator: Seeded from (seed, step) before each step, from (seed, epoch) before the epoch's hooks.
+        shards: Slots of the batch that each rank encodes, in rank order.
+        ranks: The processes of the run, to divide work among them.
+        next_ids: Samples of the next step, if it belongs to the same epoch.
+        mining: The mining server; None unless `MethodConfig.mining` asks for it.
     """
 
     labels: Int64[np.ndarray, " samples"]
@@ -145,10 +145,10 @@ class Context(Protocol):
     def encode(
         self, role: str | Sequence[str] | None = None, keep_for_jvp: bool = False
     ) -> Float[Tensor, "batch features"]:
-        """Pooled features of the batch (of the slots whose plan column `role` is one of `role`), gathered with gradient.
+        """Pooled features of the batch (of the slots whose plan column `role` is one of those given), gathered with gradient.
 
-        The trunk runs once a call; a second call before the `backward` of the first is an error (ask for both roles at once).
-        With `keep_for_jvp`, what the pass computes is kept for a `jvp` of the same slots, which takes less time then.
+        The trunk runs once per call; a second call before the `backward` of the first is an error (encode both roles at once).
+        With `keep_for_jvp`, the outputs of the pass are kept for a `jvp` of the same slots, which is faster then.
         """
         ...
 
@@ -159,26 +159,28 @@ class Context(Protocol):
         extra: Sequence[Tensor] = (),
         shift: Mapping[str, Tensor] | None = None,
     ) -> Gradient:
-        """Gradient of `objective(features)`, aside from the step's own: nothing is added to any parameter's `.grad`.
+        """Gradient of `objective(features)`, without adding to any parameter's `.grad`.
+
+        May be called between an `encode` and its `backward`.
 
         Args:
-            role: slots whose pooled features the objective gets, as in `encode`; may be called between an `encode` and
-                its `backward`.
-            objective: the same on every rank.
-            extra: tensors of the method to differentiate by as well.
-            shift: what to add to the trunk's parameters first, by name.
+            role: The slots whose pooled features the objective gets, as in `encode`.
+            objective: Function of the features, the same on every rank.
+            extra: Further tensors to differentiate with respect to.
+            shift: Offsets to add to the trunk's parameters first, by name.
 
         Raises:
-            RunError: the objective is not finite on some rank.
+            RunError: The objective is not finite on some rank.
         """
         ...
 
     def jvp(
         self, role: str | Sequence[str] | None, direction: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch features"]]:
-        """Pooled features, and their derivative when the trunk's parameters move along `direction` (forward mode).
+        """Pooled features, and their derivative along `direction` of the trunk's parameters (forward mode).
 
-        In float32 (float64) whatever the run's precision; batch normalisation has to be frozen (`MethodConfig.requires_frozen_batch_norm`).
+        Computed in float32 (or float64), not in bf16; batch normalisation has to be frozen
+        (`MethodConfig.requires_frozen_batch_norm`).
         """
         ...
 
@@ -186,7 +188,7 @@ class Context(Protocol):
         """Checks on all ranks that the loss is finite, then runs its backward pass; trunk gradients are summed over ranks.
 
         Raises:
-            RunError: the loss is not finite on some rank. No parameter has been changed by this loss then.
+            RunError: The loss is not finite on some rank; this loss has not changed any parameter then.
         """
         ...
 
@@ -194,16 +196,16 @@ class Context(Protocol):
         """Updates the parameters of one optimizer at its scheduled rate and clears its gradients."""
         ...
 
-    def embed_samples(self, ids: Int64[np.ndarray, " some"], embed: bool = True) -> Float[Tensor, "some dim"]:
-        """Embeddings (or pooled features) of many training samples without gradient or augmentation, shared by the ranks."""
+    def embed_samples(self, ids: Int64[np.ndarray, " samples"], embed: bool = True) -> Float[Tensor, "samples dim"]:
+        """Embeddings (or pooled features) of many training samples, without gradient or augmentation; divided among ranks."""
         ...
 
     def weights_hash(self) -> str:
-        """Names the present weights of trunk and method: alike only for equal weights."""
+        """Hash of the present weights of trunk and method."""
         ...
 
     def load_best(self) -> None:
-        """Puts the weights of the best checkpoint so far into trunk and method; optimizers keep their moments."""
+        """Loads the weights of the best checkpoint so far into trunk and method; optimizers keep their moments."""
         ...
 
 
@@ -211,9 +213,9 @@ class Method(nn.Module):
     """Base of every method: a linear head with L2 norm, class-balanced batches, one optimizer.
 
     Args:
-        config: of the class's `Config`.
-        features: width F of the pooled features.
-        num_classes: training classes.
+        config: An instance of the class's `Config`.
+        features: Width F of the pooled features.
+        num_classes: Number of training classes.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -225,29 +227,29 @@ class Method(nn.Module):
         self.head = Head(features, config.embedding_dim)
 
     def plan(self, epoch: int, context: Context) -> Plan:
-        """What the epoch is trained on. A pure function of (context.labels, context.seed, epoch) unless `plan_is_stored`."""
+        """The plan of an epoch: a pure function of (context.labels, context.seed, epoch) unless `plan_is_stored`."""
         c = self.config
         return class_balanced(context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch)
 
     def optimizers(self, trunk: nn.Module) -> dict[str, Optimizer]:
         """The optimizers by name, over the trunk's and the method's parameters; made once, before training."""
-        own = {
+        method_parameters = {
             "head": self.head.parameters(),
             "loss": [p for n, p in self.named_parameters() if not n.startswith("head.")],
         }
-        return {"main": build_optimizer(self.config.optimizer, {"trunk": trunk.parameters(), **own})}
+        return {"main": build_optimizer(self.config.optimizer, {"trunk": trunk.parameters(), **method_parameters})}
 
     def on_epoch_start(self, epoch: int, context: Context) -> None:
         """Called before the epoch's first step (and before its plan, if `plan_is_stored`).
 
-        Called again when a run resumes within the epoch: what it does has to follow from `epoch` and the state alone.
+        Called again when a run resumes within the epoch: its effect may depend only on `epoch` and the saved state.
         """
 
     def on_epoch_end(self, epoch: int, context: Context, metrics: Mapping[str, float] | None) -> None:
         """Called after the epoch's last step and after its evaluation, whose metrics are given if there was one."""
 
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
-        """One step on one batch; returns what to log, "loss" among it."""
+        """One step on one batch; returns the metrics to log, "loss" among them."""
         loss = self.loss(self.embed(context.encode()), batch.labels, context)
         context.backward(loss)
         context.step("main")
@@ -260,9 +262,9 @@ class Method(nn.Module):
         raise TypeError(f"{type(self).__name__} overrides neither `loss` nor `training_step`")
 
     def embed(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
-        """Pooled features to embeddings; what retrieval uses."""
+        """Embeddings of pooled features, as used for retrieval."""
         return self.head(features)
 
     def refine_embeddings(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "images other"]:
-        """Embeddings of all images of an evaluation together, for methods that let test images look at each other."""
+        """Refines all embeddings of an evaluation together; overridden by transductive methods."""
         return embeddings

@@ -37,33 +37,38 @@ from methods.config import Length
 from methods.functional import global_generators
 from methods.mining import Mining, MiningRequirements
 
-GIVEN = {"num_classes", "embedding_size", "descriptors_dim"}  # arguments that follow from the data and the head
+DERIVED_ARGUMENTS = {
+    "num_classes",
+    "embedding_size",
+    "descriptors_dim",
+}  # arguments that follow from the data and the head
 
 
-def _candidates(module: Any, base: type, without: tuple[str, ...]) -> dict[str, type]:
-    found = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
-    return {n: c for n, c in found.items() if not n.startswith("Base") and n not in without}
+def _subclasses(module: Any, base: type, excluded: tuple[str, ...]) -> dict[str, type]:
+    classes = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, base)}
+    return {n: c for n, c in classes.items() if not n.startswith("Base") and n not in excluded}
 
 
 # Left out: wrappers around another loss, and what is not a function of (embeddings, labels).
-LOSSES = _candidates(losses, losses.BaseMetricLossFunction, ("GenericPairLoss", "VICRegLoss", "ManifoldLoss"))
-MINERS = _candidates(miners, miners.BaseMiner, ("EmbeddingsAlreadyPackagedAsTriplets",))
+LOSSES = _subclasses(losses, losses.BaseMetricLossFunction, ("GenericPairLoss", "VICRegLoss", "ManifoldLoss"))
+MINERS = _subclasses(miners, miners.BaseMiner, ("EmbeddingsAlreadyPackagedAsTriplets",))
 
 
-def _find(kind: str, name: str, known: Mapping[str, type]) -> type:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+def _lookup(kind: str, name: str, classes: Mapping[str, type]) -> type:
+    if name not in classes:
+        close_matches = difflib.get_close_matches(name, classes, n=1, cutoff=0.4)
         raise ValueError(
-            f"{kind} {name!r} is unknown" + (f": did you mean {near[0]!r}?" if near else f", known: {sorted(known)}")
+            f"{kind} {name!r} is unknown"
+            + (f": did you mean {close_matches[0]!r}?" if close_matches else f", known: {sorted(classes)}")
         )
-    return known[name]
+    return classes[name]
 
 
 def _build(
-    kind: str, name: str, arguments: Mapping[str, Any], known: Mapping[str, type], given: Mapping[str, int]
+    kind: str, name: str, arguments: Mapping[str, Any], classes: Mapping[str, type], derived: Mapping[str, int]
 ) -> Any:
     """Makes a loss or miner; every argument is checked against the signatures of the class and its bases."""
-    cls = _find(kind, name, known)
+    cls = _lookup(kind, name, classes)
     accepted: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base) and base is not nn.Module and base is not object:
@@ -72,19 +77,23 @@ def _build(
                 n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL
             }
     for argument in arguments:
-        if argument in GIVEN:
+        if argument in DERIVED_ARGUMENTS:
             raise ValueError(f"{kind}_args.{argument} follows from the data and the head: leave it out")
         if argument not in accepted:
-            near = difflib.get_close_matches(argument, accepted - GIVEN, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {sorted(accepted - GIVEN)}"
+            close_matches = difflib.get_close_matches(argument, accepted - DERIVED_ARGUMENTS, n=1, cutoff=0.4)
+            hint = (
+                f"did you mean {close_matches[0]!r}?"
+                if close_matches
+                else f"known: {sorted(accepted - DERIVED_ARGUMENTS)}"
+            )
             raise ValueError(f"{name} takes no argument {argument!r}: {hint}")
     try:
-        return cls(**{**{n: v for n, v in given.items() if n in accepted}, **arguments})
+        return cls(**{**{n: v for n, v in derived.items() if n in accepted}, **arguments})
     except Exception as error:  # whatever a third party's constructor raises
-        raise ValueError(f"{name} refuses {dict(arguments)}: {_first_line(error)}") from None
+        raise ValueError(f"{name} does not accept {dict(arguments)}: {_first_line(error)}") from None
 
 
-def _given(num_classes: int, dim: int) -> dict[str, int]:
+def _derived_arguments(num_classes: int, dim: int) -> dict[str, int]:
     return {"num_classes": num_classes, "embedding_size": dim, "descriptors_dim": dim}
 
 
@@ -95,16 +104,21 @@ def _first_line(error: Exception) -> str:
 class BaselineConfig(MethodConfig):
     name: Literal["baseline"] = "baseline"
     loss: str = Field("MultiSimilarityLoss", description="class of pytorch_metric_learning.losses")
-    loss_args: dict[str, Any] = Field(default_factory=dict)
-    miner: str | None = Field(None, description="class of pytorch_metric_learning.miners")
-    miner_args: dict[str, Any] = Field(default_factory=dict)
+    loss_args: dict[str, Any] = Field(default_factory=dict, description="arguments of the loss")
+    miner: str | None = Field(None, description="class of pytorch_metric_learning.miners; none: all pairs or triplets")
+    miner_args: dict[str, Any] = Field(default_factory=dict, description="arguments of the miner")
     memory: int = Field(0, ge=0, description="past embeddings that the batch is compared with (XBM); 0: none")
-    memory_start: Length = Field(Length(value=0, unit="steps"), description="the memory only fills for so long")
-    memory_weight: float = Field(1.0, ge=0)
-    hard_negatives: int = Field(
-        0, ge=0, description="k nearest of all samples of other classes, for each image; 0: none"
+    memory_start: Length = Field(
+        Length(value=0, unit="steps"),
+        description="time before the memory is used, steps or epochs; it is filled from the start",
     )
-    hard_weight: float = Field(1.0, ge=0)
+    memory_weight: float = Field(1.0, ge=0, description="weight of the loss over the memory")
+    hard_negatives: int = Field(
+        0,
+        ge=0,
+        description="number of nearest samples of other classes mined for each image, from the whole training set; 0: none",
+    )
+    hard_weight: float = Field(1.0, ge=0, description="weight of the loss over the hard negatives")
 
     @property
     def mining(self) -> MiningRequirements | None:
@@ -115,31 +129,33 @@ class BaselineConfig(MethodConfig):
     @model_validator(mode="after")
     def _check(self) -> BaselineConfig:
         if self.miner is None and self.miner_args:
-            raise ValueError("miner_args are given, but no miner")
+            raise ValueError("miner_args are given, but no miner: set miner, or leave out miner_args")
         with global_generators(0):
-            loss = _build("loss", self.loss, self.loss_args, LOSSES, _given(2, self.embedding_dim))
+            loss = _build("loss", self.loss, self.loss_args, LOSSES, _derived_arguments(2, self.embedding_dim))
             miner = _build("miner", self.miner, self.miner_args, MINERS, {}) if self.miner else None
-            self._try(loss, miner)
+            self._try_once(loss, miner)
         return self
 
-    def _try(self, loss: Any, miner: Any) -> None:
-        """Runs them once: a value of the wrong type is often noticed in the call only, which would be the first step."""
+    def _try_once(self, loss: Any, miner: Any) -> None:
+        """Calls loss and miner once: many wrong argument values fail only in the call, which would be the first step."""
         embeddings, labels = torch.randn(8, self.embedding_dim), torch.arange(8) // 4
         try:
             loss(embeddings, labels, miner(embeddings, labels) if miner is not None else None)
             if self.mining is not None:
-                _against(loss, miner, embeddings, labels, embeddings[::2], labels[::2])
+                _loss_against(loss, miner, embeddings, labels, embeddings[::2], labels[::2])
         except Exception as error:
-            used = f"{self.loss} with {self.loss_args}" + (
+            description = f"{self.loss} with {self.loss_args}" + (
                 f", {self.miner} with {self.miner_args}" if miner is not None else ""
             )
-            raise ValueError(f"{used} fails on a batch of random embeddings: {_first_line(error)}") from None
+            raise ValueError(f"{description} fails on a batch of random embeddings: {_first_line(error)}") from None
 
 
-def _against(loss: Any, miner: Any, embeddings: Tensor, labels: Tensor, others: Tensor, classes: Tensor) -> Tensor:
+def _loss_against(
+    loss: Any, miner: Any, embeddings: Tensor, labels: Tensor, ref_embeddings: Tensor, ref_labels: Tensor
+) -> Tensor:
     """The loss of a batch against constant embeddings."""
-    tuples = miner(embeddings, labels, others, classes) if miner is not None else None
-    return loss(embeddings, labels, tuples, ref_emb=others, ref_labels=classes).reshape(())
+    tuples = miner(embeddings, labels, ref_embeddings, ref_labels) if miner is not None else None
+    return loss(embeddings, labels, tuples, ref_emb=ref_embeddings, ref_labels=ref_labels).reshape(())
 
 
 class Baseline(Method):
@@ -147,8 +163,8 @@ class Baseline(Method):
 
     def __init__(self, config: BaselineConfig, features: int, num_classes: int) -> None:
         super().__init__(config, features, num_classes)
-        given = _given(num_classes, config.embedding_dim)
-        self.loss_function = _build("loss", config.loss, config.loss_args, LOSSES, given)
+        derived = _derived_arguments(num_classes, config.embedding_dim)
+        self.loss_function = _build("loss", config.loss, config.loss_args, LOSSES, derived)
         self.miner = _build("miner", config.miner, config.miner_args, MINERS, {}) if config.miner else None
         for module in self.loss_function.modules():  # running statistics in plain tensors: into the state dict
             for name in [n for n, value in vars(module).items() if isinstance(value, Tensor)]:
@@ -156,22 +172,26 @@ class Baseline(Method):
                 module.register_buffer(name, value)
 
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
-        c, mining = self.config, context.mining
+        config, mining = self.config, context.mining
         if mining is None:
             return super().training_step(batch, context)
         negatives = self._hard_negatives(batch, context, mining)
         embeddings = self.embed(context.encode())
         terms = {"batch": self.loss(embeddings, batch.labels, context)}
         with global_generators(context.seed, context.clock.step, 1):
-            m = mining.memory
-            if m is not None and c.memory_start.fraction_done(context.clock) >= 1 and len(m.labels):
-                others = m.features.to(embeddings.dtype)
-                found = _against(self.loss_function, self.miner, embeddings, batch.labels, others, m.labels)
-                terms["memory"] = c.memory_weight * found
+            memory = mining.memory
+            if memory is not None and config.memory_start.fraction_done(context.clock) >= 1 and len(memory.labels):
+                ref_embeddings = memory.features.to(embeddings.dtype)
+                loss_against = _loss_against(
+                    self.loss_function, self.miner, embeddings, batch.labels, ref_embeddings, memory.labels
+                )
+                terms["memory"] = config.memory_weight * loss_against
             if negatives is not None:
-                others = negatives[0].to(embeddings)
-                found = _against(self.loss_function, self.miner, embeddings, batch.labels, others, negatives[1])
-                terms["hard"] = c.hard_weight * found
+                ref_embeddings = negatives[0].to(embeddings)
+                loss_against = _loss_against(
+                    self.loss_function, self.miner, embeddings, batch.labels, ref_embeddings, negatives[1]
+                )
+                terms["hard"] = config.hard_weight * loss_against
         loss = torch.stack(list(terms.values())).sum()
         context.backward(loss)
         context.step("main")
@@ -179,23 +199,24 @@ class Baseline(Method):
         return {"loss": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
 
     def _hard_negatives(self, batch: Batch, context: Context, mining: Mining) -> tuple[Tensor, Tensor] | None:
-        """Embeddings and classes of the samples that are near the batch's, each once; none in the first steps."""
+        """Embeddings and classes of the distinct neighbours of the batch's images; None in the first steps."""
         k = self.config.hard_negatives
         if not k:
             return None
-        ask: dict[str, Any] = {"which": "other", "with_values": True, "unknown": "empty"}
-        found = mining.take_prefetched("hard")
-        if found is None:  # the first step of an epoch
-            found = mining.neighbours(k, ids=batch.ids, **ask)
+        search_options: dict[str, Any] = {"class_filter": "other", "with_embeddings": True, "missing": "empty"}
+        neighbours = mining.take_prefetched("hard")
+        if neighbours is None:  # the first step of an epoch
+            neighbours = mining.neighbours(k, ids=batch.ids, **search_options)
         if context.next_ids is not None:
-            mining.prefetch("hard", k, ids=context.next_ids, **ask)
-        ids, first = np.unique(found.ids, return_index=True)
-        first = first[ids >= 0]
-        if len(first) == 0:
+            mining.prefetch("hard", k, ids=context.next_ids, **search_options)
+        ids, first_positions = np.unique(neighbours.ids, return_index=True)
+        first_positions = first_positions[ids >= 0]
+        if len(first_positions) == 0:
             return None
-        assert found.values is not None
-        values, labels = found.values.reshape(-1, found.values.shape[-1])[first], found.labels.reshape(-1)[first]
-        return torch.from_numpy(values), torch.from_numpy(labels).to(batch.labels.device)
+        assert neighbours.embeddings is not None
+        embeddings = neighbours.embeddings.reshape(-1, neighbours.embeddings.shape[-1])[first_positions]
+        labels = neighbours.labels.reshape(-1)[first_positions]
+        return torch.from_numpy(embeddings), torch.from_numpy(labels).to(batch.labels.device)
 
     def loss(
         self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"], context: Context

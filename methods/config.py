@@ -1,4 +1,4 @@
-"""What every configuration is written with: the base of all sections, lengths with their unit, the clock they are held against."""
+"""Common parts of all configurations: the base class of the sections, and lengths of training in steps or epochs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BaseConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Clock:
-    """Where the run stands before a step: `step` steps done, in all `epoch` (fractional) epochs."""
+    """Progress of a run: `step` steps, or `epoch` (fractional) epochs, are done."""
 
     step: int = 0
     epoch: float = 0.0
@@ -26,7 +26,7 @@ class Clock:
 
 
 class Length(BaseConfig):
-    """A stretch of training, "200 steps" or "3 epochs"."""
+    """A length of training, "200 steps" or "3 epochs"."""
 
     value: Annotated[float, Field(ge=0)]
     unit: Literal["steps", "epochs"]
@@ -51,9 +51,9 @@ class Length(BaseConfig):
         return f"{number} {self.unit}"
 
     def fraction_done(self, clock: Clock) -> float:
-        """Share of this length that has passed, from 0 to 1 (1 for an empty length)."""
-        share = clock.elapsed(self.unit) / self.value if self.value else 1.0
-        return 1.0 if share > 1 - 1e-9 else share
+        """Fraction of this length that has passed, from 0 to 1 (1 for an empty length)."""
+        fraction = clock.elapsed(self.unit) / self.value if self.value else 1.0
+        return 1.0 if fraction > 1 - 1e-9 else fraction
 
     def steps(self, steps_per_epoch: int) -> int:
         """The length in steps, at least 1, for an epoch of `steps_per_epoch` steps."""

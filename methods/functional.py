@@ -1,4 +1,4 @@
-"""Pieces that several methods share."""
+"""Modules and functions that several methods share."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ class PlusOneAttention(nn.Module):
     PyTorch's attention serves. Linear layers start Xavier-uniform with zero bias.
 
     Args:
-        dim: D.
-        heads: a divisor of D.
-        dropout: on the weights α, after the softmax, in training mode.
+        dim: Dimension D of the nodes.
+        heads: Number of heads, a divisor of D.
+        dropout: Dropout rate of the weights α, after the softmax, in training mode.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = dropout
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         for linear in (self.query, self.key, self.value, self.out):
             nn.init.xavier_uniform_(linear.weight)
@@ -51,11 +52,11 @@ class PlusOneAttention(nn.Module):
         """Messages to every node.
 
         Args:
-            nodes: targets and sources.
-            allowed: [target, source], True where a message passes; None: everywhere.
+            nodes: The nodes, which are both targets and sources.
+            allowed: Mask [target, source], True where a message passes; None: everywhere.
         """
         query = self._split(self.query(nodes))
-        key, value = (F.pad(self._split(part(nodes)), (0, 0, 0, 1)) for part in (self.key, self.value))
+        key, value = (F.pad(self._split(projection(nodes)), (0, 0, 0, 1)) for projection in (self.key, self.value))
         mask = None if allowed is None else F.pad(allowed, (0, 1), value=True)
         dropout = self.dropout if self.training else 0.0
         messages = F.scaled_dot_product_attention(query, key, value, mask, dropout)

@@ -1,6 +1,6 @@
 """GCA-HNG: globally correlation-aware hard negative generation (Peng et al., IJCV 133(5), 2025, arXiv 2411.13145).
 
-A graph network looks at all images of the batch and says, for each pair and channel, how far a negative may be pulled
+A graph network sees all images of the batch and predicts, for each pair and channel, how far a negative may be pulled
 towards the anchor; the pulled negatives, harder than the real ones, train the embedding. For P classes × K images, the
 embeddings z (not normalised while training) and ρ = 7.5e-4:
 
@@ -14,7 +14,7 @@ embeddings z (not normalised while training) and ρ = 7.5e-4:
 
 One iteration: (A) embedding and graph step on J_m + (1 - exp(-β / J̄_gen)) J_syn + J_gce, λ constant; (B) the classifier S
 steps on 10 CE(S(z)), z constant; (C) the graph steps on J_gen, z constant. J̄ are means over the last epoch, 1e6 in the
-first. For the first `warmup` the trunk stands still. Retrieval uses z / |z|; graph and classifier are discarded.
+first. During `warmup` the trunk is not trained. Retrieval uses z / |z|; graph and classifier are discarded.
 
 Deviations: own-class entries are left out of the similarity term as the formula says (the authors' program leaves out
 others: `similarity_mask: reference`); one dropout mask for E_ij and E_ji, which are equal (`edge_symmetry: false` draws
@@ -42,38 +42,48 @@ from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, uniform_classes
 
 RHO = 3e-3 * 0.25
-FIRST_MEAN = 1e6  # of both running means, until an epoch has been seen
+FIRST_MEAN = 1e6  # value of both running means in the first epoch
 
 
 class GcaHngConfig(MethodConfig):
     name: Literal["gca_hng"] = "gca_hng"
     classes_per_batch: int = Field(27, ge=2, description="P: classes in a batch")
     samples_per_class: int = Field(3, ge=2, description="K: images of one class in a batch")
-    embedding_dim: int = Field(512, ge=2, description="D")
-    base_loss: Literal["npair", "proxy_anchor"] = Field("npair", description="J_m; proxy_anchor is our variant")
-    generate: bool = Field(True, description="off: J_m alone, without graph and classifier")
+    embedding_dim: int = Field(512, ge=2, description="D: dimension of the embedding")
+    base_loss: Literal["npair", "proxy_anchor"] = Field(
+        "npair", description="J_m: the metric loss; proxy_anchor is not in the paper"
+    )
+    generate: bool = Field(True, description="generate hard negatives; false: J_m alone, without graph and classifier")
     layers: int = Field(2, ge=1, description="L: rounds of node and edge messages")
-    heads: int = Field(4, ge=1, description="of the node attention; a divisor of embedding_dim")
-    edge_dropout: float = Field(0.1, ge=0, lt=1, description="on the two weights of the edge attention")
-    alpha: float = Field(5.0, gt=0, description="α: the larger, the later negatives come close")
-    beta: float = Field(20.0, gt=0, description="β: the larger, the earlier J_syn counts")
-    softmax_weight: float = Field(20.0, ge=0, description="s")
-    similarity_weight: float = Field(20.0, ge=0, description="d")
-    diversity_weight: float = Field(60.0, ge=0, description="v")
-    orthogonal_neck: bool = Field(False, description="orthogonal weights and zero bias at first (the DINO recipes)")
-    warmup: Length = Field(Length(value=2, unit="epochs"), description="the trunk stands still for so long")
+    heads: int = Field(4, ge=1, description="heads of the node attention; a divisor of embedding_dim")
+    edge_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the two weights of the edge attention")
+    alpha: float = Field(
+        5.0, gt=0, description="α: the larger, the later in training negatives are generated close to the anchor"
+    )
+    beta: float = Field(20.0, gt=0, description="β: the larger, the earlier in training J_syn has weight")
+    softmax_weight: float = Field(20.0, ge=0, description="s: weight of the softmax term")
+    similarity_weight: float = Field(20.0, ge=0, description="d: weight of the similarity term")
+    diversity_weight: float = Field(60.0, ge=0, description="v: weight of the diversity term")
+    orthogonal_neck: bool = Field(
+        False, description="initialise the head with orthogonal weights and zero bias (the DINO recipes)"
+    )
+    warmup: Length = Field(
+        Length(value=2, unit="epochs"), description="time for which the trunk is not updated, steps or epochs"
+    )
     similarity_mask: Literal["correct", "reference"] = Field(
         "correct",
         description="which entries the similarity term leaves out: own classes | those the authors' code does",
     )
-    edge_symmetry: bool = Field(True, description="computes each unordered pair once: the same result in half the work")
+    edge_symmetry: bool = Field(
+        True, description="compute each unordered pair once: the same result with half the work"
+    )
     shard_edges: bool = Field(False, description="share pairs among the workers, for large batches: the same result")
     zero_gradients: bool = Field(
         True,
-        description="graph parameters that a phase does not use step with gradient 0 (decay, momentum) | stand still",
+        description="graph parameters that a phase does not use step with gradient 0 (decay, momentum) | are not updated",
     )
-    proxy_margin: float = 0.1
-    proxy_scale: float = Field(32.0, gt=0)
+    proxy_margin: float = Field(0.1, description="proxy_anchor: margin of the similarities")
+    proxy_scale: float = Field(32.0, gt=0, description="proxy_anchor: scale of the similarities")
     optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-4, weight_decay=1e-4, clip_value=10)
     graph_optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-4, weight_decay=1e-4, clip_value=10)
     classifier_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, weight_decay=0.01)
@@ -96,8 +106,8 @@ class BatchLayout(NamedTuple):
 
     Attributes:
         classes, samples: P and K.
-        labels: class of each slot; the first P are the classes in order.
-        rows: slots for which this process computes negatives.
+        labels: Class of each slot; the first P are the classes in order.
+        rows: The slots for which this process computes negatives.
     """
 
     classes: int
@@ -118,9 +128,9 @@ def npair(
         J_m = mean over k >= 1 of CE(Z_0 Z_kᵀ, own class) + ρ/P Σ |z|²
 
     Args:
-        z: sample-major.
-        classes: P.
-        class_labels: of the P columns; a label that stands there twice shares the target. None: all differ.
+        z: Embeddings, sample-major.
+        classes: P, the number of classes.
+        class_labels: Labels of the P columns; columns of equal label share the target. None: all differ.
     """
     chunks = z.unflatten(0, (-1, classes))
     if class_labels is None:
@@ -150,55 +160,55 @@ def synthesise(
     """Pulled and joined negatives Ẑ: one for each anchor and class (for the own class too: nearly always the positive).
 
     Args:
-        z: sample-major embeddings.
+        z: Embeddings, sample-major.
         lam: λ of the anchors in `layout.rows`.
-        layout: of the batch.
+        layout: Layout of the batch.
         strength: exp(-α / J̄_m).
-        uniforms: of the chain's interpolations, [K, K - 1], one for each anchor chunk and link.
+        uniforms: Weights of the chain's interpolations, [K, K - 1], one for each anchor chunk and link.
     """
     anchors = z[layout.rows]
     difference, d_negative = distances(anchors, z)
-    own = torch.arange(len(z), device=z.device)[layout.rows]
-    d_positive = d_negative.gather(1, layout.positives()[own][:, None])
-    near = d_positive >= d_negative  # a negative that is hard already, and every image itself
+    anchor_slots = torch.arange(len(z), device=z.device)[layout.rows]
+    d_positive = d_negative.gather(1, layout.positives()[anchor_slots][:, None])
+    already_hard = d_positive >= d_negative  # a negative that is hard already, and every image itself
     ratio = (d_positive[..., None] + (d_negative - d_positive)[..., None] * (lam * strength)) / d_negative.clamp(
         min=1e-6
     )[..., None]
-    pulled = torch.where(near[..., None], z[None], anchors[:, None] + difference * ratio)
+    pulled = torch.where(already_hard[..., None], z[None], anchors[:, None] + difference * ratio)
     chunks = pulled.unflatten(1, (layout.samples, layout.classes))
     joined = chunks[:, 0]
     for m in range(1, layout.samples):
-        share = uniforms[own // layout.classes, m - 1][:, None, None]
-        joined = torch.lerp(chunks[:, m], joined, share.expand_as(joined))
+        interpolation = uniforms[anchor_slots // layout.classes, m - 1][:, None, None]
+        joined = torch.lerp(chunks[:, m], joined, interpolation.expand_as(joined))
     return joined
 
 
 def synthetic_npair(
     z: Float[Tensor, "batch dim"], joined: Float[Tensor, "rows classes dim"], layout: BatchLayout
 ) -> Float[Tensor, ""]:
-    """The rows' part of J_syn: each anchor against the positive of its class and the pulled negatives of the others."""
-    own = torch.arange(len(z), device=z.device)[layout.rows]
-    anchors, column = z[own], own % layout.classes
+    """Share of J_syn of this process's rows: each anchor against its positive and the pulled negatives of other classes."""
+    anchor_slots = torch.arange(len(z), device=z.device)[layout.rows]
+    anchors, column = z[anchor_slots], anchor_slots % layout.classes
     is_own = F.one_hot(column, layout.classes).bool()
-    others = torch.where(is_own[..., None], z[layout.positives()[own]][:, None], joined)
-    entropy = F.cross_entropy((anchors[:, None] * others).sum(-1), column, reduction="sum")
-    norms = (anchors * anchors).sum() + (others * others).sum() / layout.classes
+    targets = torch.where(is_own[..., None], z[layout.positives()[anchor_slots]][:, None], joined)
+    entropy = F.cross_entropy((anchors[:, None] * targets).sum(-1), column, reduction="sum")
+    norms = (anchors * anchors).sum() + (targets * targets).sum() / layout.classes
     return (entropy + RHO * norms) / len(z)
 
 
-def kept_entries(layout: BatchLayout, reference: bool) -> Bool[Tensor, "rows classes"]:
-    """Which (anchor, class) pairs the similarity term counts: classes other than the anchor's.
+def similarity_term_mask(layout: BatchLayout, reference: bool) -> Bool[Tensor, "rows classes"]:
+    """Mask of the (anchor, class) pairs in the similarity term: classes other than the anchor's.
 
-    `reference`: as the authors' program indexes them; it hits K of the K·P own-class entries and drops real negatives.
+    `reference`: as the authors' program indexes them; it removes K of the K·P own-class entries, and real negatives.
     """
     k, c = layout.samples, layout.classes
-    kept = torch.ones(k * c * c, dtype=torch.bool, device=layout.labels.device)
+    mask = torch.ones(k * c * c, dtype=torch.bool, device=layout.labels.device)
     chunk, column = torch.meshgrid(torch.arange(k), torch.arange(c), indexing="ij")
     if reference:
-        kept[(column * (k * c) + chunk * c + column).flatten()] = False
+        mask[(column * (k * c) + chunk * c + column).flatten()] = False
     else:
-        kept[(chunk * c * c + column * c + column).flatten()] = False
-    return kept.view(k * c, c)[layout.rows]
+        mask[(chunk * c * c + column * c + column).flatten()] = False
+    return mask.view(k * c, c)[layout.rows]
 
 
 class GcaHng(Method):
@@ -241,12 +251,14 @@ class GcaHng(Method):
     def optimizers(self, trunk: nn.Module) -> dict[str, Optimizer]:
         c = self.config
         loss = [] if self.proxies is None else list(self.proxies.parameters())
-        main = {"trunk": trunk.parameters(), "head": self.head.parameters(), "loss": loss}
-        found = {"main": build_optimizer(c.optimizer, main)}
+        main_groups = {"trunk": trunk.parameters(), "head": self.head.parameters(), "loss": loss}
+        optimizers = {"main": build_optimizer(c.optimizer, main_groups)}
         if c.generate:
-            found["graph"] = build_optimizer(c.graph_optimizer, {"graph": self.graph.parameters()})
-            found["classifier"] = build_optimizer(c.classifier_optimizer, {"classifier": self.classifier.parameters()})
-        return found
+            optimizers["graph"] = build_optimizer(c.graph_optimizer, {"graph": self.graph.parameters()})
+            optimizers["classifier"] = build_optimizer(
+                c.classifier_optimizer, {"classifier": self.classifier.parameters()}
+            )
+        return optimizers
 
     def embed(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
         return F.normalize(self.head(features))
@@ -279,8 +291,8 @@ class GcaHng(Method):
 
     def _uniforms(self, context: Context) -> Tensor:
         k = self.config.samples_per_class
-        drawn = torch.rand(k, k - 1, generator=context.generator, device=context.device, dtype=torch.float64)
-        return drawn.to(context.dtype)
+        uniforms = torch.rand(k, k - 1, generator=context.generator, device=context.device, dtype=torch.float64)
+        return uniforms.to(context.dtype)
 
     # ---- one iteration -------------------------------------------------------------------------------------------
 
@@ -292,14 +304,14 @@ class GcaHng(Method):
         context: Context,
         ranks: Ranks | None = None,
     ) -> dict[str, float]:
-        """The phases A, B and C on one batch, sample-major; returns what to log.
+        """The phases A, B and C on one batch, sample-major; returns the metrics to log.
 
         Args:
-            features: pooled, in sample-major order.
-            layout: of the batch.
-            uniforms: of the chains of phases A and C, [K, K - 1] each.
-            context: steps and backward passes.
-            ranks: who shares the pairs; None: every process computes all.
+            features: Pooled features, sample-major.
+            layout: Layout of the batch.
+            uniforms: Weights of the interpolations of phases A and C, [K, K - 1] each.
+            context: The context, for backward passes and optimizer steps.
+            ranks: The processes that divide the pairs among them; None: every process computes all.
         """
         z = self.head(features)
         metric = self._metric_loss(z, layout)
@@ -307,12 +319,12 @@ class GcaHng(Method):
         if not self.config.generate:
             context.backward(metric)
             context.step("main")
-            return self._count(logs | {"loss": metric}, metric, None)
+            return self._accumulate_and_log(logs | {"loss": metric}, metric, None)
         labels = layout.labels
         # A: embedding and graph, λ constant
         lam, logits = self.graph(z, labels, ranks, train_lambda=False)
-        joined = synthesise(self._shared(z, ranks), lam[layout.rows], layout, self._strength(), uniforms[0])
-        synthetic = self._total(synthetic_npair(self._shared(z, ranks), joined, layout), ranks)
+        joined = synthesise(self._copy_to_ranks(z, ranks), lam[layout.rows], layout, self._pull_strength(), uniforms[0])
+        synthetic = self._sum_over_ranks(synthetic_npair(self._copy_to_ranks(z, ranks), joined, layout), ranks)
         weight = 1 - torch.exp(-self.config.beta / self.generator_mean).to(z.dtype)
         entropy = F.cross_entropy(logits, labels)
         loss = metric + weight * synthetic + entropy
@@ -327,10 +339,12 @@ class GcaHng(Method):
         context.backward(classified)
         context.step("classifier")
         # C: graph, z constant
-        parts = self.generator_loss(z, layout, uniforms[1], ranks)
-        context.backward(parts["generator"])
+        generator_terms = self.generator_loss(z, layout, uniforms[1], ranks)
+        context.backward(generator_terms["generator"])
         self._step_graph(context, first=False)
-        return self._count(logs | {"classifier": classified} | parts, metric, parts["generator"])
+        return self._accumulate_and_log(
+            logs | {"classifier": classified} | generator_terms, metric, generator_terms["generator"]
+        )
 
     def _metric_loss(self, z: Tensor, layout: BatchLayout) -> Tensor:
         if self.proxies is not None:
@@ -344,33 +358,35 @@ class GcaHng(Method):
         c, rows = self.config, layout.rows
         lam, _ = self.graph(z, layout.labels, ranks, train_lambda=True, classify=False)
         lam = lam[rows]
-        joined = synthesise(z, lam, layout, self._strength(), uniforms)
+        joined = synthesise(z, lam, layout, self._pull_strength(), uniforms)
         count = len(z) * layout.classes
         scores = F.linear(joined.flatten(0, 1), self.classifier.weight.detach(), self.classifier.bias.detach())
-        wanted = layout.labels[: layout.classes].repeat(len(joined))
-        soft = self._total(F.cross_entropy(scores, wanted, reduction="sum") / count, ranks)
-        kept = kept_entries(layout, c.similarity_mask == "reference")
-        apart = (1 - F.cosine_similarity(z[rows][:, None], joined, dim=-1)) * kept
-        similar = self._total(apart.sum() / count, ranks)
-        spread = self._total((lam - lam.mean(1, keepdim=True)).square().sum() / len(z) ** 2, ranks)
+        target_classes = layout.labels[: layout.classes].repeat(len(joined))
+        softmax_term = self._sum_over_ranks(F.cross_entropy(scores, target_classes, reduction="sum") / count, ranks)
+        term_mask = similarity_term_mask(layout, c.similarity_mask == "reference")
+        cosine_distances = (1 - F.cosine_similarity(z[rows][:, None], joined, dim=-1)) * term_mask
+        similarity = self._sum_over_ranks(cosine_distances.sum() / count, ranks)
+        spread = self._sum_over_ranks((lam - lam.mean(1, keepdim=True)).square().sum() / len(z) ** 2, ranks)
         diverse = 1e-2 * (1 - spread.sqrt())
-        soft = c.softmax_weight * soft
-        generator = 0.5 * (soft + c.similarity_weight * similar + c.diversity_weight * diverse)
-        return {"generator": generator, "soft": soft, "similarity": similar, "diversity": diverse}
+        softmax_term = c.softmax_weight * softmax_term
+        generator = 0.5 * (softmax_term + c.similarity_weight * similarity + c.diversity_weight * diverse)
+        return {"generator": generator, "soft": softmax_term, "similarity": similarity, "diversity": diverse}
 
-    def _strength(self) -> Tensor:
+    def _pull_strength(self) -> Tensor:
         dtype = self.classifier.weight.dtype
         return torch.exp(-self.config.alpha / self.metric_mean).to(dtype)
 
     def _step_graph(self, context: Context, first: bool) -> None:
-        """Steps the graph; after its very first step, parameters without gradient have the gradient 0."""
+        """Steps the graph's optimizer; except in its first step, parameters without gradient get the gradient 0."""
         if self.config.zero_gradients and not first:
             for parameter in self.graph.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         context.step("graph")
 
-    def _count(self, logs: dict[str, Tensor], metric: Tensor, generator: Tensor | None) -> dict[str, float]:
+    def _accumulate_and_log(
+        self, logs: dict[str, Tensor], metric: Tensor, generator: Tensor | None
+    ) -> dict[str, float]:
         with torch.no_grad():
             self.sums[0] += metric.clamp(min=1e-6).double()
             self.sums[1] += 0.0 if generator is None else generator.clamp(min=1e-6).double()
@@ -379,11 +395,11 @@ class GcaHng(Method):
         return {name: float(value.detach()) for name, value in logs.items()}
 
     @staticmethod
-    def _shared(x: Tensor, ranks: Ranks | None) -> Tensor:
+    def _copy_to_ranks(x: Tensor, ranks: Ranks | None) -> Tensor:
         return x if ranks is None else ranks.copy_to_ranks(x)
 
     @staticmethod
-    def _total(x: Tensor, ranks: Ranks | None) -> Tensor:
+    def _sum_over_ranks(x: Tensor, ranks: Ranks | None) -> Tensor:
         return x if ranks is None else ranks.sum_over_ranks(x)
 
 

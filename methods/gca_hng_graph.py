@@ -5,7 +5,7 @@
     edge:  g = GELU(W n');  q_ij = W_q E_ij, k_i = W_k g_i, v_i = W_v g_i;  (w_i, w_j) = softmax(q_ij·k_i, q_ij·k_j)/√D
            t = σ(w_i v_i + w_j v_j + E_ij);  E'_ij = σ(t + W_b LN(GELU(W_a t)))
 
-What makes it cheap, with the same result:
+Savings that leave the result unchanged:
 
 - E_ij = E_ji in every layer, so each unordered pair is computed once; sums over pairs count the off-diagonal ones twice.
 - Keys and values belong to nodes. So do the queries' products: q_ij·k_i = E_ij·(W_qᵀ k_i) + b_q·k_i, one matrix product
@@ -35,18 +35,19 @@ class Pairs:
     """The edges that this process computes.
 
     Attributes:
-        first, second: nodes i and j of each.
-        weight: 2 where a pair stands for (i, j) and (j, i), else 1.
-        index: of the edge of every ordered pair among the edges of all processes, [B, B].
-        own: this process's share of them.
-        ranks: the processes that share the edges; None: this one alone.
+        first, second: Nodes i and j of each edge.
+        weight: 2 where an edge represents both (i, j) and (j, i), else 1.
+        index: Number of the edge of every ordered pair among the edges of all processes, [B, B].
+        local: This process's share of the edges.
+        ranks: The processes that divide the edges among them; None: this one computes all.
+        symmetric: Whether (i, j) and (j, i) are one edge.
     """
 
     first: Int64[Tensor, " edges"]
     second: Int64[Tensor, " edges"]
     weight: Float[Tensor, " edges"]
     index: Int64[Tensor, "batch batch"]
-    own: slice
+    local: slice
     ranks: Ranks | None
     symmetric: bool
 
@@ -63,42 +64,42 @@ class Pairs:
         if symmetric:
             index[second, first] = number
         index[first, second] = number
-        own = slice(0, len(first)) if ranks is None else ranks.slice(len(first))
-        first, second = first[own], second[own]
+        local = slice(0, len(first)) if ranks is None else ranks.slice(len(first))
+        first, second = first[local], second[local]
         weight = torch.where(first == second, 1.0, 2.0) if symmetric else torch.ones(len(first), device=device)
-        return cls(first, second, weight.to(like.dtype), index, own, ranks, symmetric)
+        return cls(first, second, weight.to(like.dtype), index, local, ranks, symmetric)
 
     def row_sums(self, edges: Float[Tensor, "edges dim"]) -> Float[Tensor, "batch dim"]:
         """Σ_j of the edges of every node."""
-        sums = edges.new_zeros(len(self.index), edges.shape[1]).index_add(0, self.first, edges)
+        node_sums = edges.new_zeros(len(self.index), edges.shape[1]).index_add(0, self.first, edges)
         if self.symmetric:
             off_diagonal = (self.first != self.second)[:, None]
-            sums = sums.index_add(0, self.second, edges * off_diagonal)
-        return self.total(sums)
+            node_sums = node_sums.index_add(0, self.second, edges * off_diagonal)
+        return self.sum_over_ranks(node_sums)
 
     def dense(self, edges: Float[Tensor, "edges dim"]) -> Float[Tensor, "batch batch dim"]:
         """The edges of all processes, by ordered pair, for use by each process in parts."""
         if self.ranks is not None:
-            whole = edges.new_zeros(int(self.index.max()) + 1, edges.shape[1])
-            places = torch.arange(*self.own.indices(len(whole)), device=edges.device)
-            edges = self.share(self.total(whole.index_copy(0, places, edges)))
+            all_edges = edges.new_zeros(int(self.index.max()) + 1, edges.shape[1])
+            positions = torch.arange(*self.local.indices(len(all_edges)), device=edges.device)
+            edges = self.copy_to_ranks(self.sum_over_ranks(all_edges.index_copy(0, positions, edges)))
         return edges[self.index]
 
-    def total(self, x: Tensor) -> Tensor:
-        """Sum over the processes of what each computed from its own edges; its gradient passes as it is."""
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """Sum over the processes of values computed from local edges; the backward pass is the identity."""
         return x if self.ranks is None else self.ranks.sum_over_ranks(x)
 
-    def share(self, x: Tensor) -> Tensor:
-        """`x`, the same in all processes, for use with own edges; its gradient is summed over them."""
+    def copy_to_ranks(self, x: Tensor) -> Tensor:
+        """Identity of a replicated `x`, for use with local edges; the backward pass sums its gradient over the processes."""
         return x if self.ranks is None else self.ranks.copy_to_ranks(x)
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """The layer applied to own edges."""
-        return F.linear(x, self.share(layer.weight), self.share(layer.bias))
+        """The layer applied to local edges."""
+        return F.linear(x, self.copy_to_ranks(layer.weight), self.copy_to_ranks(layer.bias))
 
     def gelu_norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        """LN(GELU(x)) of own edges, computed anew in the backward pass."""
-        return _gelu_norm(x, self.share(norm.weight), self.share(norm.bias), norm.eps)
+        """LN(GELU(x)) of local edges, recomputed in the backward pass."""
+        return _gelu_norm(x, self.copy_to_ranks(norm.weight), self.copy_to_ranks(norm.bias), norm.eps)
 
 
 def _gelu_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -118,7 +119,8 @@ class NodeBlock(nn.Module):
         super().__init__()
         self.attention = PlusOneAttention(dim, heads)
         self.edge_to_node = nn.Linear(dim, dim)
-        self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(
@@ -144,30 +146,32 @@ class EdgeBlock(nn.Module):
         for linear in (self.query, self.key, self.value):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.norm, self.hidden_norm = nn.LayerNorm(dim), nn.LayerNorm(4 * dim)
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.hidden_norm = nn.LayerNorm(4 * dim)
         self.dropout = dropout
 
     def forward(
         self, nodes: Float[Tensor, "batch dim"], edges: Float[Tensor, "edges dim"], pairs: Pairs
     ) -> Float[Tensor, "edges dim"]:
         nodes = F.gelu(self.node_to_edge(nodes))
-        key, value = self.key(nodes), pairs.share(self.value(nodes))
-        products = pairs.share(key @ self.query.weight)  # W_qᵀ k of every node
-        offsets = pairs.share(key @ self.query.bias)
+        key, value = self.key(nodes), pairs.copy_to_ranks(self.value(nodes))
+        products = pairs.copy_to_ranks(key @ self.query.weight)  # W_qᵀ k of every node
+        offsets = pairs.copy_to_ranks(key @ self.query.bias)
         scores = edges @ products.T + offsets
-        ends = torch.stack([pairs.first, pairs.second], 1)
-        weights = (scores.gather(1, ends) / math.sqrt(edges.shape[1])).softmax(1)
-        weights = weights * self._noise(pairs, weights)
-        spread = torch.zeros_like(scores).scatter_add(1, ends, weights)
-        edges = pairs.gelu_norm(self.norm, spread @ value + edges)
+        end_nodes = torch.stack([pairs.first, pairs.second], 1)
+        weights = (scores.gather(1, end_nodes) / math.sqrt(edges.shape[1])).softmax(1)
+        weights = weights * self._dropout_weights(pairs, weights)
+        node_weights = torch.zeros_like(scores).scatter_add(1, end_nodes, weights)
+        edges = pairs.gelu_norm(self.norm, node_weights @ value + edges)
         hidden = pairs.gelu_norm(self.hidden_norm, pairs.linear(self.linear1, edges))
         return pairs.gelu_norm(self.norm, edges + pairs.linear(self.linear2, hidden))
 
-    def _noise(self, pairs: Pairs, like: Tensor) -> Tensor:
+    def _dropout_weights(self, pairs: Pairs, like: Tensor) -> Tensor:
         """Dropout of the two weights of every edge, drawn for the edges of all processes alike; this process's share."""
         ones = like.new_ones(int(pairs.index.max()) + 1, 2)
-        return F.dropout(ones, self.dropout, self.training)[pairs.own]
+        return F.dropout(ones, self.dropout, self.training)[pairs.local]
 
 
 class EdgeNorm(nn.Module):
@@ -179,10 +183,10 @@ class EdgeNorm(nn.Module):
 
     def forward(self, edges: Float[Tensor, "edges dim"], pairs: Pairs) -> Float[Tensor, "edges dim"]:
         count = len(pairs.index) ** 2
-        mean = pairs.share(pairs.total(pairs.weight @ edges) / count)
+        mean = pairs.copy_to_ranks(pairs.sum_over_ranks(pairs.weight @ edges) / count)
         centred = edges - mean
-        variance = pairs.share(pairs.total(pairs.weight @ centred.square()) / count)
-        return centred * (torch.rsqrt(variance + 1e-5) * pairs.share(self.weight))
+        variance = pairs.copy_to_ranks(pairs.sum_over_ranks(pairs.weight @ centred.square()) / count)
+        return centred * (torch.rsqrt(variance + 1e-5) * pairs.copy_to_ranks(self.weight))
 
 
 class CorrelationGraph(nn.Module):
@@ -196,7 +200,8 @@ class CorrelationGraph(nn.Module):
         self.reduce = nn.Linear(dim, dim)
         self.nodes = nn.ModuleList(NodeBlock(dim, heads) for _ in range(layers))
         self.edges = nn.ModuleList(EdgeBlock(dim, edge_dropout) for _ in range(layers))
-        self.edge_norm, self.lambda_head = EdgeNorm(dim), nn.Linear(dim, dim)
+        self.edge_norm = EdgeNorm(dim)
+        self.lambda_head = nn.Linear(dim, dim)
         self.node_norm = nn.BatchNorm1d(dim, track_running_stats=False)
         self.node_norm.bias.requires_grad_(False)
         self.classifier = nn.Linear(dim, num_classes)
@@ -212,14 +217,14 @@ class CorrelationGraph(nn.Module):
         """λ in (0, 1) and logits.
 
         Args:
-            z: embeddings.
-            labels: class of each row; nodes hear other classes only.
-            ranks: who shares the edges; None: this process computes all.
-            train_lambda: λ carries gradient.
-            classify: logits are wanted.
+            z: Embeddings.
+            labels: Class of each row; nodes receive messages from other classes only.
+            ranks: The processes that divide the edges among them; None: this one computes all.
+            train_lambda: Whether λ has a gradient.
+            classify: Whether to compute logits.
         """
         pairs = Pairs.of(z, self.symmetric, ranks)
-        unit = pairs.share(F.normalize(z - z.mean(1, keepdim=True)))
+        unit = pairs.copy_to_ranks(F.normalize(z - z.mean(1, keepdim=True)))
         edges, nodes = unit[pairs.first] * unit[pairs.second], self.reduce(z)
         negatives = labels[:, None] != labels[None]
         last = len(self.nodes) - 1

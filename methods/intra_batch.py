@@ -1,7 +1,7 @@
 """Intra-Batch Connections (Seidenschwarz, Elezi, Leal-Taixé, ICML 2021, arXiv 2102.07753).
 
-While it trains, the images of a batch exchange messages in a fully connected graph, and what each has become is classified
-beside the plain embedding. The graph is thrown away afterwards: retrieval uses the embedding alone.
+In training, the images of a batch exchange messages in a fully connected graph, and the resulting node features are
+classified beside the plain embeddings. The graph is discarded afterwards: retrieval uses the embedding alone.
 
     f = W x,  z = f / |f|                    n⁰ = W_in z
     m_t = W_out Σ_s α_ts v_s over all s, heads concatenated, α with an extra zero logit (`PlusOneAttention`)
@@ -35,24 +35,28 @@ from methods.base import Batch, Context, Method, MethodConfig
 from methods.functional import PlusOneAttention
 from methods.intra_batch_reciprocal import reciprocal_neighbours
 from methods.optim import Optimizer, OptimizerConfig, build_optimizer
-from methods.plans import Plan, class_balanced, combine, combine_any_shape
+from methods.plans import Plan, class_balanced, combine_sampler, number_sampler
 
 
 class IntraBatchConfig(MethodConfig):
     name: Literal["intra_batch"] = "intra_batch"
     classes_per_batch: int = Field(6, ge=2, description="P: groups in a batch")
     samples_per_class: int = Field(9, ge=2, description="K: images of a group, all of one class")
-    embedding_dim: int = Field(512, ge=1, description="D")
+    embedding_dim: int = Field(512, ge=1, description="D: dimension of the embedding")
     sampler: Literal["combine", "number", "balanced"] = Field(
         "combine", description="P×K of the authors | with P and K redrawn each epoch | no class twice in a batch"
     )
-    graph: bool = Field(True, description="off: the cross-entropy of the embedding alone")
-    layers: int = Field(1, ge=1)
-    heads: int = Field(2, ge=1, description="of the attention; a divisor of embedding_dim")
-    concatenate: bool = Field(False, description="classify the outputs of all layers, not of the last one")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    graph: bool = Field(
+        True, description="pass messages between the images of a batch; false: the cross-entropy of the embedding alone"
+    )
+    layers: int = Field(1, ge=1, description="layers of message passing")
+    heads: int = Field(2, ge=1, description="heads of the attention; a divisor of embedding_dim")
+    concatenate: bool = Field(
+        False, description="classify the concatenated outputs of all layers instead of the last one's"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the message passing, probability")
     temperature: float = Field(0.2, gt=0, description="T: logits are divided by it")
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing of the cross-entropy, 0 to 1")
     reload_best: tuple[int, ...] = Field((), description="epochs (from 0) that start from the best weights so far")
     inference: Literal["embedding", "reciprocal"] = Field(
         "embedding", description="reciprocal: the graph on each test image and its k-reciprocal neighbours"
@@ -64,11 +68,13 @@ class IntraBatchConfig(MethodConfig):
     @model_validator(mode="after")
     def _check(self) -> IntraBatchConfig:
         if self.embedding_dim % self.heads:
-            raise ValueError(f"heads is {self.heads}, no divisor of embedding_dim ({self.embedding_dim})")
+            raise ValueError(f"heads is {self.heads}: expected a divisor of embedding_dim ({self.embedding_dim})")
         if self.inference == "reciprocal" and not self.graph:
             raise ValueError("inference 'reciprocal' runs the graph, which is off: set graph to true")
         if any(epoch < 1 for epoch in self.reload_best):
-            raise ValueError(f"reload_best is {self.reload_best}: before epoch 1 there is nothing to go back to")
+            raise ValueError(
+                f"reload_best is {self.reload_best}: expected epochs from 1 on, there are no weights before"
+            )
         return self
 
     @property
@@ -82,8 +88,10 @@ class MessageLayer(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.attention = PlusOneAttention(dim, heads, dropout)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.linear1, self.linear2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, nodes: Float[Tensor, "nodes dim"], allowed: Tensor | None = None) -> Float[Tensor, "nodes dim"]:
@@ -110,7 +118,7 @@ class MessageNetwork(nn.Module):
     def nodes(
         self, embeddings: Float[Tensor, "nodes dim"], allowed: Tensor | None = None
     ) -> Float[Tensor, "nodes width"]:
-        """What the nodes have become; `allowed` [target, source] restricts who hears whom."""
+        """Node features after all layers; `allowed` [target, source] is True where a message passes."""
         nodes, outputs = self.input(embeddings), []
         for layer in self.layers:
             nodes = layer(nodes, allowed)
@@ -133,8 +141,8 @@ class IntraBatch(Method):
 
     def plan(self, epoch: int, context: Context) -> Plan:
         c = self.config
-        draw = {"combine": combine, "number": combine_any_shape, "balanced": class_balanced}[c.sampler]
-        return draw(context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch)
+        make_plan = {"combine": combine_sampler, "number": number_sampler, "balanced": class_balanced}[c.sampler]
+        return make_plan(context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch)
 
     def optimizers(self, trunk: nn.Module) -> dict[str, Optimizer]:
         return {
@@ -142,10 +150,10 @@ class IntraBatch(Method):
         }
 
     def on_epoch_start(self, epoch: int, context: Context) -> None:
-        due = sum(epoch >= wanted for wanted in self.config.reload_best)
-        if due > int(self.reloads):
+        num_due = sum(epoch >= reload_epoch for reload_epoch in self.config.reload_best)
+        if num_due > int(self.reloads):
             context.load_best()
-            self.reloads.fill_(due)
+            self.reloads.fill_(num_due)
 
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
         terms = self.terms(self.head.linear(context.encode()), batch.labels)
@@ -155,13 +163,13 @@ class IntraBatch(Method):
 
     def terms(self, f: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"]) -> Mapping[str, Float[Tensor, ""]]:
         """The loss of a batch and its parts; `f` are the embeddings before normalisation."""
-        plain = self._entropy(self.classifier(f), labels)
+        plain = self._cross_entropy(self.classifier(f), labels)
         if self.network is None:
             return {"loss": plain}
-        graph = self._entropy(self.network(F.normalize(f)), labels)
+        graph = self._cross_entropy(self.network(F.normalize(f)), labels)
         return {"loss": plain + graph, "cross_entropy": plain, "graph_cross_entropy": graph}
 
-    def _entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits / self.config.temperature, labels, label_smoothing=self.config.label_smoothing)
 
     def refine_embeddings(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "images width"]:
@@ -169,12 +177,12 @@ class IntraBatch(Method):
         if self.config.inference == "embedding" or self.network is None:
             return embeddings
         groups = reciprocal_neighbours(embeddings, self.config.reciprocal_k, self.config.neighbours)
-        out = []
-        for ids in groups.split(64):  # one graph of 64 × neighbours nodes, in which only members of a group talk
-            owner = torch.arange(len(ids), device=embeddings.device).repeat_interleave(ids.shape[1])
-            nodes = self.network.nodes(embeddings[ids.flatten()], owner[:, None] == owner[None])
-            out.append(F.normalize(nodes.unflatten(0, ids.shape)[:, 0]))
-        return torch.cat(out)
+        refined = []
+        for ids in groups.split(64):  # one graph of 64 × neighbours nodes; messages pass within a group only
+            group_of_node = torch.arange(len(ids), device=embeddings.device).repeat_interleave(ids.shape[1])
+            nodes = self.network.nodes(embeddings[ids.flatten()], group_of_node[:, None] == group_of_node[None])
+            refined.append(F.normalize(nodes.unflatten(0, ids.shape)[:, 0]))
+        return torch.cat(refined)
 
 
 __all__ = ["IntraBatch", "IntraBatchConfig"]

@@ -16,10 +16,10 @@ def reciprocal_neighbours(
     (with k/2) of which at least two thirds lie in R(i).
 
     Args:
-        embeddings: of length 1.
-        k: neighbours that are looked at, at most images - 1.
-        size: images of a group, the image itself first; at most images.
-        block: rows whose similarities are held at once.
+        embeddings: Embeddings of length 1.
+        k: Number of nearest neighbours considered, at most images - 1.
+        size: Number of images in a group, the image itself first; at most images.
+        block: Number of rows whose similarities are in memory at once.
 
     Cost: O(images² dim) time, O(images k) memory beside one block of similarities.
     """
@@ -27,28 +27,30 @@ def reciprocal_neighbours(
     if size > count:
         raise ValueError(f"groups of {size} images need at least as many images, got {count}")
     k, half = min(k, count - 1), max(1, min(k, count - 1) // 2)
-    depth = min(max(k + 1, size), count)
-    order = torch.cat([_nearest(embeddings, start, block, depth) for start in range(0, count, block)])
-    lists = [set(row) for row in order[:, : k + 1].tolist()]
-    short = [set(row) for row in order[:, : half + 1].tolist()]
-    ranked = order.tolist()
-    small = [{j for j in row if i in short[j]} for i, row in enumerate(short)]
+    num_nearest = min(max(k + 1, size), count)
+    nearest = torch.cat(
+        [_nearest_neighbours(embeddings, start, block, num_nearest) for start in range(0, count, block)]
+    )
+    nearest_sets = [set(row) for row in nearest[:, : k + 1].tolist()]
+    half_sets = [set(row) for row in nearest[:, : half + 1].tolist()]
+    nearest_lists = nearest.tolist()
+    half_reciprocal = [{j for j in row if i in half_sets[j]} for i, row in enumerate(half_sets)]
     groups = []
     for i in range(count):
-        members = {j for j in lists[i] if i in lists[j]}
+        members = {j for j in nearest_sets[i] if i in nearest_sets[j]}
         expanded = set(members)
         for j in members:
-            if len(small[j] & members) >= 2 / 3 * len(small[j]):
-                expanded |= small[j]
+            if len(half_reciprocal[j] & members) >= 2 / 3 * len(half_reciprocal[j]):
+                expanded |= half_reciprocal[j]
         expanded.discard(i)
-        chosen = [i, *_by_distance(embeddings, i, expanded)[: size - 1]]
-        seen = set(chosen)
-        chosen += [j for j in ranked[i] if j not in seen][: size - len(chosen)]
-        groups.append(chosen)
+        group = [i, *_sorted_by_similarity(embeddings, i, expanded)[: size - 1]]
+        in_group = set(group)
+        group += [j for j in nearest_lists[i] if j not in in_group][: size - len(group)]
+        groups.append(group)
     return torch.tensor(groups, device=embeddings.device)
 
 
-def _nearest(embeddings: Tensor, start: int, block: int, depth: int) -> Tensor:
+def _nearest_neighbours(embeddings: Tensor, start: int, block: int, depth: int) -> Tensor:
     """The `depth` nearest images of a block of rows, the row's own image first."""
     rows = embeddings[start : start + block]
     similarity = rows @ embeddings.T
@@ -57,6 +59,6 @@ def _nearest(embeddings: Tensor, start: int, block: int, depth: int) -> Tensor:
     return similarity.topk(depth, dim=1).indices
 
 
-def _by_distance(embeddings: Tensor, i: int, others: set[int]) -> list[int]:
+def _sorted_by_similarity(embeddings: Tensor, i: int, others: set[int]) -> list[int]:
     ids = torch.tensor(sorted(others), device=embeddings.device, dtype=torch.int64)
     return ids[(embeddings[ids] @ embeddings[i]).argsort(descending=True, stable=True)].tolist()

@@ -1,4 +1,4 @@
-"""What a method that mines over the whole training set asks for, and what the loop then offers it: part of the contract."""
+"""Interface of the mining server to a method that mines over the whole training set: part of the method contract."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-ClassFilter = Literal[
-    "all", "other", "same"
-]  # classes that a search looks at: every one | all but the query's | the query's
+# The classes that a search returns: all | all but the query's | only the query's.
+ClassFilter = Literal["all", "other", "same"]
 
 
 @dataclass(frozen=True)
 class MiningRequirements:
-    """What a method wants to be kept over the whole training set; see `Mining`.
+    """The parts of the mining server that a method needs; see `Mining`.
 
     Attributes:
-        table: the newest embedding of every sample that was put, and their neighbours.
+        table: Whether to keep the newest embedding of every sample, for searches.
         neighbours: k for which an approximate index is tuned.
-        per_class, total: bounds of a memory of past embeddings, first in, first out; both none: no memory.
+        per_class, total: Bounds of a memory of past embeddings, first in, first out; both None: no memory.
     """
 
     table: bool = False
@@ -37,14 +36,14 @@ class MiningRequirements:
 
 @runtime_checkable
 class SearchResult(Protocol):
-    """What a search found, nearest first.
+    """The nearest neighbours of each query, nearest first.
 
     Attributes:
-        ids: positions in `Context.labels` of the found samples; -1 where there are fewer than k.
-        distances: squared Euclidean, float64; inf where there is none.
-        labels: their classes; -1 where there is none.
-        steps: at which their embeddings were put; -1 where there is none.
-        values: their embeddings, float32 [queries, k, dim], if asked for; zeros where there is none.
+        ids: Positions of the neighbours in `Context.labels`; -1 where there are fewer than k.
+        distances: Squared Euclidean distances, float64; inf where there are fewer than k.
+        labels: Classes of the neighbours; -1 where there are fewer than k.
+        steps: Steps at which their embeddings were put; -1 where there are fewer than k.
+        embeddings: Their embeddings, float32 [queries, k, dim], if requested; zeros where there are fewer than k.
     """
 
     @property
@@ -60,7 +59,7 @@ class SearchResult(Protocol):
     def steps(self) -> Int64[np.ndarray, "queries k"]: ...
 
     @property
-    def values(self) -> Float[np.ndarray, "queries k dim"] | None: ...
+    def embeddings(self) -> Float[np.ndarray, "queries k dim"] | None: ...
 
 
 @runtime_checkable
@@ -92,7 +91,7 @@ class Mining(Protocol):
 
     @property
     def memory(self) -> Memory | None:
-        """Of past embeddings, if the method asked for it; after `put` it holds the batch."""
+        """The memory of past embeddings, if the method requires it; after `put` it contains the batch."""
         ...
 
     def put(
@@ -102,11 +101,11 @@ class Mining(Protocol):
         labels: Int64[Tensor, " rows"],
         tag: str = "",
     ) -> None:
-        """Stores embeddings, as constants, in the table and the memory (those of the two that the method needs).
+        """Stores embeddings, as constants, in the table and the memory (those of the two that the method requires).
 
         Args:
-            ids, embeddings, labels: of the rows; at most some thousands a call.
-            tag: what they are of (epoch, weights), for `all_neighbours`.
+            ids, embeddings, labels: The rows; at most some thousands per call.
+            tag: Origin of the embeddings (epoch, weights), for `all_neighbours`.
         """
         ...
 
@@ -114,43 +113,43 @@ class Mining(Protocol):
         """The k nearest rows of the table.
 
         Args:
-            k: how many.
-            values: queries [queries, dim]; or
-            ids: the samples whose stored embeddings are the queries. A sample is left out of its own answer.
-            labels: classes of the queries, where `values` are given and `which` is not "all".
-            which: "all" classes, "other" than the query's, or the "same".
-            with_values: whether to return the found embeddings.
-            unknown: for ids without a stored embedding: "error", or "empty" for an answer without neighbours.
+            k: Number of neighbours.
+            embeddings: Query embeddings [queries, dim]; or
+            ids: Samples whose stored embeddings are the queries. A sample is left out of its own result.
+            labels: Classes of the queries, where `embeddings` are given and `class_filter` is not "all".
+            class_filter: "all" classes, classes "other" than the query's, or the "same" class.
+            with_embeddings: Whether to return the embeddings of the neighbours.
+            missing: For ids without a stored embedding: "error", or "empty" for a result without neighbours.
         """
         ...
 
     def prefetch(self, name: str, k: int, **ask: Any) -> None:
-        """Starts a search, as `neighbours`; its answer survives a restart of the run."""
+        """Starts a search for the next step, with the arguments of `neighbours`; its result survives a restart of the run."""
         ...
 
     def take_prefetched(self, name: str) -> SearchResult | None:
-        """The answer of the last `prefetch` of that name, once; none if there was none since."""
+        """The result of the last `prefetch` of that name, once; None if there is none."""
         ...
 
     def all_neighbours(
         self,
         k: int,
-        which: ClassFilter = "all",
-        reduce: Callable[[Any, Any], Any] | None = None,
+        class_filter: ClassFilter = "all",
+        map_block: Callable[[Any, Any], Any] | None = None,
         tag: str = "",
         approximate: bool = False,
     ) -> tuple[Int64[np.ndarray, " rows"], list[Any], float]:
-        """Lists of all rows of the table: (ids, [lists], recall); with `reduce`, what it makes of each block of lists.
+        """The neighbours of all rows of the table: (ids, [neighbours], recall); with `map_block`, its result for each block.
 
         Args:
-            k: length of a list.
-            which: as in `neighbours`.
-            reduce: a function of (queries, lists), called where the lists are; only its result travels. Queries have `ids`,
-                `values` and `labels`; lists have `ids` and `distances`, as `SearchResult`.
-            tag: that every row has to have been put with, since any other put; "": any.
-            approximate: through an index (`mining.engine`, `mining.recall`); else exact.
+            k: Number of neighbours.
+            class_filter: As in `neighbours`.
+            map_block: A function of (queries, neighbours) that the server calls for each block; only its result is sent.
+                Queries have `ids`, `values` and `labels`; neighbours have `ids` and `distances`, as `SearchResult`.
+            tag: The tag that every row must have been put with, since the last put with another; "": any.
+            approximate: Use an approximate index (`mining.engine`, `mining.recall`); else exact.
 
         Raises:
-            UserError: rows of another tag.
+            UserError: Rows have another tag.
         """
         ...

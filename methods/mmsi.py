@@ -15,7 +15,7 @@ v = ∂L_meta/∂θ at θ̂, the derivative Ė of the embeddings along v (one fo
 
 exactly, for any loss on similarities: one small backward pass on the meta batch and one derivative on n × n matrices.
 With w_init = 0 the virtual gradient is zero, θ̂ = θ, and lr cancels in w*. `loss` is one of `mmsi_losses.py`; the meta loss is the
-same one, of the meta batch against the memory, every weight 1, unmined.
+same one, of the meta batch against the memory, every weight 1, without mining.
 
 Released by the authors: contrastive and multi_similarity; the others follow from the same scheme. Beside the paper's name
 for things: their meta batch comes from the training images themselves (`meta_source: train`), not from a validation set.
@@ -43,27 +43,31 @@ from torch import Tensor
 from methods.base import Batch, Context, Gradient, Method, MethodConfig
 from methods.config import Length
 from methods.mining import Memory, MiningRequirements
-from methods.mmsi_losses import BASES, MARGINS, Constants, Selection
+from methods.mmsi_losses import MARGINS, PAIR_LOSSES, Constants, Selection
 from methods.optim import OptimizerConfig
 from methods.plans import Plan, each_class_once, join_roles
+from methods.random_streams import Stream
 
 
 class MmsiConfig(MethodConfig):
     name: Literal["mmsi"] = "mmsi"
     classes_per_batch: int = Field(16, ge=2, description="P: classes in a batch")
     samples_per_class: int = Field(5, ge=2, description="K: images of one class in a batch")
-    embedding_dim: int = Field(512, ge=1, description="D")
-    loss: Literal["contrastive", "multi_similarity", "binomial", "lifted", "triplet"] = "multi_similarity"
-    margin: float | None = Field(
-        None, description="of mining (contrastive: similarity above which a negative counts; none: the loss's own)"
+    embedding_dim: int = Field(512, ge=1, description="D: dimension of the embedding")
+    loss: Literal["contrastive", "multi_similarity", "binomial", "lifted", "triplet"] = Field(
+        "multi_similarity", description="the pair loss that is weighted"
     )
-    alpha: float = Field(40.0, gt=0, description="α: of negatives")
-    beta: float = Field(2.0, gt=0, description="β: of positives")
-    base: float = Field(0.5, description="λ: similarity about which they turn")
-    meta: bool = Field(True, description="off: the plain loss, every weight 1")
+    margin: float | None = Field(
+        None,
+        description="margin of pair selection (contrastive: similarity above which a negative counts; none: the loss's own)",
+    )
+    alpha: float = Field(40.0, gt=0, description="α: scale of the negatives' similarities")
+    beta: float = Field(2.0, gt=0, description="β: scale of the positives' similarities")
+    base: float = Field(0.5, description="λ: similarity that is subtracted before scaling")
+    meta: bool = Field(True, description="learn weights of pairs; false: the plain loss, every weight 1")
     meta_start: Length = Field(
         Length(value=0, unit="steps"),
-        description="the plain loss until then, as the authors start from a trained network",
+        description="length of training with the plain loss first; the authors start from a trained network",
     )
     meta_classes: int = Field(10, ge=1, description="images of the meta batch, each of another class")
     meta_source: Literal["train", "holdout"] = Field(
@@ -77,14 +81,15 @@ class MmsiConfig(MethodConfig):
         98, ge=1, description="classes in the memory (at most all) before which nothing is learnt"
     )
     norm_scope: Literal["all", "per_sign"] = Field(
-        "all", description="largest weight is 1: of all pairs | of the positives, and of the negatives"
+        "all",
+        description="scale weights so that the largest of all pairs is 1 | that of the positives and that of the negatives",
     )
-    w_init: float = Field(0.0, ge=0, description="weights about which the virtual step is taken")
+    w_init: float = Field(0.0, ge=0, description="weight of every pair at which the virtual step is taken")
     optimizer: OptimizerConfig = OptimizerConfig(name="adam", lr=1e-7, weight_decay=5e-4)
 
     @property
     def constants(self) -> Constants:
-        """Those of the loss, its own margin if none is given."""
+        """The constants of the loss, with its default margin if none is given."""
         margin = self.margin if self.margin is not None else MARGINS[self.loss]
         return Constants(margin, self.alpha, self.beta, self.base)
 
@@ -106,18 +111,18 @@ class MmsiConfig(MethodConfig):
 # ---- the weights -----------------------------------------------------------------------------------------------------
 
 
-def select(similarity: Float[Tensor, "n n"], labels: Int64[Tensor, " n"], config: MmsiConfig) -> Selection:
-    """What the loss of a batch looks at."""
-    same = labels[:, None] == labels[None]
-    own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    return BASES[config.loss].select(similarity.detach(), same & ~own, ~same, config.constants)
+def select_pairs(similarity: Float[Tensor, "n n"], labels: Int64[Tensor, " n"], config: MmsiConfig) -> Selection:
+    """The pairs that the loss of a batch uses."""
+    same_class = labels[:, None] == labels[None]
+    self_pairs = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return PAIR_LOSSES[config.loss].select(similarity.detach(), same_class & ~self_pairs, ~same_class, config.constants)
 
 
-def loss(
-    similarity: Float[Tensor, "n n"], weights: Float[Tensor, "rows n"] | float, chosen: Selection, config: MmsiConfig
+def weighted_loss(
+    similarity: Float[Tensor, "n n"], weights: Float[Tensor, "rows n"] | float, selection: Selection, config: MmsiConfig
 ) -> Float[Tensor, ""]:
     """The loss of a batch, a weight for each slot of the selection."""
-    return BASES[config.loss].value(similarity, weights, chosen, config.constants) / len(similarity)
+    return PAIR_LOSSES[config.loss].value(similarity, weights, selection, config.constants) / len(similarity)
 
 
 def meta_loss(
@@ -129,36 +134,45 @@ def meta_loss(
 ) -> Float[Tensor, ""]:
     """The loss of the meta batch against the memory's entries."""
     similarity = embeddings @ memory.features.to(embeddings.dtype).T
-    same = labels[:, None] == memory.labels[None]
-    positives = same & (ids[:, None] != memory.ids[None]) if config.exclude_same_image else same
-    base, c = BASES[config.loss], config.constants
-    return base.value(similarity, 1.0, base.meta(similarity.detach(), positives, ~same, c), c) / len(labels)
+    same_class = labels[:, None] == memory.labels[None]
+    positives = same_class & (ids[:, None] != memory.ids[None]) if config.exclude_same_image else same_class
+    pair_loss, constants = PAIR_LOSSES[config.loss], config.constants
+    return pair_loss.value(
+        similarity, 1.0, pair_loss.meta(similarity.detach(), positives, ~same_class, constants), constants
+    ) / len(labels)
 
 
 def gradient_of_weights(
-    similarity: Float[Tensor, "n n"], along: Float[Tensor, "n n"], chosen: Selection, lr: float, config: MmsiConfig
+    similarity: Float[Tensor, "n n"],
+    similarity_tangent: Float[Tensor, "n n"],
+    selection: Selection,
+    lr: float,
+    config: MmsiConfig,
 ) -> Float[Tensor, "rows n"]:
     """u = -∂L_meta/∂w at w_init, from the derivative Ṡ of the similarities along the meta gradient."""
     s = similarity.detach().requires_grad_()
-    w = torch.full(chosen.slots.shape, config.w_init, dtype=s.dtype, device=s.device, requires_grad=True)
+    w = torch.full(selection.slots.shape, config.w_init, dtype=s.dtype, device=s.device, requires_grad=True)
     with torch.enable_grad():
-        (g,) = torch.autograd.grad(loss(s, w, chosen, config), s, create_graph=True)
-        (u,) = torch.autograd.grad((g * along).sum(), w)
-    return torch.where(chosen.slots, lr * u, 0)
+        (g,) = torch.autograd.grad(weighted_loss(s, w, selection, config), s, create_graph=True)
+        (u,) = torch.autograd.grad((g * similarity_tangent).sum(), w)
+    return torch.where(selection.slots, lr * u, 0)
 
 
-def normalise(
-    u: Float[Tensor, "rows n"], chosen: Selection, scope: Literal["all", "per_sign"] = "all"
+def normalise_weights(
+    u: Float[Tensor, "rows n"], selection: Selection, scope: Literal["all", "per_sign"] = "all"
 ) -> Float[Tensor, "rows n"]:
     """Weights in 0..1: the positive part over its maximum; all 0 where no u is positive."""
-    raw = torch.where(chosen.slots, u.clamp(min=0), 0)
+    positive_part = torch.where(selection.slots, u.clamp(min=0), 0)
     if scope == "per_sign":
-        return sum((torch.where(m, _over_maximum(raw * m), 0) for m in chosen[:2]), torch.zeros_like(raw))
-    return _over_maximum(raw)
+        return sum(
+            (torch.where(m, _over_maximum(positive_part * m), 0) for m in selection[:2]),
+            torch.zeros_like(positive_part),
+        )
+    return _over_maximum(positive_part)
 
 
-def _over_maximum(raw: Tensor) -> Tensor:
-    return raw / raw.max() if raw.numel() and bool(raw.max() > 0) else torch.zeros_like(raw)
+def _over_maximum(weights: Tensor) -> Tensor:
+    return weights / weights.max() if weights.numel() and bool(weights.max() > 0) else torch.zeros_like(weights)
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -176,30 +190,34 @@ class Mmsi(Method):
 
     def plan(self, epoch: int, context: Context) -> Plan:
         """Batches of P classes × K images, each class once an epoch, each with a meta batch (roles `train` and `meta`)."""
-        c, labels, seed = self.config, context.labels, context.seed
-        everything = np.arange(len(labels))
-        held = _held_out(labels, c.meta_share, seed) if c.meta and c.meta_source == "holdout" else everything[:0]
-        trained = np.setdiff1d(everything, held)
-        plan = each_class_once(labels[trained], c.classes_per_batch, c.samples_per_class, seed, epoch)
-        plan = Plan(trained[plan.ids])
+        c = self.config
+        labels = context.labels
+        seed = context.seed
+        all_samples = np.arange(len(labels))
+        holdout = _held_out(labels, c.meta_share, seed) if c.meta and c.meta_source == "holdout" else all_samples[:0]
+        training_samples = np.setdiff1d(all_samples, holdout)
+        plan = each_class_once(labels[training_samples], c.classes_per_batch, c.samples_per_class, seed, epoch)
+        plan = Plan(training_samples[plan.ids])
         if not c.meta:
             return plan
-        source = held if c.meta_source == "holdout" else everything
+        source = holdout if c.meta_source == "holdout" else all_samples
         return join_roles({"train": plan, "meta": self._meta_batches(labels, source, seed, epoch, len(plan))})
 
     def _meta_batches(self, labels: np.ndarray, source: np.ndarray, seed: int, epoch: int, steps: int) -> Plan:
-        """The epoch's part of an endless row of passes over all classes."""
-        each = len(np.unique(labels[source])) // self.config.meta_classes  # steps of a pass
-        if each == 0:
+        """The epoch's part of an endless sequence of passes over all classes."""
+        num_classes = len(np.unique(labels[source]))
+        steps_per_pass = num_classes // self.config.meta_classes
+        if steps_per_pass == 0:
             raise ValueError(
-                f"meta_classes is {self.config.meta_classes}, but meta images have {len(np.unique(labels[source]))} classes: lower it"
+                f"meta_classes is {self.config.meta_classes}, but the meta images have {num_classes} classes: lower meta_classes"
             )
-        first, last = epoch * steps // each, ((epoch + 1) * steps - 1) // each
+        first = epoch * steps // steps_per_pass
+        last = ((epoch + 1) * steps - 1) // steps_per_pass
         passes = [
             each_class_once(labels[source], self.config.meta_classes, 1, seed + 1, p).ids
             for p in range(first, last + 1)
         ]
-        start = epoch * steps - first * each
+        start = epoch * steps - first * steps_per_pass
         return Plan(source[np.concatenate(passes)[start : start + steps]])
 
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
@@ -211,72 +229,85 @@ class Mmsi(Method):
         train, meta = (torch.from_numpy(role == name).to(batch.ids.device) for name in ("train", "meta"))
         labels, memory = batch.labels[train], context.mining.memory
         plain = c.meta_start.fraction_done(context.clock) < 1
-        known = len(memory.classes) + len(set(labels.tolist()).difference(memory.classes))
-        with torch.set_grad_enabled(plain or known >= self.warmup):
-            embeddings = self.embed(context.encode("train", keep_for_jvp=not plain and known >= self.warmup))
+        num_known_classes = len(memory.classes) + len(set(labels.tolist()).difference(memory.classes))
+        with torch.set_grad_enabled(plain or num_known_classes >= self.warmup):
+            embeddings = self.embed(
+                context.encode("train", keep_for_jvp=not plain and num_known_classes >= self.warmup)
+            )
         context.mining.put(batch.ids[train], embeddings.detach(), labels)
         similarity = embeddings @ embeddings.T
-        chosen = select(similarity, labels, c)
+        selection = select_pairs(similarity, labels, c)
         if plain:
-            value = loss(similarity, 1.0, chosen, c)
+            value = weighted_loss(similarity, 1.0, selection, c)
             context.backward(value)
             context.step("main")
-            return self._logs(value, None, None, chosen)
-        if known < self.warmup:
+            return self._logs(value, None, None, selection)
+        if num_known_classes < self.warmup:
             self.skipped[0] += 1
-            return self._logs(loss(similarity, 1.0, chosen, c), None, None, chosen)
+            return self._logs(weighted_loss(similarity, 1.0, selection, c), None, None, selection)
 
         lr = c.optimizer.lr * c.optimizer.schedule.factor(context.clock, context.length)
-        gradient = self._meta_gradient(batch, chosen, train, meta, lr, context, memory)
-        weights = torch.zeros(chosen.slots.shape, dtype=similarity.dtype, device=similarity.device)
-        if gradient.value != 0 and bool(chosen.slots.any()):
-            moving = self._along(gradient, context).to(similarity.dtype)
-            product = moving @ embeddings.detach().T
-            u = gradient_of_weights(similarity, product + product.T, chosen, lr, c)
-            weights = normalise(u, chosen, c.norm_scope)
-        value = loss(similarity, weights, chosen, c)
+        gradient = self._meta_gradient(batch, selection, train, meta, lr, context, memory)
+        weights = torch.zeros(selection.slots.shape, dtype=similarity.dtype, device=similarity.device)
+        if gradient.value != 0 and bool(selection.slots.any()):
+            embedding_tangent = self._embedding_jvp(gradient, context).to(similarity.dtype)
+            product = embedding_tangent @ embeddings.detach().T
+            u = gradient_of_weights(similarity, product + product.T, selection, lr, c)
+            weights = normalise_weights(u, selection, c.norm_scope)
+        value = weighted_loss(similarity, weights, selection, c)
         if bool((weights > 0).any()):
             context.backward(value)
             context.step("main")
         else:
             self.skipped[1 if gradient.value == 0 else 2] += 1
-            context.backward(0 * embeddings.sum())  # what DDP has begun has to be ended
-        return self._logs(value, gradient.value, weights, chosen)
+            context.backward(0 * embeddings.sum())  # DDP expects a backward pass for every forward pass
+        return self._logs(value, gradient.value, weights, selection)
 
     def _meta_gradient(
-        self, batch: Batch, chosen: Selection, train: Tensor, meta: Tensor, lr: float, context: Context, memory: Memory
+        self,
+        batch: Batch,
+        selection: Selection,
+        train: Tensor,
+        meta: Tensor,
+        lr: float,
+        context: Context,
+        memory: Memory,
     ) -> Gradient:
-        """Of the meta loss by the parameters of trunk and head, at θ̂: where a virtual step on the batch leads."""
+        """Gradient of the meta loss with respect to trunk and head, at θ̂, the parameters after a virtual step."""
         head: dict[str, Tensor] = dict(self.head.named_parameters())
         shift: Mapping[str, Tensor] | None = None
         if self.config.w_init:  # about 0 the virtual gradient is 0
 
-            def virtual(features: Tensor) -> Tensor:
+            def virtual_loss(features: Tensor) -> Tensor:
                 embeddings = self.embed(features)
-                return loss(embeddings @ embeddings.T, self.config.w_init, chosen, self.config) + 0 * features.sum()
+                return (
+                    weighted_loss(embeddings @ embeddings.T, self.config.w_init, selection, self.config)
+                    + 0 * features.sum()
+                )
 
-            step = context.gradient("train", virtual, list(head.values()))
-            shift = {n: -lr * g for n, g in step.trunk.items()}
+            virtual_gradient = context.gradient("train", virtual_loss, list(head.values()))
+            shift = {n: -lr * g for n, g in virtual_gradient.trunk.items()}
             head = {
-                n: (p - lr * g).detach().requires_grad_() for (n, p), g in zip(head.items(), step.extra, strict=True)
+                n: (p - lr * g).detach().requires_grad_()
+                for (n, p), g in zip(head.items(), virtual_gradient.extra, strict=True)
             }
 
         def objective(features: Tensor) -> Tensor:
             embeddings = torch.func.functional_call(self.head, head, (features,))
-            found = meta_loss(embeddings, batch.labels[meta], batch.ids[meta], memory, self.config)
-            return found + 0 * features.sum()  # where no image has a pair
+            value = meta_loss(embeddings, batch.labels[meta], batch.ids[meta], memory, self.config)
+            return value + 0 * features.sum()  # has a gradient also where no image has a pair
 
         return context.gradient("meta", objective, list(head.values()), shift)
 
-    def _along(self, gradient: Gradient, context: Context) -> Float[Tensor, "batch dim"]:
-        """Derivative of the batch's embeddings when trunk and head move along a gradient."""
-        features, along = context.jvp("train", gradient.trunk)
+    def _embedding_jvp(self, gradient: Gradient, context: Context) -> Float[Tensor, "batch dim"]:
+        """Derivative of the batch's embeddings along a gradient of the parameters of trunk and head."""
+        features, feature_tangent = context.jvp("train", gradient.trunk)
         head = {n: p.detach() for n, p in self.head.named_parameters()}
         with torch.no_grad():
             tangent: Tensor = torch.func.jvp(
                 lambda f, p: torch.func.functional_call(self.head, p, (f,)),
                 (features, head),
-                (along, dict(zip(head, gradient.extra, strict=True))),
+                (feature_tangent, dict(zip(head, gradient.extra, strict=True))),
             )[1]
         return tangent
 
@@ -285,31 +316,36 @@ class Mmsi(Method):
     ) -> Float[Tensor, ""]:
         """The plain loss, `meta: false`."""
         similarity = embeddings @ embeddings.T
-        return loss(similarity, 1.0, select(similarity, labels, self.config), self.config)
+        return weighted_loss(similarity, 1.0, select_pairs(similarity, labels, self.config), self.config)
 
-    def _logs(self, value: Tensor, meta: float | None, weights: Tensor | None, chosen: Selection) -> dict[str, float]:
-        logs = {"loss": float(value.detach()), "pairs": float(chosen.slots.sum())}
+    def _logs(
+        self, value: Tensor, meta: float | None, weights: Tensor | None, selection: Selection
+    ) -> dict[str, float]:
+        logs = {"loss": float(value.detach()), "pairs": float(selection.slots.sum())}
         logs |= {
             f"skipped/{n}": float(v) for n, v in zip(("warm_up", "meta_zero", "no_weight"), self.skipped, strict=True)
         }
         if weights is not None and meta is not None:
             logs["meta_loss"] = meta
-            signs = {"triplet": chosen.slots} if self.config.loss == "triplet" else {
-                "positive": chosen.positives, "negative": chosen.negatives}  # fmt: skip
+            signs = {"triplet": selection.slots} if self.config.loss == "triplet" else {
+                "positive": selection.positives, "negative": selection.negatives}  # fmt: skip
             for sign, mask in signs.items():
-                of = weights[mask] if bool(mask.any()) else weights.new_zeros(1)
-                logs |= {f"weight/{sign}_max": float(of.max()), f"weight/{sign}_mean": float(of.mean())}
+                masked_weights = weights[mask] if bool(mask.any()) else weights.new_zeros(1)
+                logs |= {
+                    f"weight/{sign}_max": float(masked_weights.max()),
+                    f"weight/{sign}_mean": float(masked_weights.mean()),
+                }
         return logs
 
 
 def _held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Samples kept for meta batches: a share of each class of two images or more, at least one."""
-    random = np.random.default_rng([seed, 0x3E2])
+    """Samples reserved for meta batches: a share of each class of two images or more, at least one."""
+    random = np.random.default_rng([seed, Stream.MMSI_HOLDOUT])
     order = np.lexsort((random.random(len(labels)), labels))
     sizes = np.bincount(labels)
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    most = np.where(sizes > 1, np.maximum(1, np.round(share * sizes)), 0)
-    return np.sort(order[rank < np.repeat(np.minimum(most, sizes - 1), sizes)])
+    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    num_held_out = np.where(sizes > 1, np.maximum(1, np.round(share * sizes)), 0)
+    return np.sort(order[rank_in_class < np.repeat(np.minimum(num_held_out, sizes - 1), sizes)])
 
 
 __all__ = ["Mmsi", "MmsiConfig"]

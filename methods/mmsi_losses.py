@@ -1,4 +1,4 @@
-"""The losses on similarities that MMSI weights; pairs are [anchor, other], a weight w stands beside its similarity s.
+"""The losses on similarities that MMSI weights; pairs are [anchor, other], each similarity s has a weight w.
 
     contrastive        1/n Σ_i [Σ_P (1 - s) w + Σ_N s w]                                  N: s > margin
     multi_similarity   1/n Σ_i [2/β log(1 + Σ_P e^{-β(ws - λ)}) + 2/α log(1 + Σ_N e^{α(ws - λ)})]
@@ -25,10 +25,10 @@ MARGINS = {"contrastive": 0.8, "multi_similarity": 0.05, "binomial": None, "lift
 
 
 class Constants(NamedTuple):
-    """What the formulas have besides similarities.
+    """The constants of the formulas.
 
     Attributes:
-        margin: of mining; none (binomial only): no pair is mined away.
+        margin: Margin of mining; None (binomial only): all pairs are used.
         alpha, beta, base: α, β, λ.
     """
 
@@ -38,19 +38,19 @@ class Constants(NamedTuple):
     base: float
 
     @property
-    def limit(self) -> float:
-        """The margin of a loss that has one."""
+    def required_margin(self) -> float:
+        """The margin, for losses that always have one."""
         assert self.margin is not None
         return self.margin
 
 
 class Selection(NamedTuple):
-    """Which pairs a loss looks at.
+    """Masks of the pairs that a loss uses.
 
     Attributes:
-        positives: [anchor, other].
-        negatives: [anchor, other]; of a triplet loss [positive pair, in the order of the matrix; other].
-        slots: what has a weight; shape of `negatives`.
+        positives: Positive pairs, [anchor, other].
+        negatives: Negative pairs, [anchor, other]; of a triplet loss [positive pair, in the order of the matrix; other].
+        slots: Entries that have a weight; shape of `negatives`.
     """
 
     positives: Bool[Tensor, "anchors others"]
@@ -58,13 +58,13 @@ class Selection(NamedTuple):
     slots: Bool[Tensor, "rows others"]
 
 
-class Base(NamedTuple):
+class PairLoss(NamedTuple):
     """A loss on similarities.
 
     Attributes:
-        select: (similarities, positive pairs, negative pairs, constants) to what is mined of them.
-        value: (similarities, weights, selection, constants) to the sum over the anchors; weights 1.0 make it the plain loss.
-        meta: as `select`, for the meta batch against the memory.
+        select: (similarities, positive pairs, negative pairs, constants) to the selection after mining.
+        value: (similarities, weights, selection, constants) to the sum over the anchors; weights 1.0 give the plain loss.
+        meta: As `select`, for the meta batch against the memory.
     """
 
     select: Callable[[Tensor, Tensor, Tensor, Constants], Selection]
@@ -72,78 +72,87 @@ class Base(NamedTuple):
     meta: Callable[[Tensor, Tensor, Tensor, Constants], Selection]
 
 
-def _pairs(positives: Tensor, negatives: Tensor) -> Selection:
+def _all_pairs(positives: Tensor, negatives: Tensor) -> Selection:
     return Selection(positives, negatives, positives | negatives)
 
 
-def _both(positives: Tensor, negatives: Tensor) -> Selection:
-    """Without anchors that lack either."""
-    complete = positives.any(1, keepdim=True) & negatives.any(1, keepdim=True)
-    return _pairs(positives & complete, negatives & complete)
+def _anchors_with_both(positives: Tensor, negatives: Tensor) -> Selection:
+    """All pairs of the anchors that have both a positive and a negative."""
+    has_both = positives.any(1, keepdim=True) & negatives.any(1, keepdim=True)
+    return _all_pairs(positives & has_both, negatives & has_both)
 
 
 def _mine(similarity: Tensor, positives: Tensor, negatives: Tensor, c: Constants) -> Selection:
     """Multi-similarity mining (Wang et al., CVPR 2019)."""
     if c.margin is None:
-        return _pairs(positives, negatives)
+        return _all_pairs(positives, negatives)
     farthest = similarity.masked_fill(~positives, torch.inf).amin(1, keepdim=True)
     nearest = similarity.masked_fill(~negatives, -torch.inf).amax(1, keepdim=True)
-    return _both(positives & (nearest - similarity + c.margin > 0), negatives & (similarity + c.margin - farthest > 0))
+    return _anchors_with_both(
+        positives & (nearest - similarity + c.margin > 0), negatives & (similarity + c.margin - farthest > 0)
+    )
 
 
 def _above(similarity: Tensor, positives: Tensor, negatives: Tensor, c: Constants) -> Selection:
-    return _pairs(positives, negatives & (similarity > c.limit))
+    return _all_pairs(positives, negatives & (similarity > c.required_margin))
 
 
 def _active(similarity: Tensor, positives: Tensor, negatives: Tensor, c: Constants) -> Selection:
     anchor, positive = positives.nonzero(as_tuple=True)
     gap = similarity[anchor] - similarity[anchor, positive][:, None]
-    active = negatives[anchor] & (gap + c.limit > 0)
+    active = negatives[anchor] & (gap + c.required_margin > 0)
     return Selection(positives, active, active)
 
 
-def _contrastive(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
-    return torch.where(chosen.positives, (1 - s) * w, 0).sum() + torch.where(chosen.negatives, s * w, 0).sum()
+def _contrastive(s: Tensor, w: Tensor | float, selection: Selection, c: Constants) -> Tensor:
+    return torch.where(selection.positives, (1 - s) * w, 0).sum() + torch.where(selection.negatives, s * w, 0).sum()
 
 
-def _multi_similarity(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
-    near = _log_sum(-c.beta * (w * s - c.base), chosen.positives, one=True)
+def _multi_similarity(s: Tensor, w: Tensor | float, selection: Selection, c: Constants) -> Tensor:
+    positive_terms = _log_sum(-c.beta * (w * s - c.base), selection.positives, plus_one=True)
     return (
-        2 / c.beta * near.sum() + 2 / c.alpha * _log_sum(c.alpha * (w * s - c.base), chosen.negatives, one=True).sum()
+        2 / c.beta * positive_terms.sum()
+        + 2 / c.alpha * _log_sum(c.alpha * (w * s - c.base), selection.negatives, plus_one=True).sum()
     )
 
 
-def _binomial(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
-    near = _mean(F.softplus(-c.beta * (w * s - c.base)), chosen.positives)
-    return 2 / c.beta * near.sum() + 2 / c.alpha * _mean(F.softplus(c.alpha * (w * s - c.base)), chosen.negatives).sum()
+def _binomial(s: Tensor, w: Tensor | float, selection: Selection, c: Constants) -> Tensor:
+    positive_terms = _mean(F.softplus(-c.beta * (w * s - c.base)), selection.positives)
+    return (
+        2 / c.beta * positive_terms.sum()
+        + 2 / c.alpha * _mean(F.softplus(c.alpha * (w * s - c.base)), selection.negatives).sum()
+    )
 
 
-def _lifted(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
-    near = _log_sum(-c.beta * w * s, chosen.positives, one=False)
-    return 2 / c.beta * near.sum() + 2 / c.alpha * _log_sum(c.alpha * w * s, chosen.negatives, one=False).sum()
+def _lifted(s: Tensor, w: Tensor | float, selection: Selection, c: Constants) -> Tensor:
+    positive_terms = _log_sum(-c.beta * w * s, selection.positives, plus_one=False)
+    return (
+        2 / c.beta * positive_terms.sum()
+        + 2 / c.alpha * _log_sum(c.alpha * w * s, selection.negatives, plus_one=False).sum()
+    )
 
 
-def _triplet(s: Tensor, w: Tensor | float, chosen: Selection, c: Constants) -> Tensor:
-    anchor, positive = chosen.positives.nonzero(as_tuple=True)
+def _triplet(s: Tensor, w: Tensor | float, selection: Selection, c: Constants) -> Tensor:
+    anchor, positive = selection.positives.nonzero(as_tuple=True)
     gap = s[anchor] - s[anchor, positive][:, None]
-    return torch.where(chosen.negatives, F.relu(w * gap + c.limit), 0).sum()
+    return torch.where(selection.negatives, F.relu(w * gap + c.required_margin), 0).sum()
 
 
-def _log_sum(exponents: Tensor, mask: Tensor, one: bool) -> Tensor:
-    """log(Σ exp) over the masked entries of each row that has any, with a 1 in the sum or without."""
+def _log_sum(exponents: Tensor, mask: Tensor, plus_one: bool) -> Tensor:
+    """log(Σ exp), or log(1 + Σ exp), over the masked entries of each row that has any."""
     rows = mask.any(1)
-    kept = exponents[rows].masked_fill(~mask[rows], -torch.inf)
-    return torch.logsumexp(F.pad(kept, (0, 1), value=0.0) if one else kept, 1)
+    masked = exponents[rows].masked_fill(~mask[rows], -torch.inf)
+    return torch.logsumexp(F.pad(masked, (0, 1), value=0.0) if plus_one else masked, 1)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp(min=1)
 
 
-BASES: dict[str, Base] = {
-    "contrastive": Base(_above, _contrastive, _above),
-    "multi_similarity": Base(_mine, _multi_similarity, lambda s, p, n, c: _both(p, n)),
-    "binomial": Base(_mine, _binomial, lambda s, p, n, c: _pairs(p, n)),
-    "lifted": Base(_mine, _lifted, lambda s, p, n, c: _both(p, n)),
-    "triplet": Base(_active, _triplet, _active),
+PAIR_LOSSES: dict[str, PairLoss] = {
+    "contrastive": PairLoss(_above, _contrastive, _above),
+    "multi_similarity": PairLoss(_mine, _multi_similarity, lambda s, p, n, c: _anchors_with_both(p, n)),
+    "binomial": PairLoss(_mine, _binomial, lambda s, p, n, c: _all_pairs(p, n)),
+    "lifted": PairLoss(_mine, _lifted, lambda s, p, n, c: _anchors_with_both(p, n)),
+    "triplet": PairLoss(_active, _triplet, _active),
 }

@@ -19,12 +19,16 @@ from methods.config import BaseConfig, Clock, Length
 class ScheduleConfig(BaseConfig):
     """Factor on the learning rate over time; any kind may start with a linear warm-up."""
 
-    kind: Literal["constant", "cosine", "step"] = "constant"
-    warmup: Length = Field(Length(value=0, unit="steps"), description="linear from 0 over this length")
-    floor: float = Field(0.0, ge=0, le=1, description="cosine: factor reached at the end of the run")
-    every: Length | None = Field(None, description="step: multiply by gamma each time this length has passed")
-    milestones: tuple[Length, ...] = Field((), description="step: multiply by gamma at these points")
-    gamma: float = Field(0.5, gt=0, le=1, description="step: the factor of one decay")
+    kind: Literal["constant", "cosine", "step"] = Field(
+        "constant", description="shape of the schedule after the warm-up"
+    )
+    warmup: Length = Field(Length(value=0, unit="steps"), description="length of a linear rise from 0, steps or epochs")
+    floor: float = Field(0.0, ge=0, le=1, description="cosine: factor at the end of the run, 0 to 1")
+    every: Length | None = Field(None, description="step: time between two multiplications by gamma, steps or epochs")
+    milestones: tuple[Length, ...] = Field(
+        (), description="step: times at which the factor is multiplied by gamma, steps or epochs"
+    )
+    gamma: float = Field(0.5, gt=0, le=1, description="step: factor of one decay")
     staircase: bool = Field(False, description="the factor changes at the start of an epoch only")
 
     @model_validator(mode="after")
@@ -62,16 +66,18 @@ class ScheduleConfig(BaseConfig):
 class OptimizerConfig(BaseConfig):
     """One optimizer over the trunk and the method's modules."""
 
-    name: Literal["adamw", "adam", "sgd", "radam"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "radam"] = Field("adamw", description="optimizer of torch.optim")
     lr: float = Field(1e-4, gt=0, description="learning rate of the trunk")
     head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the head, relative to the trunk's")
     loss_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the loss's own parameters (proxies)")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="weight decay, 0 for none")
     decoupled: bool = Field(False, description="radam: decoupled weight decay (AdamW's always is)")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
-    nesterov: bool = Field(False, description="sgd only")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="adam, adamw, radam: decay rates of the moving averages of gradient and square"
+    )
+    eps: float = Field(1e-8, gt=0, description="adam, adamw, radam: added to the denominator")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum")
+    nesterov: bool = Field(False, description="sgd: Nesterov momentum")
     clip_value: float | None = Field(None, gt=0, description="clip every gradient element to this size")
     clip_norm: float | None = Field(None, gt=0, description="clip the gradient's global norm to this size")
     schedule: ScheduleConfig = ScheduleConfig()
@@ -91,7 +97,7 @@ class OptimizerConfig(BaseConfig):
 
 @dataclass
 class Optimizer:
-    """A torch optimizer with its schedule and clipping; what `Method.optimizers` returns by name."""
+    """A torch optimizer with its schedule and clipping."""
 
     inner: torch.optim.Optimizer
     config: OptimizerConfig
@@ -113,27 +119,27 @@ def build_optimizer(config: OptimizerConfig, groups: Mapping[str, Iterable[torch
     """Makes the optimizer over named parameter groups.
 
     Args:
-        config: what to build.
-        groups: parameters by group name: "trunk", "head" and "loss" take their own learning rate, any other name the
-            trunk's. An empty group is left out.
+        config: The configuration of the optimizer.
+        groups: Parameters by group name: "head" and "loss" have learning-rate multipliers, all other groups the trunk's
+            rate. Empty groups are left out.
     """
     multiplier = {"head": config.head_lr_multiplier, "loss": config.loss_lr_multiplier}
     param_groups: list[dict[str, Any]] = []
     for name, parameters in groups.items():
         lr = config.lr * multiplier.get(name, 1.0)
-        listed = list(parameters)
-        if listed:
-            param_groups.append({"params": listed, "lr": lr, "initial_lr": lr, "name": name})
+        group_parameters = list(parameters)
+        if group_parameters:
+            param_groups.append({"params": group_parameters, "lr": lr, "initial_lr": lr, "name": name})
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":
-        built: torch.optim.Optimizer = torch.optim.SGD(
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
             param_groups, momentum=config.momentum, nesterov=config.nesterov, **common
         )
     elif config.name == "radam":
-        built = torch.optim.RAdam(
+        optimizer = torch.optim.RAdam(
             param_groups, betas=config.betas, eps=config.eps, decoupled_weight_decay=config.decoupled, **common
         )
     else:
-        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
-        built = kind(param_groups, betas=config.betas, eps=config.eps, **common)
-    return Optimizer(built, config)
+        optimizer_class = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
+        optimizer = optimizer_class(param_groups, betas=config.betas, eps=config.eps, **common)
+    return Optimizer(optimizer, config)

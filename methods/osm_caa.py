@@ -1,7 +1,7 @@
 """OSM+CAA: online soft mining and class-aware attention (Wang, Hua, Kodirov, Hu, Robertson, AAAI 2019, arXiv 1811.01459).
 
-Every pair of the batch counts, with a soft weight: close positives and close negatives more (soft mining), and pairs of
-images that a classifier believes in more (attention). For z = W f, ẑ = z / |z|, d_ij = |ẑ_i - ẑ_j| and unordered pairs:
+Every pair of the batch counts, with a soft weight: larger for close positives and close negatives (soft mining), and for
+images that a classifier is confident of (attention). For z = W f, ẑ = z / |z|, d_ij = |ẑ_i - ẑ_j| and unordered pairs:
 
     s+_ij = exp(-d_ij² / σ²)           s-_ij = max(0, α - d_ij)
     a_i = p_i, the classifier's probability of the own class;   w_ij = s_ij min(a_i, a_j), a constant
@@ -44,36 +44,42 @@ class OsmCaaConfig(MethodConfig):
     alpha: float = Field(1.2, gt=0, description="α: distance beyond which a negative does not count")
     sigma: float = Field(0.8, gt=0, description="σ of the positives' soft weight")
     lam: float = Field(0.5, ge=0, le=1, description="λ: share of the negatives in the metric loss")
-    osm: bool = Field(True, description="soft mining; off: all positives and all close negatives count alike")
-    caa: bool = Field(True, description="class-aware attention; off: every pair counts alike")
+    osm: bool = Field(
+        True, description="soft mining; false: all positives and all close negatives have the same weight"
+    )
+    caa: bool = Field(True, description="class-aware attention; false: every pair has the same attention")
     caa_logits: Literal["raw", "fnorm", "cosine"] = Field(
         "raw", description="classifier on z with bias | on z / |z| with bias | cosine of z and the class vectors"
     )
     caa_mean: float = Field(1.0, description="caffe: mean of the attention's Gaussian")
     caa_sigma: float = Field(0.68, gt=0, description="caffe: width of the attention's Gaussian")
-    detach_weights: bool = Field(True, description="weights are constants; off: gradient runs through them")
+    detach_weights: bool = Field(True, description="treat weights as constants; false: gradients flow through them")
     w_metric: float | None = Field(
         None, ge=0, description="weight of the metric loss (none: 1, in caffe mode 1 / number of pairs)"
     )
     ce_weighting: Literal["none", "gauss"] | None = Field(
         None, description="cross-entropy of each image weighted by N(p; ce_mean, ce_sigma) (none: in caffe mode only)"
     )
-    ce_mean: float = 0.5
-    ce_sigma: float = Field(0.18, gt=0)
-    global_pairs: bool = Field(True, description="pairs of the whole batch; off: only pairs within a worker's share")
+    ce_mean: float = Field(0.5, description="gauss: mean of the weight of the cross-entropy")
+    ce_sigma: float = Field(0.18, gt=0, description="gauss: width of the weight of the cross-entropy")
+    global_pairs: bool = Field(
+        True, description="use pairs of the whole batch; false: only pairs within a worker's share"
+    )
     frames: int = Field(1, ge=1, description="video: consecutive slots of a class that form a tracklet")
 
     @model_validator(mode="after")
     def _check(self) -> OsmCaaConfig:
         if self.samples_per_class % self.frames:
-            raise ValueError(f"samples_per_class is {self.samples_per_class}, no multiple of frames ({self.frames})")
+            raise ValueError(
+                f"samples_per_class is {self.samples_per_class}: expected a multiple of frames ({self.frames})"
+            )
         if self.frames > 1 and not self.global_pairs:
             raise ValueError("global_pairs: false is for images, not for tracklets: set frames to 1")
         return self
 
 
 class PairTerms(NamedTuple):
-    """The metric loss and what it is made of.
+    """The metric loss and its terms.
 
     Attributes:
         loss: (1 - λ) L_P + λ L_N.
@@ -102,30 +108,32 @@ def soft_mining_loss(
 
     Args:
         embeddings: ẑ, of length 1.
-        labels: class of each row.
-        attention: a_i; None: every pair counts alike.
-        config: mode, alpha, sigma, lam, osm, detach_weights.
+        labels: Class of each row.
+        attention: a_i; None: all pairs have the same attention.
+        config: The config, of which mode, alpha, sigma, lam, osm and detach_weights are used.
 
     Without a positive (or a close negative) pair its term is 0. Sums over ordered pairs are twice those over unordered
     ones, in numerator and denominator alike.
     """
     squared = (2 - 2 * embeddings @ embeddings.T).clamp(min=0)
-    gap = torch.relu(config.alpha - squared.clamp(min=1e-12).sqrt())
-    same = labels[:, None] == labels[None]
-    positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    hinge = torch.relu(config.alpha - squared.clamp(min=1e-12).sqrt())
+    same_class = labels[:, None] == labels[None]
+    positives = same_class & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     if config.osm:
         if config.mode == "paper":
-            near = torch.exp(-squared / config.sigma**2)
+            positive_weights = torch.exp(-squared / config.sigma**2)
         else:
-            near = torch.exp(-squared / (2 * config.sigma**2)) / (config.sigma * math.sqrt(2 * math.pi))
-        soft = torch.where(same, near, gap)
+            positive_weights = torch.exp(-squared / (2 * config.sigma**2)) / (config.sigma * math.sqrt(2 * math.pi))
+        soft_weights = torch.where(same_class, positive_weights, hinge)
     else:
-        soft = torch.where(same, 1.0, (gap > 0).to(gap.dtype))
+        soft_weights = torch.where(same_class, 1.0, (hinge > 0).to(hinge.dtype))
     if attention is not None:
-        soft = soft * torch.minimum(attention[:, None], attention[None])
-    weights = torch.where(positives | ~same, soft.detach() if config.detach_weights else soft, 0.0)
+        soft_weights = soft_weights * torch.minimum(attention[:, None], attention[None])
+    weights = torch.where(
+        positives | ~same_class, soft_weights.detach() if config.detach_weights else soft_weights, 0.0
+    )
     positive = _weighted_mean(weights * positives, squared)
-    negative = _weighted_mean(weights * ~same, gap**2)
+    negative = _weighted_mean(weights * ~same_class, hinge**2)
     return PairTerms((1 - config.lam) * positive + config.lam * negative, positive, negative, weights)
 
 
@@ -159,12 +167,12 @@ class OsmCaa(Method):
         self.tracklet_classifier = nn.Linear(config.embedding_dim, num_classes) if config.frames > 1 else None
 
     def plan(self, epoch: int, context: Context) -> Plan:
-        """Images of P classes; of video P identities × tracklets × frames."""
+        """Batches of P classes × K images; for video, of P identities × tracklets × frames."""
         c = self.config
         if c.frames == 1:
             return super().plan(epoch, context)
         if context.tracks is None:
-            raise ValueError(f"frames is {c.frames}, but the training images are of no tracklets: set frames to 1")
+            raise ValueError(f"frames is {c.frames}, but the dataset has no tracklets: set frames to 1")
         return tracklets(
             context.labels,
             context.tracks,
@@ -188,49 +196,58 @@ class OsmCaa(Method):
         """The loss of a batch and its parts; `z` are the embeddings before normalisation.
 
         Args:
-            z: of images, or of the frames of consecutive tracklets.
-            labels: class of each row.
-            shards: pairs are formed within each of these; the metric loss is their mean.
+            z: Embeddings of images, or of the frames of consecutive tracklets.
+            labels: Class of each row.
+            shards: Slices within which pairs are formed; the metric loss is their mean.
         """
         frames = self.config.frames
-        out = self._classify_and_compare(self.classifier, z, labels, shards)
+        terms = self._classify_and_compare(self.classifier, z, labels, shards)
         if self.tracklet_classifier is not None:
-            own = self._probability(self.logits(self.classifier, z), labels)
-            pooled = attention_pool(z.unflatten(0, (-1, frames)), self._attention(own).unflatten(0, (-1, frames)))
-            tracks = self._classify_and_compare(self.tracklet_classifier, pooled, labels[::frames], (slice(None),))
-            out = {"loss": out["loss"] + tracks["loss"], **{k: v for k, v in out.items() if k != "loss"},
-                   **{f"tracklet_{k}": v for k, v in tracks.items() if k != "loss"}}  # fmt: skip
-        return out
+            own_probability = self._probability(self.logits(self.classifier, z), labels)
+            pooled = attention_pool(
+                z.unflatten(0, (-1, frames)), self._attention(own_probability).unflatten(0, (-1, frames))
+            )
+            tracklet_terms = self._classify_and_compare(
+                self.tracklet_classifier, pooled, labels[::frames], (slice(None),)
+            )
+            terms = {"loss": terms["loss"] + tracklet_terms["loss"], **{k: v for k, v in terms.items() if k != "loss"},
+                   **{f"tracklet_{k}": v for k, v in tracklet_terms.items() if k != "loss"}}  # fmt: skip
+        return terms
 
     def _classify_and_compare(
         self, classifier: nn.Linear, z: Tensor, labels: Tensor, shards: Sequence[slice]
     ) -> dict[str, Tensor]:
-        c = self.config
+        config = self.config
         logits = self.logits(classifier, z)
-        gauss = c.ce_weighting == "gauss" or (c.ce_weighting is None and c.mode == "caffe")
+        gaussian_weights = config.ce_weighting == "gauss" or (config.ce_weighting is None and config.mode == "caffe")
         entropy = (
-            weighted_cross_entropy(logits, labels, c.ce_mean, c.ce_sigma) if gauss else F.cross_entropy(logits, labels)
+            weighted_cross_entropy(logits, labels, config.ce_mean, config.ce_sigma)
+            if gaussian_weights
+            else F.cross_entropy(logits, labels)
         )
-        own = self._probability(logits, labels)
-        attention = self._attention(own) if c.caa else None
+        own_probability = self._probability(logits, labels)
+        attention = self._attention(own_probability) if config.caa else None
         embeddings = F.normalize(z)
-        metric, positive, negative = z.new_zeros(()), z.new_zeros(()), z.new_zeros(())
-        used = [s for s in shards if len(labels[s]) > 1]
-        for shard in used:
+        metric = z.new_zeros(())
+        positive = z.new_zeros(())
+        negative = z.new_zeros(())
+        non_trivial_shards = [s for s in shards if len(labels[s]) > 1]
+        for shard in non_trivial_shards:
             count = len(labels[shard])
-            scale = c.w_metric
+            scale = config.w_metric
             if scale is None:
-                scale = 2 / (count * (count - 1)) if c.mode == "caffe" else 1.0
-            part = soft_mining_loss(
-                embeddings[shard], labels[shard], None if attention is None else attention[shard], c
+                scale = 2 / (count * (count - 1)) if config.mode == "caffe" else 1.0
+            pair_terms = soft_mining_loss(
+                embeddings[shard], labels[shard], None if attention is None else attention[shard], config
             )
-            metric = metric + scale * part.loss / len(used)
-            positive, negative = positive + part.positive / len(used), negative + part.negative / len(used)
+            metric = metric + scale * pair_terms.loss / len(non_trivial_shards)
+            positive = positive + pair_terms.positive / len(non_trivial_shards)
+            negative = negative + pair_terms.negative / len(non_trivial_shards)
         return {"loss": entropy + metric, "cross_entropy": entropy, "metric": metric,
-                "positive": positive, "negative": negative, "own_probability": own.mean()}  # fmt: skip
+                "positive": positive, "negative": negative, "own_probability": own_probability.mean()}  # fmt: skip
 
     def logits(self, classifier: nn.Linear, z: Float[Tensor, "m dim"]) -> Float[Tensor, "m classes"]:
-        """What the classifier says; see `caa_logits`."""
+        """Logits of the classifier; see `caa_logits`."""
         if self.config.caa_logits == "raw":
             return classifier(z)
         if self.config.caa_logits == "fnorm":
@@ -238,12 +255,12 @@ class OsmCaa(Method):
         return F.normalize(z) @ F.normalize(classifier.weight).T
 
     def _probability(self, logits: Tensor, labels: Tensor) -> Tensor:
-        own = logits.softmax(1).gather(1, labels[:, None])[:, 0]
-        return own.detach() if self.config.detach_weights else own
+        own_probability = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+        return own_probability.detach() if self.config.detach_weights else own_probability
 
-    def _attention(self, own: Tensor) -> Tensor:
+    def _attention(self, own_probability: Tensor) -> Tensor:
         c = self.config
-        return gaussian(own, c.caa_mean, c.caa_sigma) if c.mode == "caffe" else own
+        return gaussian(own_probability, c.caa_mean, c.caa_sigma) if c.mode == "caffe" else own_probability
 
 
 __all__ = ["OsmCaa", "OsmCaaConfig"]

@@ -1,4 +1,4 @@
-"""Plans say what is trained on: which sample stands in which slot of which step. Pure numpy, no torch, no Ray.
+"""Plans of an epoch: the sample in every slot of every step. Pure numpy, no torch, no Ray.
 
 A plan is drawn from (labels, seed, epoch) alone, so any process can recompute it, and ranks take contiguous slices of
 the slots. Samples are numbered by their position in the training set, 0..N-1.
@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int64
 
+from methods.random_streams import Stream
+
 
 @dataclass(frozen=True)
 class Plan:
     """The samples of one epoch.
 
     Attributes:
-        ids: sample of every slot, [steps, slots]; every step has the same number of slots.
-        columns: what a slot needs beside its sample (role, group, kind ...), each [steps, slots].
+        ids: Sample of every slot, [steps, slots]; every step has the same number of slots.
+        columns: Further properties of the slots (role, group, kind ...), each [steps, slots].
     """
 
     ids: Int64[np.ndarray, "steps slots"]
@@ -48,18 +50,18 @@ def class_balanced(
     classes: nothing is dropped.
 
     Args:
-        labels: contiguous class numbers 0..C-1 of the training samples.
-        classes_per_batch: P.
-        samples_per_class: K, at least 2.
-        seed: of the run.
-        epoch: the plan differs from epoch to epoch.
+        labels: Contiguous class numbers 0..C-1 of the training samples.
+        classes_per_batch: P, the number of groups in a batch.
+        samples_per_class: K, the size of a group, at least 2.
+        seed: Seed of the run.
+        epoch: Number of the epoch; every epoch has another plan.
 
     Raises:
-        ValueError: there are fewer groups of distinct classes than P, or no class has two images.
+        ValueError: There are fewer groups of distinct classes than P, or no class has two images.
 
     Cost: O(N log N + steps·P).
     """
-    random = np.random.default_rng([seed, epoch, 0x9A7])
+    random = np.random.default_rng([seed, epoch, Stream.CLASS_BALANCED])
     sizes = np.bincount(labels)
     if sizes.max() < 2:
         raise ValueError(
@@ -87,67 +89,73 @@ def _groups(
 ) -> tuple[Int64[np.ndarray, "groups size"], Int64[np.ndarray, " owners"]]:
     """Cuts every class of several samples into groups of `size`, then the single ones; -1 is left empty.
 
-    Returns them with the number of groups of each owner, in order: the classes, then each group of single ones for itself.
+    Returns the groups, and the number of groups of each owner: the classes in order, then one owner per shared group.
     """
     starts, several = np.cumsum(sizes) - sizes, np.flatnonzero(sizes > 1)
     n = sizes[several]
     counts = -(-n // size)
-    places = _group_positions(counts, size)
-    last, earlier = np.cumsum(counts) - 1, (counts - 1) * size
+    positions = _group_positions(counts, size)
+    last_groups, earlier = np.cumsum(counts) - 1, (counts - 1) * size
     # A last group that is short takes samples of the earlier groups; repeats only where the class is too small.
     large, small = np.flatnonzero(n % size * (n > size)), np.flatnonzero(n < size)
-    for which, drawn in (
+    for classes, fill_positions in (
         (large, _sample_without_replacement(size - 1, earlier[large], random)),
         (small, random.integers(0, n[small, None], (len(small), size - 1))),
     ):
-        own = places[last[which], 1:]
-        places[last[which], 1:] = np.where(own < n[which, None], own, drawn)
-    places += np.repeat(starts[several], counts)[:, None]
-    groups = order[places]
+        last_group = positions[last_groups[classes], 1:]
+        positions[last_groups[classes], 1:] = np.where(last_group < n[classes, None], last_group, fill_positions)
+    positions += np.repeat(starts[several], counts)[:, None]
+    groups = order[positions]
     singles = random.permutation(order[starts[sizes == 1]])
-    mixed = np.full(-(-len(singles) // size) * size, -1, dtype=np.int64)  # the rest is filled once its step is known
-    mixed[: len(singles)] = singles
-    if len(mixed):
-        groups = np.concatenate([groups, mixed.reshape(-1, size)])
-    return groups, np.concatenate([counts, np.ones(len(mixed) // size, dtype=np.int64)])
+    # Slots left over are filled once the group's step is known.
+    shared_groups = np.full(-(-len(singles) // size) * size, -1, dtype=np.int64)
+    shared_groups[: len(singles)] = singles
+    if len(shared_groups):
+        groups = np.concatenate([groups, shared_groups.reshape(-1, size)])
+    return groups, np.concatenate([counts, np.ones(len(shared_groups) // size, dtype=np.int64)])
 
 
 def _assign_steps(
     counts: np.ndarray, steps: int, classes: int, random: np.random.Generator
 ) -> Int64[np.ndarray, "steps classes"]:
-    """Gives every group a step, no owner twice in one; returns group numbers, -1 where a step is still short.
+    """Assigns every group to a step, no owner twice in one; returns group numbers, -1 where a step is still short.
 
     Owners in random order take consecutive entries of a chain of random permutations of the steps. Only the owner that
     spans two permutations could meet a step twice; the second permutation is then reordered.
     """
-    dealt = random.permutation(len(counts))
-    owners = np.repeat(dealt, counts[dealt])
-    sequence = (np.cumsum(counts) - counts)[owners] + _ragged_arange(counts[dealt])
+    owner_order = random.permutation(len(counts))
+    owners = np.repeat(owner_order, counts[owner_order])
+    sequence = (np.cumsum(counts) - counts)[owners] + _ragged_arange(counts[owner_order])
     table = np.full((steps, classes), -1, dtype=np.int64)
-    before = np.empty(0, dtype=np.int64)
+    previous_order = np.empty(0, dtype=np.int64)
     for column in range(classes):
         low, high = column * steps, min((column + 1) * steps, len(sequence))
         if low >= high:
             break
-        turn = random.permutation(steps)
+        step_order = random.permutation(steps)
         if column and owners[low] == owners[low - 1]:  # an owner continues from the permutation before
-            used = before[owners[low - steps : low] == owners[low]]
-            need = int((owners[low:high] == owners[low]).sum())
-            free = turn[~np.isin(turn, used)]
-            turn = np.concatenate([free[:need], random.permutation(np.concatenate([free[need:], used]))])
-        table[turn[: high - low], column] = sequence[low:high]
-        before = turn
+            used_steps = previous_order[owners[low - steps : low] == owners[low]]
+            num_needed = int((owners[low:high] == owners[low]).sum())
+            free_steps = step_order[~np.isin(step_order, used_steps)]
+            step_order = np.concatenate(
+                [free_steps[:num_needed], random.permutation(np.concatenate([free_steps[num_needed:], used_steps]))]
+            )
+        table[step_order[: high - low], column] = sequence[low:high]
+        previous_order = step_order
     return table[random.permutation(steps)]
 
 
 def _fill_steps(table: np.ndarray, counts: np.ndarray, random: np.random.Generator) -> None:
     """Fills short steps, in place, with groups of owners that the step does not have yet. Full columns come first."""
-    starts, owners = np.cumsum(counts) - counts, np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    owners = np.repeat(np.arange(len(counts)), counts)
     for column in range(table.shape[1]):
-        short = np.flatnonzero(table[:, column] < 0)
-        if len(short):
-            owner = _sample_excluding(owners[table[short, :column]], np.full(len(short), len(counts)), random)
-            table[short, column] = starts[owner] + random.integers(0, counts[owner])
+        short_steps = np.flatnonzero(table[:, column] < 0)
+        if len(short_steps):
+            new_owners = _sample_excluding(
+                owners[table[short_steps, :column]], np.full(len(short_steps), len(counts)), random
+            )
+            table[short_steps, column] = starts[new_owners] + random.integers(0, counts[new_owners])
 
 
 def _fill_slots(
@@ -155,87 +163,96 @@ def _fill_slots(
 ) -> None:
     """Fills empty slots, in place, with one image each of classes absent from the step.
 
-    Where no class is absent, with images of classes that have several: a single image never stands beside itself.
+    Where no class is absent, with images of classes that have several: no image of a single-image class is repeated.
     """
-    steps, none = np.flatnonzero((ids < 0).any(axis=1)), len(sizes)
-    rows, several = ids[steps], order[sizes[labels[order]] > 1] if len(steps) else order
+    steps, empty_label = np.flatnonzero((ids < 0).any(axis=1)), len(sizes)
+    slots = ids[steps]
+    repeatable = order[sizes[labels[order]] > 1] if len(steps) else order
     sizes, starts = np.append(sizes, 0), np.append(np.cumsum(sizes) - sizes, len(labels))
-    while (rows < 0).any():  # as often as slots are empty: equally many in each of these steps
-        present = np.sort(np.where(rows < 0, none, labels[rows]), axis=1)
-        widths = sizes[present]
-        widths[:, 1:][present[:, 1:] == present[:, :-1]] = 0
-        left = len(labels) - widths.sum(axis=1)
-        drawn = random.integers(0, np.maximum(left, 1))
-        for start, width in zip(starts[present].T, widths.T, strict=True):
-            drawn += np.where(drawn >= start, width, 0)
-        again = several[random.integers(0, len(several), len(rows))]
-        chosen = np.where(left > 0, order[np.minimum(drawn, len(order) - 1)], again)
-        rows[np.arange(len(rows)), (rows < 0).argmax(axis=1)] = chosen
-    ids[steps] = rows
+    while (slots < 0).any():  # as often as slots are empty: equally many in each of these steps
+        present_classes = np.sort(np.where(slots < 0, empty_label, labels[slots]), axis=1)
+        widths = sizes[present_classes]
+        widths[:, 1:][present_classes[:, 1:] == present_classes[:, :-1]] = 0
+        num_absent = len(labels) - widths.sum(axis=1)
+        draws = random.integers(0, np.maximum(num_absent, 1))
+        for start, width in zip(starts[present_classes].T, widths.T, strict=True):
+            draws += np.where(draws >= start, width, 0)
+        repeated_ids = repeatable[random.integers(0, len(repeatable), len(slots))]
+        new_ids = np.where(num_absent > 0, order[np.minimum(draws, len(order) - 1)], repeated_ids)
+        slots[np.arange(len(slots)), (slots < 0).argmax(axis=1)] = new_ids
+    ids[steps] = slots
 
 
-def combine(
+def combine_sampler(
     labels: Int64[np.ndarray, " samples"], groups_per_batch: int, group_size: int, seed: int, epoch: int
 ) -> Plan:
-    """Batches of P random groups of K images of one class; a class may stand in a batch more than once.
+    """Batches of P random groups of K images of one class; a class may occur more than once in a batch.
 
     The CombineSampler of Intra-Batch Connections: each class, shuffled and filled to K by repeats if it is smaller, is
     extended by further images of its own to (⌊n/K⌋ + 1)·K (by a whole group where K divides n) and cut into groups; random
     groups are repeated until P divides their number. Every image is used at least once an epoch.
 
     Args:
-        labels: contiguous class numbers of the training samples.
-        groups_per_batch: P.
-        group_size: K.
-        seed, epoch: what the draw depends on.
+        labels: Contiguous class numbers of the training samples.
+        groups_per_batch: P, the number of groups in a batch.
+        group_size: K, the number of images in a group.
+        seed, epoch: Seed of the run and number of the epoch.
 
     Raises:
-        ValueError: there are fewer groups than P.
+        ValueError: There are fewer groups than P.
     """
-    return _combine(labels, groups_per_batch, group_size, np.random.default_rng([seed, epoch, 0xC0B]))
+    return _combine_plan(
+        labels, groups_per_batch, group_size, np.random.default_rng([seed, epoch, Stream.COMBINE_SAMPLER])
+    )
 
 
-def combine_any_shape(
+def number_sampler(
     labels: Int64[np.ndarray, " samples"], groups_per_batch: int, group_size: int, seed: int, epoch: int
 ) -> Plan:
-    """`combine` with a shape drawn each epoch: P uniformly among the divisors of P·K from 2 to P·K/2.
+    """`combine_sampler` with a shape drawn each epoch: P uniformly among the divisors of P·K from 2 to P·K/2.
 
     The NumberSampler of Intra-Batch Connections. Shapes that need more groups than the training set has are left out.
     """
-    random = np.random.default_rng([seed, epoch, 0x2B5])
+    random = np.random.default_rng([seed, epoch, Stream.NUMBER_SAMPLER])
     slots = groups_per_batch * group_size
     sizes = np.bincount(labels)
-    fits = [
+    possible_p = [
         p
         for p in range(2, slots // 2 + 1)
         if slots % p == 0 and (np.maximum(sizes, slots // p) // (slots // p) + 1).sum() >= p
     ]
-    if not fits:
+    if not possible_p:
         raise ValueError(f"no shape of {slots} slots fits a training set of {len(sizes)} classes")
-    p = int(random.choice(fits))
-    return _combine(labels, p, slots // p, random)
+    p = int(random.choice(possible_p))
+    return _combine_plan(labels, p, slots // p, random)
 
 
-def _combine(labels: np.ndarray, groups_per_batch: int, group_size: int, random: np.random.Generator) -> Plan:
+def _combine_plan(labels: np.ndarray, groups_per_batch: int, group_size: int, random: np.random.Generator) -> Plan:
     sizes = np.bincount(labels)
-    filled = np.maximum(sizes, group_size)
-    counts = filled // group_size + 1
-    places, last = _group_positions(counts, group_size), np.cumsum(counts) - 1
-    large, small = np.flatnonzero(sizes >= group_size), np.flatnonzero(sizes < group_size)
-    own, more = places[last[large]], _sample_without_replacement(group_size, sizes[large], random)
-    places[last[large]] = np.where(own < sizes[large, None], own, more)
-    own, more = places[last[small] - 1], random.integers(0, sizes[small, None], (len(small), group_size))
-    places[last[small] - 1] = first = np.where(own < sizes[small, None], own, more)
-    places[last[small]] = random.permuted(first, axis=1)
-    places += np.repeat(np.cumsum(sizes) - sizes, counts)[:, None]
-    if len(places) < groups_per_batch:
+    padded_sizes = np.maximum(sizes, group_size)
+    counts = padded_sizes // group_size + 1
+    positions, last_groups = _group_positions(counts, group_size), np.cumsum(counts) - 1
+    large = np.flatnonzero(sizes >= group_size)
+    small = np.flatnonzero(sizes < group_size)
+    last = positions[last_groups[large]]
+    further = _sample_without_replacement(group_size, sizes[large], random)
+    positions[last_groups[large]] = np.where(last < sizes[large, None], last, further)
+    first = positions[last_groups[small] - 1]
+    repeats = random.integers(0, sizes[small, None], (len(small), group_size))
+    first = np.where(first < sizes[small, None], first, repeats)
+    positions[last_groups[small] - 1] = first
+    positions[last_groups[small]] = random.permuted(first, axis=1)
+    positions += np.repeat(np.cumsum(sizes) - sizes, counts)[:, None]
+    if len(positions) < groups_per_batch:
         raise ValueError(
             f"a batch of {groups_per_batch} groups of {group_size} images needs as many groups, the training set of "
-            f"{len(labels)} images gives {len(places)}: lower classes_per_batch or samples_per_class"
+            f"{len(labels)} images gives {len(positions)}: lower classes_per_batch or samples_per_class"
         )
-    turn = random.permutation(len(places))
-    turn = np.concatenate([turn, random.choice(len(places), -len(places) % groups_per_batch, replace=False)])
-    return Plan(_shuffled(labels, random)[places[turn]].reshape(-1, groups_per_batch * group_size))
+    group_order = random.permutation(len(positions))
+    group_order = np.concatenate(
+        [group_order, random.choice(len(positions), -len(positions) % groups_per_batch, replace=False)]
+    )
+    return Plan(_shuffled(labels, random)[positions[group_order]].reshape(-1, groups_per_batch * group_size))
 
 
 def uniform_classes(
@@ -248,31 +265,37 @@ def uniform_classes(
     does not promise to use every image. The lists start anew each epoch, so that the plan depends on (seed, epoch) alone.
 
     Raises:
-        ValueError: there are fewer classes than P.
+        ValueError: There are fewer classes than P.
     """
-    random = np.random.default_rng([seed, epoch, 0x6CA])
-    sizes, size = np.bincount(labels), samples_per_class
+    random = np.random.default_rng([seed, epoch, Stream.UNIFORM_CLASSES])
+    sizes, group_size = np.bincount(labels), samples_per_class
     if len(sizes) < classes_per_batch:
         raise ValueError(
             f"classes_per_batch is {classes_per_batch}, the training set has {len(sizes)} classes: lower classes_per_batch"
         )
-    steps = max(1, (len(labels) - 1) // (classes_per_batch * size))
-    visited = _sample_without_replacement(classes_per_batch, np.full(steps, len(sizes)), random).ravel()
-    visits = np.bincount(visited, minlength=len(sizes))
-    visit = np.empty(len(visited), dtype=np.int64)  # which of its class's visits each is
-    visit[np.argsort(visited, kind="stable")] = _ragged_arange(visits)
+    steps = max(1, (len(labels) - 1) // (classes_per_batch * group_size))
+    step_classes = _sample_without_replacement(classes_per_batch, np.full(steps, len(sizes)), random).ravel()
+    visits = np.bincount(step_classes, minlength=len(sizes))
+    visit_number = np.empty(len(step_classes), dtype=np.int64)  # which of its class's visits each is
+    visit_number[np.argsort(step_classes, kind="stable")] = _ragged_arange(visits)
     # A class's lists, one after the other, as many as its visits use up.
-    per_list = np.maximum(sizes // size, 1)
-    lists = np.where(sizes < size, 0, -(-visits // per_list))
-    lengths, first = np.repeat(sizes, lists), np.cumsum(lists) - lists
-    starts = np.cumsum(lengths) - lengths
-    members = _shuffled(np.repeat(np.arange(len(lengths)), lengths), random) - np.repeat(starts, lengths)
-    places = random.integers(0, sizes[visited][:, None], (len(visited), size))
-    large = np.flatnonzero(sizes[visited] >= size)
-    which, turn = np.divmod(visit[large], per_list[visited[large]])
-    places[large] = members[(starts[first[visited[large]] + which] + turn * size)[:, None] + np.arange(size)]
-    places += (np.cumsum(sizes) - sizes)[visited][:, None]
-    return Plan(np.argsort(labels, kind="stable")[places].reshape(steps, -1))
+    groups_per_list = np.maximum(sizes // group_size, 1)
+    num_lists = np.where(sizes < group_size, 0, -(-visits // groups_per_list))
+    list_lengths = np.repeat(sizes, num_lists)
+    first_list = np.cumsum(num_lists) - num_lists
+    list_starts = np.cumsum(list_lengths) - list_lengths
+    members = _shuffled(np.repeat(np.arange(len(list_lengths)), list_lengths), random) - np.repeat(
+        list_starts, list_lengths
+    )
+    positions = random.integers(0, sizes[step_classes][:, None], (len(step_classes), group_size))
+    large = np.flatnonzero(sizes[step_classes] >= group_size)
+    list_number, group_in_list = np.divmod(visit_number[large], groups_per_list[step_classes[large]])
+    positions[large] = members[
+        (list_starts[first_list[step_classes[large]] + list_number] + group_in_list * group_size)[:, None]
+        + np.arange(group_size)
+    ]
+    positions += (np.cumsum(sizes) - sizes)[step_classes][:, None]
+    return Plan(np.argsort(labels, kind="stable")[positions].reshape(steps, -1))
 
 
 def each_class_once(
@@ -283,36 +306,36 @@ def each_class_once(
     The sampler of MMSI. Classes come in random order; those of an incomplete last batch are left out of the epoch.
 
     Raises:
-        ValueError: there are fewer classes than P.
+        ValueError: There are fewer classes than P.
 
     Cost: O(N log N).
     """
-    random = np.random.default_rng([seed, epoch, 0x3E1])
+    random = np.random.default_rng([seed, epoch, Stream.EACH_CLASS_ONCE])
     order = np.lexsort((random.random(len(labels)), labels))  # by class, shuffled within
     sizes = np.bincount(labels)
-    starts, present = np.cumsum(sizes) - sizes, np.flatnonzero(sizes)
-    if len(present) < classes_per_batch:
+    starts, classes = np.cumsum(sizes) - sizes, np.flatnonzero(sizes)
+    if len(classes) < classes_per_batch:
         raise ValueError(
-            f"batches of {classes_per_batch} classes, but the training set has {len(present)}: lower the number of classes "
+            f"batches of {classes_per_batch} classes, but the training set has {len(classes)}: lower the number of classes "
             "in a batch"
         )
-    chosen = random.permutation(present)[: len(present) // classes_per_batch * classes_per_batch]
-    column = np.broadcast_to(np.arange(samples_per_class), (len(chosen), samples_per_class))
-    again = random.integers(0, sizes[chosen][:, None], column.shape)
-    column = np.where(sizes[chosen][:, None] >= samples_per_class, column, again)
-    ids = order[starts[chosen][:, None] + column]
+    epoch_classes = random.permutation(classes)[: len(classes) // classes_per_batch * classes_per_batch]
+    column = np.broadcast_to(np.arange(samples_per_class), (len(epoch_classes), samples_per_class))
+    repeated_columns = random.integers(0, sizes[epoch_classes][:, None], column.shape)
+    column = np.where(sizes[epoch_classes][:, None] >= samples_per_class, column, repeated_columns)
+    ids = order[starts[epoch_classes][:, None] + column]
     return Plan(ids.reshape(-1, classes_per_batch * samples_per_class))
 
 
-def join_roles(parts: Mapping[str, Plan]) -> Plan:
+def join_roles(plans_by_role: Mapping[str, Plan]) -> Plan:
     """Plans of equal length as roles of one: their slots one after the other, with a column `role`."""
-    names = np.array(list(parts))
-    role = np.repeat(names, [p.ids.shape[1] for p in parts.values()])
-    ids = np.concatenate([p.ids for p in parts.values()], 1)
+    names = np.array(list(plans_by_role))
+    role = np.repeat(names, [p.ids.shape[1] for p in plans_by_role.values()])
+    ids = np.concatenate([p.ids for p in plans_by_role.values()], 1)
     return Plan(ids, {"role": np.broadcast_to(role, ids.shape)})
 
 
-# ---- pieces ----------------------------------------------------------------------------------------------------------
+# ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _shuffled(labels: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, " samples"]:
@@ -326,28 +349,30 @@ def _shuffled(labels: np.ndarray, random: np.random.Generator) -> Int64[np.ndarr
 
 
 def _ragged_arange(counts: np.ndarray) -> Int64[np.ndarray, " all"]:
-    """0, 1, ... of every owner in turn, as many as it has."""
+    """Concatenation of arange(count) for every count."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _group_positions(counts: np.ndarray, size: int) -> Int64[np.ndarray, "groups size"]:
-    """Places 0, 1, ... within every class, which has so many groups."""
+    """Positions 0, 1, ... within each class, in groups of `size`; `counts` groups per class."""
     return _ragged_arange(counts)[:, None] * size + np.arange(size)
 
 
-def _sample_excluding(taken: np.ndarray, below: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, " rows"]:
-    """For each row a number below its bound that is not among those taken (distinct ones), all equally likely."""
-    drawn = random.integers(0, below - taken.shape[1])
-    for number in np.sort(taken, axis=1).T:
-        drawn += drawn >= number
-    return drawn
+def _sample_excluding(
+    excluded: np.ndarray, bounds: np.ndarray, random: np.random.Generator
+) -> Int64[np.ndarray, " rows"]:
+    """For each row a uniform number below its bound, other than the row's `excluded` numbers (which are distinct)."""
+    draws = random.integers(0, bounds - excluded.shape[1])
+    for number in np.sort(excluded, axis=1).T:
+        draws += draws >= number
+    return draws
 
 
 def _sample_without_replacement(
-    count: int, below: np.ndarray, random: np.random.Generator
+    count: int, bounds: np.ndarray, random: np.random.Generator
 ) -> Int64[np.ndarray, "rows count"]:
-    """For each row `count` different numbers below its bound, in random order; O(rows · count²)."""
-    drawn = np.empty((len(below), count), dtype=np.int64)
+    """For each row `count` distinct numbers below its bound, in random order; O(rows · count²)."""
+    draws = np.empty((len(bounds), count), dtype=np.int64)
     for column in range(count):
-        drawn[:, column] = _sample_excluding(drawn[:, :column], below, random)
-    return drawn
+        draws[:, column] = _sample_excluding(draws[:, :column], bounds, random)
+    return draws

@@ -47,37 +47,42 @@ from methods.config import Length
 from methods.mining import MiningRequirements
 from methods.optim import OptimizerConfig, ScheduleConfig
 from methods.plans import Plan
-from methods.smart_mining_rule import ClassIndex, Triplets, mine
+from methods.random_streams import Stream
+from methods.smart_mining_rule import ClassIndex, Triplets, mine_triplets
 
-_SWEEP = 2**18  # images embedded in one go
-_PUT = 4096  # rows sent at once
+_IMAGES_PER_PASS = 2**18  # images embedded by one call of `embed_samples`
+_ROWS_PER_PUT = 4096  # rows sent to the mining server by one call
 
 
 class SmartMiningConfig(MethodConfig):
     name: Literal["smart_mining"] = "smart_mining"
-    embedding_dim: int = Field(64, ge=1, description="D")
+    embedding_dim: int = Field(64, ge=1, description="D: dimension of the embedding")
     triplets_per_batch: int = Field(64, ge=1, description="B: a batch has 3 B images")
-    triplets_per_anchor: int = Field(1, ge=1, description="T: of an anchor and epoch")
-    anchors: int | None = Field(None, ge=1, description="random anchors of an epoch; none: all images")
-    list_length: int = Field(1000, ge=2, description="K: neighbours listed of an anchor (at most all)")
-    lists: Literal["exact", "approximate"] = Field("exact", description="approximate: through mining.engine")
+    triplets_per_anchor: int = Field(1, ge=1, description="T: triplets of each anchor in an epoch")
+    anchors: int | None = Field(None, ge=1, description="number of random anchors in an epoch; none: all images")
+    list_length: int = Field(1000, ge=2, description="K: length of each anchor's neighbour list (at most all images)")
+    lists: Literal["exact", "approximate"] = Field(
+        "exact", description="neighbour lists from an exact search | from the index of mining.engine"
+    )
     positives: Literal["list", "class"] = Field(
         "list", description="positives in the list | all of the class, however far, up to K"
     )
     random_epochs: int = Field(2, ge=0, description="epochs of random triplets before mining starts")
     mined_share: float = Field(1.0, ge=0, le=1, description="ρ: share of mined triplets in a batch; others are random")
-    adaptive: bool = Field(True, description="off: κ stays what it is")
+    adaptive: bool = Field(True, description="adapt κ after each epoch to reach target_error; false: κ is constant")
     kappa: float | None = Field(None, gt=0, description="κ of the first mined epoch (none: from the prior line)")
-    target_error: float = Field(0.6, ge=0, le=1, description="e_target")
-    kappa_min: float = Field(1.0, gt=0)
-    kappa_max: float = Field(64.0, gt=0)
-    window: int = Field(5, ge=1, description="epochs that κ is fitted to")
-    prior_weight: float = Field(0.1, ge=0, description="of the two points of the prior line in the fit")
-    margin: float = Field(0.2, gt=0, description="m of the triplet loss")
-    global_margin: float = Field(0.01, ge=0, description="t of the global loss")
-    lam: float = Field(0.8, ge=0, description="λ of the global loss")
-    w_triplet: float = Field(1.0, ge=0)
-    w_global: float = Field(1.0, ge=0)
+    target_error: float = Field(
+        0.6, ge=0, le=1, description="e_target: share of triplets with a loss above 0 that κ is adapted to"
+    )
+    kappa_min: float = Field(1.0, gt=0, description="smallest κ")
+    kappa_max: float = Field(64.0, gt=0, description="largest κ")
+    window: int = Field(5, ge=1, description="number of past epochs that the line of error over κ is fitted to")
+    prior_weight: float = Field(0.1, ge=0, description="weight of each of the prior line's two points in the fit")
+    margin: float = Field(0.2, gt=0, description="m: margin of the triplet loss")
+    global_margin: float = Field(0.01, ge=0, description="t: margin of the global loss")
+    lam: float = Field(0.8, ge=0, description="λ: weight of the means in the global loss")
+    w_triplet: float = Field(1.0, ge=0, description="weight of the triplet loss")
+    w_global: float = Field(1.0, ge=0, description="weight of the global loss")
     optimizer: OptimizerConfig = OptimizerConfig(
         name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, head_lr_multiplier=10,
         schedule=ScheduleConfig(kind="step", every=Length(value=3, unit="epochs"), gamma=0.5),
@@ -98,7 +103,7 @@ class SmartMiningConfig(MethodConfig):
         if self.kappa_min > self.kappa_max:
             raise ValueError(f"kappa_min {self.kappa_min:g} is above kappa_max {self.kappa_max:g}")
         if not self.adaptive and self.kappa is None:
-            raise ValueError("without adaptive, kappa has to be given")
+            raise ValueError("adaptive is off: set kappa")
         return self
 
 
@@ -109,16 +114,19 @@ def triplet_loss(
     anchor: Float[Tensor, "b dim"], positive: Float[Tensor, "b dim"], negative: Float[Tensor, "b dim"], margin: float
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, " b"]]:
     """J_t of every triplet (eq. 2), and D²(a, p), D²(a, n)."""
-    near, far = (anchor - positive).square().sum(1), (anchor - negative).square().sum(1)
-    ratio = (far + 1e-12).sqrt() / ((near + 1e-12).sqrt() + margin)
-    return torch.relu(1 - ratio), near, far
+    d_positive = (anchor - positive).square().sum(1)
+    d_negative = (anchor - negative).square().sum(1)
+    ratio = (d_negative + 1e-12).sqrt() / ((d_positive + 1e-12).sqrt() + margin)
+    return torch.relu(1 - ratio), d_positive, d_negative
 
 
-def global_loss(near: Float[Tensor, " b"], far: Float[Tensor, " b"], margin: float, lam: float) -> Float[Tensor, ""]:
+def global_loss(
+    d_positive: Float[Tensor, " b"], d_negative: Float[Tensor, " b"], margin: float, lam: float
+) -> Float[Tensor, ""]:
     """J_g (eq. 3; Kumar B G, Carneiro, Reid, CVPR 2016) of squared distances, with biased variances."""
-    near, far = near / 4, far / 4
-    spread = near.var(correction=0) + far.var(correction=0)
-    return spread + lam * torch.relu(near.mean() - far.mean() + margin)
+    d_positive, d_negative = d_positive / 4, d_negative / 4
+    spread = d_positive.var(correction=0) + d_negative.var(correction=0)
+    return spread + lam * torch.relu(d_positive.mean() - d_negative.mean() + margin)
 
 
 # ---- the controller --------------------------------------------------------------------------------------------------
@@ -129,37 +137,38 @@ class Controller:
 
     Attributes:
         history: (e, κ) of the last mined epochs.
-        alpha, beta: of the newest fit.
-        kappa: for the next epoch.
-        pinned: epochs in a row at an end of its range.
+        alpha, beta: Slope and intercept of the newest fit.
+        kappa: κ for the next epoch.
+        pinned: Number of consecutive epochs in which κ was at an end of its range.
     """
 
     def __init__(self, config: SmartMiningConfig) -> None:
         c = self.config = config
         self.history: list[tuple[float, float]] = []
-        self.alpha, self.beta = c.kappa_min - c.kappa_max, c.kappa_max
+        self.alpha = c.kappa_min - c.kappa_max
+        self.beta = c.kappa_max
         self.pinned = 0
-        self.kappa = c.kappa if c.kappa is not None else self._within(self.alpha * c.target_error + self.beta)
+        self.kappa = c.kappa if c.kappa is not None else self._clip_kappa(self.alpha * c.target_error + self.beta)
 
     def update(self, error: float) -> None:
-        """Takes in what share of the epoch's triplets had a gradient, at the present κ."""
+        """Records the share of the epoch's triplets that had a gradient at the present κ, and sets the next κ."""
         c = self.config
         self.history = [*self.history, (error, self.kappa)][-c.window :]
         if not c.adaptive:
             return
         self.fit()
-        wanted = self.alpha * c.target_error + self.beta
-        self.kappa = self._within(wanted)
-        self.pinned = self.pinned + 1 if self.kappa != wanted else 0
+        unclipped = self.alpha * c.target_error + self.beta
+        self.kappa = self._clip_kappa(unclipped)
+        self.pinned = self.pinned + 1 if self.kappa != unclipped else 0
         if self.pinned == 3:
             warnings.warn(
-                f"kappa has stood at its end {self.kappa:g} for 3 epochs, the error of the last is {error:.2f}: target_error "
-                f"{c.target_error:g} is out of reach; change it, or the range",
+                f"kappa has been at the end of its range, {self.kappa:g}, for 3 epochs (error of the last: {error:.2f}): "
+                f"target_error {c.target_error:g} cannot be reached; change target_error, kappa_min or kappa_max",
                 stacklevel=2,
             )
 
     def fit(self) -> None:
-        """Weighted least squares; a slope above zero would say that harder triplets err less: the last slope stays then."""
+        """Weighted least squares; a positive slope (harder triplets err less) is implausible: the last slope is kept then."""
         c = self.config
         prior = [(0.0, c.kappa_max), (1.0, c.kappa_min)]
         e, k = np.array(prior + self.history).T
@@ -173,7 +182,7 @@ class Controller:
             self.alpha = float(slope)
         self.beta = float(k_mean - self.alpha * e_mean)
 
-    def _within(self, kappa: float) -> float:
+    def _clip_kappa(self, kappa: float) -> float:
         return min(self.config.kappa_max, max(self.config.kappa_min, kappa))
 
     def state(self) -> Float64[Tensor, " numbers"]:
@@ -182,7 +191,10 @@ class Controller:
 
     def load(self, state: Float64[Tensor, " numbers"]) -> None:
         values = state.tolist()
-        self.alpha, self.beta, self.kappa, self.pinned = values[0], values[1], values[2], int(values[3])
+        self.alpha = values[0]
+        self.beta = values[1]
+        self.kappa = values[2]
+        self.pinned = int(values[3])
         self.history = list(zip(values[4::2], values[5::2], strict=True))
 
 
@@ -200,36 +212,38 @@ class SmartMining(Method):
         self.register_buffer(
             "counts", torch.zeros(2, dtype=torch.int64)
         )  # triplets with a gradient, and all, of the epoch
-        self.found = [1.0, 0.0, 0.0]  # recall of the lists, shares without a positive, without a negative
+        self.list_statistics = [1.0, 0.0, 0.0]  # recall of the lists, shares without a positive, without a negative
         self.seconds: dict[str, float] = {}  # of the last mining
 
     def get_extra_state(self) -> Tensor:
-        return torch.cat([torch.tensor(self.found, dtype=torch.float64), self.controller.state()])
+        return torch.cat([torch.tensor(self.list_statistics, dtype=torch.float64), self.controller.state()])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.found = state[:3].tolist()
+        self.list_statistics = state[:3].tolist()
         self.controller.load(state[3:].double())
 
     def plan(self, epoch: int, context: Context) -> Plan:
         """Triplets of all anchors in random order: slots of anchors, of positives, of negatives, with their kind."""
         c = self.config
-        classes = ClassIndex(context.labels, (context.seed, epoch, 0x53A))
-        random = np.random.default_rng([context.seed, epoch, 0x53B])
+        classes = ClassIndex(context.labels, (context.seed, epoch, Stream.SMART_MINING_TRIPLETS))
+        random = np.random.default_rng([context.seed, epoch, Stream.SMART_MINING_ORDER])
         anchors = np.flatnonzero(classes.sizes[classes.labels] > 1)
         if len(anchors) == 0 or len(np.flatnonzero(classes.sizes)) < 2:
-            raise ValueError("triplets need two classes, one of them with two images")
+            raise ValueError(
+                "triplets need at least two classes, and a class with at least two images: prepare more images"
+            )
         if c.anchors is not None:
             anchors = np.sort(random.permutation(anchors)[: c.anchors])
-        drawn = classes.random_triplets(
+        random_triplets = classes.random_triplets(
             np.repeat(anchors, c.triplets_per_anchor), np.tile(np.arange(c.triplets_per_anchor), len(anchors))
         )
-        triplets = self._mine(epoch, anchors, classes, context) if self._mines(epoch) else drawn
-        order = random.permutation(len(drawn.anchor))
+        triplets = self._mine(epoch, anchors, classes, context) if self._mines(epoch) else random_triplets
+        order = random.permutation(len(random_triplets.anchor))
         order = np.resize(order, -(-len(order) // c.triplets_per_batch) * c.triplets_per_batch)
         order = order.reshape(-1, c.triplets_per_batch)
-        mined = np.arange(c.triplets_per_batch) < round(c.mined_share * c.triplets_per_batch)
+        is_mined_slot = np.arange(c.triplets_per_batch) < round(c.mined_share * c.triplets_per_batch)
         anchor, positive, negative, kind = (
-            np.where(mined, a[order], b[order]) for a, b in zip(triplets, drawn, strict=True)
+            np.where(is_mined_slot, a[order], b[order]) for a, b in zip(triplets, random_triplets, strict=True)
         )
         roles = np.repeat(np.array(["anchor", "positive", "negative"]), c.triplets_per_batch)
         ids = np.concatenate([anchor, positive, negative], 1)
@@ -243,41 +257,46 @@ class SmartMining(Method):
         c, mining = self.config, context.mining
         assert mining is not None
         tag = f"epoch {epoch}, weights {context.weights_hash()}"
-        started = time.perf_counter()
-        everything, count = np.arange(len(context.labels)), len(context.labels)
-        for first in range(0, count, _SWEEP):
-            ids = everything[first : first + _SWEEP]
+        started_at = time.perf_counter()
+        all_ids, count = np.arange(len(context.labels)), len(context.labels)
+        for first in range(0, count, _IMAGES_PER_PASS):
+            ids = all_ids[first : first + _IMAGES_PER_PASS]
             embeddings = context.embed_samples(ids)
-            for start in range(0, len(ids), _PUT):
-                part = slice(start, start + _PUT)
-                some = torch.from_numpy(ids[part])
-                mining.put(some, embeddings[part], torch.from_numpy(context.labels[ids[part]]), tag)
-        swept = time.perf_counter()
+            for start in range(0, len(ids), _ROWS_PER_PUT):
+                rows = slice(start, start + _ROWS_PER_PUT)
+                row_ids = torch.from_numpy(ids[rows])
+                mining.put(row_ids, embeddings[rows], torch.from_numpy(context.labels[ids[rows]]), tag)
+        embedded_at = time.perf_counter()
         k = min(c.list_length, count - 1)
-        wanted = None if c.anchors is None else np.isin(everything, anchors)
-        which: Literal["all", "other"] = "all"
+        is_anchor = None if c.anchors is None else np.isin(all_ids, anchors)
+        class_filter: Literal["all", "other"] = "all"
         positives = None
         if c.positives == "class":
-            which = "other"
-            known, lists, _ = mining.all_neighbours(min(k, int(classes.sizes.max()) - 1), "same", None, tag)
-            positives = known, lists[0]
+            class_filter = "other"
+            own_ids, own_lists, _ = mining.all_neighbours(min(k, int(classes.sizes.max()) - 1), "same", None, tag)
+            positives = own_ids, own_lists[0]
         rule = functools.partial(
-            mine, classes=classes, kappa=self.controller.kappa, count=c.triplets_per_anchor, wanted=wanted, positives=positives
-        )  # fmt: skip
-        _, blocks, recall = mining.all_neighbours(k, which, rule, tag, c.lists == "approximate")
-        listed = time.perf_counter()
-        parts = [b.triplets for b in blocks]
-        anchor = np.concatenate([p.anchor for p in parts])
+            mine_triplets,
+            classes=classes,
+            kappa=self.controller.kappa,
+            count=c.triplets_per_anchor,
+            is_anchor=is_anchor,
+            positives=positives,
+        )
+        _, blocks, recall = mining.all_neighbours(k, class_filter, rule, tag, c.lists == "approximate")
+        listed_at = time.perf_counter()
+        block_triplets = [b.triplets for b in blocks]
+        anchor = np.concatenate([p.anchor for p in block_triplets])
         order = np.argsort(anchor, kind="stable")  # blocks come in the order of the table
-        triplets = Triplets(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
-        lists_of = max(1, len(anchors))
-        self.found = [
+        triplets = Triplets(*(np.concatenate(column)[order] for column in zip(*block_triplets, strict=True)))
+        num_lists = max(1, len(anchors))
+        self.list_statistics = [
             recall,
-            sum(b.without_positive for b in blocks) / lists_of,
-            sum(b.without_negative for b in blocks) / lists_of,
+            sum(b.without_positive for b in blocks) / num_lists,
+            sum(b.without_negative for b in blocks) / num_lists,
         ]
         rule_s = sum(b.seconds for b in blocks)
-        self.seconds = {"sweep": swept - started, "lists": listed - swept - rule_s, "rule": rule_s}
+        self.seconds = {"sweep": embedded_at - started_at, "lists": listed_at - embedded_at - rule_s, "rule": rule_s}
         return triplets
 
     def on_epoch_end(self, epoch: int, context: Context, metrics: Mapping[str, float] | None) -> None:
@@ -288,9 +307,9 @@ class SmartMining(Method):
     def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
         c = self.config
         anchor, positive, negative = self.embed(context.encode()).chunk(3)
-        triplet, near, far = triplet_loss(anchor, positive, negative, c.margin)
-        overall = global_loss(near, far, c.global_margin, c.lam)
-        loss = c.w_triplet * triplet.mean() + c.w_global * overall
+        triplet, d_positive, d_negative = triplet_loss(anchor, positive, negative, c.margin)
+        global_term = global_loss(d_positive, d_negative, c.global_margin, c.lam)
+        loss = c.w_triplet * triplet.mean() + c.w_global * global_term
         context.backward(loss)
         context.step("main")
         active = triplet.detach() > 0
@@ -298,14 +317,19 @@ class SmartMining(Method):
             self.counts.device
         )
         kind = batch.columns["kind"][: len(active)]
-        logs = {"loss": float(loss.detach()), "triplet": float(triplet.detach().mean()), "global": float(overall.detach()),
+        logs = {"loss": float(loss.detach()), "triplet": float(triplet.detach().mean()), "global": float(global_term.detach()),
                 "error": float(self.counts[0]) / float(self.counts[1])}  # fmt: skip
         logs |= {f"share/{n}": float((kind == k).mean()) for k, n in enumerate(("mined", "half_mined", "random"))}
         if self._mines(context.clock.epoch):
-            t = self.controller
-            logs |= {"kappa": t.kappa, "alpha": t.alpha, "beta": t.beta, "pinned_epochs": float(t.pinned)}
+            controller = self.controller
+            logs |= {
+                "kappa": controller.kappa,
+                "alpha": controller.alpha,
+                "beta": controller.beta,
+                "pinned_epochs": float(controller.pinned),
+            }
             names = ("recall", "lists_without_positive", "lists_without_negative")
-            logs |= {f"lists/{n}": v for n, v in zip(names, self.found, strict=True)}
+            logs |= {f"lists/{n}": v for n, v in zip(names, self.list_statistics, strict=True)}
             logs |= {f"seconds/{n}": s for n, s in self.seconds.items()}
         return logs
 

@@ -1,4 +1,4 @@
-"""Which triplets Smart Mining takes from lists of neighbours (eq. 6 and Algorithm 1), and its random ones.
+"""The triplets that Smart Mining takes from lists of neighbours (eq. 6 and Algorithm 1), and its random triplets.
 
     bound = κ d(+NN)     +NN the first entry of the anchor's class, d squared distances
     n_t = the t-th entry after +NN of another class with d >= bound
@@ -25,7 +25,7 @@ class Triplets(NamedTuple):
     """Triplets in the order of their anchors, T of each.
 
     Attributes:
-        anchor, positive, negative: samples.
+        anchor, positive, negative: Sample ids.
         kind: MINED, HALF_MINED or RANDOM.
     """
 
@@ -36,11 +36,11 @@ class Triplets(NamedTuple):
 
 
 class ClassIndex:
-    """Who is in which class, and random members drawn from (key, anchor, draw) alone: in any order, in any process.
+    """The members of each class, and random draws among them that depend on (key, anchor, draw) alone.
 
     Args:
-        labels: of all samples.
-        key: of the draws.
+        labels: Labels of all samples.
+        key: Seed of the draws.
     """
 
     def __init__(self, labels: Int64[np.ndarray, " samples"], key: tuple[int, ...]) -> None:
@@ -48,22 +48,22 @@ class ClassIndex:
         self.order = np.argsort(labels, kind="stable")
         self.sizes = np.bincount(labels)
         self.starts = np.cumsum(self.sizes) - self.sizes
-        self.place = np.empty(len(labels), np.int64)  # of a sample within its class
-        self.place[self.order] = np.arange(len(labels)) - np.repeat(self.starts, self.sizes)
+        self.position = np.empty(len(labels), np.int64)  # of a sample within its class
+        self.position[self.order] = np.arange(len(labels)) - np.repeat(self.starts, self.sizes)
         self.seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
 
     def uniform(self, anchors: np.ndarray, draw: np.ndarray | int) -> Float64[np.ndarray, " draws"]:
         """A number in [0, 1) for each anchor (splitmix64 of the anchor, the draw and the key)."""
         with np.errstate(over="ignore"):
             z = anchors.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + self.seed
-            z = _mixed(z) + np.asarray(draw, np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        return (_mixed(z) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+            z = _splitmix64(z) + np.asarray(draw, np.uint64) * np.uint64(0xD1B54A32D192ED03)
+        return (_splitmix64(z) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def random_positive(self, anchors: np.ndarray, draw: np.ndarray | int) -> Int64[np.ndarray, " draws"]:
         """Another member of each anchor's class."""
         c = self.labels[anchors]
         r = (self.uniform(anchors, 2 * np.asarray(draw)) * (self.sizes[c] - 1)).astype(np.int64)
-        return self.order[self.starts[c] + r + (r >= self.place[anchors])]
+        return self.order[self.starts[c] + r + (r >= self.position[anchors])]
 
     def random_negative(self, anchors: np.ndarray, draw: np.ndarray | int) -> Int64[np.ndarray, " draws"]:
         """A sample of another class."""
@@ -77,7 +77,7 @@ class ClassIndex:
         return Triplets(anchors, self.random_positive(anchors, draw), self.random_negative(anchors, draw), kind)
 
 
-def _mixed(z: np.ndarray) -> np.ndarray:
+def _splitmix64(z: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -85,13 +85,13 @@ def _mixed(z: np.ndarray) -> np.ndarray:
 
 
 class RuleResult(NamedTuple):
-    """What the rule takes from the list of each anchor.
+    """The triplets that the rule takes from the list of each anchor.
 
     Attributes:
-        positive, negative: samples of the t-th triplet; -1 where its kind is RANDOM.
+        positive, negative: Sample ids of the t-th triplet; -1 where its kind is RANDOM.
         kind: MINED, HALF_MINED or RANDOM.
         bound: κ d(+NN); NaN without +NN.
-        without_positive, without_negative: whether a list has none.
+        without_positive, without_negative: True for lists without a positive, or without a negative.
     """
 
     positive: Int64[np.ndarray, "anchors t"]
@@ -104,7 +104,7 @@ class RuleResult(NamedTuple):
 
 def apply_rule(
     anchors: Int64[np.ndarray, " anchors"],
-    wanted: Bool[np.ndarray, " anchors"],
+    is_anchor: Bool[np.ndarray, " anchors"],
     ids: Int64[np.ndarray, "anchors k"],
     distances: Float64[np.ndarray, "anchors k"],
     classes: ClassIndex,
@@ -114,20 +114,20 @@ def apply_rule(
     """The mining rule.
 
     Args:
-        anchors: samples.
-        wanted: of which anchors triplets are made; none of these is alone in its class.
-        ids: samples in their lists; -1 behind the end of a shorter one.
-        distances: squared, ascending.
-        classes: of all samples.
+        anchors: Sample ids of the anchors.
+        is_anchor: Mask of the anchors that get triplets; none of these is alone in its class.
+        ids: Sample ids of their neighbours; -1 after the end of a shorter list.
+        distances: Squared distances, ascending.
+        classes: The class index of all samples.
         kappa: κ.
-        count: T, triplets wanted of an anchor.
+        count: T, the number of triplets per anchor.
     """
     c, shape = classes, (len(anchors), count)
     uniform = c.uniform(np.repeat(anchors, count), 2 * np.tile(np.arange(count), len(anchors))).reshape(shape)
-    bound, lacking = np.full(len(anchors), np.nan), np.zeros((2, len(anchors)), bool)
-    chosen = RuleResult(np.full(shape, -1), np.full(shape, -1), np.full(shape, RANDOM), bound, lacking[0], lacking[1])
-    taken = np.empty(ids.shape[1] + 2, np.int64)
-    rows = np.flatnonzero(wanted)
+    bound, lacks = np.full(len(anchors), np.nan), np.zeros((2, len(anchors)), bool)
+    result = RuleResult(np.full(shape, -1), np.full(shape, -1), np.full(shape, RANDOM), bound, lacks[0], lacks[1])
+    excluded_buffer = np.empty(ids.shape[1] + 2, np.int64)
+    rows = np.flatnonzero(is_anchor)
     _compiled()(
         rows,
         anchors,
@@ -135,81 +135,88 @@ def apply_rule(
         distances,
         float(kappa),
         uniform,
-        taken,
+        excluded_buffer,
         c.labels,
         c.order,
         c.sizes,
         c.starts,
-        c.place,
-        *chosen,
+        c.position,
+        *result,
     )
-    return chosen
+    return result
 
 
 @no_type_check
-def _choose(
-    rows, anchors, ids, distances, kappa, uniform, taken, labels, order, sizes, starts, place,
+def _apply_rule_loop(
+    rows, anchors, ids, distances, kappa, uniform, excluded, labels, order, sizes, starts, position_in_class,
     positive, negative, kind, bound, without_positive, without_negative,
 ):  # fmt: skip
-    """Fills what follows `place`."""
+    """Fills the arrays of `RuleResult`, in place."""
     k, count = ids.shape[1], uniform.shape[1]
     for i in rows:
-        listed, own = ids[i], labels[anchors[i]]
-        first = other = 0
-        while first < k and listed[first] >= 0 and labels[listed[first]] != own:
-            first += 1
-        while other < k and listed[other] >= 0 and labels[listed[other]] == own:
-            other += 1
-        without_positive[i] = first == k or listed[first] < 0
-        without_negative[i] = other == k or listed[other] < 0
+        list_ids, own_class = ids[i], labels[anchors[i]]
+        first_positive = first_negative = 0
+        while first_positive < k and list_ids[first_positive] >= 0 and labels[list_ids[first_positive]] != own_class:
+            first_positive += 1
+        while first_negative < k and list_ids[first_negative] >= 0 and labels[list_ids[first_negative]] == own_class:
+            first_negative += 1
+        without_positive[i] = first_positive == k or list_ids[first_positive] < 0
+        without_negative[i] = first_negative == k or list_ids[first_negative] < 0
         if without_positive[i]:
             continue
-        bound[i] = kappa * distances[i, first]
-        start = first + 1
+        bound[i] = kappa * distances[i, first_positive]
+        start = first_positive + 1
         while start < k and distances[i, start] < bound[i]:
             start += 1
-        taken[0], taken[1], many = place[anchors[i]], place[listed[first]], 2  # places in the class
-        made = paired = 0  # triplets that have their negative, and that have both
+        excluded[0], excluded[1], num_excluded = (
+            position_in_class[anchors[i]],
+            position_in_class[list_ids[first_positive]],
+            2,
+        )  # places in the class
+        num_negatives = num_pairs = 0  # triplets that have their negative, and that have both
         for r in range(start, k):
-            if listed[r] < 0 or paired == count:
+            if list_ids[r] < 0 or num_pairs == count:
                 break
-            if labels[listed[r]] != own:
-                if made < count:
-                    negative[i, made], kind[i, made] = listed[r], HALF_MINED
-                    made += 1
+            if labels[list_ids[r]] != own_class:
+                if num_negatives < count:
+                    negative[i, num_negatives] = list_ids[r]
+                    kind[i, num_negatives] = HALF_MINED
+                    num_negatives += 1
                 continue
-            taken[many] = place[listed[r]]
-            many += 1
-            while paired < made:
-                positive[i, paired], kind[i, paired] = listed[r], MINED
-                paired += 1
-        # Random members that are neither +NN nor could have been taken; any others where none is left.
-        if many == sizes[own]:
-            many = 1
-        for t in range(paired, made):
-            free = drawn = int(uniform[i, t] * (sizes[own] - many))
-            at = -1
-            while at != drawn:  # the free-th place that is not taken: further by as many as are taken up to it
-                at, drawn = drawn, free
-                for b in range(many):
-                    drawn += taken[b] <= at
-            positive[i, t] = order[starts[own] + drawn]
+            excluded[num_excluded] = position_in_class[list_ids[r]]
+            num_excluded += 1
+            while num_pairs < num_negatives:
+                positive[i, num_pairs], kind[i, num_pairs] = list_ids[r], MINED
+                num_pairs += 1
+        # Random members other than +NN and those in the list; where there are none, any member but the anchor.
+        if num_excluded == sizes[own_class]:
+            num_excluded = 1
+        for t in range(num_pairs, num_negatives):
+            rank = drawn = int(uniform[i, t] * (sizes[own_class] - num_excluded))
+            previous = -1
+            while (
+                previous != drawn
+            ):  # the rank-th member that is not excluded: further by as many as are excluded up to it
+                previous, drawn = drawn, rank
+                for b in range(num_excluded):
+                    drawn += excluded[b] <= previous
+            positive[i, t] = order[starts[own_class] + drawn]
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    import numba  # a second's work: only where triplets are mined
+    import numba  # takes a second to import: only where triplets are mined
 
-    return numba.njit(nogil=True)(_choose)
+    return numba.njit(nogil=True)(_apply_rule_loop)
 
 
 class MinedBlock(NamedTuple):
-    """Of a block of anchors.
+    """The triplets of a block of anchors.
 
     Attributes:
-        triplets: T of each anchor that is not alone in its class.
-        without_positive, without_negative: lists that have none.
-        seconds: spent on the rule.
+        triplets: T triplets of each anchor that is not alone in its class.
+        without_positive, without_negative: Number of lists without a positive, or without a negative.
+        seconds: Time spent on the rule.
     """
 
     triplets: Triplets
@@ -218,49 +225,60 @@ class MinedBlock(NamedTuple):
     seconds: float
 
 
-def mine(
+def mine_triplets(
     queries: Any,
     lists: Any,
     classes: ClassIndex,
     kappa: float,
     count: int,
-    wanted: np.ndarray | None,
+    is_anchor: np.ndarray | None,
     positives: Any = None,
 ) -> MinedBlock:
-    """Triplets of a block of anchors from their lists; a `reduce` of `Mining.all_neighbours`.
+    """Triplets of a block of anchors from their lists; a `map_block` of `Mining.all_neighbours`.
 
     Args:
-        queries: the anchors: `ids`.
-        lists: `ids` and squared `distances`, ascending; with `positives`, of other classes only.
-        classes: of all samples.
+        queries: The anchors, as `ids`.
+        lists: Their neighbours: `ids` and squared `distances`, ascending; with `positives`, of other classes only.
+        classes: The class index of all samples.
         kappa: κ.
-        count: T.
-        wanted: whether each sample is an anchor; none: all.
-        positives: (ids [samples], lists of their own class).
+        count: T, the number of triplets per anchor.
+        is_anchor: Mask of the samples that are anchors; None: all.
+        positives: (ids [samples], lists of neighbours of the same class).
     """
     started = time.perf_counter()
-    anchors, ids, distances = queries.ids, lists.ids, lists.distances
-    kept = classes.sizes[classes.labels[anchors]] > 1
-    if wanted is not None:
-        kept &= wanted[anchors]
-    if kept.mean() < 0.5:  # else a copy takes longer than what it saves
-        anchors, ids, distances, kept = anchors[kept], ids[kept], distances[kept], np.ones(kept.sum(), bool)
+    anchors = queries.ids
+    ids = lists.ids
+    distances = lists.distances
+    has_triplets = classes.sizes[classes.labels[anchors]] > 1
+    if is_anchor is not None:
+        has_triplets &= is_anchor[anchors]
+    if has_triplets.mean() < 0.5:  # else a copy takes longer than what it saves
+        anchors = anchors[has_triplets]
+        ids = ids[has_triplets]
+        distances = distances[has_triplets]
+        has_triplets = np.ones(len(anchors), bool)
     if positives is not None:
-        ids, distances = _merged(anchors, ids, distances, *positives)
-    found = apply_rule(anchors, kept, ids, distances, classes, kappa, count)
-    triplets = Triplets(np.repeat(anchors[kept], count), *(column[kept].ravel() for column in found[:3]))
-    none, draw = np.flatnonzero(triplets.kind == RANDOM), np.tile(np.arange(count), int(kept.sum()))
-    random = classes.random_triplets(triplets.anchor[none], draw[none])
-    triplets.positive[none], triplets.negative[none] = random.positive, random.negative
-    lacking, crowded = int(found.without_positive.sum()), int(found.without_negative.sum())
-    return MinedBlock(triplets, lacking, crowded, time.perf_counter() - started)
+        ids, distances = _merge_lists(anchors, ids, distances, *positives)
+    result = apply_rule(anchors, has_triplets, ids, distances, classes, kappa, count)
+    triplets = Triplets(
+        np.repeat(anchors[has_triplets], count), *(column[has_triplets].ravel() for column in result[:3])
+    )
+    random_rows = np.flatnonzero(triplets.kind == RANDOM)
+    draw = np.tile(np.arange(count), int(has_triplets.sum()))
+    random = classes.random_triplets(triplets.anchor[random_rows], draw[random_rows])
+    triplets.positive[random_rows] = random.positive
+    triplets.negative[random_rows] = random.negative
+    without_positive = int(result.without_positive.sum())
+    without_negative = int(result.without_negative.sum())
+    return MinedBlock(triplets, without_positive, without_negative, time.perf_counter() - started)
 
 
-def _merged(
-    anchors: np.ndarray, ids: np.ndarray, distances: np.ndarray, known: np.ndarray, own: Any
+def _merge_lists(
+    anchors: np.ndarray, ids: np.ndarray, distances: np.ndarray, own_ids: np.ndarray, own_lists: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of other classes and of the own one, as one, by distance and id."""
-    rows = np.searchsorted(known, anchors)
-    ids, distances = np.concatenate([ids, own.ids[rows]], 1), np.concatenate([distances, own.distances[rows]], 1)
+    """Lists of other classes and of the own class merged into one, by distance and id."""
+    rows = np.searchsorted(own_ids, anchors)
+    ids = np.concatenate([ids, own_lists.ids[rows]], 1)
+    distances = np.concatenate([distances, own_lists.distances[rows]], 1)
     order = np.lexsort((ids, distances), axis=1)
     return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)

@@ -1,12 +1,11 @@
 """The configuration of a run: typed, frozen, and checked before any cluster time is spent.
 
-Precedence: defaults < preset < recipe file < `--set a.b=c`. Keys marked *runtime* may change when a run is resumed; all
-others make it another run.
+Precedence: defaults < preset < recipe file < `--set a.b=c`. Keys marked *runtime* may change when a
+run is resumed; a change of any other key makes it another run.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -16,7 +15,8 @@ from pydantic import BaseModel, Field, PositiveFloat, SerializeAsAny, Validation
 from methods import METHODS, MethodConfig
 from methods.config import BaseConfig, Length
 from pipeline.data.transforms import TransformConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
+from pipeline.metric_names import metric_keys
 from pipeline.storage import home
 
 BN_INCEPTION = "bn_inception"
@@ -34,29 +34,36 @@ class ModelConfig(BaseConfig):
     )
     pooling: Literal["avg", "max", "avg+max", "native"] = Field(
         "avg",
-        description="global pooling of the last feature map; native: what the backbone does itself (ViT: its token)",
+        description="global pooling of the last feature map; native: the backbone's own (ViT: its class token)",
     )
     batch_norm: Literal["frozen", "sync", "local"] = Field(
         "frozen", description="frozen running statistics | statistics over all ranks | statistics of each rank's images"
     )
-    mean: tuple[float, float, float] | None = Field(None, description="of the pixels in 0..1 (none: the backbone's)")
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
-        None, description="of the pixels in 0..1 (none: the backbone's)"
+    mean: tuple[float, float, float] | None = Field(
+        None, description="mean of each colour channel, subtracted from pixels in 0..1 (none: the backbone's)"
     )
-    channels_last: bool = Field(True, description="memory layout; about twice as fast on CPUs for depthwise networks")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
+        None,
+        description="standard deviation of each colour channel, by which pixels are divided (none: the backbone's)",
+    )
+    channels_last: bool = Field(
+        True, description="channels-last memory layout; about twice as fast on CPUs for depthwise networks"
+    )
 
 
 class DataConfig(BaseConfig):
-    """What is trained and evaluated on."""
+    """The dataset of training and evaluation."""
 
     source: str = Field(
         "emoji",
-        description="the dataset of this name below STORAGE/data (emoji is prepared by itself), or a store's folder or s3:// URI",
+        description="name of a dataset below STORAGE/data (emoji is prepared automatically), or folder or s3:// URI of "
+        "a store",
     )
     validation_fold: int | None = Field(
         0,
         ge=0,
-        description="fold of the training classes held out for every choice; none: train on all, last checkpoint",
+        description="number of the fold of training classes held out for every choice; none: train on all classes and "
+        "report the last checkpoint",
     )
     transforms: TransformConfig = TransformConfig()
 
@@ -64,98 +71,129 @@ class DataConfig(BaseConfig):
 class RerankingConfig(BaseConfig):
     """k-reciprocal re-ranking (Zhong et al., CVPR 2017)."""
 
-    k1: int = Field(20, ge=1, description="neighbours that may be reciprocal")
-    k2: int = Field(6, ge=1, description="neighbours whose lists are averaged")
-    weight: float = Field(0.3, ge=0, le=1, description="of the original distance (the paper's lambda)")
+    k1: int = Field(20, ge=1, description="number of nearest neighbours that may be reciprocal")
+    k2: int = Field(
+        6, ge=1, description="number of nearest neighbours over which features are averaged, the row included"
+    )
+    weight: float = Field(0.3, ge=0, le=1, description="weight of the original distance (the paper's lambda)")
 
 
 class EvaluationConfig(BaseConfig):
-    """What is measured, and which checkpoint the final figures come from."""
+    """The metrics, and the checkpoint that the final figures are measured with."""
 
-    every: Length = Field(Length(value=1, unit="epochs"), description="how often to evaluate on the validation fold")
-    recall_at: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1, description="every K of Recall@K, or of CMC")
+    every: Length = Field(
+        Length(value=1, unit="epochs"), description="time between two evaluations on the validation fold"
+    )
+    recall_at: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1, description="every K of Recall@K, or of CMC@K")
     metric: str = Field(
         "map@r",
-        description="chooses the best checkpoint: map@r, r_precision, or recall@K of recall_at; of datasets of "
+        description="metric that chooses the best checkpoint: map@r, r_precision, or recall@K with K in recall_at; for "
         "re-identification map, map_trapezoidal, or cmc@K",
     )
     distractors: Literal["wrong", "junk"] = Field(
-        "wrong", description="re-identification: gallery rows of people nobody asks for count as wrong | are left out"
+        "wrong", description="re-identification: distractors in the gallery count as wrong | are left out"
     )
     reranking: RerankingConfig | None = Field(None, description="re-identification: k-reciprocal re-ranking")
-    checkpoint: Literal["best", "last"] = Field("best", description="of which the final figures are")
+    checkpoint: Literal["best", "last"] = Field("best", description="checkpoint reported in summary.json")
     test: bool = Field(
-        True, description="measure the test classes, at the end; off for runs that only choose something"
+        True, description="measure the test classes at the end; set to false for runs that only choose settings"
     )
-    clustering: bool = Field(True, description="NMI and AMI, at the end only")
-    batch_size: int = Field(256, ge=1, description="images a forward pass", json_schema_extra=RUNTIME)
+    clustering: bool = Field(True, description="compute NMI and AMI of a k-means clustering, at the end only")
+    batch_size: int = Field(256, ge=1, description="images in a forward pass", json_schema_extra=RUNTIME)
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
         if any(k < 1 for k in self.recall_at):
             raise ValueError(f"recall_at is {self.recall_at}, every K has to be at least 1")
-        known = ["map@r", "r_precision", *(f"recall@{k}" for k in self.recall_at)]
-        known += ["map", "map_trapezoidal", *(f"cmc@{k}" for k in self.recall_at)]
-        if self.metric not in known:
-            raise ValueError(f"metric is {self.metric!r}, expected one of {known}")
+        metrics = [*metric_keys("retrieval", self.recall_at), *metric_keys("reid", self.recall_at)]
+        if self.metric not in metrics:
+            raise ValueError(f"metric is {self.metric!r}, expected one of {metrics}")
         return self
 
 
 class CheckpointConfig(BaseConfig):
-    """How often the state is saved, and how many are kept beside the best."""
+    """Checkpoints to resume from; the best one is kept beside them."""
 
-    every: Length = Length(value=1, unit="epochs")
-    keep: int = Field(2, ge=1)
+    every: Length = Field(Length(value=1, unit="epochs"), description="time between two checkpoints")
+    keep: int = Field(2, ge=1, description="number of the newest checkpoints that are kept")
 
 
 class MiningConfig(BaseConfig):
     """The mining server, for methods that mine over the whole training set; of no effect for others."""
 
     consistency: Literal["exact", "async"] = Field(
-        "exact", description="an answer reflects exactly the puts before it | what has arrived (not reproducible)"
+        "exact",
+        description="a search reflects exactly the updates sent before it | those that have arrived (not reproducible)",
     )
     engine: Literal["auto", "exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg"] = Field(
         "auto",
-        description="of neighbour searches; auto: exact up to 8,192 rows or where an index would cost more, else ivf_fp16",
+        description="nearest-neighbour search; auto: exact up to 8,192 rows or where an index would cost more, else "
+        "ivf_fp16",
     )
-    recall: float = Field(0.95, gt=0, le=1, description="that an approximate index has to reach, else search is exact")
-    rebuild_every: Length = Field(Length(value=1, unit="epochs"), description="how often an approximate index is built")
+    recall: float = Field(
+        0.95, gt=0, le=1, description="recall that an approximate index has to reach, 0 to 1; below it, search is exact"
+    )
+    rebuild_every: Length = Field(
+        Length(value=1, unit="epochs"), description="time between two builds of an approximate index"
+    )
     swap_after: int = Field(50, ge=0, description="steps from the start of building an index to its first use")
-    dtype: Literal["float32", "float16"] = Field("float32", description="of the table of embeddings")
-    memory_dtype: Literal["float32", "float16"] = Field("float32", description="of the memory's entries")
-    shards: int = Field(1, ge=1, description="servers, over which rows are spread", json_schema_extra=RUNTIME)
-    cpus: int = Field(1, ge=1, description="threads of a server", json_schema_extra=RUNTIME)
-    gpus: float = Field(0.0, ge=0, description="of a server, for IVF indexes", json_schema_extra=RUNTIME)
-    resource: str | None = Field(
-        None, description="custom resource of the nodes for servers (not spot nodes)", json_schema_extra=RUNTIME
+    dtype: Literal["float32", "float16"] = Field("float32", description="number format of the table of embeddings")
+    memory_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="number format of the embeddings in the memory"
     )
-    in_flight: int = Field(8, ge=1, description="batches on their way to the servers", json_schema_extra=RUNTIME)
+    shards: int = Field(
+        1, ge=1, description="number of servers, each with a part of the rows", json_schema_extra=RUNTIME
+    )
+    cpus: int = Field(1, ge=1, description="threads of each server", json_schema_extra=RUNTIME)
+    gpus: float = Field(0.0, ge=0, description="GPUs of each server, for IVF indexes", json_schema_extra=RUNTIME)
+    resource: str | None = Field(
+        None,
+        description="custom Ray resource of the nodes that servers are placed on (not spot nodes); none: any node",
+        json_schema_extra=RUNTIME,
+    )
+    in_flight: int = Field(
+        8,
+        ge=1,
+        description="largest number of batches sent to the servers and not yet answered",
+        json_schema_extra=RUNTIME,
+    )
     deadline_s: float = Field(
-        120.0, gt=0, description="how long a server may be away before the run fails", json_schema_extra=RUNTIME
+        120.0,
+        gt=0,
+        description="time without a reachable server after which the run fails, seconds",
+        json_schema_extra=RUNTIME,
     )
 
 
 class RuntimeConfig(BaseConfig):
-    """Where and how fast; nothing here changes what is computed (beyond rounding, where the number of workers changes)."""
+    """Resources and speed; they do not change results (beyond rounding, where the number of workers changes)."""
 
     workers: int = Field(1, ge=0, description="Ray Train workers; 0: this process, without Ray Train")
     cpus_per_worker: int | None = Field(
-        None, ge=1, description="threads of a worker (none: the machine's cores shared out; 2 on a cluster)"
+        None,
+        ge=1,
+        description="threads of each worker (none: the machine's cores divided by the workers; 2 on a cluster)",
     )
-    gpus_per_worker: float = Field(0, ge=0, description="0 trains on the CPU")
-    loader: Literal["ray", "in_process"] = Field("ray", description="Ray Data pipeline, or a thread of the worker")
-    loader_cpus: int = Field(1, ge=1, description="of each worker's Ray Data pipeline")
-    max_failures: int = Field(3, ge=0, description="restarts of the workers after a crash")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each worker; 0 trains on the CPU")
+    loader: Literal["ray", "in_process"] = Field(
+        "ray", description="images are loaded by a Ray Data pipeline | by a thread of the worker"
+    )
+    loader_cpus: int = Field(1, ge=1, description="CPUs of each worker's Ray Data pipeline")
+    max_failures: int = Field(3, ge=0, description="largest number of restarts of the workers after a crash")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
-    deterministic: bool = Field(True, description="ask torch for repeatable kernels")
+    deterministic: bool = Field(True, description="use deterministic torch kernels")
 
 
 class CacheConfig(BaseConfig):
-    """Each node's copies of training splits, from which images are read at random."""
+    """Each node's copies of training splits, for random access to images."""
 
-    folder: str | None = Field(None, description="on the node's own disk (none: STORAGE/cache or ~/raydml/cache)")
+    folder: str | None = Field(
+        None, description="folder on the node's own disk (none: STORAGE/cache or ~/raydml/cache)"
+    )
     max_bytes: int = Field(
-        100 * 2**30, ge=0, description="of all copies together; a split that is larger is read from the store instead"
+        100 * 2**30,
+        ge=0,
+        description="largest size of all copies together, bytes; a larger split is read from the store instead",
     )
 
 
@@ -163,20 +201,29 @@ class Config(BaseConfig):
     """A run."""
 
     name: str = Field(
-        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run's folder below storage/runs"
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run and of its folder below STORAGE/runs",
     )
     storage: str = Field(
-        "", description="absolute path or s3:// URI (default $RAYDML_HOME, else ~/raydml)", json_schema_extra=RUNTIME
+        "",
+        description="folder of datasets and runs, an absolute path or s3:// URI (default $RAYDML_HOME, else ~/raydml)",
+        json_schema_extra=RUNTIME,
     )
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers: weights, batches, augmentation")
     protocol: Literal["fair", "paper"] = Field(
         "fair",
-        description="fair: choices on the validation fold, test classes once; paper: choices on the test classes, said so",
+        description="fair: choices on the validation fold, test classes measured once; paper: choices on the test "
+        "classes, which every report says",
     )
     length: Length = Field(
-        Length(value=10, unit="epochs"), description="of the run; may grow", json_schema_extra=RUNTIME
+        Length(value=10, unit="epochs"),
+        description="length of the run, steps or epochs; may grow when a run is resumed",
+        json_schema_extra=RUNTIME,
     )
-    precision: Literal["float64", "float32", "bf16"] = Field("float32", description="bf16: autocast of the trunk")
+    precision: Literal["float64", "float32", "bf16"] = Field(
+        "float32", description="number format of training; bf16: the trunk in bfloat16 autocast, all else in float32"
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     method: SerializeAsAny[MethodConfig] = METHODS["baseline"].Config(name="baseline")
@@ -194,11 +241,7 @@ class Config(BaseConfig):
         section = value if isinstance(value, Mapping) else {"name": value}
         name = section.get("name", "baseline")
         if not isinstance(name, str) or name not in METHODS:
-            near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.4)
-            raise ValueError(
-                f"method {name!r} is unknown: "
-                + (f"did you mean {near[0]!r}?" if near else f"known: {sorted(METHODS)}")
-            )
+            raise ValueError(f"method {name!r} is unknown: {did_you_mean(str(name), sorted(METHODS))}")
         return METHODS[name].Config.model_validate(dict(section) | {"name": name})
 
     @model_validator(mode="after")
@@ -215,13 +258,13 @@ class Config(BaseConfig):
             )
         if self.method.needs_best and not self.validates:
             raise ValueError(
-                "the method goes back to its best weights (reload_best), but without data.validation_fold nothing says which: "
-                "set a fold, or method.reload_best to []"
+                "method.reload_best returns to the best weights, but without data.validation_fold there is nothing to choose "
+                "them on: set a fold, or method.reload_best to []"
             )
         if self.method.requires_frozen_batch_norm and self.model.batch_norm != "frozen":
             raise ValueError(
-                f"{self.method.name} takes forward-mode derivatives of the trunk, whose batch normalisation has to be frozen for "
-                f"that: set model.batch_norm to frozen (it is {self.model.batch_norm})"
+                f"model.batch_norm is {self.model.batch_norm}, but {self.method.name} needs forward-mode derivatives of the "
+                "trunk, which are only possible with frozen batch normalisation: set model.batch_norm to frozen"
             )
         if self.runtime.gpus_per_worker and self.precision == "float64":
             raise ValueError("precision float64 is for the CPU; use float32 or bf16 on a GPU")
@@ -229,11 +272,12 @@ class Config(BaseConfig):
 
     @property
     def validates(self) -> bool:
-        """Whether anything is evaluated during training: the held-out fold, or (paper protocol) the test classes."""
+        """True if classes are evaluated during training: the held-out fold, or (paper protocol) the test classes."""
         return self.data.validation_fold is not None or self.protocol == "paper"
 
     @property
     def root(self) -> str:
+        """Folder of datasets and runs, with the default filled in."""
         return self.storage or home()
 
 
@@ -252,24 +296,23 @@ def to_yaml(config: Config) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], runtime: bool) -> list[str]:
     """Keys in which two dumped configs differ, as "key: old -> new"; the runtime keys, or all others."""
-    marked = set(_runtime_keys(Config))
-    before, after = dict(_flatten(old)), dict(_flatten(new))
+    runtime_keys = set(_runtime_keys(Config))
+    before = dict(_flatten(old))
+    after = dict(_flatten(new))
     out = []
     for key in sorted({*before, *after}):
-        is_runtime = any(key == m or key.startswith(m + ".") for m in marked)
+        is_runtime = any(key == k or key.startswith(k + ".") for k in runtime_keys)
         if is_runtime == runtime and before.get(key) != after.get(key):
             out.append(f"{key}: {before.get(key)} -> {after.get(key)}")
     return out
 
 
 def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """One line for one pydantic problem; names the nearest key for an unknown one."""
+    """One line for one pydantic problem; names the most similar key for an unknown one."""
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *parents, name = [str(part) for part in problem["loc"]]
-        fields = _fields(parents, values)
-        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
-        hint = f"did you mean {'.'.join([*parents, near[0]])!r}?" if near else f"known here: {', '.join(fields)}"
+        hint = did_you_mean(name, _fields(parents, values), prefix="".join(f"{parent}." for parent in parents))
         return f"unknown key {location!r}: {hint}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
@@ -287,10 +330,11 @@ def _fields(parents: Sequence[str], values: Mapping[str, Any]) -> list[str]:
         if part.isdigit():  # an item of a list
             continue
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        found = [t for t in (annotation, *_arguments(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if not found:
+        types = (annotation, *_arguments(annotation))
+        models = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not models:
             return []
-        model = found[0]
+        model = models[0]
     return list(model.model_fields)
 
 

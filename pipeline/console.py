@@ -1,4 +1,4 @@
-"""Where commands and runs speak to whoever started them: stderr."""
+"""The console on stderr, for progress and messages of commands and runs."""
 
 from rich.console import Console
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from pipeline.data.entries import SPLITS
 from pipeline.data.store import Store
-from pipeline.errors import RunError, UserError, first_line
+from pipeline.errors import RunError, UserError, one_line
 from pipeline.evaluation.clustering import clustering
 from pipeline.evaluation.evaluate_task import evaluate
 from pipeline.evaluation.retrieval import retrieve
@@ -33,10 +33,11 @@ from pipeline.inference.trained_model import TrainedModel, load_run
 from pipeline.runs.terminal import metrics_table
 from pipeline.storage import Folder
 
-EMBEDDED = {"test": ("test", "query", "gallery"), "train": ("train",), "all": SPLITS}
+SPLITS_OF = {"test": ("test", "query", "gallery"), "train": ("train",), "all": SPLITS}  # by --split, for --embed-to
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 measured or embedded, 2 bad input or a failed evaluation, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,22 +48,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recall-at", nargs="+", type=int, help="every K of Recall@K (default: the run's, or 1 2 4 8)")
     parser.add_argument(
         "--split",
-        choices=("validation", *EMBEDDED),
+        choices=("validation", *SPLITS_OF),
         default="test",
-        help="of a run: measure test or validation classes; embed test, train or all images",
+        help="with a run: measure test or validation classes; with --embed-to: embed test, train or all images",
     )
-    parser.add_argument("--checkpoint", help="of a run: best, last, or a step (default: as the run's protocol says)")
-    parser.add_argument("--clustering", action="store_true", help="NMI and AMI too")
-    parser.add_argument("--save", metavar="PREFIX", help="of a run: write PREFIX.embeddings.npy and PREFIX.labels.npy")
+    parser.add_argument(
+        "--checkpoint", help="with a run: best, last, or a step (default: the run's evaluation.checkpoint)"
+    )
+    parser.add_argument("--clustering", action="store_true", help="measure NMI and AMI as well")
+    parser.add_argument(
+        "--save", metavar="PREFIX", help="with a run: write PREFIX.embeddings.npy and PREFIX.labels.npy"
+    )
     parser.add_argument(
         "--embed-to",
         metavar="FOLDER",
-        help="of a run: write sample ids, labels and embeddings there as Parquet files, local or s3://; measure nothing",
+        help="with a run: write sample ids, labels and embeddings into this folder (local or s3://) as Parquet files, and "
+        "measure nothing",
     )
     parser.add_argument(
-        "--workers", type=int, help="of --embed-to: processes on Ray (default: one a core), 0: this process"
+        "--workers", type=int, help="with --embed-to: processes on Ray (default: one a core); 0: this process"
     )
-    parser.add_argument("--json", metavar="PATH", help="write the metrics there too")
+    parser.add_argument("--json", metavar="PATH", help="write the metrics into this file as well")
     options = parser.parse_args(arguments)
     try:
         if options.recall_at and min(options.recall_at) < 1:
@@ -70,12 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.embed_to:
             _embed(options)
             return 0
-        metrics, partial = _of_run(options) if len(options.inputs) == 1 else (_arrays(options), ())
+        metrics, partial = _measure_run(options) if len(options.inputs) == 1 else (_measure_arrays(options), ())
         if options.json:
-            about = {"partial": list(partial)} if partial else {}
-            _write(options.json, json.dumps(metrics | about, indent=1).encode())
+            notes = {"partial": list(partial)} if partial else {}
+            _write(options.json, json.dumps(metrics | notes, indent=1).encode())
     except (UserError, RunError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again", file=sys.stderr)
@@ -94,14 +100,14 @@ def _write(path: str, data: bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _arrays(options: argparse.Namespace) -> dict[str, Any]:
+def _measure_arrays(options: argparse.Namespace) -> dict[str, Any]:
     """Metrics of arrays in files."""
     if len(options.inputs) != 2:
         raise UserError(f"got {len(options.inputs)} inputs, expected one run, or embeddings and labels")
     if options.checkpoint or options.save or options.split != "test" or options.workers is not None:
         raise UserError("--checkpoint, --save, --split and --workers go with a run, not with arrays")
-    embeddings, labels = _pair(*options.inputs)
-    gallery, gallery_labels = _pair(*options.gallery) if options.gallery else (None, None)
+    embeddings, labels = _read_arrays(*options.inputs)
+    gallery, gallery_labels = _read_arrays(*options.gallery) if options.gallery else (None, None)
     if gallery is not None and gallery.shape[1] != embeddings.shape[1]:
         raise UserError(f"queries have {embeddings.shape[1]} dimensions, the gallery has {gallery.shape[1]}")
     try:
@@ -112,7 +118,12 @@ def _arrays(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(str(error)) from error
 
 
-def _pair(embeddings: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_arrays(embeddings: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings [N, D] and labels [N] from two .npy files.
+
+    Raises:
+        UserError: a file cannot be read, or has another shape or type.
+    """
     arrays = []
     for path, dims, kinds in ((embeddings, 2, "f"), (labels, 1, "iu")):
         try:
@@ -120,8 +131,8 @@ def _pair(embeddings: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a .npy array ({error})") from error
         if array.ndim != dims or array.dtype.kind not in kinds:
-            wanted = "floats [N, D]" if dims == 2 else "integers [N]"
-            raise UserError(f"{path} holds {array.dtype} {list(array.shape)}, expected {wanted}")
+            expected = "floats [N, D]" if dims == 2 else "integers [N]"
+            raise UserError(f"{path} contains {array.dtype} {list(array.shape)}, expected {expected}")
         arrays.append(array)
     if len(arrays[0]) != len(arrays[1]):
         raise UserError(f"{embeddings} has {len(arrays[0])} rows, {labels} has {len(arrays[1])}")
@@ -129,14 +140,17 @@ def _pair(embeddings: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(arrays[1].astype(np.int64))
 
 
-def _of_run(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Metrics of a run's checkpoint on one of its splits, and what its dataset lacks."""
+def _measure_run(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Metrics of a run's checkpoint on one of its splits, and a sentence for each thing that its dataset lacks."""
     if options.gallery:
-        raise UserError("--gallery goes with arrays; a dataset brings its own query and gallery splits")
+        raise UserError("--gallery goes with arrays; a dataset has its own query and gallery splits")
     if options.split not in ("test", "validation") or options.workers is not None:
-        raise UserError(f"--workers and --split {options.split} go with --embed-to; measured are test or validation")
+        raise UserError(
+            f"--workers and --split {options.split} go with --embed-to; without it, --split is test or validation"
+        )
     trained = load_run(options.inputs[0], options.checkpoint)
-    config, store = trained.config, _opened(trained)
+    config = trained.config
+    store = _open_store(trained)
     task = validation_task(config, store) if options.split == "validation" else test_task(config, store)
     if task is None:
         raise UserError(f"the run has no {options.split} images to evaluate")
@@ -153,7 +167,8 @@ def _of_run(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...
     return evaluate(task, embedder, trunk, method, recall_at, options.clustering).metrics, tuple(store.partial)
 
 
-def _opened(trained: TrainedModel) -> Store:
+def _open_store(trained: TrainedModel) -> Store:
+    """Opens the dataset of a run; prints what it lacks."""
     store = trained.store()
     if store.partial:
         Console(stderr=True).print(f"partial dataset: {'; '.join(store.partial)}", highlight=False, soft_wrap=True)
@@ -161,24 +176,28 @@ def _opened(trained: TrainedModel) -> Store:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    """Embeddings of a run's images, to files; nothing is measured."""
+    """Writes the embeddings of a run's images into files; measures nothing."""
     if len(options.inputs) != 1 or options.gallery or options.save or options.recall_at or options.clustering:
         raise UserError("--embed-to goes with one run, and neither --gallery, --save, --recall-at nor --clustering")
     if options.workers is not None and options.workers < 0:
         raise UserError(f"--workers is {options.workers}, expected 0 (this process) or more")
     trained = load_run(options.inputs[0], options.checkpoint)
     if options.split == "validation":
-        raise UserError("--split validation is a part of the training images: embed --split train, and choose by label")
-    splits = EMBEDDED[options.split]
-    _opened(trained)
+        raise UserError(
+            "--split validation is a part of the training images: embed --split train, and select rows by their label"
+        )
+    splits = SPLITS_OF[options.split]
+    _open_store(trained)
     cores = os.cpu_count() or 1
     if options.workers == 0:
         torch.set_num_threads(cores)
     workers = options.workers if options.workers is not None else cores
-    found = embed(trained, splits, Folder(options.embed_to), workers)
+    manifest = embed(trained, splits, Folder(options.embed_to), workers)
     if options.json:
-        _write(options.json, json.dumps(found, indent=1).encode())
-    print(f"{found['rows']:,} embeddings of {found['dim']} dimensions, {found['parts']} files: {options.embed_to}")
+        _write(options.json, json.dumps(manifest, indent=1).encode())
+    print(
+        f"{manifest['rows']:,} embeddings of {manifest['dim']} dimensions, {manifest['parts']} files: {options.embed_to}"
+    )
 
 
 if __name__ == "__main__":

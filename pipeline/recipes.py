@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import Config, build_config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean, joined_lines
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "baseline/emoji"
@@ -22,30 +21,30 @@ def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Con
     """Reads a recipe and applies overrides.
 
     Args:
-        recipe: a YAML file or the name of a preset ("baseline/emoji"); the default preset if None. A file may build on a
-            preset with the key `preset`.
+        recipe: a YAML file or the name of a preset ("baseline/emoji"); the default preset if None.
+            A file may build on a preset with the key `preset`.
         overrides: "a.b=c" each; c is read as YAML.
 
     Raises:
         UserError: one line a problem, naming the key, what was got and what was expected.
     """
     values = _preset(DEFAULT_PRESET) if recipe is None else _recipe(recipe)
-    changes: list[tuple[str, Any]] = []
+    assignments: list[tuple[str, Any]] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"--set {override!r}: expected KEY=VALUE, for example --set method.optimizer.lr=1e-4")
-        changes.append((key, _scalar(text, override)))
-    for key, value in changes:
+        assignments.append((key, _scalar(text, override)))
+    for key, value in assignments:
         if key == "method.name":  # first: another method drops the recipe's method section
             values = _merge(values, {"method": {"name": value}})
-    for key, value in changes:
+    for key, value in assignments:
         _assign(values, key.split("."), value)
     return build_config(values)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 does; YAML 1.1 takes it for text."""
+    """A YAML loader that reads 1e-4 as a number, as YAML 1.2 does; in YAML 1.1 it is text."""
 
 
 _EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
@@ -56,8 +55,7 @@ def _recipe(recipe: str) -> dict[str, Any]:
     if (PRESETS / f"{recipe}.yaml").is_file():
         return _preset(recipe)
     if not os.path.isfile(recipe):
-        near = difflib.get_close_matches(recipe, preset_names(), n=1, cutoff=0.4)
-        hint = f"did you mean the preset {near[0]!r}?" if near else f"presets: {', '.join(preset_names())}"
+        hint = did_you_mean(recipe, preset_names(), kind="the preset ", otherwise="presets:")
         raise UserError(f"recipe {recipe!r} is neither a file nor a preset; {hint}")
     values = _yaml(Path(recipe))
     base = _preset(str(values.pop("preset"))) if "preset" in values else {}
@@ -70,7 +68,8 @@ def preset_names() -> list[str]:
 
 def _preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
-        raise UserError(f"preset {name!r} does not exist; presets: {', '.join(preset_names())}")
+        hint = did_you_mean(name, preset_names(), kind="the preset ", otherwise="presets:")
+        raise UserError(f"preset {name!r} does not exist; {hint}")
     return _yaml(PRESETS / f"{name}.yaml")
 
 
@@ -78,9 +77,9 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML: {joined_lines(error)}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds {type(values).__name__}, expected keys and values")
+        raise UserError(f"{path} contains {type(values).__name__}, expected keys and values")
     for key in values:
         if not isinstance(key, str):
             raise UserError(f"{path}: key {key!r} is {type(key).__name__}, expected a name")
@@ -88,7 +87,11 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections are merged; arguments (`loss_args`) are one value, and another method name drops the base's section."""
+    """The base with the keys of `top`.
+
+    Sections are merged; arguments (`loss_args`) are one value, and another method name drops the
+    base's method section.
+    """
     out = dict(base)
     for key, value in top.items():
         old = out.get(key)
@@ -104,7 +107,7 @@ def _scalar(text: str, override: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"--set {override!r}: the value is not valid YAML ({joined_lines(error)})") from error
 
 
 def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:

@@ -1,8 +1,4 @@
-"""`python -m pipeline.report RUN_FOLDER`: report.html of a finished run, one file that needs no network and no script.
-
-Every image that the gallery shows is embedded once, as the background of a CSS class. A full gallery (36 queries with 8
-neighbours each) takes 1 to 2 MB; pure noise, the worst case for JPEG, would take 3.3 MB.
-"""
+"""`python -m pipeline.report RUN_FOLDER`: writes report.html of a finished run, one file that needs no network."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import argparse
 import sys
 
 from pipeline.data.store import Store
-from pipeline.errors import RunError, UserError, first_line
+from pipeline.errors import RunError, UserError, one_line
 from pipeline.runs.report_page import write_report
 from pipeline.runs.run_folder import DATASET
 from pipeline.storage import Folder
@@ -24,14 +20,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not run.exists(DATASET):
             raise UserError(f"{run} is not a run folder (no run.json): expected STORAGE/runs/NAME")
-        recorded = run.read_json(DATASET)
-        store = Store(Folder(recorded["dataset"]))
-        if store.fingerprint != recorded["fingerprint"]:
-            got = f"{store.folder} has fingerprint {store.fingerprint}"
-            raise UserError(f"{got}, the run was trained on {recorded['fingerprint']}: restore that dataset")
+        record = run.read_json(DATASET)
+        store = Store(Folder(record["dataset"]))
+        if store.fingerprint != record["fingerprint"]:
+            raise UserError(
+                f"{store.folder} has fingerprint {store.fingerprint}, the run was trained on {record['fingerprint']}: "
+                "restore that dataset"
+            )
         write_report(run, store)
     except (UserError, RunError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(f"report: {run}/report.html")
     return 0

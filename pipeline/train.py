@@ -1,7 +1,7 @@
 """`python -m pipeline.train [recipe.yaml | preset] [--set a.b=c ...]`: one run, from a dataset to a report.
 
-Without arguments: the built-in demo. Run again, the same command continues an interrupted run, or prints the summary of a
-finished one.
+Without arguments: the built-in demo. Run again, the same command continues an interrupted run, or
+prints the summary of a finished one.
 """
 
 from __future__ import annotations
@@ -9,16 +9,25 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipeline.errors import RunError, UserError, first_line
+from pipeline.errors import RunError, UserError, one_line
 from pipeline.recipes import load_config
 from pipeline.training.start import run
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 finished, 1 the run failed, 2 bad input, 128 + signal when stopped."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", nargs="?", help="YAML file or preset name (default: the built-in demo)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="e.g. seed=1")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="sets a key of the recipe, e.g. seed=1; may be repeated",
+    )
     parser.add_argument("--fresh", action="store_true", help="remove an earlier run of this name and start over")
     options = parser.parse_args(arguments)
     try:
@@ -34,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fail(error: Exception, status: int) -> int:
     sys.stdout.flush()
-    print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     return status
 
 

@@ -1,8 +1,9 @@
-"""This node's copies of training splits: Arrow files that all workers and trials of the node map.
+"""This node's copies of training splits: memory-mapped Arrow files, shared by all workers and trials of the node.
 
-A copy is made once, from shards whose checksums are compared, and keeps a checksum of every image. The copies of a folder
-together stay below a number of bytes: those used longest ago go first, never one that some process has open. A lock lets one
-process build at a time; what a killed one left half-made is removed by the next.
+A copy is made once, from shards whose checksums are compared, and keeps a checksum of every image.
+The copies in a folder together stay below a number of bytes: the least recently used are removed
+first, never one that a process has open. A lock lets one process build at a time; an unfinished
+copy of a killed process is removed by the next.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from jaxtyping import Int64
 from pipeline.data.store import Store
 from pipeline.errors import RunError
 
-_SHARDS_AHEAD = 4  # read at once while a copy is made
-_FORMAT = 2  # of a copy; part of its name, so that another program's copies are left alone
+_PREFETCH_SHARDS = 4  # read at once while a copy is made
+_FORMAT = 2  # version of a copy's layout; part of its file name, so that copies of other versions are left alone
 _SCHEMA = pa.schema([("sample_id", pa.int64()), ("image", pa.large_binary()), ("crc", pa.uint32())])
 
 
 class Cache(NamedTuple):
-    """Where copies are kept, and how large they may be.
+    """The folder of copies, and their largest size.
 
     Attributes:
-        folder: on this node.
-        max_bytes: of all copies in it.
+        folder: a folder on this node's disk.
+        max_bytes: upper bound for all copies in it together.
     """
 
     folder: str
@@ -45,20 +46,21 @@ class Cache(NamedTuple):
 
 
 class CacheFull(Exception):
-    """Other copies, which are in use, leave no room."""
+    """Copies that are in use leave no room for another."""
 
 
 def split_bytes(store: Store, split: str) -> int:
-    """Size of a split's shards, and nearly that of its copy."""
+    """Size of a split's shards; a copy of it takes nearly as much."""
     return sum(s["bytes"] for s in _shards(store, split))
 
 
 def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
-    """Opens this node's copy of a split, made now unless it is there; safe to call from several processes.
+    """Opens this node's copy of a split, made now if there is none; safe to call from several processes.
 
     Raises:
-        CacheFull: copies in use take the room.
-        RunError: a shard is damaged, the disk is too full, the folder cannot be written, or the copy is damaged.
+        CacheFull: copies in use leave no room.
+        RunError: a shard is damaged, the disk is too full, the folder cannot be written, or the
+            copy is damaged.
     """
     name = re.sub(r"[^\w.-]", "_", store.name)
     path = Path(cache.folder) / f"{name}-{store.fingerprint}-{split}.v{_FORMAT}.arrow"
@@ -67,8 +69,8 @@ def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
         while True:
             if not path.exists():
                 with FileLock(path.parent / ".lock"):
-                    for part in path.parent.glob("*.part"):
-                        part.unlink()  # of a builder that was killed: the lock is ours
+                    for unfinished in path.parent.glob("*.part"):
+                        unfinished.unlink()  # its builder was killed: we hold the lock
                     if not path.exists():
                         _evict(path.parent, split_bytes(store, split), cache.max_bytes)
                         _write(store, path, split)
@@ -81,7 +83,7 @@ def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
 
 
 def _open_shared(path: Path) -> IO[bytes] | None:
-    """Opens a copy so that nobody removes it; none if it has just been removed."""
+    """Opens a copy under a shared lock, which keeps it from being removed; None if it has just been removed."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -94,12 +96,12 @@ def _open_shared(path: Path) -> IO[bytes] | None:
     return file
 
 
-def _evict(folder: Path, need: int, most: int) -> None:
-    """Removes copies that nobody has open, those used longest ago first, until there is room."""
+def _evict(folder: Path, new_bytes: int, max_bytes: int) -> None:
+    """Removes copies that no process has open, the least recently used first, until a new one has room."""
     copies = sorted((p.stat().st_mtime_ns, p.stat().st_size, p) for p in folder.glob("*.arrow"))
-    held = sum(size for _, size, _ in copies)
+    total = sum(size for _, size, _ in copies)
     for _, size, path in copies:
-        if held + need <= most:
+        if total + new_bytes <= max_bytes:
             return
         with path.open("rb") as file:
             try:
@@ -107,37 +109,40 @@ def _evict(folder: Path, need: int, most: int) -> None:
             except BlockingIOError:
                 continue
             path.unlink()
-            held -= size
-    if held + need > most:
+            total -= size
+    if total + new_bytes > max_bytes:
         raise CacheFull(
-            f"{folder} may hold {most >> 20} MiB, copies in use take {held >> 20}, another {need >> 20} are needed"
+            f"{folder} may hold {max_bytes >> 20} MiB, copies in use take {total >> 20}, "
+            f"another {new_bytes >> 20} are needed"
         )
 
 
 def _write(store: Store, path: Path, split: str) -> None:
-    need, free = split_bytes(store, split), shutil.disk_usage(path.parent).free
-    if need > free:
+    new_bytes = split_bytes(store, split)
+    free_bytes = shutil.disk_usage(path.parent).free
+    if new_bytes > free_bytes:
         raise RunError(
-            f"{path.parent} has {free >> 20} MiB free, the copy of {split} needs {need >> 20}: set cache.folder"
+            f"{path.parent} has {free_bytes >> 20} MiB free, the copy of {split} needs {new_bytes >> 20}: "
+            "set cache.folder to a folder with more room"
         )
-    part = path.with_suffix(f".{os.getpid()}.part")
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             for table in _tables(store, split):
                 images = table["image"].cast(pa.large_binary()).combine_chunks()
                 crc = pa.array([zlib.crc32(image.as_buffer()) for image in images], pa.uint32())
                 writer.write_batch(pa.record_batch([table["sample_id"].combine_chunks(), images, crc], schema=_SCHEMA))
-        os.replace(part, path)
+        os.replace(unfinished, path)
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _tables(store: Store, split: str) -> Iterator[pa.Table]:
     """The split's shards, in order, a few of them read at once."""
     records, pending = iter(_shards(store, split)), deque[Future[pa.Table]]()
-    with ThreadPoolExecutor(_SHARDS_AHEAD) as pool:
+    with ThreadPoolExecutor(_PREFETCH_SHARDS) as pool:
         try:
-            for record in itertools.islice(records, _SHARDS_AHEAD):
+            for record in itertools.islice(records, _PREFETCH_SHARDS):
                 pending.append(pool.submit(store.shard_table, record))
             while pending:
                 yield pending.popleft().result()
@@ -153,11 +158,11 @@ def _shards(store: Store, split: str) -> list[dict[str, Any]]:
 
 
 class MappedReader:
-    """Random access into a node's copy; the operating system's page cache holds what is used often.
+    """Random access into a node's copy; the operating system's page cache keeps the parts that are used often.
 
     Args:
-        path: of the copy.
-        file: kept open, so that the copy is not removed to make room.
+        path: the copy's file.
+        file: the same file, open under a shared lock, so that it is not removed to make room.
 
     Raises:
         RunError: the copy is damaged.
@@ -177,23 +182,28 @@ class MappedReader:
         self.images = [b.column(1) for b in batches]
         self.sums = np.concatenate([np.asarray(b.column(2)) for b in batches])
 
-    def read(self, ids: Int64[np.ndarray, " some"]) -> list[bytes]:
+    def read(self, ids: Int64[np.ndarray, " images"]) -> list[bytes]:
+        """Encoded images of these sample ids, in order.
+
+        Raises:
+            RunError: an image does not match its checksum.
+        """
         rows = np.searchsorted(self.ids, ids)
-        parts = np.searchsorted(self.starts, rows, side="right") - 1
-        found = [self.images[p][int(r - self.starts[p])].as_py() for p, r in zip(parts, rows, strict=True)]
-        for image, row in zip(found, rows, strict=True):
+        batches = np.searchsorted(self.starts, rows, side="right") - 1
+        images = [self.images[b][int(r - self.starts[b])].as_py() for b, r in zip(batches, rows, strict=True)]
+        for image, row in zip(images, rows, strict=True):
             if zlib.crc32(image) != self.sums[row]:
-                raise self._damaged(f"sample {self.ids[row]} has another checksum")
-        return found
+                raise self._damaged(f"sample {self.ids[row]} does not match its checksum")
+        return images
 
-    def ahead(self, ids: Int64[np.ndarray, " some"]) -> None:
-        """Nothing has to be fetched ahead."""
+    def prefetch(self, ids: Int64[np.ndarray, " images"]) -> None:
+        """Does nothing: the file is mapped."""
 
-    def release(self) -> None:
-        """Pages are the system's to drop."""
+    def clear(self) -> None:
+        """Does nothing: the operating system drops pages by itself."""
 
     def _damaged(self, reason: str) -> RunError:
-        return RunError(f"{self.path} is damaged ({reason}): remove it, it is made again")
+        return RunError(f"{self.path} is damaged ({reason}): remove it, and the next start makes it again")
 
 
 __all__ = ["Cache", "CacheFull", "MappedReader", "open_local_copy", "split_bytes"]

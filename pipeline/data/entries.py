@@ -1,4 +1,4 @@
-"""Entries of a catalogue, one for each image: where its bytes are, and what is known of it; and how classes are split."""
+"""Entries of a catalogue, one for each image: the source of its bytes, its class and split; and how classes are split."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Literal
 SPLITS = ("train", "test", "query", "gallery")
 Kind = Literal["distractor", "junk"]
 DISTRACTOR = -1  # label of gallery images that are of no class: to retrieve one is wrong
-JUNK = -2  # label of gallery images that evaluation passes over: to retrieve one is neither right nor wrong
+JUNK = -2  # label of gallery images that evaluation ignores: to retrieve one is neither right nor wrong
 LABELS: dict[Kind, int] = {"distractor": DISTRACTOR, "junk": JUNK}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image: where its bytes are, and what is known of it.
+    """One image of a dataset.
 
     Attributes:
-        source: local path or URI.
-        class_name: its class.
+        source: local path or URI of its bytes.
+        class_name: the name of its class.
         split: one of SPLITS.
-        group: of classes that must stay on one side of every split.
-        box: what of the image shows the class, as left, top, width, height in pixels as stored (before EXIF rotation).
-        track: the tracklet that it is a frame of, by any name that is unique in the dataset.
-        camera: that took it.
+        group: a group of classes that must stay on one side of every split; None: the class alone.
+        box: the object in the image, as left, top, width, height in pixels as stored (before EXIF
+            rotation).
+        track: the tracklet that the image is a frame of, by any name that is unique in the dataset.
+        camera: number of the camera that took it.
         frame: its number in the tracklet.
-        kind: of images that are of no class, and only in a test split.
+        kind: "distractor" or "junk" for test images of no class.
     """
 
     source: str

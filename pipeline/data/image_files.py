@@ -14,11 +14,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-MAX_PIXELS = 100_000_000  # of an image that is let into a store; 300 MB once decoded
+MAX_PIXELS = 100_000_000  # largest image that a store accepts; 300 MB once decoded
 
 
 def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
-    """Decodes what `normalise` has let into a store."""
+    """Decodes an image of a store, in the form that `normalise` writes."""
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return torchvision.io.decode_image(buffer, mode=torchvision.io.ImageReadMode.RGB)
 
@@ -31,19 +31,23 @@ def normalise(
 ) -> bytes:
     """Bytes of a plain RGB or grey JPEG, or of an RGB PNG: the input itself where it is such a JPEG, else re-encoded.
 
-    Transparency is composited on white, EXIF orientation applied, 16 bits cut to 8, other colour spaces and formats
-    converted (to PNG where the source is lossless, to JPEG of quality 95 else), and a longer side than `max_side` reduced.
-    A PNG is always written anew: on one that is damaged in places, torchvision's decoder ends the process.
+    Transparency is composited on white, EXIF orientation applied, 16 bits cut to 8, other colour
+    spaces and formats converted (to PNG where the source is lossless, to JPEG of quality 95 else),
+    and a longer side than `max_side` reduced. A PNG is always written anew: on one that is damaged
+    in places, torchvision's decoder ends the process.
 
     Args:
         data: an encoded image.
-        max_side: of what is stored, pixels.
-        box: left, top, width, height in pixels of the file as it is, before any rotation: only this is stored.
-        max_pixels: width × height that may be decoded, in place of Pillow's own limit. A larger JPEG is let in where
-            `max_side` is given (and no box): it is decoded at a half, a quarter or an eighth, and this has to fit.
+        max_side: upper bound for the longer side of the stored image, pixels.
+        box: left, top, width, height in pixels of the file as it is, before any rotation: only this
+            is stored.
+        max_pixels: upper bound for the decoded width × height, in place of Pillow's own limit. A
+            larger JPEG is accepted where `max_side` is given (and no box): it is decoded at a half,
+            a quarter or an eighth of its size, which must not be larger.
 
     Raises:
-        Exception: the bytes are not an image that can be decoded whole; decoders have no common class of errors.
+        Exception: the bytes are not an image that can be decoded whole; decoders have no common
+            class of errors.
     """
     with _without_pillow_limit():
         image: Image.Image = Image.open(io.BytesIO(data))
@@ -53,12 +57,12 @@ def normalise(
             image.draft(None, (math.ceil(width * share), math.ceil(height * share)))
         if image.size[0] * image.size[1] > max_pixels:
             raise ValueError(f"{width} × {height} pixels, more than --max-pixels {max_pixels:,}")
-        Image.open(io.BytesIO(data)).verify()  # checksums of a PNG, which `load` does not mind
+        Image.open(io.BytesIO(data)).verify()  # compares the checksums of a PNG, which `load` ignores
         image.load()
         lossy = image.format in ("JPEG", "MPO")
         keep = image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == (width, height)
         if box is not None:
-            image, keep = _cut(image, box), False
+            image, keep = _crop_to_box(image, box), False
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips at 255
     if image.mode in ("I", "F"):
@@ -84,7 +88,7 @@ def normalise(
 
 @contextlib.contextmanager
 def _without_pillow_limit() -> Iterator[None]:
-    """Pillow warns above one fixed number of pixels and fails above twice as many; `max_pixels` takes its place."""
+    """A block in which Pillow has no limit on pixels of its own, since `max_pixels` is the limit."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -92,7 +96,7 @@ def _without_pillow_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _cut(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+def _crop_to_box(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
     """The pixels that a box touches, where it lies within the image."""
     left, top = max(0, math.floor(box[0])), max(0, math.floor(box[1]))
     right, bottom = min(image.width, math.ceil(box[0] + box[2])), min(image.height, math.ceil(box[1] + box[3]))

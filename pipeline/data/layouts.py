@@ -7,9 +7,10 @@
     mars    MARS (Zheng et al., ECCV 2016): tracklets; its test tracklets, queries included, are the gallery
     lpw     Labeled Pedestrian in the Wild (Song et al., AAAI 2018): tracklets; scene 1 tests
 
-The halves of CUB and Cars are those of Oh Song et al., CVPR 2016, and so are the counts of the image datasets (In-Shop's are of
-its own paper). Counts of MARS are of its paper and of its authors' index files: 634 people, distractors (0000) and junk (00-1)
-make the 636 identities of its test split; 626 people are queried. LPW's are those that readers of others state.
+The halves of CUB and Cars are those of Oh Song et al., CVPR 2016, and so are the counts of the
+image datasets (In-Shop's are of its own paper). Counts of MARS are of its paper and of its authors'
+index files: 634 people, distractors (0000) and junk (00-1) make the 636 identities of its test
+split; 626 people are queried. LPW's counts are those that other programs state.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ Box = tuple[float, float, float, float]
 
 
 def fields(tree: FileIndex, name: str, expected: str, skip: int = 0, from_end: bool = False) -> list[tuple[str, ...]]:
-    """Rows of a list whose columns are parted by blanks; the last one (the first, if `from_end`) may hold blanks itself.
+    """Rows of a list with columns separated by blanks; the last one (the first, if `from_end`) may contain blanks.
 
     Args:
         tree: files of the dataset.
-        name: of the list.
+        name: the list's file name.
         expected: names of the columns.
         skip: lines before the first row.
         from_end: columns are counted from the end of a line.
@@ -64,9 +65,9 @@ def numbers(name: str, convert: Callable[[Any], Any], values: Sequence[Any]) -> 
 
 
 def read_cub(tree: FileIndex) -> Iterator[Entry]:
-    """`images.txt`, `image_class_labels.txt`, `classes.txt`, `images/`, and `bounding_boxes.txt` where it is there.
+    """`images.txt`, `image_class_labels.txt`, `classes.txt`, `images/`, and `bounding_boxes.txt` if it exists.
 
-    The corners of the boxes are taken as counted from 0.
+    Corners of the boxes count from 0.
     """
     class_of = {image: label for image, label in fields(tree, "image_class_labels.txt", "IMAGE_ID CLASS_ID")}
     names = {label: name for label, name in fields(tree, "classes.txt", "CLASS_ID NAME")}
@@ -89,26 +90,28 @@ def read_cub(tree: FileIndex) -> Iterator[Entry]:
 def read_cars(tree: FileIndex) -> Iterator[Entry]:
     """`cars_annos.mat` with `car_ims/`, or the devkit's two lists, which together name the same 16,185 images."""
     if tree.find("cars_annos.mat"):
-        known = tree.mat("cars_annos.mat")
+        variables = tree.mat("cars_annos.mat")
         parent = tree.get("car_ims/").removesuffix("car_ims")
-        yield from _cars("cars_annos.mat", known, known.get("class_names"), "relative_im_path", parent)
+        yield from _cars("cars_annos.mat", variables, variables.get("class_names"), "relative_im_path", parent)
         return
     names = tree.mat("cars_meta.mat").get("class_names")
     for file, folder in (("cars_train_annos.mat", "cars_train/"), ("cars_test_annos_withlabels.mat", "cars_test/")):
         yield from _cars(file, tree.mat(file), names, "fname", tree.get(folder) + "/")
 
 
-def _cars(file: str, known: dict[str, Any], names: Any, path: str, parent: str) -> Iterator[Entry]:
-    """Entries of one annotation file. Its boxes are MATLAB's: corners counted from 1, both inside."""
-    class_names, rows = np.atleast_1d([] if names is None else names), known.get("annotations", [])
+def _cars(file: str, variables: dict[str, Any], names: Any, path: str, parent: str) -> Iterator[Entry]:
+    """Entries of one annotation file. Its boxes are MATLAB's: corners count from 1, both inside the box."""
+    class_names = np.atleast_1d([] if names is None else names)
+    rows = variables.get("annotations", [])
     for row in [rows] if isinstance(rows, dict) else rows:
-        wanted = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", path)
-        if not isinstance(row, dict) or not set(wanted) <= set(row):
-            raise UserError(f"{file}: annotations have the fields {list(row)}, expected {', '.join(wanted)}")
-        left, top, right, bottom, label = numbers(file, int, [row[name] for name in wanted[:5]])
+        columns = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", path)
+        if not isinstance(row, dict) or not set(columns) <= set(row):
+            raise UserError(f"{file}: annotations have the fields {list(row)}, expected {', '.join(columns)}")
+        left, top, right, bottom, label = numbers(file, int, [row[name] for name in columns[:5]])
         if not 1 <= label <= len(class_names):
             raise UserError(f"{file}: {row[path]} has class {label}, there are {len(class_names)} class names")
-        name, split = str(scalar(class_names[label - 1])).strip(), "train" if label <= 98 else "test"
+        name = str(scalar(class_names[label - 1])).strip()
+        split = "train" if label <= 98 else "test"
         box = (left - 1.0, top - 1.0, right - left + 1.0, bottom - top + 1.0)
         source = f"{parent}{str(scalar(row[path])).strip()}"
         yield Entry(source, f"{label:03d}.{name}", split, box=box)
@@ -125,8 +128,9 @@ def read_sop(tree: FileIndex) -> Iterator[Entry]:
 
 
 def read_inshop(tree: FileIndex) -> Iterator[Entry]:
-    """`list_eval_partition.txt`, `img/`, and the boxes of `list_bbox_inshop.txt` where it is there."""
-    file, boxes = "list_eval_partition.txt", dict[str, Box]()
+    """`list_eval_partition.txt`, `img/`, and the boxes of `list_bbox_inshop.txt` if it exists."""
+    file = "list_eval_partition.txt"
+    boxes: dict[str, Box] = {}
     if tree.find("list_bbox_inshop.txt"):
         columns = "image_name clothes_type pose_type x_1 y_1 x_2 y_2"
         for path, _, _, *corners in fields(tree, "list_bbox_inshop.txt", columns, skip=2, from_end=True):
@@ -155,7 +159,8 @@ def read_mars(tree: FileIndex) -> Iterator[Entry]:
         for number, (first, last, person, camera) in enumerate(_rows(tree, file, 4).tolist(), 1):
             split = "train" if side == "train" else "query" if number in queries else "gallery"
             identity = "00-1" if person == -1 else f"{person:04d}"
-            track, kind = f"{side} {number:05d}", MARS_KINDS.get(identity)
+            track = f"{side} {number:05d}"
+            kind = MARS_KINDS.get(identity)
             if not 1 <= first <= last <= len(names):
                 raise UserError(f"{file}, row {number}: frames {first} to {last}, there are {len(names)} names")
             for name in names[first - 1 : last]:
@@ -164,7 +169,8 @@ def read_mars(tree: FileIndex) -> Iterator[Entry]:
                     raise UserError(
                         f"{file}, row {number}: frame {name!r}, expected one of {identity}, as {identity}C1T0001F001.jpg"
                     )
-                source, frame = f"{folder}/{identity}/{name}", int(matched[2])
+                source = f"{folder}/{identity}/{name}"
+                frame = int(matched[2])
                 yield Entry(source, identity, split, track=track, camera=camera, frame=frame, kind=kind)
 
 
@@ -172,7 +178,7 @@ def _rows(tree: FileIndex, file: str, columns: int) -> np.ndarray:
     """The one matrix of a MATLAB file, as integers [rows, columns]."""
     matrices = [np.asarray(value) for value in tree.mat(file).values()]
     if len(matrices) != 1 or matrices[0].dtype.kind not in "iuf" or matrices[0].size % columns:
-        raise UserError(f"{file} holds {len(matrices)} variables, expected one matrix of {columns} columns")
+        raise UserError(f"{file} contains {len(matrices)} variables, expected one matrix of {columns} columns")
     return matrices[0].astype(np.int64).reshape(-1, columns)
 
 
@@ -183,8 +189,8 @@ LPW_VIEWS = {1: 3, 2: 4, 3: 4}
 def read_lpw(tree: FileIndex) -> Iterator[Entry]:
     """Frames `scen1/view2/17/342.jpg`: scene, view, person, number. Persons are numbered in each scene anew.
 
-    A tracklet is all that one view shows of a person. Queries are view 2 of scene 1, the gallery is its other two views.
-    Cameras are numbered over all scenes: 1 to 3, 4 to 7, 8 to 11.
+    A tracklet is all frames of a person in one view. Queries are view 2 of scene 1, the gallery is
+    its other two views. Cameras are numbered over all scenes: 1 to 3, 4 to 7, 8 to 11.
     """
     for path in tree.root_of:
         matched = LPW_FRAME.fullmatch(path)

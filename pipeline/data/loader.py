@@ -1,10 +1,11 @@
 """Plan rows to pixels: one function that fetches, decodes and augments, run in this process or as a Ray Data pipeline.
 
-Both engines take the same work items and give the same bytes in the same order. The Ray engine is a pipeline inside each
-worker over that worker's slice of the plan: several items packed in a block (one task has some 40 ms of overhead), uint8
-shipped, order preserved, limited to the worker's share of loader CPUs. It takes seconds to start the first time in a
-cluster and a tenth of a second later, so one pipeline serves a whole segment of the plan; but every block is put into the
-object store before the first is fetched, which takes 5 CPU-ms of each, so a long segment is served by several.
+Both engines take the same requests and give the same bytes in the same order. The Ray engine is a
+pipeline inside each worker over that worker's slice of the plan: several requests in a block (one
+task has some 40 ms of overhead), uint8 pixels, order preserved, limited to the worker's share of
+loader CPUs. It takes seconds to start the first time in a cluster and a tenth of a second later, so
+one pipeline serves a whole segment of the plan; but every block is put into the object store before
+the first is fetched, which takes 5 CPU-ms of each, so a long segment is served by several.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from pipeline.data.image_files import decode
 from pipeline.data.reader import open_reader
 from pipeline.data.transforms import TransformConfig, evaluation_pixels, training_pixels
 
-PREFETCH = 2  # items ready ahead of the step, in process
+PREFETCH = 2  # requests fetched before they are needed, in process
 BLOCK_BYTES = 32 * 2**20  # pixels in one Ray Data block
-MAX_REQUESTS_PER_BLOCK = 8  # items
-PIPELINE_ITEMS = 4096  # at most, in one Ray Data pipeline: 2.5 CPU-seconds before the first
+MAX_REQUESTS_PER_BLOCK = 8
+REQUESTS_PER_PIPELINE = 4096  # upper bound for one Ray Data pipeline: 2.5 CPU-seconds before its first block
 PAUSE_S = 0.02  # between two steps of Ray Data's scheduling loop
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """What fetching needs to know, the same for every item.
+    """The source of images and their transforms, the same for every request.
 
     Attributes:
-        uri, fingerprint: of the store.
-        cache: of this node's copy of the training split, or None to read row groups.
-        transforms: pixels wanted.
-        seed: of the run, first part of every augmentation's key.
+        uri, fingerprint: address of the store, and the content that it must have.
+        cache: the folder of this node's copy of the training split; None: row groups are read.
+        transforms: settings that turn images into pixels.
+        seed: the run's seed, first number of every augmentation's key.
     """
 
     uri: str
@@ -60,7 +61,7 @@ class LoadRequest:
 
     Attributes:
         ids: store sample ids.
-        key: (epoch, step, first slot) of an augmented training item; None for evaluation pixels.
+        key: (epoch, step, first slot) for augmented training pixels; None for evaluation pixels.
     """
 
     ids: Int64[np.ndarray, " images"]
@@ -69,31 +70,31 @@ class LoadRequest:
 
 def fetch(
     source: ImageSource,
-    item: LoadRequest,
-    following: LoadRequest | None = None,
+    request: LoadRequest,
+    next_request: LoadRequest | None = None,
     out: UInt8[np.ndarray, "images 3 size size"] | None = None,
 ) -> UInt8[np.ndarray, "images 3 size size"]:
-    """Reads, decodes and transforms one item; a pure function of source, item and the store.
+    """Reads, decodes and transforms one request; a pure function of source, request and the store.
 
     Args:
-        source: where from.
-        item: what.
-        following: the item after it, whose bytes are asked for meanwhile.
-        out: where to write; none: a new array.
+        source: the store and the transforms.
+        request: the images to fetch.
+        next_request: the request after it, whose bytes are prefetched meanwhile.
+        out: array to write into; None: a new one.
     """
     reader = open_reader(source.uri, source.fingerprint, source.cache)
-    reader.ahead(item.ids)
-    if following is not None:
-        reader.ahead(following.ids)
+    reader.prefetch(request.ids)
+    if next_request is not None:
+        reader.prefetch(next_request.ids)
     size = source.transforms.size
     if out is None:
-        out = np.empty((len(item.ids), 3, size, size), dtype=np.uint8)
-    for i, data in enumerate(reader.read(item.ids)):
+        out = np.empty((len(request.ids), 3, size, size), dtype=np.uint8)
+    for i, data in enumerate(reader.read(request.ids)):
         image = decode(data)
-        if item.key is None:
+        if request.key is None:
             pixels = evaluation_pixels(image, source.transforms)
         else:
-            epoch, step, slot = item.key
+            epoch, step, slot = request.key
             random = np.random.Generator(np.random.PCG64([source.seed, epoch, step, slot + i]))
             pixels = training_pixels(image, source.transforms, random)
         out[i] = pixels.numpy()
@@ -101,30 +102,30 @@ def fetch(
 
 
 def load(
-    source: ImageSource, items: Iterable[LoadRequest], engine: str, loader_cpus: int = 1
+    source: ImageSource, requests: Iterable[LoadRequest], engine: str, loader_cpus: int = 1
 ) -> Iterator[UInt8[Tensor, "images 3 size size"]]:
-    """Pixels of every item, in order. Items are taken as they are needed: memory does not grow with their number.
+    """Pixels of every request, in order. Requests are taken when needed: memory does not grow with their number.
 
     Args:
-        source: where from.
-        items: what.
+        source: the store and the transforms.
+        requests: the images of each step.
         engine: "ray" or "in_process".
-        loader_cpus: of this worker's Ray pipeline.
+        loader_cpus: CPUs of this worker's Ray Data pipeline.
     """
-    items = iter(items)
+    requests = iter(requests)
     if engine != "ray":
-        yield from _load_in_process(source, items)
+        yield from _load_in_process(source, requests)
         return
-    while part := list(islice(items, PIPELINE_ITEMS)):
-        if any(len(item.ids) for item in part):
-            yield from _load_ray(source, part, loader_cpus)
+    while segment := list(islice(requests, REQUESTS_PER_PIPELINE)):
+        if any(len(request.ids) for request in segment):
+            yield from _load_ray(source, segment, loader_cpus)
         else:
-            yield from _load_in_process(source, iter(part))
+            yield from _load_in_process(source, iter(segment))
 
 
-def _load_in_process(source: ImageSource, items: Iterator[LoadRequest]) -> Iterator[Tensor]:
-    """A thread fetches ahead: decoding releases the interpreter lock."""
-    pairs = _with_following(items)
+def _load_in_process(source: ImageSource, requests: Iterator[LoadRequest]) -> Iterator[Tensor]:
+    """Pixels fetched by a thread before they are needed: decoding releases the interpreter lock."""
+    pairs = _with_next(requests)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
         pending = deque(pool.submit(fetch, source, *pair) for pair in islice(pairs, PREFETCH))
         try:
@@ -137,46 +138,47 @@ def _load_in_process(source: ImageSource, items: Iterator[LoadRequest]) -> Itera
                 future.cancel()
 
 
-def _with_following(items: Iterable[LoadRequest]) -> Iterator[tuple[LoadRequest, LoadRequest | None]]:
-    """Each item with the one after it."""
-    item: LoadRequest | None = None
-    for following in items:
-        if item is not None:
-            yield item, following
-        item = following
-    if item is not None:
-        yield item, None
+def _with_next(requests: Iterable[LoadRequest]) -> Iterator[tuple[LoadRequest, LoadRequest | None]]:
+    """Pairs of a request and the one after it; None after the last."""
+    request: LoadRequest | None = None
+    for next_request in requests:
+        if request is not None:
+            yield request, next_request
+        request = next_request
+    if request is not None:
+        yield request, None
 
 
-def item_blocks(items: Sequence[LoadRequest], per_block: int) -> list[pa.Table]:
-    """Items as tables of so many rows: ids, epoch, step, slot; -1 where there is no key."""
-    keys = [item.key or (-1, -1, -1) for item in items]
+def request_blocks(requests: Sequence[LoadRequest], per_block: int) -> list[pa.Table]:
+    """Tables of `per_block` requests each, with the columns ids, epoch, step, slot; -1 where there is no key."""
+    keys = [request.key or (-1, -1, -1) for request in requests]
     numbers = {name: pa.array([key[i] for key in keys], pa.int64()) for i, name in enumerate(("epoch", "step", "slot"))}
-    table = pa.table({"ids": pa.array([item.ids for item in items], pa.list_(pa.int64())), **numbers})
-    return [table.slice(i, per_block) for i in range(0, len(items), per_block)]
+    table = pa.table({"ids": pa.array([request.ids for request in requests], pa.list_(pa.int64())), **numbers})
+    return [table.slice(i, per_block) for i in range(0, len(requests), per_block)]
 
 
 def _fetch_block(rows: pa.Table, source: ImageSource) -> pa.Table:
     torch.set_num_threads(1)  # one task, one CPU
-    items = []
+    requests = []
     for row in rows.to_pylist():
         key = None if row["epoch"] < 0 else (row["epoch"], row["step"], row["slot"])
-        items.append(LoadRequest(np.array(row["ids"], dtype=np.int64), key))
-    # written once, where Ray takes it from
-    offsets = np.cumsum([0, *(len(item.ids) for item in items)])
+        requests.append(LoadRequest(np.array(row["ids"], dtype=np.int64), key))
+    # the buffer that Ray ships: pixels are written once
+    offsets = np.cumsum([0, *(len(request.ids) for request in requests)])
     size = source.transforms.size
     pixels = np.empty((offsets[-1], 3, size, size), dtype=np.uint8)
-    for pair, start, stop in zip(_with_following(items), offsets[:-1], offsets[1:], strict=True):
+    for pair, start, stop in zip(_with_next(requests), offsets[:-1], offsets[1:], strict=True):
         fetch(source, *pair, out=pixels[start:stop])
     buffers = [None, pa.py_buffer(offsets * (3 * size * size)), pa.py_buffer(pixels)]
-    return pa.table({"pixels": pa.Array.from_buffers(pa.large_binary(), len(items), buffers)})
+    return pa.table({"pixels": pa.Array.from_buffers(pa.large_binary(), len(requests), buffers)})
 
 
 class ThrottleCallback:
-    """A Ray Data execution callback that rests after each scheduling step.
+    """A Ray Data execution callback that sleeps after each scheduling step.
 
-    While the pipeline is ahead of its consumer, Ray's scheduling loop runs without a pause, in a thread of the process that
-    trains: it took a core and the interpreter lock, and training went at a third of its speed.
+    While the pipeline waits for its consumer, Ray's scheduling loop runs without a pause, in a
+    thread of the training process: it took a core and the interpreter lock, and training ran at a
+    third of its speed.
     """
 
     def before_execution_starts(self, executor: Any) -> None: ...
@@ -189,7 +191,7 @@ class ThrottleCallback:
     def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
 
 
-def _load_ray(source: ImageSource, items: Sequence[LoadRequest], loader_cpus: int) -> Iterator[Tensor]:
+def _load_ray(source: ImageSource, requests: Sequence[LoadRequest], loader_cpus: int) -> Iterator[Tensor]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -200,8 +202,8 @@ def _load_ray(source: ImageSource, items: Sequence[LoadRequest], loader_cpus: in
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=loader_cpus)
     size = source.transforms.size
-    largest = max(len(item.ids) for item in items) * 3 * size * size
-    blocks = item_blocks(items, max(1, min(MAX_REQUESTS_PER_BLOCK, BLOCK_BYTES // largest)))
+    largest = max(len(request.ids) for request in requests) * 3 * size * size
+    blocks = request_blocks(requests, max(1, min(MAX_REQUESTS_PER_BLOCK, BLOCK_BYTES // largest)))
     dataset = ray.data.from_arrow(blocks).map_batches(
         functools.partial(_fetch_block, source=source), batch_size=None, batch_format="pyarrow", num_cpus=1
     )

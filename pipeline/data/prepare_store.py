@@ -1,4 +1,4 @@
-"""Prepares a dataset: writes its store and says what is in it."""
+"""Prepares a dataset: writes its store and prints its content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def prepare(
     run: Callable[..., Iterator[dict[str, Any]]],
     **options: Any,
 ) -> Store:
-    """Writes a store and says what is in it; see `write_store` for `run` and the options."""
+    """Writes a store and prints its content; see `write_store` for `run` and the options."""
     store = write_store(name, entries, target, run, **options)
     for line in describe(store):
         console.print(line, highlight=False, soft_wrap=True)
@@ -27,7 +27,7 @@ def prepare(
 
 
 def describe(store: Store) -> list[str]:
-    """Lines that tell what a store holds."""
+    """Lines of text on the content of a store."""
     lines = [f"{store.title}: {store.folder}"]
     lines += [f"  partial: {sentence}" for sentence in store.partial]
     for split, counts in store.manifest["splits"].items():
@@ -42,5 +42,5 @@ def describe(store: Store) -> list[str]:
 
 
 def emoji_store(root: str, skin_tones: bool = False) -> Folder:
-    """Where the built-in demo lives below a storage root."""
+    """The store of the built-in demo below a storage root."""
     return Folder(root) / "data" / ("emoji-skin-tones" if skin_tones else "emoji")

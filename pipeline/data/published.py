@@ -1,4 +1,4 @@
-"""The files of a published dataset, from its folder or its archives, and whether all that its authors list is there."""
+"""The files of a published dataset, from its folder or archives, and a check that all files in its lists are there."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from scipy.io import loadmat
 
-from pipeline.data.archives import FLOOR, RATIO, Unpacker, is_archive, names_in, scratch_folder, stem
+from pipeline.data.archives import MAX_RATIO, MIN_ALLOWANCE_BYTES, Unpacker, is_archive, names_in, scratch_folder, stem
 from pipeline.data.entries import Entry
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 
-NAMED = 5  # missing files that a message names
-NESTED = 3  # an archive in an archive in an archive
+MAX_NAMES = 5  # missing files that a message names
+MAX_NESTING = 3  # depth of archives within archives
 
 
-def listing(folder: Folder) -> Iterator[str]:
-    """Paths of all files below a folder, relative to it, without what is hidden; links to folders are followed."""
+def list_files(folder: Folder) -> Iterator[str]:
+    """Paths of all files below a folder, relative to it; links to folders are followed."""
     if folder.is_local:
         for place, _, names in os.walk(folder.uri, followlinks=True):
             below = os.path.relpath(place, folder.uri)
@@ -37,23 +37,24 @@ def listing(folder: Folder) -> Iterator[str]:
 class FileIndex:
     """Files below one or several roots, by their path from a root; the earlier root wins.
 
-    Paths are compared in Unicode's composed form, since a Mac writes names decomposed. Hidden files are left out.
+    Paths are compared in Unicode's composed form, since a Mac writes names decomposed. Hidden files
+    are left out.
 
     Args:
-        parts: each root with the paths of its files.
+        roots: each root with the paths of its files.
     """
 
-    def __init__(self, parts: Iterable[tuple[str, Iterable[str]]]) -> None:
+    def __init__(self, roots: Iterable[tuple[str, Iterable[str]]]) -> None:
         self.root_of: dict[str, str] = {}
-        self.spelled: dict[str, str] = {}
-        for root, paths in parts:
+        self.original_path: dict[str, str] = {}  # of paths that are not in composed form
+        for root, paths in roots:
             for path in paths:
                 key = unicodedata.normalize("NFC", path)
                 if key in self.root_of or any(p.startswith(".") or p == "__MACOSX" for p in key.split("/")):
                     continue
                 self.root_of[key] = root
                 if key != path:
-                    self.spelled[key] = path
+                    self.original_path[key] = path
         self.folders = {""}
         for folder in {posixpath.dirname(path) for path in self.root_of}:
             while folder:
@@ -64,29 +65,35 @@ class FileIndex:
         """Local path or URI of a file; None if there is none."""
         key = unicodedata.normalize("NFC", path)
         root = self.root_of.get(key)
-        return None if root is None else f"{root}/{self.spelled.get(key, key)}"
+        return None if root is None else f"{root}/{self.original_path.get(key, key)}"
 
     def find(self, name: str) -> str | None:
-        """The path of the file `name`, or of the folder if it ends in a slash: the one nearest to the top.
+        """The path of the file `name`, or of the folder if it ends in a slash; None if there is none.
+
+        Of several, the one nearest to the top.
 
         Raises:
             UserError: there are two at the same depth.
         """
         if name.endswith("/"):
-            found = [f for f in self.folders if f"/{f}/".endswith(f"/{name}")]
+            paths = [f for f in self.folders if f"/{f}/".endswith(f"/{name}")]
         else:
-            found = [p for p in (posixpath.join(folder, name) for folder in self.folders) if p in self.root_of]
-        found.sort(key=lambda path: (path.count("/"), path))
-        if len(found) > 1 and found[0].count("/") == found[1].count("/"):
-            raise UserError(f"{name} is in {found[0]} and in {found[1]}: name the folder of one of them with --from")
-        return found[0] if found else None
+            paths = [p for p in (posixpath.join(folder, name) for folder in self.folders) if p in self.root_of]
+        paths.sort(key=lambda path: (path.count("/"), path))
+        if len(paths) > 1 and paths[0].count("/") == paths[1].count("/"):
+            raise UserError(f"{name} is in {paths[0]} and in {paths[1]}: pass the intended folder with --from")
+        return paths[0] if paths else None
 
     def get(self, name: str) -> str:
-        """The same for what has to be there."""
-        found = self.find(name)
-        if found is None:
+        """As `find`, for a file or folder that must exist.
+
+        Raises:
+            UserError: it is missing.
+        """
+        path = self.find(name)
+        if path is None:
             raise UserError(f"{name} is missing")
-        return found
+        return path
 
     def lines(self, name: str) -> list[str]:
         """Lines of a text file, without blanks at their ends; empty ones stay, so that lines can be counted."""
@@ -107,12 +114,12 @@ class FileIndex:
         return {key: value for key, value in variables.items() if not key.startswith("__")}
 
     def _read(self, path: str) -> bytes:
-        parent, _, name = f"{self.root_of[path]}/{self.spelled.get(path, path)}".rpartition("/")
+        parent, _, name = f"{self.root_of[path]}/{self.original_path.get(path, path)}".rpartition("/")
         return Folder(parent).read(name)
 
 
 def scalar(value: Any) -> Any:
-    """What lies in cells within cells."""
+    """The one value within nested lists and arrays of one element, MATLAB's cells."""
     while isinstance(value, (list, np.ndarray)) and np.size(value) == 1:
         value = value[0] if isinstance(value, list) else value.reshape(-1)[0]
     return value
@@ -120,20 +127,25 @@ def scalar(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class DatasetFormat:
-    """How a dataset's authors ship it.
+    """The form in which a dataset's authors ship it.
 
     Attributes:
         title: the dataset's name.
-        forms: files and folders (with a slash) that have to be there, in one of several forms.
-        archives: pattern of the names (without suffix, in lower case) of those archives in a folder that are unpacked.
-        read: yields the entries that the dataset's own lists name, each with its path in the tree as source.
-        counts: how many images, classes and tracklets each split has; "query+gallery" is both together.
-        protocol: see `store`.
-        boxes: files that hold the boxes of the objects, beside those of `forms`; None if it has no boxes.
+        required_files: alternative lists of the files and folders (with a slash) that have to be
+            there.
+        archives: pattern of the names (without suffix, in lower case) of the archives in a folder
+            that are unpacked.
+        read: yields the entries of the dataset's own lists, each with its path in the file index as
+            source.
+        counts: numbers of images, classes and tracklets of each split; "query+gallery" is both
+            together.
+        protocol: one of `pipeline.data.store.PROTOCOLS`.
+        boxes: files that hold the boxes of the objects, beside `required_files`; None if the
+            dataset has no boxes.
     """
 
     title: str
-    forms: tuple[tuple[str, ...], ...]
+    required_files: tuple[tuple[str, ...], ...]
     archives: str
     read: Callable[[FileIndex], Iterator[Entry]]
     counts: dict[str, dict[str, int]]
@@ -141,155 +153,160 @@ class DatasetFormat:
     boxes: tuple[str, ...] | None = None
 
     def with_boxes(self) -> DatasetFormat:
-        """The same, in need of its boxes.
+        """The same format, with the files of the boxes required.
 
         Raises:
             UserError: the dataset has none.
         """
         if self.boxes is None:
             raise UserError(f"{self.title} has no boxes: leave out --crop box")
-        return replace(self, forms=tuple((*form, *self.boxes) for form in self.forms))
+        return replace(self, required_files=tuple((*files, *self.boxes) for files in self.required_files))
 
-    def missing(self, tree: FileIndex) -> list[str]:
-        """What the form that is nearest to being complete lacks."""
-        return min(([name for name in form if tree.find(name) is None] for form in self.forms), key=len)
+    def missing(self, index: FileIndex) -> list[str]:
+        """Files that are not there, of the alternative that lacks the fewest."""
+        return min(([name for name in files if index.find(name) is None] for files in self.required_files), key=len)
 
-    def require(self, tree: FileIndex, where: str) -> None:
-        missing = self.missing(tree)
+    def require(self, index: FileIndex, searched: str) -> None:
+        """Raises UserError unless all required files are there; `searched` names the sources for the message."""
+        missing = self.missing(index)
         if missing:
-            raise UserError(f"{self.title}: {named(missing)} missing in {where}; expected {_either(self.forms)}")
+            expected = "; or ".join(", ".join(files) for files in self.required_files)
+            raise UserError(f"{self.title}: {join_names(missing)} missing in {searched}; expected {expected}")
 
 
-def named(names: Sequence[str]) -> str:
-    """At most five of some names, and how many there are."""
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more} {'is' if len(names) == 1 else 'are'}"
+def join_names(names: Sequence[str]) -> str:
+    """The first five names, the number of the others, and "is" or "are"."""
+    others = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return f"{', '.join(names[:MAX_NAMES])}{others} {'is' if len(names) == 1 else 'are'}"
 
 
-def _either(forms: tuple[tuple[str, ...], ...]) -> str:
-    return "; or ".join(", ".join(form) for form in forms)
-
-
-def listed(layout: DatasetFormat, tree: FileIndex, partial: bool) -> tuple[list[Entry], list[str]]:
-    """The entries whose files are there, with their sources, and what the dataset lacks, a sentence each.
+def read_entries(dataset: DatasetFormat, index: FileIndex, partial: bool) -> tuple[list[Entry], list[str]]:
+    """Entries of the images that are there, with their sources, and a sentence for each thing that is missing.
 
     Args:
-        layout: of the dataset.
-        tree: its files.
-        partial: whether it may lack anything.
+        dataset: the dataset's format.
+        index: its files.
+        partial: accept an incomplete dataset.
 
     Raises:
-        UserError: it lacks something and may not, or its lists cannot be read.
+        UserError: the dataset is not complete and `partial` is false, or its lists cannot be read.
     """
-    found: list[Entry] = []
-    lost: list[str] = []
-    for entry in layout.read(tree):
-        source = tree.source(entry.source)
+    entries: list[Entry] = []
+    missing: list[str] = []
+    for entry in dataset.read(index):
+        source = index.source(entry.source)
         if source is None:
-            lost.append(entry.source)
+            missing.append(entry.source)
         else:
-            found.append(replace(entry, source=source))
-    number = len(found) + len(lost)
-    problems = [f"{len(lost):,} of {number:,} listed images are missing"] if lost else []
-    for splits, counts in layout.counts.items():
-        got = count(found, splits.split("+"))
-        wrong = [f"{got[what]:,} of {wanted:,} {what}" for what, wanted in counts.items() if got[what] != wanted]
+            entries.append(replace(entry, source=source))
+    num_listed = len(entries) + len(missing)
+    problems = [f"{len(missing):,} of {num_listed:,} listed images are missing"] if missing else []
+    for splits, expected in dataset.counts.items():
+        counts = count(entries, splits.split("+"))
+        wrong = [
+            f"{counts[unit]:,} of {number:,} {unit}" for unit, number in expected.items() if counts[unit] != number
+        ]
         if wrong:
             problems.append(f"{splits}: {', '.join(wrong)}")
     if problems and not partial:
-        first = f" ({named(lost)} missing)" if lost else ""
+        names = f" ({join_names(missing)} missing)" if missing else ""
         raise UserError(
-            f"{layout.title} is not complete: {'; '.join(problems)}{first}: unpack or download it again, "
-            "or take it as it is with --partial, which every report will say"
+            f"{dataset.title} is not complete: {'; '.join(problems)}{names}: unpack or download it again, "
+            "or accept it as it is with --partial, which every report will say"
         )
-    if not found:
-        raise UserError(f"{layout.title}: none of its {number:,} listed images is there")
-    return found, problems
+    if not entries:
+        raise UserError(f"{dataset.title}: none of its {num_listed:,} listed images is there")
+    return entries, problems
 
 
 def count(entries: Sequence[Entry], splits: Sequence[str]) -> dict[str, int]:
-    """Images, classes and tracklets of some splits; distractors and junk are of no class."""
-    own = [e for e in entries if e.split in splits]
+    """Numbers of images, classes and tracklets of some splits; distractors and junk are of no class."""
+    selected = [e for e in entries if e.split in splits]
     return {
-        "images": len(own),
-        "classes": len({e.class_name for e in own if e.kind is None}),
-        "tracks": len({e.track for e in own if e.track is not None}),
+        "images": len(selected),
+        "classes": len({e.class_name for e in selected if e.kind is None}),
+        "tracks": len({e.track for e in selected if e.track is not None}),
     }
 
 
 @contextlib.contextmanager
-def opened(
-    layout: DatasetFormat,
+def open_sources(
+    dataset: DatasetFormat,
     sources: Sequence[str],
     scratch: str,
     max_unpacked: int | None = None,
-    before_unpacking: Callable[[str], None] = lambda place: None,
+    before_unpacking: Callable[[str], None] = lambda folder: None,
 ) -> Iterator[FileIndex]:
-    """The files of a dataset; if they are (partly) in archives, unpacked until the block ends.
+    """The files of a dataset; archives are unpacked until the block ends.
 
     Args:
-        layout: of the dataset.
+        dataset: the dataset's format.
         sources: folders, archives, or folders of archives; local or URIs.
-        scratch: folder to unpack in.
-        max_unpacked: bytes that may be unpacked (default: 20 times the archives' size, and at least 1 GiB).
-        before_unpacking: called with the empty folder that will be unpacked in; may object by an error.
+        scratch: parent of the folder to unpack in.
+        max_unpacked: upper bound for the unpacked bytes (default: 20 times the archives' size, and
+            at least 1 GiB).
+        before_unpacking: called with the empty folder that archives are unpacked into; an error
+            that it raises ends all.
 
     Raises:
-        UserError: a source is neither; a file that the dataset needs is in none of them; an archive is refused.
+        UserError: a source is neither folder nor archive; a required file is in none of them; an
+            archive is refused.
     """
     roots, archives = [], []
     for source in sources:
-        place = Folder(source)
-        if not place.exists():
-            raise UserError(f"{place} does not exist")
-        if place.fs.isdir(place.path()):
-            roots.append((place.uri, list(listing(place))))
+        location = Folder(source)
+        if not location.exists():
+            raise UserError(f"{location} does not exist")
+        if location.fs.isdir(location.path()):
+            roots.append((location.uri, list(list_files(location))))
         elif is_archive(source):
-            archives.append((place.uri, ""))
+            archives.append((location.uri, ""))
         else:
             raise UserError(
-                f"{place} is neither a folder nor an archive (.zip, .tar, .tar.gz, .tgz, .tar.bz2, .tar.xz)"
+                f"{location} is neither a folder nor an archive (.zip, .tar, .tar.gz, .tgz, .tar.bz2, .tar.xz)"
             )
-    tree, where = FileIndex(roots), ", ".join(str(Folder(source)) for source in sources)
-    if layout.missing(tree):
-        archives += _archives(layout, tree)
+    index = FileIndex(roots)
+    searched = ", ".join(str(Folder(source)) for source in sources)
+    if dataset.missing(index):
+        archives += _archives(dataset, index)
     if not archives:
-        layout.require(tree, where)
-        yield tree
+        dataset.require(index, searched)
+        yield index
         return
-    _look_ahead(layout, roots, archives, where)
-    allowed = max_unpacked or max(FLOOR, RATIO * sum(_size(uri) for uri, _ in archives))
-    with scratch_folder(scratch) as unpacked:
-        before_unpacking(str(unpacked))
-        unpack = Unpacker(unpacked, allowed)
-        done: set[str] = set()
-        for _ in range(NESTED):
+    _check_before_unpacking(dataset, roots, archives, searched)
+    max_bytes = max_unpacked or max(MIN_ALLOWANCE_BYTES, MAX_RATIO * sum(_size(uri) for uri, _ in archives))
+    with scratch_folder(scratch) as folder:
+        before_unpacking(str(folder))
+        unpack = Unpacker(folder, max_bytes)
+        unpacked: set[str] = set()
+        for _ in range(MAX_NESTING):
             for uri, below in archives:
                 unpack(uri, below)
-                done.add(uri)
-            tree = FileIndex([*roots, (str(unpacked), list(listing(Folder(unpacked))))])
-            archives = [a for a in _archives(layout, tree) if a[0] not in done] if layout.missing(tree) else []
+                unpacked.add(uri)
+            index = FileIndex([*roots, (str(folder), list(list_files(Folder(folder))))])
+            nested = _archives(dataset, index) if dataset.missing(index) else []
+            archives = [(uri, below) for uri, below in nested if uri not in unpacked]
             if not archives:
                 break
-        layout.require(tree, where)
-        yield tree
+        dataset.require(index, searched)
+        yield index
 
 
-def _archives(layout: DatasetFormat, tree: FileIndex) -> list[tuple[str, str]]:
-    """Archives in a tree that are the dataset's, each with the folder that it lies in."""
-    paths = [p for p in tree.root_of if is_archive(p) and re.fullmatch(layout.archives, stem(p).lower())]
-    return [(source, posixpath.dirname(path)) for path in sorted(paths) if (source := tree.source(path))]
+def _archives(dataset: DatasetFormat, index: FileIndex) -> list[tuple[str, str]]:
+    """The dataset's archives among its files, each with the folder that it lies in."""
+    paths = [p for p in index.root_of if is_archive(p) and re.fullmatch(dataset.archives, stem(p).lower())]
+    return [(source, posixpath.dirname(path)) for path in sorted(paths) if (source := index.source(path))]
 
 
-def _look_ahead(
-    layout: DatasetFormat, roots: list[tuple[str, list[str]]], archives: list[tuple[str, str]], where: str
+def _check_before_unpacking(
+    dataset: DatasetFormat, roots: list[tuple[str, list[str]]], archives: list[tuple[str, str]], searched: str
 ) -> None:
-    """Tells what is missing before anything is unpacked, where all names can be read without that."""
-    inside = [(below, names_in(uri)) for uri, below in archives]
-    if any(names is None or any(is_archive(name) for name in names) for _, names in inside):
+    """Raises UserError for missing files before anything is unpacked, where archives can be listed without that."""
+    members = [(below, names_in(uri)) for uri, below in archives]
+    if any(names is None or any(is_archive(name) for name in names) for _, names in members):
         return
-    packed = [("", [posixpath.join(below, name) for name in names or []]) for below, names in inside]
-    layout.require(FileIndex([*roots, *packed]), where)
+    packed = [("", [posixpath.join(below, name) for name in names or []]) for below, names in members]
+    dataset.require(FileIndex([*roots, *packed]), searched)
 
 
 def _size(uri: str) -> int:

@@ -5,18 +5,19 @@
     shards/*.parquet    sample_id, label, class_name, split, image (bytes of a plain JPEG or PNG)
     rejected.csv        source, class, reason of every image that could not be read
 
-Sample ids follow the order of the catalogue that was asked for; a rejected image leaves a gap. Validation folds divide the
-training classes (groups stay whole) and are the same for everyone who uses the store.
+Sample ids follow the order of the entries; a rejected image leaves a gap. Validation folds divide
+the training classes (groups stay whole) and are the same for everyone who uses the store.
 
-A dataset of tracklets has the columns track (numbered over the store), camera and frame as well, in the catalogue and in the
-shards; test images of no class have the label DISTRACTOR or JUNK. How the test images are measured, the manifest says:
+A dataset of tracklets has the columns track (numbered over the store), camera and frame as well, in
+the catalogue and in the shards; test images of no class have the label DISTRACTOR or JUNK. The
+manifest's protocol says how test images are measured:
 
     leave_one_out   each test image is searched among the others
     query_gallery   query rows are searched in gallery rows
-    reid            query rows are searched in query and gallery rows, where what the query's own camera took of the query's
-                    class counts as junk. So a query is in the gallery of the others without being stored twice (MARS).
+    reid            query rows are searched in query and gallery rows, where images of the query's class by the query's own
+                    camera count as junk. So a query is in the gallery of the others without being stored twice (MARS).
 
-Where there is a column track, what is searched and found are tracklets.
+Where there is a column track, queries and gallery are tracklets.
 """
 
 from __future__ import annotations
@@ -54,9 +55,15 @@ CATALOG = pa.schema(
 
 @dataclass(frozen=True)
 class Samples:
-    """A selection of images: their store ids, and their classes renumbered 0..C-1, but for DISTRACTOR and JUNK.
+    """A selection of images.
 
-    Of tracklets, also their tracks (as the store numbers them), cameras and frames.
+    Attributes:
+        ids: store sample ids.
+        labels: classes renumbered 0..C-1, or DISTRACTOR or JUNK.
+        class_names: the name of each class.
+        tracks: tracklets, as the store numbers them; None unless the dataset has them.
+        cameras: camera numbers; None unless the dataset has them.
+        frames: frame numbers within the tracklets; None unless the dataset has them.
     """
 
     ids: Int64[np.ndarray, " samples"]
@@ -69,18 +76,18 @@ class Samples:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def subset(self, chosen: Bool[np.ndarray, " samples"]) -> Samples:
-        """Some of them, with the classes of all."""
-        tracks, cameras, frames = (None if c is None else c[chosen] for c in (self.tracks, self.cameras, self.frames))
-        return Samples(self.ids[chosen], self.labels[chosen], self.class_names, tracks, cameras, frames)
+    def subset(self, mask: Bool[np.ndarray, " samples"]) -> Samples:
+        """The images that the mask selects; classes keep their numbers and names."""
+        tracks, cameras, frames = (None if c is None else c[mask] for c in (self.tracks, self.cameras, self.frames))
+        return Samples(self.ids[mask], self.labels[mask], self.class_names, tracks, cameras, frames)
 
 
 class Store:
     """An opened store.
 
     Raises:
-        UserError: there is no store, its format is newer than this program, its catalogue is damaged, or a shard is missing
-            or has another size than the manifest says.
+        UserError: there is no store, its format is newer than this program, its catalogue is
+            damaged, or a shard is missing or has another size than the manifest says.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -117,13 +124,13 @@ class Store:
 
     @property
     def protocol(self) -> str:
-        """How its test images are measured: one of PROTOCOLS."""
-        by_splits = "query_gallery" if "query" in self.manifest["splits"] else "leave_one_out"
-        return str(self.manifest.get("protocol", by_splits))  # not said in stores of earlier versions
+        """The protocol by which test images are measured: one of PROTOCOLS."""
+        default = "query_gallery" if "query" in self.manifest["splits"] else "leave_one_out"
+        return str(self.manifest.get("protocol", default))  # absent in stores of earlier versions
 
     @property
     def title(self) -> str:
-        """Its name for reports, with the fingerprint and what makes its figures incomparable."""
+        """The name for reports, with the fingerprint, and "cropped" or "PARTIAL" where figures cannot be compared."""
         crop = ", cropped to boxes" if self.manifest.get("crop") == "box" else ""
         return f"{self.name} ({self.fingerprint}{crop}{', PARTIAL' if self.partial else ''})"
 
@@ -153,12 +160,12 @@ class Store:
             mask &= self.fold != without_fold
         rows = np.flatnonzero(mask)
         labels = self.label[rows]
-        named = labels >= 0
-        present = np.bincount(labels[named]) > 0  # the store numbers its classes from 0
-        labels[named] = (np.cumsum(present) - 1)[labels[named]]
-        of_class = np.empty(present.sum(), dtype=np.int64)
-        of_class[labels[named]] = rows[named]
-        names = self._names.take(pa.array(of_class)).to_pylist()
+        has_class = labels >= 0
+        present = np.bincount(labels[has_class]) > 0  # the store numbers its classes from 0
+        labels[has_class] = (np.cumsum(present) - 1)[labels[has_class]]
+        row_of_class = np.empty(present.sum(), dtype=np.int64)
+        row_of_class[labels[has_class]] = rows[has_class]
+        names = self._names.take(pa.array(row_of_class)).to_pylist()
         tracks, cameras, frames = (None if c is None else c[rows] for c in (self.track, self.camera, self.frame))
         return Samples(self.sample_id[rows], labels, tuple(names), tracks, cameras, frames)
 

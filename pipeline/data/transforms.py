@@ -1,6 +1,7 @@
 """A decoded image to a uint8 tensor [3, S, S]: augment or crop, resize. Normalisation happens on the device.
 
-Random draws come from a generator keyed by (seed, epoch, step, slot): the pixels of a slot depend on nothing else.
+Random draws come from a generator keyed by (seed, epoch, step, slot): the pixels of a slot depend
+on nothing else.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class TransformConfig(BaseConfig):
     erase: float = Field(
         0.0, ge=0, le=1, description="training: probability of painting over a rectangle of 2 to 40 % of the area"
     )
-    erase_colour: tuple[int, int, int] = Field((161, 144, 129), description="of that rectangle, 0..255 each")
+    erase_colour: tuple[int, int, int] = Field(
+        (161, 144, 129), description="training: colour of the rectangle that `erase` paints (red, green, blue, 0..255)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TransformConfig:

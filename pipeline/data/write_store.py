@@ -18,20 +18,29 @@ from jaxtyping import Int64
 from pipeline.data.entries import DISTRACTOR, JUNK, LABELS, SPLITS, Entry, by_hash
 from pipeline.data.image_files import MAX_PIXELS, normalise
 from pipeline.data.store import CATALOG, FORMAT, ROW_GROUP, Store
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, UserError, one_line
 from pipeline.storage import Folder, read_file
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one writing task is told: which entries, with which ids, labels, folds and further columns, go into which file."""
+    """One writing task: the images of a file, with the values of their columns.
+
+    Attributes:
+        file: path below the store.
+        entries: the images, in order.
+        first_id: sample id of the first; the others follow.
+        labels: the class of each, or DISTRACTOR or JUNK.
+        folds: the validation fold of each, -1 for test images.
+        extra_columns: values of track, camera and frame, where the dataset has them.
+    """
 
     file: str
     entries: tuple[Entry, ...]
     first_id: int
     labels: tuple[int, ...]
     folds: tuple[int, ...]
-    further: dict[str, tuple[int, ...]]
+    extra_columns: dict[str, tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -42,12 +51,13 @@ def plan_shards(entries: Iterable[Entry], num_folds: int, images_per_shard: int)
     into shards.
 
     Raises:
-        UserError: a distractor or junk in the training split; or tracks, cameras or frames of some images only.
+        UserError: a distractor or junk in the training split; or tracks, cameras or frames of some
+            images only.
     """
     ordered = sorted(
         entries, key=lambda e: (SPLITS.index(e.split or "train"), e.class_name, e.track or "", e.frame or 0, e.source)
     )
-    further = _further(ordered)
+    extra_columns = _extra_columns(ordered)
     groups = by_hash(e.group or e.class_name for e in ordered if e.split == "train")
     fold_of = {group: i % num_folds for i, group in enumerate(groups)}
     label_of: dict[str, int] = {}
@@ -64,40 +74,40 @@ def plan_shards(entries: Iterable[Entry], num_folds: int, images_per_shard: int)
         end = start + 1
         while end < len(ordered) and ordered[end].split == split and end - start < images_per_shard:
             end += 1
-        part = tuple(ordered[start:end])
-        folds = tuple(fold_of[e.group or e.class_name] if split == "train" else -1 for e in part)
+        images = tuple(ordered[start:end])
+        folds = tuple(fold_of[e.group or e.class_name] if split == "train" else -1 for e in images)
         name = f"shards/{split}-{len(shards):05d}.parquet"
-        values = {column: tuple(all_of[start:end]) for column, all_of in further.items()}
-        shards.append(Shard(name, part, start, tuple(labels[start:end]), folds, values))
+        values = {column: tuple(all_values[start:end]) for column, all_values in extra_columns.items()}
+        shards.append(Shard(name, images, start, tuple(labels[start:end]), folds, values))
         start = end
     return shards
 
 
-def _further(ordered: list[Entry]) -> dict[str, list[int]]:
-    """Values of the columns that not every dataset has; tracks are numbered in the order of their first image."""
+def _extra_columns(ordered: list[Entry]) -> dict[str, list[int]]:
+    """Values of track, camera and frame, where the dataset has them; tracks are numbered by their first image."""
     tracks = {track: i for i, track in enumerate(dict.fromkeys(e.track for e in ordered if e.track is not None))}
-    columns: dict[str, list[int | None]] = {
+    candidates: dict[str, list[int | None]] = {
         "track": [None if e.track is None else tracks[e.track] for e in ordered],
         "camera": [e.camera for e in ordered],
         "frame": [e.frame for e in ordered],
     }
-    found = {}
-    for name, values in columns.items():
+    columns = {}
+    for name, values in candidates.items():
         present = [value for value in values if value is not None]
         if 0 < len(present) < len(ordered):
             raise UserError(
                 f"{len(present)} of {len(ordered)} images have a {name}: give it for all of them, or for none"
             )
         if present:
-            found[name] = present
-    return found
+            columns[name] = present
+    return columns
 
 
 def write_shard(
     shard: Shard, target: Folder, max_side: int | None, max_pixels: int = MAX_PIXELS, crop: bool = False
 ) -> dict[str, Any]:
-    """Reads, checks and writes the images of one shard; returns its record for the manifest, with the rejected ones."""
-    schema = pa.schema([*CATALOG, *(pa.field(name, pa.int64()) for name in shard.further)])
+    """Reads, checks and writes the images of one shard; returns its record, with its catalogue and rejected images."""
+    schema = pa.schema([*CATALOG, *(pa.field(name, pa.int64()) for name in shard.extra_columns)])
     columns: dict[str, list[Any]] = {name: [] for name in (*schema.names, "image")}
     rejected: list[tuple[str, str, str]] = []
     for offset, (entry, label, fold) in enumerate(zip(shard.entries, shard.labels, shard.folds, strict=True)):
@@ -105,12 +115,11 @@ def write_shard(
             image = normalise(read_file(entry.source), max_side, entry.box if crop else None, max_pixels)
         except (UserError, RunError):  # the storage, not the image: a dataset must not depend on its faults
             raise
-        except Exception as error:  # missing, or bad bytes, on which each decoder raises what it likes
-            reason = (str(error).strip().splitlines() or [""])[0].replace(entry.source, "")
-            rejected.append((entry.source, entry.class_name, f"{type(error).__name__}: {reason}"))
+        except Exception as error:  # missing, or bad bytes, for which decoders have no common class of errors
+            rejected.append((entry.source, entry.class_name, one_line(error).replace(entry.source, "")))
             continue
-        more = (values[offset] for values in shard.further.values())
-        row = (shard.first_id + offset, label, entry.class_name, entry.split, fold, *more, image)
+        extra_values = (values[offset] for values in shard.extra_columns.values())
+        row = (shard.first_id + offset, label, entry.class_name, entry.split, fold, *extra_values, image)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
     record: dict[str, Any] = {"file": shard.file, "rows": len(columns["image"]), "rejected": rejected}
@@ -145,23 +154,25 @@ def write_store(
     """Writes a whole store and opens it.
 
     Args:
-        name: of the dataset, for reports.
-        entries: what to write.
+        name: the dataset's name, for reports.
+        entries: the images.
         target: an empty or unfinished store; files of the same names are replaced.
         run: maps a function over the shards, in any order; the parallel engine.
         num_folds: validation folds of the training classes.
         images_per_shard: upper bound.
         max_side: reduce images whose longer side is larger, pixels.
-        max_pixels: images of more are rejected, see `normalise`.
-        max_rejected: share of unreadable images above which the store is refused.
-        crop: store what lies in the entries' boxes only.
-        source: of the entries, for the manifest: the name of a dataset's layout, or folder, csv.
+        max_pixels: reject images of more pixels, see `normalise`.
+        max_rejected: share of unreadable images, 0 to 1, above which the store is refused.
+        crop: store only the pixels within the entries' boxes.
+        source: origin of the entries, for the manifest: a published dataset, folder, csv or emoji.
         protocol: one of PROTOCOLS (default: by the splits, query_gallery or leave_one_out).
-        missing: what a published dataset lacks, a sentence each; None if there is nothing to compare with. Then rejected
-            images are no lack.
+        missing: a sentence for each thing that a published dataset lacks; None for other datasets,
+            which have no list of their images. Then rejected images do not make the dataset
+            partial.
 
     Raises:
-        UserError: too many unreadable images, `rejected.csv` then names them; no boxes to crop to; what `plan_shards` refuses.
+        UserError: too many unreadable images, `rejected.csv` then names them; no boxes to crop to;
+            what `plan_shards` refuses.
     """
     if crop and not all(e.box for e in entries):
         raise UserError("not all images have a box to crop to: leave out --crop box")
@@ -223,7 +234,7 @@ def write_store(
 
 
 def _counts(labels: Int64[np.ndarray, " images"], tracks: Int64[np.ndarray, " images"] | None) -> dict[str, int]:
-    """What the manifest says of one split; images of no class are named where there are any."""
+    """Numbers of images, classes and tracklets of a split, for the manifest; of distractors and junk where it has any."""
     counts = {"images": len(labels), "classes": len(np.unique(labels[labels >= 0]))}
     if tracks is not None:
         counts["tracks"] = len(np.unique(tracks))

@@ -1,8 +1,9 @@
-"""What ranks say to each other: gathered features with gradient, sums, agreement.
+"""Communication between ranks: gathered features with gradient, sums, logical or, broadcast.
 
-The rule behind all of it: everything after the pooled features is replicated, so every rank holds the same loss. The
-backward pass of `gather` sums over the ranks and keeps its own rows; with DDP's mean over ranks the trunk then receives
-exactly the gradient of one process on the whole batch. No other scale factor exists anywhere.
+One rule holds for all: everything after the pooled features is replicated, so every rank has the
+same loss. The backward pass of `gather` sums over the ranks and keeps its own rows; with DDP's mean
+over ranks the trunk then receives exactly the gradient of one process on the whole batch. No other
+scale factor exists anywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the workers."""
+    """This process's rank among the workers, and collective operations with the others.
+
+    Attributes:
+        rank: from 0 to `world` - 1.
+        world: number of workers.
+    """
 
     rank: int = 0
     world: int = 1
@@ -61,12 +67,12 @@ class Ranks:
             dist.barrier()
 
     def copy_to_ranks(self, value: Tensor) -> Tensor:
-        """A replicated value, as it is; its gradient is summed over the ranks. For work that each rank does a part of."""
-        return value if self.world == 1 else _Share.apply(value)
+        """A replicated value, unchanged; its gradient is summed over the ranks, each of which computes a part."""
+        return value if self.world == 1 else _CopyToRanks.apply(value)
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """Sum over ranks of the parts of a replicated value; its gradient passes as it is."""
-        return value if self.world == 1 else _Total.apply(value)
+        """Sum over ranks of the parts of a replicated value; its gradient is passed on unchanged."""
+        return value if self.world == 1 else _SumOfParts.apply(value)
 
 
 class _Gather(torch.autograd.Function):
@@ -102,9 +108,9 @@ def gather(
 
     Args:
         local: this rank's rows; may be empty.
-        start: their place among the rows of all ranks.
-        total: rows of all ranks together.
-        ranks: who takes part; the rows of all ranks cover 0..total without overlap.
+        start: index of the first of them among the rows of all ranks.
+        total: number of rows of all ranks together.
+        ranks: the ranks that take part; their rows cover 0..total without overlap.
     """
     return local if ranks.world == 1 else _Gather.apply(local, start, total)
 
@@ -127,16 +133,16 @@ class SumOverRanks(torch.autograd.Function):
         return SumOverRanks.forward(grad.contiguous())
 
 
-class _Total(SumOverRanks):
-    """Sum over ranks whose result is used alike on every rank."""
+class _SumOfParts(SumOverRanks):
+    """Sum over ranks whose result is used in the same way on every rank."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         return grad
 
 
-class _Share(SumOverRanks):
-    """The other side of `_Total`: a replicated value that each rank uses for its part of the work."""
+class _CopyToRanks(SumOverRanks):
+    """The opposite of `_SumOfParts`: a replicated value that each rank uses for its part of the work."""
 
     @staticmethod
     def forward(value: Tensor) -> Tensor:

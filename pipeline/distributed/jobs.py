@@ -1,7 +1,7 @@
-"""Independent pieces of work, streamed through Ray Data: shards to write, parts to embed.
+"""Independent tasks, streamed through Ray Data: shards to write, files of embeddings to write.
 
-Only the pieces and small records of them pass through the driver and the object store; what a piece reads and writes goes
-between its task and the storage.
+Only the tasks and their small records pass through the driver and the object store; what a task
+reads and writes goes directly between its process and the storage.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ Work = Callable[[Any], dict[str, Any]]
 
 
 def run_on_ray(
-    function: Work, pieces: Sequence[Any], title: str = "preparing", actors: int = 0, gpus: float = 0.0
+    function: Work, tasks: Sequence[Any], title: str = "preparing", actors: int = 0, gpus: float = 0.0
 ) -> Iterator[dict[str, Any]]:
-    """Maps over pieces (with lengths, in images), in any order, one CPU each; shows a progress bar.
+    """Maps a function over tasks, in any order, one CPU each; shows a progress bar.
 
     Args:
-        function: what is done to a piece; gives a small record.
-        pieces: of work.
-        title: of the progress bar.
-        actors: work in at most so many processes that keep their copy of `function`; 0: in tasks.
-        gpus: of each.
+        function: does one task and returns a small record.
+        tasks: any picklable values whose length is a number of images, which the progress bar
+            counts.
+        title: text beside the progress bar.
+        actors: the largest number of Ray actors, each with its own copy of `function`; 0: plain Ray
+            tasks.
+        gpus: GPUs of each actor or Ray task.
 
     Raises:
-        RunError, UserError: of a piece, as it raised it.
+        RunError, UserError: the error of a task, as it was raised there.
     """
     import ray.data
 
@@ -43,16 +45,16 @@ def run_on_ray(
     context.execution_options.preserve_order = False
 
     blocks = [
-        pa.table({"number": pa.array([i]), "piece": pa.array([cloudpickle.dumps(piece)], pa.large_binary())})
-        for i, piece in enumerate(pieces)
+        pa.table({"number": pa.array([i]), "task": pa.array([cloudpickle.dumps(task)], pa.large_binary())})
+        for i, task in enumerate(tasks)
     ]
-    how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": 1, "num_gpus": gpus}
+    options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": 1, "num_gpus": gpus}
     dataset = ray.data.from_arrow(blocks)
     if actors:
-        how["compute"] = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
-        done = dataset.map_batches(_Actor, fn_constructor_args=(cloudpickle.dumps(function),), **how)
+        options["compute"] = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
+        records = dataset.map_batches(_Actor, fn_constructor_args=(cloudpickle.dumps(function),), **options)
     else:
-        done = dataset.map_batches(functools.partial(_work, function=function), **how)
+        records = dataset.map_batches(functools.partial(_run_block, function=function), **options)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,19 +63,19 @@ def run_on_ray(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=sum(len(piece) for piece in pieces))
-        for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+        bar_id = bar.add_task(title, total=sum(len(task) for task in tasks))
+        for batch in records.iter_batches(batch_size=None, batch_format="pyarrow"):
             for number, value in zip(batch["number"], batch["record"], strict=True):
                 record = cloudpickle.loads(value.as_py())
                 if isinstance(record, Exception):
                     raise record
-                bar.advance(task, len(pieces[number.as_py()]))
+                bar.advance(bar_id, len(tasks[number.as_py()]))
                 yield record
 
 
-def run_serially(function: Work, pieces: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """The same in this process, without Ray."""
-    return map(function, pieces)
+def run_serially(function: Work, tasks: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Maps a function over tasks in this process, without Ray, in order."""
+    return map(function, tasks)
 
 
 class _Actor:
@@ -81,15 +83,15 @@ class _Actor:
         self.function: Work = cloudpickle.loads(function)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return _work(block, self.function)
+        return _run_block(block, self.function)
 
 
-def _work(block: pa.Table, function: Work) -> pa.Table:
-    """One piece in, its record out, or the error that ends the whole."""
+def _run_block(block: pa.Table, function: Work) -> pa.Table:
+    """Does the tasks of a block; a record is what the function returned, or the error that ends the job."""
     records = []
-    for piece in block["piece"]:
+    for task in block["task"]:
         try:
-            record: Any = function(cloudpickle.loads(piece.as_py()))
+            record: Any = function(cloudpickle.loads(task.as_py()))
         except (RunError, UserError) as error:  # Ray would wrap it
             record = error
         records.append(cloudpickle.dumps(record))

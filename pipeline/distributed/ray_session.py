@@ -1,4 +1,4 @@
-"""Ray for the length of a command: a cluster that is already there (a submitted job), or one of our own on this machine."""
+"""Ray for the duration of a command: a running cluster (for a submitted job), or a local Ray started here."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ OBJECT_STORE_BYTES = 1 << 30
 
 
 def on_cluster() -> bool:
-    """Whether a Ray cluster was named to us, as `ray job submit` does for the job's driver."""
+    """True if RAY_ADDRESS names a Ray cluster, which `ray job submit` sets for the job's driver."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 @contextlib.contextmanager
 def ray_session(cpus: int) -> Iterator[Any]:
-    """Connects to the named cluster, or starts Ray here with `cpus` logical CPUs; shuts down at the end.
+    """Connects to the cluster of RAY_ADDRESS, or starts Ray here with `cpus` logical CPUs; disconnects or stops at the end.
 
     Raises:
-        UserError: the named cluster cannot be reached.
+        UserError: the cluster cannot be reached.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other busy program nearly stop a run
@@ -36,10 +36,10 @@ def ray_session(cpus: int) -> Iterator[Any]:
     import ray
     import ray.data
 
-    for name in ("ray.data", "ray.train"):  # their notes on every start; errors still show
+    for name in ("ray.data", "ray.train"):  # hides their messages at every start, not their errors
         logging.getLogger(name).setLevel(logging.ERROR)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if ray.is_initialized():  # a caller's own session: used, not ended
+    if ray.is_initialized():  # the caller's session: used, not shut down
         yield ray
         return
     if on_cluster():
@@ -61,24 +61,24 @@ def ray_session(cpus: int) -> Iterator[Any]:
 
 
 def check_visible(ray: Any, folder: Folder, what: str) -> None:
-    """On several nodes: an error unless all see the local folder, into which this one can write."""
+    """Raises UserError on a cluster of several nodes, unless all see a local folder that this one can write to."""
     if not folder.is_local or len(ray.nodes()) < 2:
         return
     probe = f".visible-{uuid.uuid4().hex}"
     folder.write(probe, b"")
     try:
-        blind = nodes_without_path(ray, folder.path(probe))
+        nodes = nodes_without_path(ray, folder.path(probe))
     finally:
         folder.remove(probe)
-    if blind:
+    if nodes:
         raise UserError(
-            f"{what} {folder} is not visible on the nodes {', '.join(blind)}: "
+            f"{what} {folder} is not visible on the nodes {', '.join(nodes)}: "
             f"set {what} to s3://... or to a folder that all nodes mount"
         )
 
 
 def nodes_without_path(ray: Any, path: str) -> list[str]:
-    """Addresses of the nodes on which a path of this one does not exist."""
+    """Addresses of the nodes on which a path does not exist; empty on a cluster of one node."""
     nodes = [n for n in ray.nodes() if n["Alive"]]
     return [n["NodeManagerAddress"] for n in nodes if len(nodes) > 1 and not _path_exists_on(ray, n["NodeID"], path)]
 
@@ -97,5 +97,5 @@ def cluster_maximum(ray: Any) -> dict[str, float]:
 def _path_exists_on(ray: Any, node: str, path: str) -> bool:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))(os.path.exists)
-    return bool(ray.get(look.remote(path)))
+    on_node = ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+    return bool(ray.get(on_node(os.path.exists).remote(path)))

@@ -1,7 +1,7 @@
-"""What the driver and the workers tell each other while a run goes on: progress one way, "stop" the other.
+"""The status of a run, shared by driver and workers: progress and messages to the driver, a stop request to the workers.
 
-One object with plain methods. In one process it is used as it is; with Ray Train it lives in an actor of the driver, and
-`RunStatusProxy` speaks to it without ever making a training step wait.
+One object with plain methods. In one process it is used directly; with Ray Train it is an actor of the driver, and
+`RunStatusProxy` calls it without making a training step wait.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RunStatus:
         self.messages.append(text)
 
     def fail(self, error: str) -> None:
-        """The run cannot go on; the first error is kept."""
+        """Records the error that ends the run; the first one is kept."""
         self.error = self.error or error
 
     def stop(self) -> None:
@@ -40,12 +40,12 @@ class RunStatus:
         return self.error
 
     def read(self, seen: int = 0) -> dict[str, Any]:
-        """Everything a driver shows: progress, the messages after the first `seen`, the error."""
+        """Progress, the messages after the first `seen`, and the error, for the driver to show."""
         return {"progress": self.progress, "messages": self.messages[seen:], "error": self.error}
 
 
 class RunStatusProxy:
-    """The status that another process holds, for a worker.
+    """A worker's access to the status in another process.
 
     Args:
         actor: handle of a Ray actor of class `RunStatus`.
@@ -55,8 +55,9 @@ class RunStatusProxy:
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
-        self._published, self._phase = 0.0, None
-        self._asked: Any = None
+        self._published = 0.0  # time of the last call
+        self._phase: Any = None
+        self._pending_answer: Any = None
         self._stop = False
 
     def publish(self, progress: dict[str, Any]) -> None:
@@ -75,14 +76,14 @@ class RunStatusProxy:
             ray.get(self.actor.fail.remote(error))
 
     def stop_requested(self) -> bool:
-        """Whether the last answer was yes; asks again without waiting."""
+        """True once an answer of the actor has been yes; asks again without waiting."""
         import ray
 
-        if self._asked is None:
-            self._asked = self.actor.stop_requested.remote()
-        elif ray.wait([self._asked], timeout=0)[0]:
-            self._stop = self._stop or bool(ray.get(self._asked))
-            self._asked = None
+        if self._pending_answer is None:
+            self._pending_answer = self.actor.stop_requested.remote()
+        elif ray.wait([self._pending_answer], timeout=0)[0]:
+            self._stop = self._stop or bool(ray.get(self._pending_answer))
+            self._pending_answer = None
         return self._stop
 
     def error_message(self) -> str | None:

@@ -1,4 +1,4 @@
-"""A run's network, and what embeds with it, made from the configuration: in training, in inference and in checks alike."""
+"""A run's network and embedder, built from the configuration, for training, inference and checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build_method(config: Config, features: int, samples: Samples) -> Method:
     """The configured method on the CPU, for the classes of the training samples.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         features: width F of the trunk's pooled features.
         samples: the training set.
     """
@@ -28,9 +28,9 @@ def build_network(config: Config, samples: Samples, device: torch.device) -> tup
     """Trunk and method in the run's precision, with the same initial weights on every rank.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         samples: the training set.
-        device: of the weights.
+        device: device of the weights.
 
     Raises:
         UserError: as `build_trunk`.
@@ -46,13 +46,13 @@ def build_network(config: Config, samples: Samples, device: torch.device) -> tup
 def build_embedder(
     config: Config, store: Store, device: torch.device, ranks: Ranks, loader: str, loader_cpus: int
 ) -> Embedder:
-    """Embeds images of a store as evaluation sees them, read without the cache.
+    """An embedder of a store's images with the transforms of evaluation, read without the cache.
 
     Args:
-        config: of the run.
-        store: where the images are.
-        device: of trunk and method.
-        ranks: who shares the work.
+        config: the run's configuration.
+        store: the dataset.
+        device: device of trunk and method.
+        ranks: the ranks that share the work.
         loader: "ray" or "in_process".
         loader_cpus: CPUs of a Ray Data pipeline.
     """

@@ -1,4 +1,4 @@
-"""Embeds any number of images, or of tracklets; the ranks share them."""
+"""Embeds any number of images or tracklets; the ranks share the work."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from pipeline.model.trunk import Trunk
 
 @dataclass(frozen=True)
 class Embedder:
-    """Turns sample ids into embeddings; one for each run.
+    """Computes embeddings of sample ids.
 
     Attributes:
-        source: pixels of the images.
-        engine, loader_cpus, batch_size: how they are loaded.
-        precision: of the run; bf16 autocasts the trunk.
-        device: of the trunk.
-        ranks: who shares the work.
+        source: store and transforms of the images.
+        engine: loader engine, "ray" or "in_process".
+        loader_cpus: CPUs of a Ray Data pipeline.
+        batch_size: images in a forward pass.
+        precision: the run's precision; bf16 runs the trunk in autocast.
+        device: device of the trunk.
+        ranks: the ranks that share the work.
     """
 
     source: ImageSource
@@ -45,31 +47,31 @@ class Embedder:
 
         Leaves trunk and method in evaluation mode.
         """
-        own = self.ranks.slice(len(ids))
-        parts = [*self._batches(ids, trunk, method)] or [self._embed(self._no_pixels(), trunk, method)]
-        return gather(torch.cat(parts), own.start, len(ids), self.ranks)
+        local = self.ranks.slice(len(ids))
+        batches = [*self._batches(ids, trunk, method)] or [self._embed(self._no_pixels(), trunk, method)]
+        return gather(torch.cat(batches), local.start, len(ids), self.ranks)
 
     @torch.no_grad()
-    def pooled(
+    def embed_tracklets(
         self,
         ids: Int64[np.ndarray, " frames"],
         tracks: Int64[np.ndarray, " frames"],
         trunk: Trunk,
         method: Method | None,
     ) -> Float[Tensor, "tracks dim"]:
-        """The mean embedding of each tracklet, of length one, tracklets ascending, on every rank.
+        """The mean embedding of each tracklet, at length one, tracklets ascending, on every rank.
 
-        No rank holds more frames than a batch: each adds up those of its share, and the sums are added over the ranks.
+        No rank keeps more frames than a batch: each rank sums its share, and the sums are added
+        over the ranks.
 
         Raises:
             ValueError: the mean of a tracklet is zero or not finite.
         """
-        own = self.ranks.slice(len(ids))
         sums = TrackSums.empty(tracks, self._embed(self._no_pixels(), trunk, method).shape[1])
-        at = own.start
+        start = self.ranks.slice(len(ids)).start
         for embeddings in self._batches(ids, trunk, method):
-            sums.add(embeddings, tracks[at : at + len(embeddings)])
-            at += len(embeddings)
+            sums.add(embeddings, tracks[start : start + len(embeddings)])
+            start += len(embeddings)
         totals = (self.ranks.sum(t.to(self.device)).cpu() for t in (sums.sums, sums.counts))
         return TrackSums(sums.tracks, *totals).rows()
 
@@ -78,12 +80,12 @@ class Embedder:
         trunk.set_mode(False, self.ranks)
         if method is not None:
             method.eval()
-        own = self.ranks.slice(len(ids))
-        items = [
-            LoadRequest(ids[i : min(i + self.batch_size, own.stop)])
-            for i in range(own.start, own.stop, self.batch_size)
+        local = self.ranks.slice(len(ids))
+        requests = [
+            LoadRequest(ids[i : min(i + self.batch_size, local.stop)])
+            for i in range(local.start, local.stop, self.batch_size)
         ]
-        for pixels in load(self.source, items, self.engine, self.loader_cpus):
+        for pixels in load(self.source, requests, self.engine, self.loader_cpus):
             yield self._embed(pixels.to(self.device), trunk, method)
 
     def _embed(self, pixels: Tensor, trunk: Trunk, method: Method | None) -> Tensor:

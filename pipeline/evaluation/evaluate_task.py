@@ -1,4 +1,4 @@
-"""Measures a retrieval task: its images are embedded, its queries ranked; both are shared by the ranks."""
+"""Measures a retrieval task: embeds its images and ranks its queries; the ranks share both."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pipeline.model.trunk import Trunk
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Metrics in percent, and for each query what it retrieved.
+    """Metrics, and the neighbours of each query.
 
     Attributes:
-        metrics: by name.
+        metrics: in percent, by name; numbers of queries as counts.
         retrieval: ranks and neighbours of the queries.
-        queries, gallery: who they are; tracklets by their first frames.
+        queries, gallery: the images; tracklets are represented by their first frames.
     """
 
     metrics: dict[str, float]
@@ -50,68 +50,87 @@ def evaluate(
     """Embeds a task's images and measures retrieval; the same result on every rank, for any number of ranks.
 
     Args:
-        task: what to measure.
-        embedder: how to embed.
+        task: queries, gallery and protocol.
+        embedder: embeds the images.
         trunk, method: the model; without a method the pooled features are measured.
-        recall_at: every K of Recall@K, or of CMC.
-        cluster: NMI and AMI as well (k-means over the queries' embeddings).
+        recall_at: every K of Recall@K, or of CMC@K.
+        cluster: measure NMI and AMI as well (k-means over the queries' embeddings).
 
     Raises:
         RunError: embeddings are zero or not finite, or no query has a positive.
     """
     ranks = embedder.ranks
     try:
-        queries, gallery, mine, theirs = _embeddings(task, embedder, trunk, method)
+        queries, gallery, query_embeddings, gallery_embeddings = _embeddings(task, embedder, trunk, method)
         if task.reid:
-            whole: Retrieval | ReidRetrieval = _match(task, queries, gallery, mine, theirs, ranks)
+            retrieval: Retrieval | ReidRetrieval = _match(
+                task, queries, gallery, query_embeddings, gallery_embeddings, ranks
+            )
         else:
             labels = torch.from_numpy(queries.labels)
-            beside = (None, None) if task.gallery is None else (theirs, torch.from_numpy(gallery.labels))
-            share = ranks.slice(len(labels))
-            part = retrieve(mine, labels, gallery=beside[0], gallery_labels=beside[1], queries=share)
-            whole = Retrieval.concatenate(ranks.collect(part))
-        metrics: dict[str, Any] = whole.summary(recall_at)
+            local_retrieval = retrieve(
+                query_embeddings,
+                labels,
+                gallery=None if task.gallery is None else gallery_embeddings,
+                gallery_labels=None if task.gallery is None else torch.from_numpy(gallery.labels),
+                queries=ranks.slice(len(labels)),
+            )
+            retrieval = Retrieval.concatenate(ranks.collect(local_retrieval))
+        metrics: dict[str, Any] = retrieval.summary(recall_at)
         if cluster:
             labels = torch.from_numpy(queries.labels)
-            metrics |= ranks.broadcast(clustering(mine, labels) if ranks.rank == 0 else None)
-    except ValueError as error:  # embeddings that are not finite, most often
+            metrics |= ranks.broadcast(clustering(query_embeddings, labels) if ranks.rank == 0 else None)
+    except ValueError as error:  # mostly embeddings that are not finite
         raise RunError(f"the embeddings cannot be measured: {error}") from error
-    return EvaluationResult(metrics, whole, queries, gallery)
+    return EvaluationResult(metrics, retrieval, queries, gallery)
 
 
 def _embeddings(
     task: RetrievalTask, embedder: Embedder, trunk: Trunk, method: Method | None
 ) -> tuple[Samples, Samples, Tensor, Tensor]:
-    """Queries and gallery, and their rows; what stands in both is embedded once."""
+    """Queries and gallery, and the embeddings of both; images in both are embedded once."""
     sides = [task.queries, task.queries if task.gallery is None else task.gallery]
     ids, first = np.unique(np.concatenate([side.ids for side in sides]), return_index=True)
     if task.queries.tracks is None:
         keys, embeddings = ids, embedder(ids, trunk, method)
     else:
         tracks = np.concatenate([side.tracks for side in sides if side.tracks is not None])[first]
-        keys, embeddings = np.unique(tracks), embedder.pooled(ids, tracks, trunk, method)
+        keys, embeddings = np.unique(tracks), embedder.embed_tracklets(ids, tracks, trunk, method)
     if method is not None:
         with torch.no_grad():
             embeddings = method.refine_embeddings(embeddings)
     queries, gallery = (retrieval_units(side) for side in sides)
     rows = (np.searchsorted(keys, side.ids if side.tracks is None else side.tracks) for side in (queries, gallery))
-    mine, theirs = (embeddings[torch.from_numpy(r).to(embeddings.device)] for r in rows)
-    return queries, gallery, mine, theirs
+    query_embeddings, gallery_embeddings = (embeddings[torch.from_numpy(r).to(embeddings.device)] for r in rows)
+    return queries, gallery, query_embeddings, gallery_embeddings
 
 
 def _match(
-    task: RetrievalTask, queries: Samples, gallery: Samples, mine: Tensor, theirs: Tensor, ranks: Ranks
+    task: RetrievalTask,
+    queries: Samples,
+    gallery: Samples,
+    query_embeddings: Tensor,
+    gallery_embeddings: Tensor,
+    ranks: Ranks,
 ) -> ReidRetrieval:
-    """Re-identification; neighbourhoods and queries are shared by the ranks."""
-    sightings = []
-    for side, rows in ((queries, mine), (gallery, theirs)):
+    """Re-identification; the ranks share the neighbours for re-ranking, and the queries."""
+    reid_sets = []
+    for side, embeddings in ((queries, query_embeddings), (gallery, gallery_embeddings)):
         assert side.cameras is not None
-        sightings.append(ReidSet(rows, torch.from_numpy(side.labels), torch.from_numpy(side.cameras)))
+        reid_sets.append(ReidSet(embeddings, torch.from_numpy(side.labels), torch.from_numpy(side.cameras)))
     reranking = None
     if task.reranking is not None:
-        r, everything = task.reranking, torch.cat([mine, theirs])
-        part = KNearestAndFarthest.of(everything, r.k1, ranks.slice(len(everything)))
-        found = KNearestAndFarthest.concatenate(ranks.collect(part))
-        reranking = Reranking.of(mine, theirs, k1=r.k1, k2=r.k2, weight=r.weight, neighbourhoods=found)
-    matches = match(*sightings, distractors=task.distractors, reranking=reranking, part=ranks.slice(len(mine)))
-    return ReidRetrieval.concatenate(ranks.collect(matches))
+        config = task.reranking
+        embeddings = torch.cat([query_embeddings, gallery_embeddings])
+        local_neighbours = KNearestAndFarthest.of(embeddings, config.k1, ranks.slice(len(embeddings)))
+        reranking = Reranking.of(
+            query_embeddings,
+            gallery_embeddings,
+            k1=config.k1,
+            k2=config.k2,
+            weight=config.weight,
+            neighbours=KNearestAndFarthest.concatenate(ranks.collect(local_neighbours)),
+        )
+    local_queries = ranks.slice(len(query_embeddings))
+    local_retrieval = match(*reid_sets, distractors=task.distractors, reranking=reranking, part=local_queries)
+    return ReidRetrieval.concatenate(ranks.collect(local_retrieval))

@@ -1,22 +1,25 @@
-"""Re-identification: is a person found again by another camera? CMC and mAP from queries to a gallery, exactly.
+"""Re-identification: is a person retrieved from another camera? CMC and mAP from queries to a gallery, exactly.
 
-A gallery row is *right* for a query if it shows the same person from another camera. It is *junk*, taken out of the
-query's ranking and neither right nor wrong, if it shows the same person from the same camera or is labelled `JUNK`.
-Everything else is wrong; so are persons nobody asks for, labelled `DISTRACTOR` (Zheng et al., "Scalable Person
-Re-identification", ICCV 2015: Market-1501; "MARS", ECCV 2016, whose identities 0000 and 00-1 are these two).
+A gallery row is a *correct match* of a query if it shows the same person from another camera. It is
+*junk*, removed from the query's ranking and neither right nor wrong, if it shows the same person
+from the same camera or is labelled `JUNK`. Everything else is wrong, including persons that are in
+no query, labelled `DISTRACTOR` (Zheng et al., "Scalable Person Re-identification", ICCV 2015:
+Market-1501; "MARS", ECCV 2016, whose identities 0000 and 00-1 are these two).
 
-With a query's R right rows at the ranks r_1 < r_2 < ... (0: first) of its filtered ranking:
+With a query's R correct matches at the ranks r_1 < r_2 < ... (0: first) of its filtered ranking:
 
     CMC@k             share of queries with r_1 < k
     AP                1/R * sum_i i / (r_i + 1)
     AP, trapezoidal   1/R * sum_i (i / (r_i + 1) + [(i - 1) / r_i, or 1 if r_i = 0]) / 2
 
-The second is the area under the precision-recall curve by the trapezoidal rule, as in the evaluation scripts that came
-with Market-1501 and MARS, which OSM+CAA used. It is the smaller one, unless the ranking is perfect.
+The second is the area under the precision-recall curve by the trapezoidal rule, as in the
+evaluation scripts that came with Market-1501 and MARS, which OSM+CAA used. It is the smaller one,
+unless the ranking is perfect.
 
-The whole gallery is sorted by exact similarities. float32 proposals, which decide most of `retrieval.retrieve`, would save
-little here: too many rows lie within the bound on their error of one of the right ones. Counting the rows ahead of each
-right one takes as long as sorting at 10 right rows a query, and longer at more.
+The whole gallery is sorted by exact similarities. float32 proposals, which decide most of
+`retrieval.retrieve`, would save little here: too many rows lie within the bound on their error of a
+correct match. Counting the rows ahead of each correct match takes as long as sorting at 10 correct
+matches a query, and longer at more.
 """
 
 from __future__ import annotations
@@ -34,17 +37,17 @@ from pipeline.data.entries import DISTRACTOR, JUNK
 from pipeline.evaluation.reranking import Reranking
 from pipeline.neighbours.exact_cosine import Concatenable, ExactCosine, NormedRows, run_blocks, slices
 
-_BLOCK_BYTES = 40  # of temporary arrays, for a query and a gallery row
+_BYTES_PER_PAIR = 40  # size of temporary arrays for one query and one gallery row
 
 
 @dataclass(frozen=True)
 class ReidSet:
-    """Embeddings of persons: who, and seen by which camera.
+    """Embeddings of persons, with their identities and cameras.
 
     Attributes:
         embeddings: float32 or float64, of any length but zero.
-        labels: the person; 0 or more, in a gallery also `DISTRACTOR` and `JUNK`.
-        cameras: any integers.
+        labels: number of the person, 0 or more; in a gallery also `DISTRACTOR` and `JUNK`.
+        cameras: number of the camera, any integer.
     """
 
     embeddings: Float[Tensor, "rows dim"]
@@ -55,7 +58,8 @@ class ReidSet:
         """Rows, labels and cameras.
 
         Raises:
-            ValueError: as `NormedRows.of`; not one label and camera a row; a label below `least_label`.
+            ValueError: as `NormedRows.of`; not one label and camera a row; a label below
+                `least_label`.
         """
         vectors = NormedRows.of(self.embeddings, name)
         labels, cameras = self.labels.cpu().numpy(), self.cameras.cpu().numpy()
@@ -75,11 +79,13 @@ class ReidRetrieval(Concatenable):
     """Results per query.
 
     Attributes:
-        first_hit: rank of the nearest right row in the filtered ranking, 0 is the nearest of all; -1 if there is none.
-        average_precision: in [0, 1]; 0 if the query has no right row.
+        first_hit: rank of the nearest correct match in the filtered ranking, 0 is the nearest row;
+            -1 if there is none.
+        average_precision: in [0, 1]; 0 if the query has no correct match.
         average_precision_trapezoidal: the same by the trapezoidal rule.
-        num_relevant: R, the number of right rows.
-        neighbours: gallery rows of the nearest `keep` that are not junk, nearest first; -1 where there are fewer.
+        num_relevant: R, the number of correct matches.
+        neighbours: gallery rows of the nearest `keep` that are not junk, nearest first; -1 where
+            there are fewer.
     """
 
     first_hit: Int64[np.ndarray, " queries"]
@@ -89,17 +95,18 @@ class ReidRetrieval(Concatenable):
     neighbours: Int64[np.ndarray, "queries keep"]
 
     def summary(self, cmc_at: Sequence[int] = (1, 5, 10, 20)) -> dict[str, float | int]:
-        """Average over the queries that have a right row.
+        """Averages over the queries that have a correct match.
 
         Args:
-            cmc_at: the k of CMC@k: the share of queries with a right row among their k nearest.
+            cmc_at: every k of CMC@k: the share of queries with a correct match among their k
+                nearest rows.
 
         Returns:
             `cmc@k` for each k, `map` and `map_trapezoidal` in percent; `queries`, the number averaged over;
             `queries_without_positive`, the number left out.
 
         Raises:
-            ValueError: no query has a right row, so that there is nothing to average.
+            ValueError: no query has a correct match, so that there is nothing to average.
         """
         counted = self.num_relevant > 0
         if not counted.any():
@@ -125,42 +132,43 @@ def match(
     keep: int = 10,
     memory_bytes: int = 128 * 2**20,
 ) -> ReidRetrieval:
-    """Rank the gallery for each query by cosine similarity, exactly, ties by the smaller gallery row.
+    """Ranks the gallery for each query by cosine similarity, exactly, ties by the smaller gallery row.
 
-    Time: 3 float64 matrix products Q x N x D, and sorting the N similarities of each query. Memory: about `memory_bytes`
-    beside the embeddings.
+    Time: 3 float64 matrix products Q x N x D, and sorting the N similarities of each query. Memory:
+    about `memory_bytes` beside the embeddings.
 
     Args:
-        queries, gallery: who is looked for, and where. A gallery may hold the queries: they are junk to themselves.
-        distractors: what persons nobody asks for are. `junk` for the MARS figures of OSM+CAA, whose script ranks 00-1
-            instead: give those rows a label that no query has.
-        reranking: ranks by its distance instead of the cosine; made of the same rows.
-        part: range of queries to do, for one rank's share; default all.
+        queries, gallery: the gallery may contain the queries, each of which is junk for itself.
+        distractors: whether distractors count as wrong or as junk. `junk` for the MARS figures of
+            OSM+CAA, whose script ranks 00-1 instead: give those rows a label that no query has.
+        reranking: ranks by its distance instead of the cosine; made from the same rows.
+        part: range of queries to rank, one rank's share; default all.
         keep: neighbours to return for each query.
         memory_bytes: size of the temporary blocks. It changes time, never the result.
 
     Raises:
-        ValueError: wrong dtype or shape; a row of length zero or with a NaN or infinity; a label that has no meaning;
-            a reranking of other rows.
+        ValueError: wrong dtype or shape; a row of length zero or with a NaN or infinity; a label
+            below those allowed; a reranking of other rows.
     """
     if keep < 1:
         raise ValueError(f"got keep={keep}: expected at least 1")
     if distractors not in ("wrong", "junk"):
         raise ValueError(f"got distractors={distractors!r}: expected 'wrong' or 'junk'")
-    wanted, labels, cameras = queries.checked("queries", 0)
-    searched, gallery_labels, gallery_cameras = gallery.checked("gallery", JUNK)
-    cosine = ExactCosine(wanted, searched)
-    if reranking is not None and reranking.shape != (len(wanted), len(searched)):
-        raise ValueError(
-            f"got a reranking of {reranking.shape} queries and gallery rows: expected {(len(wanted), len(searched))}"
-        )
+    query_rows, labels, cameras = queries.checked("queries", 0)
+    gallery_rows, gallery_labels, gallery_cameras = gallery.checked("gallery", JUNK)
+    cosine = ExactCosine(query_rows, gallery_rows)
+    shape = (len(query_rows), len(gallery_rows))
+    if reranking is not None and reranking.shape != shape:
+        raise ValueError(f"got a reranking of {reranking.shape} queries and gallery rows: expected {shape}")
     similarity_of = cosine.block if reranking is None else reranking.block
     junk = (gallery_labels == JUNK) | ((gallery_labels == DISTRACTOR) & (distractors == "junk"))
-    query_ids = np.arange(len(wanted))[part or slice(None)]
-    depth = min(keep, len(searched))
-    first_hit, num_relevant = np.full(len(query_ids), -1), np.zeros(len(query_ids), np.int64)
+    query_ids = np.arange(len(query_rows))[part or slice(None)]
+    depth = min(keep, len(gallery_rows))
+    first_hit = np.full(len(query_ids), -1)
+    num_relevant = np.zeros(len(query_ids), np.int64)
     neighbours = np.full((len(query_ids), keep), -1)
-    precision, trapezoidal = np.zeros(len(query_ids)), np.zeros(len(query_ids))
+    precision = np.zeros(len(query_ids))
+    trapezoidal = np.zeros(len(query_ids))
 
     def rank(block: np.ndarray) -> None:
         ids = query_ids[block]
@@ -174,13 +182,13 @@ def match(
         nearest = order[:, :depth]
         neighbours[block, :depth] = np.where(np.take_along_axis(excluded, nearest, axis=1), -1, nearest)
 
-    size = memory_bytes // torch.get_num_threads() // (_BLOCK_BYTES * len(searched))
+    size = memory_bytes // torch.get_num_threads() // (_BYTES_PER_PAIR * len(gallery_rows))
     run_blocks(rank, [np.arange(len(query_ids))[block] for block in slices(len(query_ids), size)])
     return ReidRetrieval(first_hit, precision, trapezoidal, num_relevant, neighbours)
 
 
 def _order(similarity: np.ndarray) -> np.ndarray:
-    """Columns by similarity, largest first, ties by the smaller column; what is -inf comes last in any order."""
+    """Columns by similarity, largest first, ties by the smaller column; those of -inf come last in any order."""
     order = np.argsort(-similarity, axis=1)  # a third of the time of a stable sort, which only ties need
     ordered = np.take_along_axis(similarity, order, axis=1)
     tied = ((ordered[:, 1:] == ordered[:, :-1]) & ~np.isneginf(ordered[:, 1:])).any(axis=1)
@@ -189,17 +197,17 @@ def _order(similarity: np.ndarray) -> np.ndarray:
 
 
 def _precisions(hits: np.ndarray) -> tuple[np.ndarray, ...]:
-    """R, the first rank (-1: none) and both average precisions (0: none), from which ranks are hits, [queries, ranks].
+    """R, the first rank (-1: none) and both average precisions (0: none), from a mask of hits [queries, ranks].
 
     Each query's sum runs from its first hit to its last, so the block it is in changes no bit.
     """
     queries, ranks = np.divmod(np.flatnonzero(hits), hits.shape[1])
     num_relevant = np.bincount(queries, minlength=len(hits))
-    found = np.arange(1, len(queries) + 1) - (np.cumsum(num_relevant) - num_relevant)[queries]
-    at_hit = found / (ranks + 1)
-    before = np.where(ranks == 0, 1.0, (found - 1) / np.maximum(ranks, 1))
+    hit_number = np.arange(1, len(queries) + 1) - (np.cumsum(num_relevant) - num_relevant)[queries]
+    at_hit = hit_number / (ranks + 1)
+    before = np.where(ranks == 0, 1.0, (hit_number - 1) / np.maximum(ranks, 1))
     first_hit = np.full(len(hits), -1)
-    first_hit[num_relevant > 0] = ranks[found == 1]
+    first_hit[num_relevant > 0] = ranks[hit_number == 1]
     means = (
         np.bincount(queries, terms, len(hits)) / np.maximum(num_relevant, 1)
         for terms in (at_hit, (at_hit + before) / 2)

@@ -1,6 +1,7 @@
 """k-reciprocal re-ranking (Zhong, Zheng, Cao, Li, CVPR 2017, arXiv 1701.08398; github.com/zhunzhong07/person-re-ranking).
 
-A gallery row is nearer to a query if the two have the same neighbours. Over queries and gallery together:
+A gallery row is nearer to a query if the two have the same neighbours. Over queries and gallery
+together:
 
     R(i, k)    rows among i's k nearest that have i among theirs, and i itself
     R*(i)      R(i, k1), and R(q, k1/2) of every q in R(i, k1) of which more than two thirds lie in R(i, k1)
@@ -9,12 +10,13 @@ A gallery row is nearer to a query if the two have the same neighbours. Over que
     J(i, j)    1 - sum(min(V'_i, V'_j)) / sum(max(V'_i, V'_j))
     d*(q, g)   (1 - weight) J(q, g) + weight d(q, g)
 
-d is the cosine distance divided by its largest value in row i, which for rows of length one is the authors' squared
-Euclidean distance divided likewise. Where the authors' code, which made the published results, differs from the paper,
-this follows the code: V has sum one, d is divided by its largest value, and "more than" two thirds (paper: at least).
+d is the cosine distance divided by its largest value in row i, which for rows of length one is the
+authors' squared Euclidean distance divided likewise. Where the authors' code, which made the
+published results, differs from the paper, this follows the code: V has sum one, d is divided by its
+largest value, and "more than" two thirds (paper: at least).
 
-Everything but the blocks of d* is sparse. Distances and neighbours are those of the exact cosine, ties by the smaller
-row, so no bit depends on blocks or ranks.
+Everything but the blocks of d* is sparse. Distances and neighbours are those of the exact cosine,
+ties by the smaller row, so no bit depends on blocks or ranks.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from pipeline.evaluation.retrieval import retrieve
 from pipeline.neighbours.exact_cosine import Concatenable, ExactCosine, NormedRows, slices
 
 FARTHEST_BLOCK_ROWS = 2048  # rows that are negated at once
-_CHUNK_ENTRIES = 2**18  # of sparse rows that are expanded at once, 10 to 40 bytes each
+_CHUNK_ENTRIES = 2**18  # entries of sparse rows that are expanded at once, 10 to 40 bytes each
 
 
 @dataclass(frozen=True)
 class KNearestAndFarthest(Concatenable):
-    """Of rows among all queries and gallery rows.
+    """The nearest and the farthest rows of each row, among all queries and gallery rows.
 
     Attributes:
         nearest: the k1 nearest other rows, nearest first.
@@ -51,12 +53,12 @@ class KNearestAndFarthest(Concatenable):
     def of(
         embeddings: Float[Tensor, "all dim"], k1: int = 20, part: slice | None = None, memory_bytes: int = 64 * 2**20
     ) -> KNearestAndFarthest:
-        """The neighbourhoods of a range of rows, in about the time of two `retrieval.retrieve` without a gallery.
+        """Nearest and farthest rows of a range of rows, in about the time of two `retrieval.retrieve` without a gallery.
 
         Args:
             embeddings: queries, then gallery.
-            k1: fewer than there are rows.
-            part: range of rows to do, for one rank's share; default all.
+            k1: number of nearest rows, fewer than there are rows.
+            part: range of rows to search for, one rank's share; default all.
             memory_bytes: size of the temporary blocks. It changes time, never the result.
 
         Raises:
@@ -64,16 +66,17 @@ class KNearestAndFarthest(Concatenable):
         """
         if not 1 <= k1 < len(embeddings):
             raise ValueError(f"got k1={k1} for {len(embeddings)} rows: expected at least 1 and fewer than rows")
-        classes = torch.arange(len(embeddings))  # a class each: only neighbours are wanted, nothing is to be found
+        classes = torch.arange(len(embeddings))  # a class for each row: only the neighbours are used, not the metrics
         nearest = retrieve(embeddings, classes, queries=part, keep=k1, memory_bytes=memory_bytes)
-        share, farthest = embeddings[part or slice(None)], [np.empty(0, np.int64)]
-        for rows in slices(len(share), FARTHEST_BLOCK_ROWS):
-            opposites = -share[rows]
-            nobody = torch.full((len(opposites),), -1)
-            found = retrieve(
-                opposites, nobody, gallery=embeddings, gallery_labels=classes, keep=1, memory_bytes=memory_bytes
+        queries = embeddings[part or slice(None)]
+        farthest = [np.empty(0, np.int64)]
+        for rows in slices(len(queries), FARTHEST_BLOCK_ROWS):
+            negated = -queries[rows]
+            no_class = torch.full((len(negated),), -1)
+            retrieval = retrieve(
+                negated, no_class, gallery=embeddings, gallery_labels=classes, keep=1, memory_bytes=memory_bytes
             )
-            farthest.append(found.neighbours[:, 0])
+            farthest.append(retrieval.neighbours[:, 0])
         return KNearestAndFarthest(nearest.neighbours, np.concatenate(farthest))
 
 
@@ -82,11 +85,11 @@ class Reranking:
     """Distances d* of queries and gallery, block by block.
 
     Attributes:
-        cosine: of queries and gallery.
+        cosine: cosine similarities of queries and gallery.
         largest: the cosine distance of each query to its farthest row.
         queries: V' of the queries, csr [queries, all rows].
         gallery: V' of the gallery, csc [gallery, all rows].
-        weight: of the original distance; the paper's lambda.
+        weight: weight of the original distance; the paper's lambda.
     """
 
     cosine: ExactCosine
@@ -103,37 +106,42 @@ class Reranking:
         k1: int = 20,
         k2: int = 6,
         weight: float | int = 0.3,
-        neighbourhoods: KNearestAndFarthest | None = None,
+        neighbours: KNearestAndFarthest | None = None,
     ) -> Reranking:
-        """Defaults are the paper's for Market-1501; OSM+CAA's on MARS are k1 7, k2 3, weight 0.85.
+        """Re-ranked distances; defaults are the paper's for Market-1501, OSM+CAA's on MARS are k1 7, k2 3, weight 0.85.
 
-        Time: a float64 comparison for each of the about N k1 entries of V. Memory: 12 bytes for each of the entries of
-        V', at most k2 times as many, and several times that while they are made.
+        Time: a float64 comparison for each of the about N k1 entries of V. Memory: 12 bytes for
+        each of the entries of V', at most k2 times as many, and several times that while they are
+        made.
 
         Args:
-            queries, gallery: as given to `reid.match`.
-            k1: size of the neighbourhoods.
-            k2: size of the local query expansion, the row itself counted; 1 for none.
-            weight: of the original distance, 0 to 1.
-            neighbourhoods: of the rows of queries and gallery, in this order, for k1; default: made here.
+            queries, gallery: embeddings, as given to `reid.match`.
+            k1: number of nearest neighbours that may be reciprocal.
+            k2: number of rows in the local query expansion, the row itself included; 1 for none.
+            weight: weight of the original distance, 0 to 1.
+            neighbours: neighbours of the rows of queries and gallery, in this order, for k1;
+                default: computed here.
 
         Raises:
-            ValueError: a value out of range; neighbourhoods of other rows or another k1; as `retrieval.retrieve`.
+            ValueError: a value out of range; neighbours of other rows or another k1; as
+                `retrieval.retrieve`.
         """
         if not (1 <= k2 <= k1 + 1 and 0 <= weight <= 1):
             raise ValueError(f"got k1={k1}, k2={k2}, weight={weight}: expected k2 from 1 to k1 + 1, weight from 0 to 1")
         cosine = ExactCosine(NormedRows.of(queries, "queries"), NormedRows.of(gallery, "gallery"))
         embeddings = torch.cat([queries.detach(), gallery.detach()])
-        if neighbourhoods is None:
-            neighbourhoods = KNearestAndFarthest.of(embeddings, k1)
-        if neighbourhoods.nearest.shape != (len(embeddings), k1):
-            got = f"neighbourhoods {neighbourhoods.nearest.shape}"
-            raise ValueError(f"got {got}: expected {(len(embeddings), k1)}, queries and gallery by k1")
+        if neighbours is None:
+            neighbours = KNearestAndFarthest.of(embeddings, k1)
+        if neighbours.nearest.shape != (len(embeddings), k1):
+            raise ValueError(
+                f"got neighbours {neighbours.nearest.shape}: expected {(len(embeddings), k1)}, queries and gallery by k1"
+            )
         vectors = NormedRows.of(embeddings, "embeddings")
-        distance = _Distance(ExactCosine(vectors, vectors), neighbourhoods.farthest)
-        encoded = _expanded(_encoded(neighbourhoods.nearest, distance), neighbourhoods.nearest[:, : k2 - 1])
+        distance = _Distance(ExactCosine(vectors, vectors), neighbours.farthest)
+        features = _reciprocal_features(neighbours.nearest, distance)
+        features = _query_expanded(features, neighbours.nearest[:, : k2 - 1])
         largest = distance.largest[: len(queries)]
-        return Reranking(cosine, largest, encoded[: len(queries)], encoded[len(queries) :].tocsc(), weight)
+        return Reranking(cosine, largest, features[: len(queries)], features[len(queries) :].tocsc(), weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,16 +161,18 @@ class Reranking:
 
         Each sum runs over ascending columns, so the other queries of the block change no bit.
         """
-        chosen, num_gallery = self.queries[query_ids], self.gallery.shape[0]
+        features = self.queries[query_ids]
+        num_gallery = self.gallery.shape[0]
         overlap = np.zeros(len(query_ids) * num_gallery)
-        target = np.repeat(np.arange(len(query_ids)) * num_gallery, np.diff(chosen.indptr))
-        start, count = self.gallery.indptr[chosen.indices], np.diff(self.gallery.indptr)[chosen.indices]
+        target = np.repeat(np.arange(len(query_ids)) * num_gallery, np.diff(features.indptr))
+        start = self.gallery.indptr[features.indices]
+        count = np.diff(self.gallery.indptr)[features.indices]
         cuts = np.flatnonzero(np.diff(np.cumsum(count) // _CHUNK_ENTRIES)) + 1
-        for part in (slice(*ends) for ends in itertools.pairwise([0, *cuts.tolist(), len(count)])):
-            entry = np.repeat(np.arange(part.start, part.stop), count[part])
-            within = np.arange(len(entry)) - np.repeat(np.cumsum(count[part]) - count[part], count[part])
+        for chunk in (slice(*ends) for ends in itertools.pairwise([0, *cuts.tolist(), len(count)])):
+            entry = np.repeat(np.arange(chunk.start, chunk.stop), count[chunk])
+            within = np.arange(len(entry)) - np.repeat(np.cumsum(count[chunk]) - count[chunk], count[chunk])
             position = start[entry] + within
-            shared = np.minimum(chosen.data[entry], self.gallery.data[position])
+            shared = np.minimum(features.data[entry], self.gallery.data[position])
             np.add.at(overlap, target[entry] + self.gallery.indices[position], shared)
         return overlap.reshape(len(query_ids), num_gallery)
 
@@ -172,16 +182,16 @@ class _Distance:
 
     def __init__(self, cosine: ExactCosine, farthest: np.ndarray) -> None:
         self.cosine = cosine
-        # Where all rows coincide, what is left of a distance is rounding: at most this much.
-        least = cosine.gallery.dim * 2.0**-50
-        self.largest = np.maximum(1 - cosine.pairs(np.arange(len(farthest)), farthest), least)
+        # Where all rows coincide, distances are rounding errors: at most this large.
+        rounding = cosine.gallery.dim * 2.0**-50
+        self.largest = np.maximum(1 - cosine.pairs(np.arange(len(farthest)), farthest), rounding)
 
     def __call__(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
         return (1 - self.cosine.pairs(rows, others)) / self.largest[rows]
 
 
-def _lists(nearest: np.ndarray, value: int | float) -> sparse.csr_array:
-    """`value` where a column is the row itself or one of its `nearest` [rows, k]; [rows, rows]."""
+def _neighbour_matrix(nearest: np.ndarray, value: int | float) -> sparse.csr_array:
+    """A sparse matrix [rows, rows] with `value` where a column is the row itself or one of its `nearest` [rows, k]."""
     num, k = nearest.shape
     columns = np.column_stack([np.arange(num), nearest])
     columns.sort(axis=1)
@@ -189,30 +199,30 @@ def _lists(nearest: np.ndarray, value: int | float) -> sparse.csr_array:
     return sparse.csr_array((np.full(columns.size, value), columns.ravel(), pointers), shape=shape)
 
 
-def _encoded(nearest: np.ndarray, distance: _Distance) -> sparse.csr_array:
-    """V, from the nearest k1 of each row."""
-    forward, forward_half = _lists(nearest, 1), _lists(nearest[:, : nearest.shape[1] // 2], 1)
+def _reciprocal_features(nearest: np.ndarray, distance: _Distance) -> sparse.csr_array:
+    """V, the k-reciprocal features, from the k1 nearest of each row."""
+    forward, forward_half = _neighbour_matrix(nearest, 1), _neighbour_matrix(nearest[:, : nearest.shape[1] // 2], 1)
     reciprocal, half = (lists.multiply(lists.T).tocsr() for lists in (forward, forward_half))
     half_size = np.diff(half.indptr)
-    parts = []
-    for part in slices(len(nearest), _CHUNK_ENTRIES // (1 + nearest.shape[1]) ** 2):
-        own = reciprocal[part]
-        shared = (own @ half).multiply(own).tocsr()  # |R(q, k1/2) in R(i, k1)|: half is symmetric
+    features = []
+    for rows in slices(len(nearest), _CHUNK_ENTRIES // (1 + nearest.shape[1]) ** 2):
+        block = reciprocal[rows]
+        shared = (block @ half).multiply(block).tocsr()  # |R(q, k1/2) in R(i, k1)|: half is symmetric
         shared.data = (3 * shared.data > 2 * half_size[shared.indices]).astype(np.int64)
-        members = own + shared @ half
+        members = block + shared @ half
         members.eliminate_zeros()
         members.sort_indices()
         count = np.diff(members.indptr)
-        weights = np.exp(-distance(np.repeat(np.arange(part.start, part.stop), count), members.indices))
+        weights = np.exp(-distance(np.repeat(np.arange(rows.start, rows.stop), count), members.indices))
         weights /= np.repeat(np.add.reduceat(weights, members.indptr[:-1]), count)
-        parts.append(sparse.csr_array((weights, members.indices, members.indptr), shape=members.shape))
-    return sparse.vstack(parts, format="csr")
+        features.append(sparse.csr_array((weights, members.indices, members.indptr), shape=members.shape))
+    return sparse.vstack(features, format="csr")
 
 
-def _expanded(encoded: sparse.csr_array, nearest: np.ndarray) -> sparse.csr_array:
+def _query_expanded(features: sparse.csr_array, nearest: np.ndarray) -> sparse.csr_array:
     """V', the mean of V over each row and its `nearest`."""
     if nearest.shape[1] == 0:
-        return encoded
-    mean = _lists(nearest, 1 / (1 + nearest.shape[1])) @ encoded
+        return features
+    mean = _neighbour_matrix(nearest, 1 / (1 + nearest.shape[1])) @ features
     mean.sort_indices()
     return mean

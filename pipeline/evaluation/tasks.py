@@ -1,4 +1,4 @@
-"""Retrieval tasks: which images are searched, and where."""
+"""Retrieval tasks: their queries, galleries and protocol."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 
 from pipeline.config import Config, RerankingConfig
 from pipeline.data.store import Samples, Store
+from pipeline.metric_names import metric_keys
 
 
 def retrieval_units(samples: Samples) -> Samples:
-    """What is searched and found: tracklets (each by its first frame, ascending), or the images themselves."""
+    """The units of retrieval: tracklets (each represented by its first frame, ascending), or the images themselves."""
     if samples.tracks is None:
         return samples
     tracks, first = np.unique(samples.tracks, return_index=True)
@@ -27,11 +28,12 @@ class RetrievalTask:
 
     Attributes:
         queries: images, or frames of tracklets.
-        gallery: where they are searched; none: among each other (leave-one-out).
-        reid: what the query's camera took of the query's class is junk, and so are rows of the label JUNK; measured are CMC
-            and mAP. The gallery may hold the queries.
-        distractors: with reid, what rows of the label DISTRACTOR are.
-        reranking: with reid, ranks by k-reciprocal distances.
+        gallery: images among which they are searched; None: the other queries (leave-one-out).
+        reid: re-identification: CMC and mAP are measured; images of the query's class by the
+            query's camera are junk, and so are rows of the label JUNK. The gallery may contain the
+            queries.
+        distractors: with reid, whether rows of the label DISTRACTOR count as wrong or as junk.
+        reranking: with reid, settings of k-reciprocal re-ranking; None: ranks by cosine.
     """
 
     queries: Samples
@@ -41,13 +43,14 @@ class RetrievalTask:
     reranking: RerankingConfig | None = None
 
     def check(self, cluster: bool) -> None:
-        """Whether there is anything to measure, known before any image is embedded.
+        """Checks that the task can be measured, before any image is embedded.
 
         Args:
-            cluster: NMI and AMI are wanted too.
+            cluster: NMI and AMI will be computed as well.
 
         Raises:
-            ValueError: no query has a positive, or there are not the classes that a clustering needs.
+            ValueError: no query has a positive, or there are not the classes that a clustering
+                needs.
         """
         queries, gallery = (
             retrieval_units(self.queries),
@@ -56,19 +59,21 @@ class RetrievalTask:
         sizes = np.bincount(queries.labels, minlength=1)
         if self.reid:
             assert gallery is not None and queries.cameras is not None and gallery.cameras is not None
-            seen = {
+            views = {
                 (label, camera) for label, camera in zip(gallery.labels, gallery.cameras, strict=True) if label >= 0
             }
-            by_label = np.bincount([label for label, _ in seen], minlength=len(sizes))
-            own = [(label, camera) in seen for label, camera in zip(queries.labels, queries.cameras, strict=True)]
-            found = bool((by_label[queries.labels] > own).any())
+            num_cameras = np.bincount([label for label, _ in views], minlength=len(sizes))
+            in_own_view = [
+                (label, camera) in views for label, camera in zip(queries.labels, queries.cameras, strict=True)
+            ]
+            has_positive = bool((num_cameras[queries.labels] > in_own_view).any())
         elif gallery is None:
-            found = bool(sizes.max() > 1)
+            has_positive = bool(sizes.max() > 1)
         else:
-            found = bool(np.isin(queries.labels, gallery.labels).any())
-        if not found:
-            what = "person seen by another camera" if self.reid else "image of its class"
-            raise ValueError(f"none of the {len(queries)} queries has another {what} to find")
+            has_positive = bool(np.isin(queries.labels, gallery.labels).any())
+        if not has_positive:
+            positive = "person seen by another camera" if self.reid else "image of its class"
+            raise ValueError(f"none of the {len(queries)} queries has another {positive} to find")
         classes = np.count_nonzero(sizes)
         if cluster and not 2 <= classes < len(queries):
             raise ValueError(
@@ -77,10 +82,8 @@ class RetrievalTask:
             )
 
     def metrics(self, recall_at: Sequence[int]) -> list[str]:
-        """Names of what is measured."""
-        if self.reid:
-            return ["map", "map_trapezoidal", *(f"cmc@{k}" for k in recall_at)]
-        return ["map@r", "r_precision", *(f"recall@{k}" for k in recall_at)]
+        """Keys of the metrics of this task."""
+        return metric_keys("reid" if self.reid else "retrieval", recall_at)
 
 
 def validation_task(config: Config, store: Store) -> RetrievalTask | None:
@@ -95,7 +98,7 @@ def validation_task(config: Config, store: Store) -> RetrievalTask | None:
 
 
 def test_task(config: Config, store: Store) -> RetrievalTask | None:
-    """As the store's protocol says: query to gallery, re-identification, or leave-one-out; None if it has no test images."""
+    """The task of the store's protocol (query to gallery, re-identification, leave-one-out); None without test images."""
     if store.protocol == "leave_one_out":
         samples = store.select(["test"])
         return RetrievalTask(samples) if len(samples) else None

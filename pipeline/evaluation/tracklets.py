@@ -11,20 +11,21 @@ from torch import Tensor
 
 from pipeline.neighbours.exact_cosine import slices
 
-_FRAMES = 4096  # that are widened to float64 at once
+_FRAMES_PER_BLOCK = 4096  # converted to float64 at once
 
 
 @dataclass(frozen=True)
 class TrackSums:
-    """Sums of the embeddings of each tracklet's frames, which add up over batches and ranks.
+    """Sums of the embeddings of each tracklet's frames, accumulated over batches and ranks.
 
-    On ranks: `TrackSums(own.tracks, ranks.sum(own.sums), ranks.sum(own.counts)).rows()`. Sums in the order of the frames
-    have the same bits however the frames are cut into batches; sums of ranks' sums differ by rounding in float64.
+    On several ranks: `TrackSums(local.tracks, ranks.sum(local.sums),
+    ranks.sum(local.counts)).rows()`. Sums in the order of the frames have the same bits for any
+    batch size; sums of the ranks' sums differ by rounding in float64.
 
     Attributes:
         tracks: numbers of the tracklets, ascending.
         sums: float64, on the CPU.
-        counts: frames seen of each.
+        counts: number of frames added to each.
     """
 
     tracks: Int64[np.ndarray, " tracks"]
@@ -33,7 +34,7 @@ class TrackSums:
 
     @staticmethod
     def empty(tracks: Int64[np.ndarray, " any"], dim: int) -> TrackSums:
-        """Nothing seen yet of these tracklets, given in any order and any number of times."""
+        """Zero sums of these tracklets, given in any order and any number of times."""
         unique = np.unique(tracks)
         if not len(unique):
             raise ValueError("got no tracks: expected at least one")
@@ -44,7 +45,8 @@ class TrackSums:
         """Adds frames, of any tracklets in any order.
 
         Raises:
-            ValueError: not one tracklet a frame; other than the expected dimension; an unknown tracklet.
+            ValueError: not one tracklet a frame; other than the expected dimension; an unknown
+                tracklet.
         """
         if embeddings.shape != (len(tracks), self.sums.shape[1]):
             expected = (len(tracks), self.sums.shape[1])
@@ -56,8 +58,8 @@ class TrackSums:
                 f"got a frame of track {tracks[unknown.argmax()]}: expected one of {len(self.tracks)} others"
             )
         index = torch.from_numpy(position)
-        for part in slices(len(tracks), _FRAMES):
-            self.sums.index_add_(0, index[part], embeddings[part].detach().cpu().double())
+        for block in slices(len(tracks), _FRAMES_PER_BLOCK):
+            self.sums.index_add_(0, index[block], embeddings[block].detach().cpu().double())
         self.counts.add_(torch.bincount(index, minlength=len(self.tracks)))
 
     def rows(self) -> Float64[Tensor, "tracks dim"]:
@@ -66,14 +68,16 @@ class TrackSums:
         Raises:
             ValueError: a tracklet without a frame, or with a mean that is zero or not finite.
         """
-        norms = self.sums.norm(dim=1, keepdim=True)  # of the mean, times the count, which a length of one cancels
-        for bad, what in [
+        norms = self.sums.norm(dim=1, keepdim=True)  # the mean's norm times the count, which cancels at length one
+        for mask, problem in [
             (self.counts == 0, "have no frame"),
             (~((norms[:, 0] > 0) & norms[:, 0].isfinite()), "have a mean that is zero or not finite"),
         ]:
-            if bad.any():
-                first = self.tracks[int(bad.nonzero()[0])]
-                raise ValueError(f"{int(bad.sum())} of {len(self.tracks)} tracks {what}, the first is track {first}")
+            if mask.any():
+                first = self.tracks[int(mask.nonzero()[0])]
+                raise ValueError(
+                    f"{int(mask.sum())} of {len(self.tracks)} tracks {problem}, the first is track {first}"
+                )
         return self.sums / norms
 
 

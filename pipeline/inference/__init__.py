@@ -1,1 +1,1 @@
-"""Trained models: found by the name of their run, and applied to any number of images."""
+"""Trained models: loaded by the name of their run, and applied to any number of images."""

@@ -1,12 +1,13 @@
 """Embeddings of any number of images as Parquet files: `python -m pipeline.evaluate RUN --embed-to PATH`.
 
-    embeddings.json     of which run, checkpoint, weights, dataset and splits; rows, dimensions, parts; "complete" once all
-                        are there
-    part-*.parquet      by the first row it holds: sample_id, label, class_name, split (of tracklets also track,
-                        camera, frame), embedding [D]
+    embeddings.json     run, checkpoint, weights, dataset and splits; number of rows, dimensions and files ("parts");
+                        "complete" once all files are written
+    part-*.parquet      named by their first row: sample_id, label, class_name, split (for tracklets also track, camera,
+                        frame), embedding [D]
 
-Each part is embedded by one process and written whole; what was interrupted is continued by the same command, parts that are
-there stay. Memory is that of a part and of the catalogue, whatever the number of images.
+Each file is computed by one process and written whole; the same command continues after an
+interruption and keeps the files that are there. Memory is that of one file and of the catalogue,
+for any number of images.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ _MANIFEST = "embeddings.json"
 
 
 class EmbedTask:
-    """Embeds and writes parts: rows of the selection to a file.
+    """Embeds a range of images and writes them into a file.
 
     Args:
-        trained: with what.
-        splits: which images of its dataset, ordered by sample id.
-        target: where the files go.
+        trained: the model.
+        splits: splits of its dataset, whose images are ordered by sample id.
+        target: the folder of the files.
     """
 
     def __init__(self, trained: TrainedModel, splits: Sequence[str], target: Folder) -> None:
@@ -56,7 +57,7 @@ class EmbedTask:
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """Rows of the catalogue that are wanted."""
+        """Rows of the catalogue whose images are embedded."""
         return np.flatnonzero(np.isin(self.store.split, self.splits))
 
     @functools.cached_property
@@ -64,12 +65,13 @@ class EmbedTask:
         gpu = self.trained.config.runtime.gpus_per_worker and torch.cuda.is_available()
         return self.trained.load(self.store, torch.device("cuda" if gpu else "cpu"))
 
-    def __call__(self, part: range) -> dict[str, Any]:
-        store, rows = self.store, self.rows[part.start : part.stop]
+    def __call__(self, file_rows: range) -> dict[str, Any]:
+        store = self.store
+        rows = self.rows[file_rows.start : file_rows.stop]
         embedder, trunk, method = self._network
         embeddings = embedder(store.sample_id[rows], trunk, method).cpu().numpy()
         source = embedder.source
-        open_reader(source.uri, source.fingerprint, source.cache).release()  # no image comes twice
+        open_reader(source.uri, source.fingerprint, source.cache).clear()  # no image is read twice
         labels = store.label[rows]
         columns = {
             "sample_id": pa.array(store.sample_id[rows]),
@@ -77,23 +79,23 @@ class EmbedTask:
             "class_name": pa.array([store.class_name_of[int(label)] for label in labels]),
             "split": pa.array(store.split[rows]),
         }
-        further = {"track": store.track, "camera": store.camera, "frame": store.frame}
-        columns |= {name: pa.array(values[rows]) for name, values in further.items() if values is not None}
+        extra_columns = {"track": store.track, "camera": store.camera, "frame": store.frame}
+        columns |= {name: pa.array(values[rows]) for name, values in extra_columns.items() if values is not None}
         columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
         sink = io.BytesIO()
         pq.write_table(pa.table(columns), sink, write_page_checksum=True)
-        self.target.write(_name(part), sink.getvalue())
+        self.target.write(_file_name(file_rows), sink.getvalue())
         return {}
 
 
 def embed(trained: TrainedModel, splits: Sequence[str], target: Folder, workers: int) -> dict[str, Any]:
-    """Writes the embeddings of all images of some splits; returns what the manifest says.
+    """Writes the embeddings of all images of some splits; returns the manifest.
 
     Args:
-        trained: with what.
-        splits: of its dataset.
+        trained: the model.
+        splits: splits of its dataset.
         target: an empty folder, or one that an interrupted call with the same arguments has begun.
-        workers: processes on Ray; 0: this one.
+        workers: number of processes on Ray; 0: this process.
 
     Raises:
         UserError: no such images; the folder holds other embeddings, or cannot be written.
@@ -114,39 +116,39 @@ def embed(trained: TrainedModel, splits: Sequence[str], target: Folder, workers:
         "rows": total,
         "parts": -(-total // ROWS_PER_FILE),
     }
-    found = target.read_json(_MANIFEST) if target.exists(_MANIFEST) else None
-    if found is None:
+    earlier = target.read_json(_MANIFEST) if target.exists(_MANIFEST) else None
+    if earlier is None:
         if target.names():
-            raise UserError(f"{target} is not empty, and holds no embeddings: choose another folder")
+            raise UserError(f"{target} is not empty, and contains no embeddings: choose another folder")
         target.check_writable()
         target.write_json(_MANIFEST, manifest | {"complete": False})
-    elif {k: found.get(k) for k in manifest} != manifest:
+    elif {k: earlier.get(k) for k in manifest} != manifest:
         raise UserError(
-            f"{target} holds embeddings of {found.get('run')}, {found.get('checkpoint')}, splits {found.get('splits')}, "
-            "of other weights or images than these: choose another folder, or remove it"
+            f"{target} contains embeddings of {earlier.get('run')}, {earlier.get('checkpoint')}, splits "
+            f"{earlier.get('splits')}, of other weights or images than these: choose another folder, or remove it"
         )
-    elif found.get("complete"):
-        return dict(found)
-    there = set(target.names())
-    parts = [range(start, min(start + ROWS_PER_FILE, total)) for start in range(0, total, ROWS_PER_FILE)]
-    left = [part for part in parts if _name(part) not in there]
-    if left and workers:
+    elif earlier.get("complete"):
+        return dict(earlier)
+    written = set(target.names())
+    files = [range(start, min(start + ROWS_PER_FILE, total)) for start in range(0, total, ROWS_PER_FILE)]
+    missing = [rows for rows in files if _file_name(rows) not in written]
+    if missing and workers:
         with ray_session(workers) as ray:
             for folder, what in ((target, "--embed-to"), (trained.run, "the run"), (work.store.folder, "the dataset")):
                 check_visible(ray, folder, what)
             # a run of another machine may be embedded where there are no GPUs; waiting for one would not end
             gpus = float(trained.config.runtime.gpus_per_worker) if cluster_maximum(ray).get("GPU") else 0.0
-            deque(run_on_ray(EmbedTask(trained, splits, target), left, "embedding", workers, gpus), maxlen=0)
+            deque(run_on_ray(EmbedTask(trained, splits, target), missing, "embedding", workers, gpus), maxlen=0)
     else:
-        deque(run_serially(work, left), maxlen=0)
-    manifest["dim"] = pq.read_schema(target.open(_name(parts[0]))).field("embedding").type.list_size
+        deque(run_serially(work, missing), maxlen=0)
+    manifest["dim"] = pq.read_schema(target.open(_file_name(files[0]))).field("embedding").type.list_size
     manifest["complete"] = True
     target.write_json(_MANIFEST, manifest)
     return manifest
 
 
-def _name(part: range) -> str:
-    return f"part-{part.start:09d}.parquet"
+def _file_name(rows: range) -> str:
+    return f"part-{rows.start:09d}.parquet"
 
 
 __all__ = ["embed"]

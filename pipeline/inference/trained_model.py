@@ -1,4 +1,4 @@
-"""A checkpoint of a run, found again: its recipe, its dataset, and the network that embeds."""
+"""A checkpoint of a run, loaded: its recipe, its dataset and its network."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class TrainedModel:
 
     Attributes:
         run: the run's folder.
-        config: its recipe.
-        dataset, fingerprint: where its store is, and which it has to be.
-        kind, step: of the checkpoint: "checkpoints" or "best", and the steps done.
+        config: its configuration.
+        dataset, fingerprint: address of its store, and the content that it must have.
+        kind: the checkpoint's folder, "checkpoints" or "best".
+        step: steps done at the checkpoint.
     """
 
     run: Folder
@@ -50,29 +51,29 @@ class TrainedModel:
         return store
 
     def weights(self) -> dict[str, str]:
-        """SHA-256 of the files of trunk and method: which network it is, whatever its run is called."""
-        sums = self.run.read_json(f"{checkpoint_folder(self.kind, self.step)}/{CHECKPOINT}")["sha256"]
-        return {name: sums[name] for name in ("trunk.safetensors", "method.safetensors")}
+        """SHA-256 of the files of trunk and method, which identify the network whatever its run is called."""
+        checksums = self.run.read_json(f"{checkpoint_folder(self.kind, self.step)}/{CHECKPOINT}")["sha256"]
+        return {name: checksums[name] for name in ("trunk.safetensors", "method.safetensors")}
 
     def load(self, store: Store, device: torch.device) -> tuple[Embedder, Trunk, Method]:
-        """The network with the checkpoint's weights, and what embeds with it, in this process."""
+        """The network with the checkpoint's weights, and an embedder for this process."""
         config = self.config
-        bare = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
+        untrained = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
         samples = store.select(["train"], without_fold=config.data.validation_fold)
-        trunk, method = build_network(bare, samples, device)
+        trunk, method = build_network(untrained, samples, device)
         Checkpoints(self.run).load(self.kind, self.step, trunk, method)
         return build_embedder(config, store, device, Ranks(), "in_process", 1), trunk, method
 
 
 def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
-    """A run's checkpoint.
+    """Loads a checkpoint of a run.
 
     Args:
         name: the run's folder, URI, or name below the default storage.
-        checkpoint: best, last, or a step; none: as the run's protocol says.
+        checkpoint: "best", "last", or a step; None: the run's `evaluation.checkpoint`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such run or checkpoint.
     """
     folder = _folder(name)
     config = build_config(yaml.safe_load(folder.read(CONFIG)))
@@ -88,21 +89,21 @@ def _folder(name: str) -> Folder:
     raise UserError(f"{name!r} is neither a run folder nor a run in {home()}/runs (no config.yaml)")
 
 
-def _checkpoint(wanted: str, checkpoints: Checkpoints) -> tuple[str, int]:
-    """Folder and step of the checkpoint that was asked for."""
+def _checkpoint(name: str, checkpoints: Checkpoints) -> tuple[str, int]:
+    """Kind and step of a checkpoint: the "best", the "last", or that of a step."""
     steps, best = checkpoints.steps(), checkpoints.steps("best")
     latest = checkpoints.latest()
     if latest is None:
         raise UserError(f"{checkpoints.run} has no checkpoint yet")
-    if wanted == "best":
+    if name == "best":
         if latest.best_step not in best:
             raise UserError(f"{checkpoints.run} has no best checkpoint: nothing was validated yet")
         return "best", latest.best_step
-    if wanted == "last":
+    if name == "last":
         return "checkpoints", steps[-1]
-    if not wanted.isdigit() or int(wanted) not in {*steps, *best}:
-        raise UserError(f"--checkpoint {wanted}: expected best, last or one of the steps {sorted({*steps, *best})}")
-    return ("checkpoints" if int(wanted) in steps else "best"), int(wanted)
+    if not name.isdigit() or int(name) not in {*steps, *best}:
+        raise UserError(f"--checkpoint {name}: expected best, last or one of the steps {sorted({*steps, *best})}")
+    return ("checkpoints" if int(name) in steps else "best"), int(name)
 
 
 __all__ = ["TrainedModel", "load_run"]

@@ -11,18 +11,18 @@ import torch
 from pipeline.mining.server import MiningServer
 from pipeline.mining.transport import ServerGone
 
-# What may take long has threads of its own: a rebuild or a snapshot never stands in the way of a search.
-_GROUPS = {"search": 2, "update": 1}
-_GROUP_OF = {name: "search" for name in ("search", "search_lists", "fetch", "all_ids", "all_neighbours", "delta")} | {
-    name: "update" for name in ("put", "rebuild", "save")
-}
+# Slow calls have threads of their own: a search never waits for a rebuild or a snapshot.
+_CONCURRENCY_GROUPS = {"search": 2, "update": 1}
+_GROUP_OF = {
+    name: "search" for name in ("search", "search_lists", "fetch", "all_ids", "all_neighbours", "changes_since")
+} | {name: "update" for name in ("put", "rebuild", "save")}
 
 
 class MiningActor(MiningServer):
     """A server in a process of its own.
 
     Args:
-        threads: of torch, for searches.
+        threads: Number of torch threads, for searches.
     """
 
     def __init__(self, threads: int) -> None:
@@ -36,14 +36,14 @@ def start_servers(
     """Starts a run's servers; they end with the process that holds these handles.
 
     Args:
-        ray: the module, connected.
-        run: name of the run; the actors' names carry it and a token, so that two runs never meet.
-        shards: how many; spread over the nodes.
-        threads, gpus: of each.
-        label: custom resource of the nodes that they must stand on (not spot nodes), if any.
+        ray: The ray module, connected to a cluster.
+        run: Name of the run; the actors' names contain it and a random token, so that no two runs share an actor.
+        shards: Number of servers; they are spread over the nodes.
+        threads, gpus: CPU threads and GPUs of each server.
+        label: Custom resource of the nodes that may hold servers (not spot nodes), if any.
     """
     token = uuid.uuid4().hex[:8]
-    actor = ray.remote(concurrency_groups=_GROUPS)(MiningActor)
+    actor = ray.remote(concurrency_groups=_CONCURRENCY_GROUPS)(MiningActor)
     options: dict[str, Any] = {
         "num_cpus": threads, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0,
         "scheduling_strategy": "SPREAD", "namespace": f"raydml-{run}-{token}",
@@ -53,11 +53,11 @@ def start_servers(
     return [actor.options(**options, name=f"mining-{run}-{token}-{shard}").remote(threads) for shard in range(shards)]
 
 
-class Remote:
+class RayTransport:
     """A server in a Ray actor.
 
     Args:
-        actor: its handle.
+        actor: The handle of the Ray actor.
     """
 
     def __init__(self, actor: Any) -> None:
@@ -66,30 +66,30 @@ class Remote:
     def call(self, method: str, *arguments: Any) -> Future[Any]:
         import ray
 
-        out: Future[Any] = Future()
-        bound = getattr(self.actor, method)
+        future: Future[Any] = Future()
+        remote_method = getattr(self.actor, method)
         if method in _GROUP_OF:
-            bound = bound.options(concurrency_group=_GROUP_OF[method])
+            remote_method = remote_method.options(concurrency_group=_GROUP_OF[method])
         try:
-            reference = bound.remote(*arguments)
+            reference = remote_method.remote(*arguments)
         except ray.exceptions.RayActorError as error:
-            out.set_exception(ServerGone(str(error)))
-            return out
+            future.set_exception(ServerGone(str(error)))
+            return future
 
-        def finish(done: Future[Any]) -> None:
-            error = done.exception()
+        def finish(ray_future: Future[Any]) -> None:
+            error = ray_future.exception()
             if isinstance(error, ray.exceptions.RayTaskError):
-                out.set_exception(error.cause)
+                future.set_exception(error.cause)
             elif isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.RaySystemError)):
-                out.set_exception(ServerGone(_line(error)))
+                future.set_exception(ServerGone(_first_line(error)))
             elif error is not None:
-                out.set_exception(error)
+                future.set_exception(error)
             else:
-                out.set_result(done.result())
+                future.set_result(ray_future.result())
 
         reference.future().add_done_callback(finish)
-        return out
+        return future
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,28 +11,30 @@ from jaxtyping import Bool, Float, Int64
 from pipeline.errors import UserError
 from pipeline.neighbours.exact_search import Rows, by_class
 
-_TAIL = 1024  # new ids are merged into the sorted ones in batches of so many at least
+_MIN_MERGE = 1024  # new ids are merged into the sorted ones in batches of at least this size
 
 
 class Table:
     """Rows of embeddings that are overwritten in place, with their class and the step they are from.
 
-    Bytes a row: 4 D (or 2 D in float16) and 28, 8 more once classes have been asked for. Memory is taken from the system as rows come, up to `capacity`; beyond it
-    the arrays are copied into larger ones.
+    Bytes per row: 4 D (or 2 D in float16) and 28, and 8 more once `by_class` has been called. Memory is committed as rows
+    arrive, up to `capacity`; beyond it the arrays are copied into larger ones.
 
     Args:
-        dim: D.
-        dtype: of the stored embeddings.
-        capacity: rows expected.
+        dim: Dimension D of the embeddings.
+        dtype: Data type of the stored embeddings.
+        capacity: Expected number of rows.
     """
 
     def __init__(self, dim: int, dtype: str = "float32", capacity: int = 2**16) -> None:
-        self.dim, self.dtype = dim, np.dtype(dtype)
+        self.dim = dim
+        self.dtype = np.dtype(dtype)
         self.count = 0
         self.largest = 0.0  # the largest length that a row has had
         self._allocate(max(1, capacity))
-        self._keys, self._rows = np.empty(0, np.int64), np.empty(0, np.int32)  # sorted ids and where they stand
-        self._tail: dict[int, int] = {}  # ids since the last merge
+        self._sorted_ids = np.empty(0, np.int64)
+        self._sorted_rows = np.empty(0, np.int32)  # the row of each sorted id
+        self._unmerged: dict[int, int] = {}  # row of each id that came since the last merge
         self._classes: tuple[np.ndarray, np.ndarray] | None = None  # `by_class`, until a class gets or loses a row
 
     def __len__(self) -> int:
@@ -41,19 +43,26 @@ class Table:
     @property
     def nbytes(self) -> int:
         """Bytes in use."""
-        each = sum(a.itemsize * (a.shape[1] if a.ndim == 2 else 1) for a in self._arrays().values())
-        classes = 0 if self._classes is None else sum(a.nbytes for a in self._classes)
-        return self.count * each + self._keys.nbytes + self._rows.nbytes + classes + 100 * len(self._tail)
+        bytes_per_row = sum(a.itemsize * (a.shape[1] if a.ndim == 2 else 1) for a in self._arrays().values())
+        class_bytes = 0 if self._classes is None else sum(a.nbytes for a in self._classes)
+        return (
+            self.count * bytes_per_row
+            + self._sorted_ids.nbytes
+            + self._sorted_rows.nbytes
+            + class_bytes
+            + 100 * len(self._unmerged)
+        )
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {"values": self._values, "ids": self._ids, "labels": self._labels, "steps": self._steps}
 
     def _allocate(self, capacity: int) -> None:
-        old = self._arrays() if self.count else {}
+        old_arrays = self._arrays() if self.count else {}
         self._values = np.empty((capacity, self.dim), self.dtype)
-        self._ids, self._labels = np.empty(capacity, np.int64), np.empty(capacity, np.int32)
+        self._ids = np.empty(capacity, np.int64)
+        self._labels = np.empty(capacity, np.int32)
         self._steps = np.empty(capacity, np.int32)
-        for name, array in old.items():
+        for name, array in old_arrays.items():
             self._arrays()[name][: self.count] = array[: self.count]
 
     def put(
@@ -66,81 +75,86 @@ class Table:
         """Adds or overwrites rows; of an id that is given twice, the last counts.
 
         Raises:
-            UserError: another dimension, or rows that are not finite (their ids are named); nothing has been stored then.
+            UserError: The dimension differs, or rows are not finite (the message names their ids); nothing is stored then.
         """
-        check(ids, embeddings, labels, self.dim)
-        _, last = np.unique(ids[::-1], return_index=True)
-        chosen = np.sort(len(ids) - 1 - last)
-        ids, embeddings, labels = ids[chosen], embeddings[chosen], labels[chosen]
+        validate_rows(ids, embeddings, labels, self.dim)
+        _, from_end = np.unique(ids[::-1], return_index=True)
+        last_occurrences = np.sort(len(ids) - 1 - from_end)
+        ids = ids[last_occurrences]
+        embeddings = embeddings[last_occurrences]
+        labels = labels[last_occurrences]
         rows = self.rows_of(ids)
-        new = np.flatnonzero(rows < 0)
-        if len(new):
-            rows[new] = np.arange(self.count, self.count + len(new))
-            if rows[new[-1]] >= len(self._ids):
-                self._allocate(max(self.count + len(new), len(self._ids) * 3 // 2))
-            self._ids[rows[new]] = ids[new]
-            self._tail.update(zip(ids[new].tolist(), rows[new].tolist(), strict=True))
-            self.count += len(new)
-            self._merge(max(_TAIL, self.count // 128))
-        if len(new) or not np.array_equal(self._labels[rows], labels):
+        new_positions = np.flatnonzero(rows < 0)
+        if len(new_positions):
+            rows[new_positions] = np.arange(self.count, self.count + len(new_positions))
+            if rows[new_positions[-1]] >= len(self._ids):
+                self._allocate(max(self.count + len(new_positions), len(self._ids) * 3 // 2))
+            self._ids[rows[new_positions]] = ids[new_positions]
+            self._unmerged.update(zip(ids[new_positions].tolist(), rows[new_positions].tolist(), strict=True))
+            self.count += len(new_positions)
+            self._merge(max(_MIN_MERGE, self.count // 128))
+        if len(new_positions) or not np.array_equal(self._labels[rows], labels):
             self._classes = None
-        self._values[rows], self._labels[rows], self._steps[rows] = embeddings, labels, step
-        stored = self._values[rows].astype(np.float64)
-        self.largest = max(self.largest, float(np.sqrt(np.square(stored).sum(1)).max(initial=0)))
+        self._values[rows] = embeddings
+        self._labels[rows] = labels
+        self._steps[rows] = step
+        stored_values = self._values[rows].astype(np.float64)
+        self.largest = max(self.largest, float(np.sqrt(np.square(stored_values).sum(1)).max(initial=0)))
 
-    def _merge(self, above: int) -> None:
-        if len(self._tail) < above:
+    def _merge(self, min_size: int) -> None:
+        if len(self._unmerged) < min_size:
             return
-        keys = np.fromiter(self._tail.keys(), np.int64, len(self._tail))
-        rows = np.fromiter(self._tail.values(), np.int64, len(self._tail))
-        order = np.argsort(keys)
-        place = np.searchsorted(self._keys, keys[order])
-        width = np.int32 if self.count < 2**31 else np.int64
-        self._keys = np.insert(self._keys, place, keys[order])
-        self._rows = np.insert(self._rows.astype(width), place, rows[order].astype(width))
-        self._tail = {}
+        new_ids = np.fromiter(self._unmerged.keys(), np.int64, len(self._unmerged))
+        new_rows = np.fromiter(self._unmerged.values(), np.int64, len(self._unmerged))
+        order = np.argsort(new_ids)
+        positions = np.searchsorted(self._sorted_ids, new_ids[order])
+        dtype = np.int32 if self.count < 2**31 else np.int64
+        self._sorted_ids = np.insert(self._sorted_ids, positions, new_ids[order])
+        self._sorted_rows = np.insert(self._sorted_rows.astype(dtype), positions, new_rows[order].astype(dtype))
+        self._unmerged = {}
 
     def rows_of(self, ids: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
-        """Where each id stands; -1 if it is not there."""
+        """The row of each id; -1 if it is not stored."""
         rows = np.full(len(ids), -1, np.int64)
-        if len(self._keys):
-            place = np.minimum(np.searchsorted(self._keys, ids), len(self._keys) - 1)
-            rows = np.where(self._keys[place] == ids, self._rows[place], -1).astype(np.int64)
-        if self._tail:
+        if len(self._sorted_ids):
+            positions = np.minimum(np.searchsorted(self._sorted_ids, ids), len(self._sorted_ids) - 1)
+            rows = np.where(self._sorted_ids[positions] == ids, self._sorted_rows[positions], -1).astype(np.int64)
+        if self._unmerged:
             for i in np.flatnonzero(rows < 0).tolist():
-                rows[i] = self._tail.get(int(ids[i]), -1)
+                rows[i] = self._unmerged.get(int(ids[i]), -1)
         return rows
 
-    def has(self, ids: Int64[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
+    def contains(self, ids: Int64[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
         return self.rows_of(ids) >= 0
 
     def get(self, ids: Int64[np.ndarray, " some"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Embeddings [some, dim] float32, labels and steps of the given ids.
 
         Raises:
-            UserError: ids that are not in the table, named.
+            UserError: Some ids are not in the table; the message names them.
         """
-        rows = self._rows_there(ids)
-        return self._values[rows].astype(np.float32), *self._about(rows)
+        rows = self._require_rows(ids)
+        return self._values[rows].astype(np.float32), *self._labels_and_steps(rows)
 
-    def about(self, ids: Int64[np.ndarray, " some"]) -> tuple[np.ndarray, np.ndarray]:
-        """As `get`, without the embeddings."""
-        return self._about(self._rows_there(ids))
+    def labels_and_steps(self, ids: Int64[np.ndarray, " some"]) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and steps of the given ids; as `get`, without the embeddings."""
+        return self._labels_and_steps(self._require_rows(ids))
 
-    def _about(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _labels_and_steps(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._labels[rows].astype(np.int64), self._steps[rows].astype(np.int64)
 
-    def _rows_there(self, ids: np.ndarray) -> np.ndarray:
+    def _require_rows(self, ids: np.ndarray) -> np.ndarray:
         rows = self.rows_of(ids)
         missing = ids[rows < 0]
         if len(missing):
             raise UserError(
-                f"{len(missing)} of {len(ids)} sample ids have no embedding in the table (first: {_some(missing)}): put them first"
+                f"{len(missing)} of {len(ids)} sample ids have no embedding in the table (first: {_format_ids(missing)}): "
+                "put them first"
             )
         return rows
 
     def view(self) -> Rows:
-        """All rows, without copying: they change with the next `put`."""
+        """All rows, not copied: the next `put` changes them."""
         n = self.count
         return Rows(self._values[:n], self._ids[:n], self._labels[:n], self.largest, self.by_class)
 
@@ -151,7 +165,7 @@ class Table:
         return self._classes
 
     def state(self) -> Mapping[str, np.ndarray]:
-        """All that `restore` needs, without copying."""
+        """The arrays that `restore` needs, not copied."""
         return {name: array[: self.count] for name, array in self._arrays().items()}
 
     @classmethod
@@ -164,24 +178,24 @@ class Table:
         return table
 
 
-def check(ids: np.ndarray, embeddings: np.ndarray, labels: np.ndarray | None, dim: int) -> None:
+def validate_rows(ids: np.ndarray, embeddings: np.ndarray, labels: np.ndarray | None, dim: int) -> None:
     """Raises UserError unless embeddings are finite rows of `dim` numbers, one for each id and label."""
-    got = f"embeddings {embeddings.dtype} {embeddings.shape} for {len(ids)} ids"
+    description = f"embeddings {embeddings.dtype} {embeddings.shape} for {len(ids)} ids"
     if embeddings.ndim != 2 or embeddings.shape[1] != dim or len(embeddings) != len(ids):
-        raise UserError(f"got {got}: expected one row of {dim} numbers for each id")
+        raise UserError(f"got {description}: expected one row of {dim} numbers for each id")
     if labels is not None and len(labels) != len(ids):
         raise UserError(f"got {len(labels)} labels for {len(ids)} ids: expected one for each")
     with np.errstate(over="ignore", invalid="ignore"):
-        lengths = np.square(embeddings, dtype=np.float32).sum(1)
-    bad = ids[~np.isfinite(lengths)]
-    if len(bad):
+        squared_norms = np.square(embeddings, dtype=np.float32).sum(1)
+    non_finite_ids = ids[~np.isfinite(squared_norms)]
+    if len(non_finite_ids):
         raise UserError(
-            f"{len(bad)} of {len(ids)} embeddings are not finite (sample ids {_some(bad)}): lower the learning rate, "
-            "or look at these images"
+            f"{len(non_finite_ids)} of {len(ids)} embeddings are not finite (sample ids {_format_ids(non_finite_ids)}): "
+            "lower the learning rate, or inspect these images"
         )
 
 
-def _some(ids: np.ndarray) -> str:
+def _format_ids(ids: np.ndarray) -> str:
     return ", ".join(str(i) for i in ids[:8].tolist()) + (" ..." if len(ids) > 8 else "")
 
 

@@ -20,25 +20,26 @@ from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, as_queri
 Engine = Literal["auto", "exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg"]
 ENGINES: tuple[Engine, ...] = ("exact", "ivf", "ivf_fp16", "ivf_pq", "hnsw", "nsg")
 
-SAMPLED = 1000  # rows on which recall is measured
-_FEWEST = 1000  # rows; fewer are too few to train an index on, and nothing would be gained
-_EXACT_UP_TO = 2**13  # rows up to which `auto` stays exact: `python -m benchmarks.mining` shows why
-_AUTO_SHARE = 1 / 8  # of the lists that `auto` may look at: a scan of lists does an eighth of the arithmetic per second
-_BLOCK = 2048  # queries of one search for lists of all rows
-OVERFETCH = 4  # a quantised index proposes so many times k rows
+RECALL_SAMPLE_ROWS = 1000  # rows on which recall is measured
+_MIN_ROWS = 1000  # smaller tables are searched exactly: too few rows to train an index on, and nothing to gain
+_AUTO_EXACT_MAX_ROWS = 2**13  # rows up to which `auto` stays exact: `python -m benchmarks.mining` shows why
+# Largest share of the inverted lists that `auto` may probe: a scan of lists does an eighth of the arithmetic per second.
+_AUTO_MAX_PROBED_SHARE = 1 / 8
+_BLOCK_ROWS = 2048  # queries per search where the neighbours of all rows are listed
+OVERFETCH = 4  # a product-quantised index proposes this many times k rows
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What an index is and how good.
+    """Engine, parameters, recall and cost of an index.
 
     Attributes:
-        engine: that answers; "exact" where the one asked for stayed below the target.
-        parameters: nprobe or efSearch, lists, ...
-        recall: recall@k on the sampled rows, the lower of all classes and of other classes only; 1 for exact.
-        seconds: of building and measuring.
-        bytes: of the index.
-        note: why another engine answers than the one asked for, or "".
+        engine: The engine in use; "exact" where the requested one stayed below the target.
+        parameters: The parameters of the index: nprobe or efSearch, lists, ...
+        recall: Recall@k on the sampled rows, the lower of all classes and of other classes only; 1 for exact search.
+        seconds: Time of building and measuring.
+        bytes: Size of the index.
+        note: Why another engine is in use than the requested one, or "".
     """
 
     engine: str
@@ -53,135 +54,160 @@ class Index:
     """Proposes rows of the table it was built from.
 
     Attributes:
-        report: what was built.
-        rows: how many rows of the table are in it, the first ones.
+        report: The parameters and the recall of the index.
+        rows: Number of indexed rows, the first ones of the table.
     """
 
-    def __init__(self, index: Any, width: str, rows: int, overfetch: int, largest_class: int, gpu: bool) -> None:
-        self._index, self._width, self.rows, self._overfetch = index, width, rows, overfetch
-        self._largest_class, self._gpu = largest_class, gpu
+    def __init__(
+        self, index: Any, search_parameter: str, rows: int, overfetch: int, largest_class: int, gpu: bool
+    ) -> None:
+        self._index = index
+        self._search_parameter = search_parameter
+        self.rows = rows
+        self._overfetch = overfetch
+        self._largest_class = largest_class
+        self._gpu = gpu
         self.report = IndexReport("exact")
 
-    def widen(self, value: int) -> None:
-        """Sets how much of the index a search looks at (lists, or nodes)."""
-        owner, _, name = self._width.rpartition(".")
+    def set_search_width(self, value: int) -> None:
+        """Sets how much of the index a search visits (nprobe, efSearch or search_L)."""
+        owner, _, name = self._search_parameter.rpartition(".")
         if self._gpu:
             faiss.GpuParameterSpace().set_index_parameter(self._index, name, value)
         else:
             setattr(getattr(self._index, owner) if owner else self._index, name, value)
 
-    def candidates(self, values: np.ndarray, k: int, which: ClassFilter = "all") -> np.ndarray:
-        """Positions of proposed rows [queries, c], -1 where there are fewer: k of them, and those a mask may take away."""
-        c = self._overfetch * (k + 1)
-        if which == "other":
-            c += min(self._largest_class, 4 * k + 64)
-        return self._index.search(np.ascontiguousarray(values, np.float32), min(c, self.rows))[1]
+    def candidates(self, values: np.ndarray, k: int, class_filter: ClassFilter = "all") -> np.ndarray:
+        """Positions of proposed rows [queries, c], -1 where there are fewer: k, and as many as the class filter may remove."""
+        num_candidates = self._overfetch * (k + 1)
+        if class_filter == "other":
+            num_candidates += min(self._largest_class, 4 * k + 64)
+        return self._index.search(np.ascontiguousarray(values, np.float32), min(num_candidates, self.rows))[1]
 
 
 def build(
     rows: Rows, engine: Engine, k: int, target: float, seed: int = 0, threads: int = 1
 ) -> tuple[Index | None, IndexReport]:
-    """Builds and tunes an index; returns it (none: exact search answers) and what answers, how well, and why.
+    """Builds and tunes an index; returns it (None: search exactly) and a report.
 
     Args:
-        rows: of the table; they must not change until this returns.
-        engine: asked for.
-        k: neighbours that will be asked for.
-        target: recall@k that the index has to reach on sampled rows.
-        seed: of the sampled rows and of the index.
-        threads: faiss may use, in the calling thread.
+        rows: Rows of the table; they must not change until this returns.
+        engine: The requested engine.
+        k: Number of neighbours that searches will ask for.
+        target: Recall@k that the index has to reach on sampled rows.
+        seed: Seed of the sampled rows and of the index.
+        threads: Number of threads that faiss may use, in the calling thread.
     """
     started = time.perf_counter()
-    chosen = choose(len(rows)) if engine == "auto" else engine
-    if chosen == "exact" or len(rows) < _FEWEST:
-        note = "" if chosen == "exact" else f"{len(rows)} rows are searched exactly"
+    engine_built = auto_engine(len(rows)) if engine == "auto" else engine
+    if engine_built == "exact" or len(rows) < _MIN_ROWS:
+        note = "" if engine_built == "exact" else f"{len(rows)} rows are searched exactly"
         return None, IndexReport("exact", seconds=time.perf_counter() - started, note=note)
     faiss.omp_set_num_threads(threads)
     values = np.ascontiguousarray(rows.values, np.float32)
-    raw, width, widths, parameters, overfetch = _MAKERS[chosen](values, seed)
+    faiss_index, search_parameter, search_widths, parameters, overfetch = _BUILDERS[engine_built](values, seed)
     if engine == "auto":
-        widths = [w for w in widths if w <= max(1, _AUTO_SHARE * parameters["lists"])]
-    sizes = np.unique(rows.labels, return_counts=True)[1]
-    size = faiss.serialize_index(raw).nbytes if len(rows) <= 2**16 else _bytes(chosen, rows)
-    gpu = chosen.startswith("ivf") and faiss.get_num_gpus() > 0  # without a GPU, faiss would return an empty index
+        search_widths = [f for f in search_widths if f <= max(1, _AUTO_MAX_PROBED_SHARE * parameters["lists"])]
+    class_sizes = np.unique(rows.labels, return_counts=True)[1]
+    index_bytes = faiss.serialize_index(faiss_index).nbytes if len(rows) <= 2**16 else _index_bytes(engine_built, rows)
+    gpu = (
+        engine_built.startswith("ivf") and faiss.get_num_gpus() > 0
+    )  # without a GPU, faiss would return an empty index
     if gpu:
-        raw = faiss.index_cpu_to_all_gpus(raw)
-    index = Index(raw, width, len(rows), overfetch, int(sizes.max()), gpu)
-    sample = np.random.default_rng(seed).permutation(len(rows))[:SAMPLED]
-    queries = Queries(values[sample], rows.ids[sample], rows.labels[sample].astype(np.int64))
-    # Neighbours of other classes lie farther off, where the index has looked less: both have to be good.
-    masks: tuple[ClassFilter, ...] = ("all", "other") if len(sizes) > 1 else ("all",)
-    truth = {which: search(queries, rows, k, which).ids for which in masks}
+        faiss_index = faiss.index_cpu_to_all_gpus(faiss_index)
+    index = Index(faiss_index, search_parameter, len(rows), overfetch, int(class_sizes.max()), gpu)
+    sampled_rows = np.random.default_rng(seed).permutation(len(rows))[:RECALL_SAMPLE_ROWS]
+    queries = Queries(values[sampled_rows], rows.ids[sampled_rows], rows.labels[sampled_rows].astype(np.int64))
+    # Neighbours of other classes are farther away, where the index has visited less: both recalls have to be good.
+    filters: tuple[ClassFilter, ...] = ("all", "other") if len(class_sizes) > 1 else ("all",)
+    exact_ids = {class_filter: search(queries, rows, k, class_filter).ids for class_filter in filters}
     recall = 0.0
-    for value in widths:
-        index.widen(value)
-        found = {w: rerank(queries, rows, index.candidates(queries.values, k, w), k, w).ids for w in masks}
-        recall = min(_recall(found[w], truth[w]) for w in masks)
+    for search_width in search_widths:
+        index.set_search_width(search_width)
+        index_ids = {f: rerank(queries, rows, index.candidates(queries.values, k, f), k, f).ids for f in filters}
+        recall = min(_recall(index_ids[f], exact_ids[f]) for f in filters)
         if recall >= target:
             break
     report = IndexReport(
-        chosen, parameters | {width.split(".")[-1]: value}, recall, time.perf_counter() - started, size
+        engine_built,
+        parameters | {search_parameter.split(".")[-1]: search_width},
+        recall,
+        time.perf_counter() - started,
+        index_bytes,
     )
     if recall < target:
-        note = f"{chosen} reached recall@{k} {recall:.3f} of {target:g} at {width} {value}: rows are searched exactly"
+        note = (
+            f"{engine_built} reached recall@{k} {recall:.3f} of {target:g} at {search_parameter} {search_width}: "
+            "rows are searched exactly"
+        )
         return None, IndexReport("exact", report.parameters, 1.0, report.seconds, 0, note)
     index.report = report
     return index, report
 
 
-def choose(rows: int) -> Engine:
-    """The engine that `auto` builds for so many rows."""
-    return "exact" if rows <= _EXACT_UP_TO else "ivf_fp16"
+def auto_engine(num_rows: int) -> Engine:
+    """The engine that `auto` builds for a table of this size."""
+    return "exact" if num_rows <= _AUTO_EXACT_MAX_ROWS else "ivf_fp16"
 
 
-def _recall(found: np.ndarray, truth: np.ndarray) -> float:
-    hits = (found[:, :, None] == truth[:, None, :]) & (truth[:, None, :] >= 0)
-    return float(hits.any(1).sum() / max(1, (truth >= 0).sum()))
+def _recall(index_ids: np.ndarray, exact_ids: np.ndarray) -> float:
+    hits = (index_ids[:, :, None] == exact_ids[:, None, :]) & (exact_ids[:, None, :] >= 0)
+    return float(hits.any(1).sum() / max(1, (exact_ids >= 0).sum()))
 
 
-def _bytes(engine: str, rows: Rows) -> int:
+def _index_bytes(engine: str, rows: Rows) -> int:
     n, d = len(rows), rows.values.shape[1]
-    each = {"ivf": 4 * d + 8, "ivf_fp16": 2 * d + 8, "ivf_pq": _codes(d) + 8, "hnsw": 4 * d + 272, "nsg": 4 * d + 128}
-    return n * each[engine]
+    bytes_per_row = {
+        "ivf": 4 * d + 8,
+        "ivf_fp16": 2 * d + 8,
+        "ivf_pq": _pq_code_bytes(d) + 8,
+        "hnsw": 4 * d + 272,
+        "nsg": 4 * d + 128,
+    }
+    return n * bytes_per_row[engine]
 
 
-# ---- the engines: (index, what widens a search, its values, parameters, candidates for each neighbour) ---------------
+# ---- the engines: (index, name of its search-width parameter, values to try, parameters, candidates per neighbour) ---
 
 BuiltIndex = tuple[Any, str, list[int], dict[str, int], int]
 
 
-def _lists(rows: int) -> int:
-    return max(1, min(round(4 * rows**0.5), rows // 39))
+def _num_inverted_lists(num_rows: int) -> int:
+    return max(1, min(round(4 * num_rows**0.5), num_rows // 39))
 
 
-def _train(index: Any, values: np.ndarray, lists: int, seed: int) -> None:
+def _train(index: Any, values: np.ndarray, num_lists: int, seed: int) -> None:
     index.cp.seed = seed + 1
     index.cp.niter = 10
-    order = np.random.default_rng(seed).permutation(len(values))[: 64 * lists]
-    index.train(values[order])
+    training_rows = np.random.default_rng(seed).permutation(len(values))[: 64 * num_lists]
+    index.train(values[training_rows])
     index.add(values)
 
 
 def _ivf(kind: str) -> Callable[[np.ndarray, int], BuiltIndex]:
-    def make(values: np.ndarray, seed: int) -> BuiltIndex:
-        d, lists = values.shape[1], _lists(len(values))
+    def build_ivf(values: np.ndarray, seed: int) -> BuiltIndex:
+        d = values.shape[1]
+        num_lists = _num_inverted_lists(len(values))
         index: Any
         quantizer = faiss.IndexFlatL2(d)
         if kind == "flat":
-            index, wider = faiss.IndexIVFFlat(quantizer, d, lists), 1
+            index = faiss.IndexIVFFlat(quantizer, d, num_lists)
+            overfetch = 1
         elif kind == "fp16":
-            index, wider = faiss.IndexIVFScalarQuantizer(quantizer, d, lists, faiss.ScalarQuantizer.QT_fp16), 1
+            index = faiss.IndexIVFScalarQuantizer(quantizer, d, num_lists, faiss.ScalarQuantizer.QT_fp16)
+            overfetch = 1
         else:
-            index, wider = faiss.IndexIVFPQ(quantizer, d, lists, _codes(d), 8), OVERFETCH
-        _train(index, values, lists, seed)
-        widths = [w for w in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if w <= lists // 2] or [1]
-        return index, "nprobe", widths, {"lists": lists}, wider
+            index = faiss.IndexIVFPQ(quantizer, d, num_lists, _pq_code_bytes(d), 8)
+            overfetch = OVERFETCH
+        _train(index, values, num_lists, seed)
+        search_widths = [w for w in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if w <= num_lists // 2] or [1]
+        return index, "nprobe", search_widths, {"lists": num_lists}, overfetch
 
-    return make
+    return build_ivf
 
 
-def _codes(dim: int) -> int:
-    """Bytes of a product-quantised row: one for every 4 numbers, of a divisor of the dimension."""
+def _pq_code_bytes(dim: int) -> int:
+    """Bytes of a product-quantised row: the largest divisor of the dimension up to a quarter of it."""
     return max(m for m in range(1, max(1, dim // 4) + 1) if dim % m == 0)
 
 
@@ -200,25 +226,28 @@ def _nsg(values: np.ndarray, seed: int) -> BuiltIndex:
     return index, "nsg.search_L", [64, 128, 256, 512, 1024], {"links": 32}, 1
 
 
-_MAKERS: dict[str, Callable[[np.ndarray, int], BuiltIndex]] = {
+_BUILDERS: dict[str, Callable[[np.ndarray, int], BuiltIndex]] = {
     "ivf": _ivf("flat"), "ivf_fp16": _ivf("fp16"), "ivf_pq": _ivf("pq"), "hnsw": _hnsw, "nsg": _nsg,
 }  # fmt: skip
 
 
-def all_lists(rows: Rows, index: Index, k: int, which: ClassFilter) -> Iterator[tuple[slice, Neighbours]]:
-    """The lists of all rows, block by block."""
-    for start in range(0, len(rows), _BLOCK):
-        part = slice(start, min(start + _BLOCK, len(rows)))
-        yield part, lists(as_queries(rows, part), rows, index, k, which)
+def all_neighbour_lists(
+    rows: Rows, index: Index, k: int, class_filter: ClassFilter
+) -> Iterator[tuple[slice, Neighbours]]:
+    """The neighbours of all rows, block by block."""
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = slice(start, min(start + _BLOCK_ROWS, len(rows)))
+        yield block, neighbour_lists(as_queries(rows, block), rows, index, k, class_filter)
 
 
-def lists(queries: Queries, rows: Rows, index: Index | None, k: int, which: ClassFilter) -> Neighbours:
-    """The lists of an index of all rows, re-ranked; what it left short, and without one all, by exact search."""
+def neighbour_lists(queries: Queries, rows: Rows, index: Index | None, k: int, class_filter: ClassFilter) -> Neighbours:
+    """Neighbours from an index of all rows, re-ranked; exact search for lists it leaves incomplete, and without an index."""
     if index is None:
-        return search(queries, rows, k, which)
-    found = rerank(queries, rows, index.candidates(queries.values, k, which), k, which)
-    short = np.flatnonzero(found.ids[:, min(k, len(rows) - 1) - 1] < 0) if len(rows) > 1 else np.arange(0)
-    if len(short):
-        exact = search(queries[short], rows, k, which)
-        found.ids[short], found.distances[short] = exact.ids, exact.distances
-    return found
+        return search(queries, rows, k, class_filter)
+    neighbours = rerank(queries, rows, index.candidates(queries.values, k, class_filter), k, class_filter)
+    incomplete = np.flatnonzero(neighbours.ids[:, min(k, len(rows) - 1) - 1] < 0) if len(rows) > 1 else np.arange(0)
+    if len(incomplete):
+        exact_neighbours = search(queries[incomplete], rows, k, class_filter)
+        neighbours.ids[incomplete] = exact_neighbours.ids
+        neighbours.distances[incomplete] = exact_neighbours.distances
+    return neighbours

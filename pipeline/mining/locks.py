@@ -1,4 +1,4 @@
-"""A lock for what is read by many and written by one."""
+"""A readers-writer lock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ class ReadersWriter:
     """Many readers or one writer; a waiting writer keeps new readers out."""
 
     def __init__(self) -> None:
-        self._lock, self._writer = threading.Condition(), threading.Lock()
+        self._lock = threading.Condition()
+        self._writer = threading.Lock()
         self._readers = 0
 
     @contextmanager

@@ -1,7 +1,7 @@
-"""A memory of past embeddings: per class first in, first out (MMSI's dictionary), over all classes too (cross-batch memory).
+"""A memory bank of past embeddings: first in, first out per class (MMSI's dictionary) or over all classes (XBM).
 
 The same class is the server's durable copy and each worker's mirror. A mirror appends every batch itself, before the step
-uses it, and so equals the server after the step's `put`; only one that starts late asks for `delta`.
+uses it, and so equals the server after the step's `put`; a mirror that starts late fetches `changes_since`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.mining.embedding_table import check
+from pipeline.mining.embedding_table import validate_rows
 
 
 @dataclass(frozen=True)
-class Delta:
-    """Entries that have changed: those that came after a version and are still there.
+class MemoryChanges:
+    """Entries that were appended after a version and are still stored.
 
     Attributes:
-        version: of the memory that this leads to.
-        slots: where each entry stands.
-        features, ids, labels, numbers: of the entries; `numbers` count all entries ever appended.
+        version: Version of the memory after the changes.
+        slots: Slot of each entry.
+        features, ids, labels: The entries.
+        sequence_numbers: Position of each entry among all entries ever appended.
     """
 
     version: int
@@ -35,18 +36,18 @@ class Delta:
     features: np.ndarray
     ids: Int64[np.ndarray, " entries"]
     labels: Int64[np.ndarray, " entries"]
-    numbers: Int64[np.ndarray, " entries"]
+    sequence_numbers: Int64[np.ndarray, " entries"]
 
 
 class EmbeddingMemory:
-    """Entries stand in slots 0..len-1; an entry that makes another leave takes its slot.
+    """Entries in slots 0..len-1; an entry that evicts another takes its slot.
 
     Args:
-        dim: D.
-        per_class: entries of one class; none: any number.
-        total: entries of all classes; none: any number.
-        dtype: of the stored features.
-        device: where they are.
+        dim: Dimension D of the features.
+        per_class: Largest number of entries of one class; None: unbounded.
+        total: Largest number of entries of all classes; None: unbounded.
+        dtype: Data type of the stored features.
+        device: Device of the stored features.
     """
 
     def __init__(
@@ -62,14 +63,16 @@ class EmbeddingMemory:
         for name, bound in (("per_class", per_class), ("total", total)):
             if bound is not None and bound < 1:
                 raise UserError(f"the memory's {name} is {bound}: expected at least 1")
-        self.dim, self.per_class, self.total = dim, per_class, total
+        self.dim = dim
+        self.per_class = per_class
+        self.total = total
         self.version = 0  # entries ever appended
         self._count = 0
         self._features = torch.empty((0, dim), dtype=dtype, device=device)
         self._labels, self._ids = (torch.empty(0, dtype=torch.int64, device=device) for _ in range(2))
-        self._numbers = np.empty(0, np.int64)
+        self._sequence_numbers = np.empty(0, np.int64)
         self._classes: dict[int, deque[int]] = {}  # slots of each class, oldest first
-        self._order: dict[int, int] = {}  # class of each slot, oldest entry first
+        self._slots_by_age: dict[int, int] = {}  # class of each slot, oldest entry first
 
     def __len__(self) -> int:
         return self._count
@@ -95,18 +98,18 @@ class EmbeddingMemory:
     def append(
         self, features: Float[Tensor, "rows dim"], labels: Int64[Tensor, " rows"], ids: Int64[Tensor, " rows"]
     ) -> None:
-        """Adds rows in their order; what exceeds a bound leaves, the oldest first.
+        """Adds rows in their order; entries beyond a bound are evicted, the oldest first.
 
         Raises:
-            UserError: another dimension, or rows that are not finite; nothing has been stored then.
+            UserError: The dimension differs, or rows are not finite; nothing is stored then.
         """
-        check(ids.cpu().numpy(), features.detach().float().cpu().numpy(), labels.cpu().numpy(), self.dim)
+        validate_rows(ids.cpu().numpy(), features.detach().float().cpu().numpy(), labels.cpu().numpy(), self.dim)
         slots = [self._place(label) for label in labels.tolist()]
-        last = {slot: row for row, slot in enumerate(slots)}  # a slot that the batch itself overwrites
-        kept = torch.tensor(list(last.values()), dtype=torch.int64, device=ids.device)
-        numbers = self.version + np.fromiter(last.values(), np.int64, len(last))
-        where = np.fromiter(last.keys(), np.int64, len(last))
-        self._write(where, features.detach()[kept], ids[kept], labels[kept], numbers)
+        row_of_slot = {slot: row for row, slot in enumerate(slots)}  # a slot that the batch itself overwrites
+        rows = torch.tensor(list(row_of_slot.values()), dtype=torch.int64, device=ids.device)
+        sequence_numbers = self.version + np.fromiter(row_of_slot.values(), np.int64, len(row_of_slot))
+        overwritten_slots = np.fromiter(row_of_slot.keys(), np.int64, len(row_of_slot))
+        self._write(overwritten_slots, features.detach()[rows], ids[rows], labels[rows], sequence_numbers)
         self.version += len(slots)
 
     def _place(self, label: int) -> int:
@@ -114,10 +117,10 @@ class EmbeddingMemory:
         members = self._classes.setdefault(label, deque())
         if self.per_class is not None and len(members) == self.per_class:
             slot = members.popleft()
-            del self._order[slot]
+            del self._slots_by_age[slot]
         elif self.total is not None and self._count == self.total:
-            slot, oldest = next(iter(self._order.items()))
-            del self._order[slot]
+            slot, oldest = next(iter(self._slots_by_age.items()))
+            del self._slots_by_age[slot]
             self._classes[oldest].popleft()
             if not self._classes[oldest] and oldest != label:
                 del self._classes[oldest]
@@ -125,49 +128,56 @@ class EmbeddingMemory:
             slot = self._count
             self._count += 1
         members.append(slot)
-        self._order[slot] = label
+        self._slots_by_age[slot] = label
         return slot
 
-    def _write(self, slots: np.ndarray, features: Tensor, ids: Tensor, labels: Tensor, numbers: np.ndarray) -> None:
-        if self._count > len(self._numbers):
-            wanted = min(2 * len(self._numbers), self.total or 2**62)
-            room = max(self._count, wanted) - len(self._numbers)
-            self._features = torch.cat([self._features, self._features.new_empty((room, self.dim))])
-            self._labels, self._ids = (torch.cat([t, t.new_empty(room)]) for t in (self._labels, self._ids))
-            self._numbers = np.concatenate([self._numbers, np.empty(room, np.int64)])
-        where = torch.from_numpy(slots).to(self._features.device)
-        self._features[where] = features.to(self._features)
-        self._ids[where], self._labels[where] = ids.to(self._ids), labels.to(self._labels)
-        self._numbers[slots] = numbers
+    def _write(
+        self, slots: np.ndarray, features: Tensor, ids: Tensor, labels: Tensor, sequence_numbers: np.ndarray
+    ) -> None:
+        if self._count > len(self._sequence_numbers):
+            doubled = min(2 * len(self._sequence_numbers), self.total or 2**62)
+            num_new = max(self._count, doubled) - len(self._sequence_numbers)
+            self._features = torch.cat([self._features, self._features.new_empty((num_new, self.dim))])
+            self._labels, self._ids = (torch.cat([t, t.new_empty(num_new)]) for t in (self._labels, self._ids))
+            self._sequence_numbers = np.concatenate([self._sequence_numbers, np.empty(num_new, np.int64)])
+        positions = torch.from_numpy(slots).to(self._features.device)
+        self._features[positions] = features.to(self._features)
+        self._ids[positions] = ids.to(self._ids)
+        self._labels[positions] = labels.to(self._labels)
+        self._sequence_numbers[slots] = sequence_numbers
 
-    def delta(self, since: int) -> Delta:
-        """What a mirror of version `since` lacks; `since` 0 gives all."""
-        slots = np.flatnonzero(self._numbers[: self._count] >= since)
-        where = torch.from_numpy(slots).to(self._features.device)
-        features, ids, labels = (t[where].cpu().numpy() for t in (self._features, self._ids, self._labels))
-        return Delta(self.version, slots, features, ids, labels, self._numbers[slots])
+    def changes_since(self, since: int) -> MemoryChanges:
+        """Entries that a mirror of version `since` lacks; 0: all entries."""
+        slots = np.flatnonzero(self._sequence_numbers[: self._count] >= since)
+        positions = torch.from_numpy(slots).to(self._features.device)
+        features, ids, labels = (t[positions].cpu().numpy() for t in (self._features, self._ids, self._labels))
+        return MemoryChanges(self.version, slots, features, ids, labels, self._sequence_numbers[slots])
 
-    def apply(self, delta: Delta) -> None:
-        """Brings a mirror to the version of `delta`, which has been asked for with this mirror's version."""
-        self._count = max(self._count, int(delta.slots.max(initial=-1)) + 1)
-        features, ids, labels = (torch.from_numpy(np.array(a)) for a in (delta.features, delta.ids, delta.labels))
-        self._write(delta.slots, features, ids, labels, delta.numbers)
-        self.version = delta.version
-        self._classes, self._order = {}, {}
+    def apply(self, changes: MemoryChanges) -> None:
+        """Brings a mirror up to date with `changes_since(self.version)` of the original."""
+        self._count = max(self._count, int(changes.slots.max(initial=-1)) + 1)
+        features, ids, labels = (torch.from_numpy(np.array(a)) for a in (changes.features, changes.ids, changes.labels))
+        self._write(changes.slots, features, ids, labels, changes.sequence_numbers)
+        self.version = changes.version
+        self._classes = {}
+        self._slots_by_age = {}
         classes = self.labels.tolist()
-        for slot in np.argsort(self._numbers[: self._count]).tolist():
+        for slot in np.argsort(self._sequence_numbers[: self._count]).tolist():
             self._classes.setdefault(classes[slot], deque()).append(slot)
-            self._order[slot] = classes[slot]
+            self._slots_by_age[slot] = classes[slot]
 
     def state(self) -> Mapping[str, np.ndarray]:
-        """All that `load` needs."""
-        d = self.delta(0)
-        return {"version": np.array(d.version), "slots": d.slots, "features": d.features, "ids": d.ids,
-                "labels": d.labels, "numbers": d.numbers}  # fmt: skip
+        """The arrays that `load` needs."""
+        changes = self.changes_since(0)
+        return {"version": np.array(changes.version), "slots": changes.slots, "features": changes.features, "ids": changes.ids,
+                "labels": changes.labels, "numbers": changes.sequence_numbers}  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Replaces all entries by those of `state`."""
         if state["features"].shape[1] != self.dim:
             raise UserError(f"the saved memory has dimension {state['features'].shape[1]}, this run's has {self.dim}")
-        self._count, self.version = 0, 0
-        self.apply(Delta(int(state["version"]), *(state[n] for n in ("slots", "features", "ids", "labels", "numbers"))))
+        self._count = 0
+        self.version = 0
+        self.apply(
+            MemoryChanges(int(state["version"]), *(state[n] for n in ("slots", "features", "ids", "labels", "numbers")))
+        )

@@ -1,4 +1,4 @@
-"""What clients and servers of the mining say to each other."""
+"""Requests to the mining servers and their responses."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # sample ids [rows], embeddin
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """What a run wants of its mining server; the same from one start of the run to the next.
+    """Specification of a run's mining server; the same from one start of the run to the next.
 
     Attributes:
-        run: whose state it is: run folder and trial.
-        dim: D of embeddings.
-        shard, shards: which of how many servers this is.
-        capacity: rows expected in this shard's table.
-        dtype: of the table.
-        engine, k, target, seed: of the index; see `faiss_index.build`.
-        threads: for searches, and for building an index.
-        per_class, total: bounds of the memory; none of them: no memory.
-        memory_dtype: of its entries.
-        wait_s: how long a request waits for those before it.
+        run: The run folder, to which the state belongs.
+        dim: Dimension D of the embeddings.
+        shard, shards: Number of this server, and of all servers.
+        capacity: Expected number of rows in this shard's table.
+        dtype: Data type of the table.
+        engine, k, target, seed: Arguments of the index; see `faiss_index.build`.
+        threads: Number of threads for searches, and for building an index.
+        per_class, total: Bounds of the memory; both None: no memory.
+        memory_dtype: Data type of the memory's entries.
+        wait_s: Longest time that a request waits for its predecessors.
     """
 
     run: str
@@ -50,76 +50,77 @@ class ServerSpec:
 
 @dataclass(frozen=True)
 class SequenceNumber:
-    """Where a request stands among those of its client.
+    """Position of a request in its client's order.
 
     Attributes:
-        incarnation, life: start of the run that sent it, and how often that has begun anew after a server's death.
-        number: of the request.
-        previous: that it comes after.
+        incarnation: Number of the start of the run that sent it.
+        number: Number of the request.
+        previous: Number of the request that has to be applied before it.
+        server_epoch: How often this start of the run has set the servers up again after a server's death.
     """
 
     incarnation: int
     number: int
     previous: int
-    life: int = 0
+    server_epoch: int = 0
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """A search.
+    """A search for nearest neighbours.
 
     Attributes:
-        k: neighbours wanted.
-        step: of training, for which it is asked: declares the index generation.
-        values: float32 [queries, dim]; none: the stored embeddings of `ids`.
-        ids: sample of each query, left out of its answer; -1: none.
-        labels: class of each query; none: those stored with `ids`.
-        which: classes searched.
-        with_values: whether to return the found embeddings.
-        unknown: what to do for ids that have no stored embedding, where `values` is none.
+        k: Number of neighbours.
+        step: The training step of the search; it decides which index is used.
+        embeddings: Query embeddings, float32 [queries, dim]; None: the stored embeddings of `ids`.
+        ids: Sample of each query, left out of its own result; -1: no sample.
+        labels: Class of each query; None: the labels stored with `ids`.
+        class_filter: The classes that are searched.
+        with_embeddings: Whether to return the embeddings of the neighbours.
+        missing: Treatment of ids without a stored embedding, where `embeddings` is None: "error", or "empty" results.
     """
 
     k: int
     step: int
-    values: Float[np.ndarray, "queries dim"] | None = None
+    embeddings: Float[np.ndarray, "queries dim"] | None = None
     ids: Int64[np.ndarray, " queries"] | None = None
     labels: Int64[np.ndarray, " queries"] | None = None
-    which: ClassFilter = "all"
-    with_values: bool = False
-    unknown: str = "error"
+    class_filter: ClassFilter = "all"
+    with_embeddings: bool = False
+    missing: str = "error"
 
 
 @dataclass(frozen=True)
 class SearchResponse:
-    """What a search found.
+    """The nearest neighbours of each query.
 
     Attributes:
-        ids, distances: as in `Neighbours`.
-        labels: classes of the found rows; -1 where there is none.
-        steps: at which they were put; -1 where there is none.
-        values: their embeddings, float32 [queries, k, dim]; zeros where there is none; none if not asked for.
-        generation: of the index that proposed them; 0: exact search.
-        applied: number of the newest operation that it reflects.
-        recall: of that index, as measured when it was built; 1 for exact search.
+        ids, distances: The neighbours, as in `Neighbours`.
+        labels: Their classes; -1 where there are fewer than k.
+        steps: The steps at which they were put; -1 where there are fewer than k.
+        embeddings: Their embeddings, float32 [queries, k, dim], if requested; zeros where there are fewer than k.
+        generation: Number of the index that proposed them; 0: exact search.
+        applied: Number of the newest request that the response reflects.
+        recall: Recall of that index, as measured when it was built; 1 for exact search.
     """
 
     ids: Int64[np.ndarray, "queries k"]
     distances: np.ndarray
     labels: Int64[np.ndarray, "queries k"]
     steps: Int64[np.ndarray, "queries k"]
-    values: np.ndarray | None
+    embeddings: np.ndarray | None
     generation: int
     applied: int
     recall: float = 1.0
 
 
 class AllNeighbours(NamedTuple):
-    """Lists of all rows.
+    """The neighbours of all rows.
 
     Attributes:
-        ids: of the rows, in the order of the blocks one after the other; ascending if there is no `reduce`.
-        blocks: [lists], a single block in the order of `ids`; with `reduce`, what it made of each block.
-        recall: of the index that proposed them; 1: exact.
+        ids: Sample ids of the rows, in the order of the concatenated blocks; ascending without `map_block`.
+        blocks: A single `Neighbours` in the order of `ids`; with `map_block`, its result for each block.
+        recall: Recall of the index that proposed the neighbours; 1 for exact search.
     """
 
     ids: Int64[np.ndarray, " rows"]
@@ -127,19 +128,22 @@ class AllNeighbours(NamedTuple):
     recall: float
 
 
-def merge_answers(parts: list[SearchResponse]) -> SearchResponse:
-    """The k nearest of what the shards found."""
-    if len(parts) == 1:
-        return parts[0]
-    k = parts[0].ids.shape[1]
+def merge_responses(responses: list[SearchResponse]) -> SearchResponse:
+    """The k nearest among the responses of all shards."""
+    if len(responses) == 1:
+        return responses[0]
+    k = responses[0].ids.shape[1]
     ids, distances, labels, steps = (
-        np.concatenate([getattr(p, name) for p in parts], 1) for name in ("ids", "distances", "labels", "steps")
+        np.concatenate([getattr(r, name) for r in responses], 1) for name in ("ids", "distances", "labels", "steps")
     )
     order = np.lexsort((ids, distances), axis=1)[:, :k]
-    values = None
-    if parts[0].values is not None:
-        stored = np.concatenate([p.values for p in parts if p.values is not None], 1)
-        values = np.take_along_axis(stored, order[:, :, None], 1)
+    embeddings = None
+    if responses[0].embeddings is not None:
+        all_embeddings = np.concatenate([r.embeddings for r in responses if r.embeddings is not None], 1)
+        embeddings = np.take_along_axis(all_embeddings, order[:, :, None], 1)
     ids, distances, labels, steps = (np.take_along_axis(a, order, 1) for a in (ids, distances, labels, steps))
-    generation, applied = min(p.generation for p in parts), min(p.applied for p in parts)
-    return SearchResponse(ids, distances, labels, steps, values, generation, applied, min(p.recall for p in parts))
+    generation = min(r.generation for r in responses)
+    applied = min(r.applied for r in responses)
+    return SearchResponse(
+        ids, distances, labels, steps, embeddings, generation, applied, min(r.recall for r in responses)
+    )

@@ -1,4 +1,4 @@
-"""A run's mining as a method sees it (`methods.base.Mining`): alike on every rank, spoken for by rank 0."""
+"""A run's mining as a method sees it (`methods.mining.Mining`): the same results on every rank; rank 0 calls the servers."""
 
 from __future__ import annotations
 
@@ -27,35 +27,41 @@ from pipeline.storage import Folder
 
 
 class MethodMining:
-    """Rank 0 talks to the servers and tells the others what they said; the memory is mirrored on every rank.
+    """Rank 0 calls the servers and broadcasts their responses; every rank keeps a mirror of the memory.
 
     Args:
-        needs: of the method.
-        spec: of the servers.
-        transports: to them; used by rank 0 alone.
-        ranks: this worker's place.
-        device: of the mirror.
-        folder: of the run.
-        swap_after: steps from the start of building an index to its first use.
-        options: of the client: ordered, in_flight, deadline_s.
+        needs: The mining requirements of the method.
+        spec: The specification of the servers.
+        transports: Transports to the servers; only rank 0 uses them.
+        ranks: This worker's rank and the collectives.
+        device: Device of the mirror.
+        folder: The run folder.
+        swap_after: Number of steps from the start of building an index to its first use.
+        options: Options of the client: ordered, in_flight, deadline_s.
     """
 
     def __init__(
         self, needs: MiningRequirements, spec: ServerSpec, transports: Sequence[Transport], ranks: Ranks, device: torch.device,
         folder: Folder, swap_after: int = 0, **options: Any,
     ) -> None:  # fmt: skip
-        self.needs, self.spec, self.ranks, self.device, self.folder = needs, spec, ranks, device, folder
-        self._transports, self._swap_after, self._options = transports, swap_after, options
+        self.needs = needs
+        self.spec = spec
+        self.ranks = ranks
+        self.device = device
+        self.folder = folder
+        self._transports = transports
+        self._swap_after = swap_after
+        self._options = options
         self._client: MiningClient | None = None
         self.memory: EmbeddingMemory | None = None  # the mirror
         self._pending: dict[str, Future[SearchResponse]] = {}
         self._generation = 0
-        self.step = 0  # of training
+        self.step = 0  # the training step
 
-    # ---- for the worker ------------------------------------------------------------------------------------------
+    # ---- called by the training loop -----------------------------------------------------------------------------
 
     def begin(self, incarnation: int, snapshot: Folder | None) -> None:
-        """Takes the servers over for this start of the run, in the state of a checkpoint's snapshot, or empty."""
+        """Acquires the servers for this start of the run, with the state of a checkpoint's snapshot, or empty."""
 
         def start() -> Any:
             self._client = MiningClient(self._transports, self.spec, incarnation, self.folder, **self._options)
@@ -65,7 +71,7 @@ class MethodMining:
                     (self.folder / "mining").remove(name)
             if snapshot is not None:
                 self._load_pending(snapshot)
-            return self._generation, self._client.delta(0) if self.needs.memory else None
+            return self._generation, self._client.changes_since(0) if self.needs.memory else None
 
         self._generation, delta = self._on_rank0_then_broadcast(start)
         if delta is not None:
@@ -80,48 +86,55 @@ class MethodMining:
         self._generation += 1
         base = (self.folder / "mining" / f"base-{self._generation:06d}").uri
         now = self.step + 1  # the step is over
-        self._on_rank0_then_broadcast(lambda: self._leader.rebuild(self._generation, now, now + self._swap_after, base))
+        self._on_rank0_then_broadcast(
+            lambda: self._rank0_client.rebuild(self._generation, now, now + self._swap_after, base)
+        )
 
     def save(self, folder: Folder) -> None:
-        """Writes what the servers hold and what has been prefetched into a folder of a checkpoint; rank 0 alone calls it."""
-        self._leader.save(folder.uri)
+        """Writes the servers' state and the prefetched responses into a folder of a checkpoint; only rank 0 calls it."""
+        self._rank0_client.save(folder.uri)
         buffer = io.BytesIO()
         arrays = {"generation": np.array(self._generation)}
-        for name, answer in self._pending.items():
-            found = self._leader.wait(answer)
-            arrays |= {
-                f"{name}/{f.name}": np.asarray(v) for f in fields(found) if (v := getattr(found, f.name)) is not None
-            }
+        for name, future in self._pending.items():
+            response = self._rank0_client.wait(future)
+            for field in fields(response):
+                if (value := getattr(response, field.name)) is not None:
+                    arrays[f"{name}/{_key_in_file(field.name)}"] = np.asarray(value)
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         data = buffer.getvalue()
         folder.write("pending.npz", data)
         folder.write("pending.sha256", hashlib.sha256(data).hexdigest().encode())
 
     def prune(self, checkpoints: Sequence[Folder]) -> None:
-        """Removes saved bases of indexes that none of the kept checkpoints names; rank 0 alone calls it."""
-        named: set[str] = set()
+        """Removes saved index rows that none of the remaining checkpoints refers to; only rank 0 calls it."""
+        bases_in_use: set[str] = set()
         for checkpoint in checkpoints:
             for shard in (checkpoint / "mining").names():
                 if (checkpoint / "mining").exists(f"{shard}/mining.json"):
                     built = (checkpoint / "mining").read_json(f"{shard}/mining.json")["built"]
-                    named |= {posixpath.basename(b["base"]) for b in built}
+                    bases_in_use |= {posixpath.basename(b["base"]) for b in built}
         for name in (self.folder / "mining").names():
-            if name.startswith("base-") and name not in named and int(name.split("-")[1]) < self._generation:
+            if name.startswith("base-") and name not in bases_in_use and int(name.split("-")[1]) < self._generation:
                 (self.folder / "mining").remove(name)
 
     def logs(self) -> dict[str, float]:
-        """What rank 0 logs with a step: deaths survived, and of the newest answer: puts not reflected, index, its recall."""
-        c = self._client
-        if c is None:
+        """Metrics of rank 0: recoveries, and of the newest response: puts not reflected, number and recall of the index."""
+        client = self._client
+        if client is None:
             return {}
-        found = {"recoveries": c.recoveries, "lag": c.lag, "generation": c.generation, "recall": c.recall}
-        return {f"mining/{name}": float(value) for name, value in found.items()}
+        values = {
+            "recoveries": client.recoveries,
+            "lag": client.lag,
+            "generation": client.generation,
+            "recall": client.recall,
+        }
+        return {f"mining/{name}": float(value) for name, value in values.items()}
 
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
 
-    # ---- for the method ------------------------------------------------------------------------------------------
+    # ---- called by the method ------------------------------------------------------------------------------------
 
     def put(
         self,
@@ -133,60 +146,64 @@ class MethodMining:
         if self.memory is not None:
             self.memory.append(embeddings, labels, ids)
         if self.ranks.rank == 0:
-            values = embeddings.detach()
-            values = values if self.spec.memory_dtype == "float64" else values.float()
-            arrays = (ids.cpu().numpy(), values.cpu().numpy(), labels.cpu().numpy())
-            self._leader.put(*arrays, self.step, self.needs.table, self.needs.memory, tag)
+            float_embeddings = embeddings.detach()
+            float_embeddings = float_embeddings if self.spec.memory_dtype == "float64" else float_embeddings.float()
+            arrays = (ids.cpu().numpy(), float_embeddings.cpu().numpy(), labels.cpu().numpy())
+            self._rank0_client.put(*arrays, self.step, self.needs.table, self.needs.memory, tag)
 
-    def neighbours(self, k: int, **ask: Any) -> SearchResponse:
-        wanted = self._ask(k, ask)
-        return self._on_rank0_then_broadcast(lambda: self._leader.wait(self._leader.ask(wanted)))
+    def neighbours(self, k: int, **search_options: Any) -> SearchResponse:
+        request = self._search_request(k, search_options)
+        return self._on_rank0_then_broadcast(lambda: self._rank0_client.wait(self._rank0_client.search(request)))
 
-    def prefetch(self, name: str, k: int, **ask: Any) -> None:
-        wanted = replace(self._ask(k, ask), step=self.step + 1)
+    def prefetch(self, name: str, k: int, **search_options: Any) -> None:
+        request = replace(self._search_request(k, search_options), step=self.step + 1)
         if self.ranks.rank == 0:
-            self._pending[name] = self._leader.ask(wanted)
+            self._pending[name] = self._rank0_client.search(request)
 
     def take_prefetched(self, name: str) -> SearchResponse | None:
         return self._on_rank0_then_broadcast(
-            lambda: self._leader.wait(self._pending.pop(name)) if name in self._pending else None
+            lambda: self._rank0_client.wait(self._pending.pop(name)) if name in self._pending else None
         )
 
     def all_neighbours(
         self,
         k: int,
-        which: ClassFilter = "all",
-        reduce: Callable[[Queries, Neighbours], Any] | None = None,
+        class_filter: ClassFilter = "all",
+        map_block: Callable[[Queries, Neighbours], Any] | None = None,
         tag: str = "",
         approximate: bool = False,
     ) -> AllNeighbours:
-        return self._on_rank0_then_broadcast(lambda: self._leader.all_neighbours(k, which, reduce, tag, approximate))
+        return self._on_rank0_then_broadcast(
+            lambda: self._rank0_client.all_neighbours(k, class_filter, map_block, tag, approximate)
+        )
 
-    # ---- within --------------------------------------------------------------------------------------------------
+    # ---- internal ------------------------------------------------------------------------------------------------
 
     @property
-    def _leader(self) -> MiningClient:
+    def _rank0_client(self) -> MiningClient:
         if self._client is None:
-            raise RuntimeError("mining is for training: it has not begun, or this is not rank 0")
+            raise RuntimeError("no mining client: `begin` has not been called, or this is not rank 0")
         return self._client
 
-    def _ask(self, k: int, ask: dict[str, Any]) -> SearchRequest:
-        arrays: dict[str, Any] = {n: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for n, v in ask.items()}
-        if arrays.get("values") is not None:
-            arrays["values"] = np.asarray(arrays["values"], np.float32)
+    def _search_request(self, k: int, search_options: dict[str, Any]) -> SearchRequest:
+        arrays: dict[str, Any] = {
+            n: v.detach().cpu().numpy() if isinstance(v, Tensor) else v for n, v in search_options.items()
+        }
+        if arrays.get("embeddings") is not None:
+            arrays["embeddings"] = np.asarray(arrays["embeddings"], np.float32)
         return SearchRequest(k, self.step, **arrays)
 
-    def _on_rank0_then_broadcast(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns on rank 0, on every rank; an error there is raised everywhere."""
-        box: tuple[Any, Exception | None] = (None, None)
+    def _on_rank0_then_broadcast(self, call: Callable[[], Any]) -> Any:
+        """The result of `call` on rank 0, returned on every rank; an error of rank 0 is raised on every rank."""
+        outcome: tuple[Any, Exception | None] = (None, None)
         if self.ranks.rank == 0:
             try:
-                box = (work(), None)
-            except (RunError, UserError) as error:
-                box = (None, error)
-        result, failure = self.ranks.broadcast(box)
-        if failure is not None:
-            raise failure
+                outcome = (call(), None)
+            except (RunError, UserError) as raised:
+                outcome = (None, raised)
+        result, error = self.ranks.broadcast(outcome)
+        if error is not None:
+            raise error
         return result
 
     def _load_pending(self, folder: Folder) -> None:
@@ -196,9 +213,15 @@ class MethodMining:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             self._generation = int(arrays["generation"])
             for name in {n.split("/")[0] for n in arrays.files if "/" in n}:
-                values = {
-                    f.name: arrays[f"{name}/{f.name}"] for f in fields(SearchResponse) if f"{name}/{f.name}" in arrays
-                }
-                found: dict[str, Any] = {n: v.item() if v.ndim == 0 else v for n, v in values.items()}
+                response: dict[str, Any] = {"embeddings": None}
+                for field in fields(SearchResponse):
+                    array = arrays.get(f"{name}/{_key_in_file(field.name)}")
+                    if array is not None:
+                        response[field.name] = array.item() if array.ndim == 0 else array
                 self._pending[name] = Future()
-                self._pending[name].set_result(SearchResponse(**{"values": None, **found}))
+                self._pending[name].set_result(SearchResponse(**response))
+
+
+def _key_in_file(field_name: str) -> str:
+    """The name of a field of `SearchResponse` in `pending.npz`."""
+    return "values" if field_name == "embeddings" else field_name

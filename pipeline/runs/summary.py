@@ -1,10 +1,11 @@
-"""What a run comes to: summary.json, and the protocol that stands beside its figures."""
+"""The result of a run: the content of summary.json, and the protocol of its figures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from methods.config import Length
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.runs.checkpoint import TrainingState
@@ -20,34 +21,36 @@ RESULT_KEYS = (
 
 
 def protocol(config: Config, store: Store) -> dict[str, Any]:
-    """Under which conditions the figures were obtained."""
-    c, t = config, config.data.transforms
-    fold = c.data.validation_fold
-    crop = f"squash to {t.size}" if t.squash else f"resize {t.resize or t.size}, centre crop {t.size}"
-    choice = {
-        "fair": "validation fold of the training classes" if c.validates else "no choice made",
-        "paper": "TEST classes",
-    }
+    """The conditions under which the figures were measured."""
+    transforms = config.data.transforms
+    size = transforms.size
+    pixels = f"squash to {size}" if transforms.squash else f"resize {transforms.resize or size}, centre crop {size}"
+    fold = config.data.validation_fold
+    mining = config.mining
+    checkpoint: str = config.evaluation.checkpoint
+    if checkpoint == "best":
+        fair = "validation fold of the training classes" if config.validates else "no choice made"
+        classes = "TEST classes" if config.protocol == "paper" else fair
+        checkpoint += f" by {config.evaluation.metric} on the {classes}"
     return {
-        "profile": c.protocol,
+        "profile": config.protocol,
         "dataset": store.title,
         **({"partial": "; ".join(store.partial)} if store.partial else {}),
         "classes": "disjoint: test classes are never trained on",
         "trained_on": "all training classes" if fold is None else f"training classes without fold {fold}",
-        "checkpoint": f"{c.evaluation.checkpoint}"
-        + (f" by {c.evaluation.metric} on the {choice[c.protocol]}" if c.evaluation.checkpoint == "best" else ""),
-        "method": c.method.name,
-        "backbone": c.model.backbone,
-        "weights": c.model.weights,
-        "pooling": c.model.pooling,
-        "batch_norm": c.model.batch_norm,
-        "embedding_dim": c.method.embedding_dim,
-        "test_pixels": crop,
-        "batch": f"{c.method.classes_per_batch} x {c.method.samples_per_class}",
-        "length": str(c.length),
-        "precision": c.precision,
-        "seed": c.seed,
-        **({"mining": f"{c.mining.engine}, {c.mining.consistency}"} if c.method.mining is not None else {}),
+        "checkpoint": checkpoint,
+        "method": config.method.name,
+        "backbone": config.model.backbone,
+        "weights": config.model.weights,
+        "pooling": config.model.pooling,
+        "batch_norm": config.model.batch_norm,
+        "embedding_dim": config.method.embedding_dim,
+        "test_pixels": pixels,
+        "batch": f"{config.method.classes_per_batch} x {config.method.samples_per_class}",
+        "length": str(config.length),
+        "precision": config.precision,
+        "seed": config.seed,
+        **({"mining": f"{mining.engine}, {mining.consistency}"} if config.method.mining is not None else {}),
     }
 
 
@@ -55,7 +58,8 @@ def summarise(
     config: Config, store: Store, progress: TrainingState, metrics: dict[str, float], changes: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of summary.json; metrics in percent, `seconds` spent in training steps."""
-    touched = sorted({c.split(":")[0] for change in changes for c in change["changes"]} & set(RESULT_KEYS))
+    changed_keys = {change.split(":")[0] for line in changes for change in line["changes"]}
+    affecting = sorted(changed_keys & set(RESULT_KEYS))
     asynchronous = config.method.mining is not None and config.mining.consistency == "async"
     return {
         "name": config.name,
@@ -68,9 +72,14 @@ def summarise(
         "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 2),
         "waiting_for_data": round(progress.waited_s / max(progress.seconds, 1e-9), 4),
         "protocol": protocol(config, store),
-        "reproducible": config.runtime.deterministic and not touched and not asynchronous,
-        "changed_while_running": touched,
+        "reproducible": config.runtime.deterministic and not affecting and not asynchronous,
+        "changed_while_running": affecting,
     }
+
+
+def finished_length(summary: Mapping[str, Any]) -> Length:
+    """The length of the run that a summary.json is about."""
+    return Length.model_validate(summary["protocol"]["length"])
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a user sees in the terminal: a progress bar, or plain lines where there is no terminal, and the final table."""
+"""The terminal display of a run: a progress bar, or plain lines where there is no terminal, and the final table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipeline.metric_names import COUNTS
 from pipeline.runs.run_folder import SUMMARY
 from pipeline.storage import Folder
 
@@ -19,7 +20,8 @@ class Display:
     """Shows the status of a run.
 
     Args:
-        console: a terminal gets a live bar, anything else a line every 15 s and at every change of phase.
+        console: a terminal gets a live bar, anything else a line every 15 s and at every change of
+            phase.
     """
 
     def __init__(self, console: Console) -> None:
@@ -49,7 +51,8 @@ class Display:
         progress = state["progress"]
         if not progress:
             return
-        phase, note = progress["phase"], _note(progress)
+        phase = progress["phase"]
+        note = _note(progress)
         if "step" in progress:
             self.bar.update(
                 self.task, description=phase, completed=progress["step"], total=progress["total"], note=note
@@ -84,13 +87,19 @@ def metrics_table(metrics: dict[str, Any], before: dict[str, Any] | None = None)
     for column in ("frozen", "trained", "gain") if before else ("value",):
         table.add_column(column, justify="right")
     for name, value in metrics.items():
-        if name in ("queries", "queries_without_positive"):
+        if name in COUNTS:
             continue
-        old = (before or {}).get(name)
-        gain = (f"{old:.2f}", f"{value:.2f}", f"{value - old:+.2f}") if old is not None else ("", f"{value:.2f}", "")
-        table.add_row(name, *(gain if before else (f"{value:.2f}",)))
-    queries, lonely = metrics.get("queries", 0), metrics.get("queries_without_positive", 0)
-    table.caption = f"{queries:,.0f} queries" + (f", {lonely:,.0f} more without a positive left out" if lonely else "")
+        frozen = (before or {}).get(name)
+        cells = (
+            (f"{frozen:.2f}", f"{value:.2f}", f"{value - frozen:+.2f}")
+            if frozen is not None
+            else ("", f"{value:.2f}", "")
+        )
+        table.add_row(name, *(cells if before else (f"{value:.2f}",)))
+    queries, num_without_positive = metrics.get("queries", 0), metrics.get("queries_without_positive", 0)
+    table.caption = f"{queries:,.0f} queries" + (
+        f", {num_without_positive:,.0f} more without a positive left out" if num_without_positive else ""
+    )
     return table
 
 

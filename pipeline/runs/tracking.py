@@ -1,8 +1,9 @@
-"""What a run leaves behind to look at: metrics.jsonl, TensorBoard events, summary.json.
+"""A run's log: metrics.jsonl and TensorBoard events.
 
-Rank 0 writes. A local run folder is written in place; for object storage the files grow in a temporary folder and are
-copied whole at every `sync`. Lines of steps after the checkpoint that a run resumes from are cut off first, and a line
-that survived the kill is not written again: a killed run's log reads like that of a run that was never killed.
+Rank 0 writes. A local run folder is written in place; for object storage the files grow in a
+temporary folder and are copied whole at every `sync`. Lines of steps after the checkpoint that a
+run resumes from are cut off first, and a line that survived the kill is not written again: a killed
+run's log reads like that of a run that was never killed.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ class Tracker:
         self._temporary = None if run.is_local else tempfile.TemporaryDirectory(prefix="raydml-")
         self.local = run.path() if self._temporary is None else self._temporary.name
         old = run.read(METRICS).decode() if run.exists(METRICS) else ""
-        kept = [line for line in old.splitlines() if _complete(line) and json.loads(line)["step"] <= step]
-        self._written = {(line["step"], line["kind"]) for line in map(json.loads, kept)}
-        run.write(METRICS, "".join(line + "\n" for line in kept).encode())
+        lines = [line for line in old.splitlines() if _complete(line) and json.loads(line)["step"] <= step]
+        self._written = {(line["step"], line["kind"]) for line in map(json.loads, lines)}
+        run.write(METRICS, "".join(line + "\n" for line in lines).encode())
         self._path = os.path.join(self.local, METRICS)
         if self._temporary is not None:
             with open(self._path, "w") as file:
-                file.writelines(line + "\n" for line in kept)
+                file.writelines(line + "\n" for line in lines)
         folder = os.path.join(self.local, "tensorboard")
         os.makedirs(folder, exist_ok=True)
         # tensorboardX's SummaryWriter writes through a queue that `flush` does not wait for.
@@ -55,7 +56,7 @@ class Tracker:
 
         Args:
             step: steps done.
-            kind: what was measured.
+            kind: "train", "validation", "test" or "frozen".
             values: numbers by name.
         """
         if (step, kind) not in self._written:
@@ -78,10 +79,10 @@ class Tracker:
                     self.run.write(os.path.relpath(path, self.local), file.read())
 
     def close(self, sync: bool = True) -> None:
-        """Ends it.
+        """Closes the files.
 
         Args:
-            sync: make everything visible first.
+            sync: make everything visible in the run folder first.
         """
         if sync:
             self.sync()

@@ -1,7 +1,8 @@
 """Files by URI, the same calls for a local path and for object storage ("s3://bucket/..."), through fsspec and s3fs.
 
-Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...); what faults do, and errors,
-is written in `pipeline.storage.s3`. An object appears there whole or not at all.
+Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...);
+`pipeline.storage.s3` documents retries and errors. An object in object storage appears whole or not
+at all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import RunError, UserError, first_line
+from pipeline.errors import RunError, UserError, one_line
 
 
 class Folder:
@@ -80,8 +81,8 @@ class Folder:
             OSError: a local folder cannot be listed.
         """
         root = self.path()
-        if self.is_local:  # fsspec leaves out what it cannot list
-            walk = os.walk(root, onerror=_refuse, followlinks=True)
+        if self.is_local:  # fsspec silently leaves out folders that it cannot list
+            walk = os.walk(root, onerror=_raise_unless_missing, followlinks=True)
             paths = [os.path.join(place, name) for place, _, names in walk for name in names]
         else:
             paths = self.fs.find(root)
@@ -113,7 +114,7 @@ class Folder:
         return data
 
     def open(self, name: str, size: int | None = None) -> io.IOBase:
-        """A file to read from at any place; in object storage, every read is one request, and one asks for an unknown size."""
+        """Opens a file for random access; in object storage every read is one request, and so is an unknown size."""
         return open(self.path(name), "rb") if self.is_local else _Ranges(self, name, size)
 
     def write(self, name: str, data: bytes) -> None:
@@ -123,15 +124,15 @@ class Folder:
             self.fs.pipe_file(target, data)
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        part = f"{target}.{uuid.uuid4().hex}.part"
+        unfinished = f"{target}.{uuid.uuid4().hex}.part"
         try:
-            with open(part, "wb") as file:
+            with open(unfinished, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, target)
+            os.replace(unfinished, target)
         finally:
-            Path(part).unlink(missing_ok=True)
+            Path(unfinished).unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any:
         try:
@@ -143,7 +144,7 @@ class Folder:
         self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def remove(self, name: str = "") -> None:
-        """Removes a file or a subfolder with all it holds; nothing happens if there is none."""
+        """Removes a file, or a subfolder with its content; does nothing if there is none."""
         if self.is_local:
             path = Path(self.path(name))
             if path.is_dir():
@@ -160,11 +161,11 @@ class Folder:
             self.write(probe, b"")
             self.remove(probe)
         except Exception as error:  # every file system has its own errors for "not allowed"
-            raise UserError(f"storage {self.uri!r} is not writable ({first_line(error)})") from error
+            raise UserError(f"storage {self.uri!r} is not writable ({one_line(error)})") from error
 
 
 class _Ranges(io.RawIOBase):
-    """A file in object storage."""
+    """Random access to a file in object storage, one request for each read."""
 
     def __init__(self, folder: Folder, name: str, size: int | None) -> None:
         self._folder, self._name, self._at = folder, name, 0
@@ -192,7 +193,7 @@ class _Ranges(io.RawIOBase):
 
 
 def read_file(uri: str) -> bytes:
-    """A single file, by its path or URI."""
+    """Reads a file, given by its path or URI."""
     if "://" not in uri:
         with open(uri, "rb") as file:
             return file.read()
@@ -201,10 +202,10 @@ def read_file(uri: str) -> bytes:
 
 
 def home() -> str:
-    """Where runs and prepared data live unless told otherwise: $RAYDML_HOME, else ~/raydml."""
+    """The default folder of runs and prepared data: $RAYDML_HOME, else ~/raydml."""
     return os.environ.get("RAYDML_HOME") or os.path.expanduser("~/raydml")
 
 
-def _refuse(error: OSError) -> None:
+def _raise_unless_missing(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error

@@ -1,4 +1,4 @@
-"""Checks before a run starts: the machine, the cluster, the dataset, and an earlier start of the same run."""
+"""Checks before a run starts: the machine, the cluster, the dataset, and the config of an earlier start of the same run."""
 
 from __future__ import annotations
 
@@ -25,17 +25,26 @@ from pipeline.storage import Folder
 
 
 class _PlanContext(Context):
-    """As much of a context as a plan may look at that is a pure function of the labels, the seed and the epoch."""
+    """The part of a context that a plan may use which is a function of the labels, the seed and the epoch."""
+
+    ranks = Ranks()  # one process; beartype reads the attribute where it checks arguments
 
     ranks = Ranks()
     mining = None
 
     def __init__(self, samples: Samples, seed: int) -> None:
-        self.labels, self.tracks, self.seed, self.clock = samples.labels, samples.tracks, seed, Clock()
+        self.labels = samples.labels
+        self.tracks = samples.tracks
+        self.seed = seed
+        self.clock = Clock()
 
 
 def check_run(config: Config, store: Store) -> None:
-    """The dataset fits the config: folds, classes, images."""
+    """Checks that the dataset fits the config: folds, classes, images.
+
+    Raises:
+        UserError: it does not.
+    """
     folds = len(store.manifest["folds"])
     fold = config.data.validation_fold
     if fold is not None and fold >= folds:
@@ -51,38 +60,44 @@ def check_run(config: Config, store: Store) -> None:
             method.plan(0, _PlanContext(samples, config.seed))  # type: ignore[abstract]
         except ValueError as error:
             raise UserError(f"method: {error}") from error
-    single = np.flatnonzero(np.bincount(samples.labels) == 1)
-    if len(single):
-        first = samples.class_names[single[0]]
-        console.print(f"{len(single):,} training classes have one image each (first: {first}): used as negatives only")
-    size = split_bytes(store, "train")
-    if size > config.cache.max_bytes:
+    single_image_classes = np.flatnonzero(np.bincount(samples.labels) == 1)
+    if len(single_image_classes):
+        example = samples.class_names[single_image_classes[0]]
         console.print(
-            f"the training split has {size / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: images are "
-            "read from the store in every epoch"
+            f"{len(single_image_classes):,} training classes have one image each (first: {example}): used as negatives only"
         )
-    e = config.evaluation
-    if store.protocol != "reid" and (e.reranking is not None or e.distractors != "wrong"):
+    num_bytes = split_bytes(store, "train")
+    if num_bytes > config.cache.max_bytes:
+        console.print(
+            f"the training split has {num_bytes / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: "
+            "images are read from the store in every epoch"
+        )
+    evaluation = config.evaluation
+    if store.protocol != "reid" and (evaluation.reranking is not None or evaluation.distractors != "wrong"):
         raise UserError(
-            f"evaluation.reranking and evaluation.distractors are for datasets of re-identification, {store.title} is measured "
-            f"by {store.protocol}: leave them out"
+            f"evaluation.reranking and evaluation.distractors are for datasets of re-identification, the protocol of "
+            f"{store.title} is {store.protocol}: leave them out"
         )
     tasks = {"validation": validation_task(config, store), "test": test_task(config, store)}
     for name, task in tasks.items():
         try:
             if task is not None:
                 task.check(cluster=config.evaluation.clustering and name == "test")
-                known = task.metrics(config.evaluation.recall_at)
-                if config.evaluation.metric not in known:
+                metrics = task.metrics(config.evaluation.recall_at)
+                if config.evaluation.metric not in metrics:
                     raise ValueError(
-                        f"evaluation.metric is {config.evaluation.metric!r}, they are measured by {', '.join(known)}"
+                        f"evaluation.metric is {config.evaluation.metric!r}, expected one of {', '.join(metrics)}"
                     )
         except ValueError as error:
             raise UserError(f"{name} classes of {store.folder}: {error}") from error
 
 
 def check_dataset(folder: Folder, store: Store) -> None:
-    """The dataset is the one that the run was started with."""
+    """Checks that the dataset is the one that the run was started with.
+
+    Raises:
+        UserError: it has another fingerprint.
+    """
     recorded = folder.read_json(DATASET)["fingerprint"] if folder.exists(DATASET) else store.fingerprint
     if recorded != store.fingerprint:
         raise UserError(
@@ -95,35 +110,35 @@ def runtime_changes(config: Config, folder: Folder) -> list[str]:
     """Compares with the config that an existing run was started with; returns the runtime keys that have changed.
 
     Raises:
-        UserError: a key that is not marked runtime differs, or the run would become shorter.
+        UserError: A key that is not marked runtime differs, or the run would become shorter.
     """
     if not folder.exists(CONFIG):
-        if Checkpoints(folder).steps():  # of whichever config: --fresh was killed while it removed them
+        if Checkpoints(folder).steps():  # of an unknown config: --fresh was killed while it removed them
             raise UserError(f"run {folder} has checkpoints but no config.yaml: start over with --fresh")
         return []
     old = yaml.safe_load(folder.read(CONFIG))
     new = yaml.safe_load(to_yaml(config))
-    other = differences(old, new, runtime=False)
-    if other:
+    changes = differences(old, new, runtime=False)
+    if changes:
         raise UserError(
-            f"run {folder} exists with another config ({'; '.join(other[:4])}{' ...' if len(other) > 4 else ''}): "
+            f"run {folder} exists with another config ({'; '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}): "
             "choose another --set name=..., or start over with --fresh"
         )
-    before = build_config(old)
-    if before.length.unit != config.length.unit or config.length.value < before.length.value:
+    old_config = build_config(old)
+    if old_config.length.unit != config.length.unit or config.length.value < old_config.length.value:
         raise UserError(
-            f"run {folder} has length {before.length}, now {config.length}: it may only grow, in the same unit"
+            f"run {folder} has length {old_config.length}, got {config.length}: length may only grow, in the same unit"
         )
     return differences(old, new, runtime=True)
 
 
 def with_machine_defaults(runtime: RuntimeConfig) -> RuntimeConfig:
-    """Fills in what depends on the machine: threads of a worker."""
+    """The runtime section with its machine-dependent defaults filled in: threads of a worker."""
     if runtime.cpus_per_worker is not None:
         return runtime
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = 2 if on_cluster() else max(1, cores // max(1, runtime.workers))
-    return runtime.model_copy(update={"cpus_per_worker": share})
+    threads = 2 if on_cluster() else max(1, cores // max(1, runtime.workers))
+    return runtime.model_copy(update={"cpus_per_worker": threads})
 
 
 def needed_cpus(config: Config) -> int:
@@ -135,23 +150,29 @@ def needed_cpus(config: Config) -> int:
 
 
 def check_machine(config: Config) -> list[str]:
-    """Without a cluster: an error for GPUs that are not there, a warning for threads beyond the cores."""
+    """Checks GPUs and threads of this machine, where the run is not on a cluster; returns warnings.
+
+    Raises:
+        UserError: more GPUs than the machine has, or more than four threads a core.
+    """
     runtime = config.runtime
     import torch
 
     if runtime.gpus_per_worker and not on_cluster():
-        wanted = runtime.gpus_per_worker * max(1, runtime.workers)
-        if wanted > torch.cuda.device_count():
+        num_gpus = runtime.gpus_per_worker * max(1, runtime.workers)
+        if num_gpus > torch.cuda.device_count():
             raise UserError(
-                f"{wanted:g} GPUs wanted (runtime.workers × gpus_per_worker), this machine has {torch.cuda.device_count()}: "
-                "lower them, or submit the run to a cluster"
+                f"{num_gpus:g} GPUs requested (runtime.workers × gpus_per_worker), this machine has "
+                f"{torch.cuda.device_count()}: reduce runtime.workers or gpus_per_worker, or submit the run to a cluster"
             )
     if "TORCHELASTIC_RUN_ID" in os.environ and runtime.loader == "ray":
         raise UserError("under torchrun there is no Ray: set runtime.loader to in_process")
-    cores, threads = os.cpu_count() or 1, max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
+    cores = os.cpu_count() or 1
+    threads = max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
     if not on_cluster() and threads > 4 * cores:
         raise UserError(
-            f"{threads} threads wanted (runtime.workers × cpus_per_worker), this machine has {cores} cores: lower them"
+            f"{threads} threads requested (runtime.workers × cpus_per_worker), this machine has {cores} cores: "
+            "reduce runtime.workers or cpus_per_worker"
         )
     if not on_cluster() and threads > cores:
         return [
@@ -161,23 +182,28 @@ def check_machine(config: Config) -> list[str]:
 
 
 def check_cluster(config: Config, ray: Any) -> None:
-    """On a cluster: resources beyond what it can ever have, or storage that not all nodes see, are errors at once."""
+    """Checks that a cluster can provide the run's resources, and that all its nodes see the storage.
+
+    Raises:
+        UserError: more resources than the cluster has at its largest, or storage that not all nodes
+            see.
+    """
     if not on_cluster() or config.runtime.workers == 0:
         return
     runtime = config.runtime
     limits = cluster_maximum(ray)
     gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
-    wanted = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers + gpus}
-    for resource, amount in wanted.items():
+    requested = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers + gpus}
+    for resource, amount in requested.items():
         if amount > limits.get(resource, 0.0):
             raise UserError(
-                f"the run wants {amount:g} {resource} ({runtime.workers} workers, their loaders, mining servers), the cluster has at most "
-                f"{limits.get(resource, 0.0):g}: lower runtime.workers or cpus_per_worker, or enlarge the cluster"
+                f"{amount:g} {resource}s requested ({runtime.workers} workers, their loaders, mining servers), the cluster "
+                f"has at most {limits.get(resource, 0.0):g}: reduce runtime.workers or cpus_per_worker, or enlarge the cluster"
             )
-    label = config.mining.resource
-    if config.method.mining is not None and label is not None and not limits.get(label):
+    node_resource = config.mining.resource
+    if config.method.mining is not None and node_resource is not None and not limits.get(node_resource):
         raise UserError(
-            f"mining.resource is {label!r}, which no node of the cluster has (known: {', '.join(sorted(limits)) or 'none'}): "
-            "give it to the nodes that are not spot, or set mining.resource to null"
+            f"mining.resource is {node_resource!r}, which no node of the cluster has (its resources: "
+            f"{', '.join(sorted(limits)) or 'none'}): give it to the nodes that are not spot, or set mining.resource to null"
         )
     check_visible(ray, Folder(config.root), "storage")

@@ -1,4 +1,4 @@
-"""Starts the workers of a run, in one of three ways, and carries progress and stop requests between them and the driver.
+"""Starts the workers of a run, in one of three ways, and passes progress and stop requests between them and the driver.
 
 Ray Train    runtime.workers >= 1: DDP workers, restarted after a crash, on this machine or a cluster
 one process  runtime.workers == 0
@@ -22,13 +22,13 @@ import torch.distributed as dist
 from pipeline.config import Config, build_config
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy
-from pipeline.errors import RunError, UserError, first_line
-from pipeline.mining.actor import Remote, start_servers
+from pipeline.errors import RunError, UserError, one_line
+from pipeline.mining.actor import RayTransport, start_servers
 from pipeline.storage import Folder
 from pipeline.training.loop import Worker
 
 Show = Callable[[dict[str, Any]], None]
-STOP_TIMEOUT_S = 120  # a stop request that is not obeyed by then ends the driver, and with it the workers
+STOP_TIMEOUT_S = 120  # after a stop request; the driver then ends, and with it the workers
 
 
 def under_torchrun() -> bool:
@@ -39,7 +39,7 @@ class StopSignals:
     """Turns SIGTERM and Ctrl-C into a stop request; the second Ctrl-C interrupts at once.
 
     Attributes:
-        received: number of the first signal, or None.
+        received: Number of the first signal, or None.
     """
 
     def __init__(self, on_stop: Callable[[], None]) -> None:
@@ -74,7 +74,7 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
     """Trains in this process (one of torchrun's, or the only one); returns the signal that stopped it, if any.
 
     Raises:
-        RunError, UserError: the run cannot go on.
+        RunError, UserError: The run cannot go on.
     """
     torch.set_num_threads(config.runtime.cpus_per_worker or 1)
     device = device_of(config)
@@ -101,33 +101,33 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
 def status_display(read: Callable[[int], dict[str, Any]], show: Show, every_s: float = 0.3) -> Iterator[None]:
     """Shows a run's status from a thread while the block runs, and a last time at its end."""
     done = threading.Event()
-    seen = 0
+    messages_shown = 0
 
-    def once() -> None:
-        nonlocal seen
-        state = read(seen)
-        seen += len(state["messages"])
+    def show_once() -> None:
+        nonlocal messages_shown
+        state = read(messages_shown)
+        messages_shown += len(state["messages"])
         show(state)
 
-    def watch() -> None:
+    def show_repeatedly() -> None:
         while not done.wait(every_s):
-            once()
+            show_once()
 
-    thread = threading.Thread(target=watch, daemon=True, name="show")
+    thread = threading.Thread(target=show_repeatedly, daemon=True, name="show")
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        once()
+        show_once()
 
 
 def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | None:
     """Trains with Ray Train; returns the signal that stopped the run, if any.
 
     Raises:
-        RunError: a worker failed more often than `runtime.max_failures`, or the run cannot go on.
+        RunError: A worker failed more often than `runtime.max_failures`, or the run cannot go on.
     """
     from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -140,72 +140,72 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
         resources["GPU"] = runtime.gpus_per_worker
     servers: list[Any] = []
     if config.method.mining is not None:
-        m = config.mining
-        servers = start_servers(ray, config.name, m.shards, m.cpus, m.gpus, m.resource)
-    loop = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
-    notes = Folder(config.root) / "ray"
+        mining = config.mining
+        servers = start_servers(ray, config.name, mining.shards, mining.cpus, mining.gpus, mining.resource)
+    loop_config = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
+    ray_folder = Folder(config.root) / "ray"
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=loop,
+        train_loop_config=loop_config,
         torch_config=TorchConfig(backend="nccl" if runtime.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=runtime.workers, use_gpu=bool(runtime.gpus_per_worker), resources_per_worker=resources
         ),
-        # Only Ray Train's own notes go here: checkpoints are ours, and are found by whoever resumes the run.
+        # Only for Ray Train's own files: checkpoints are written to the run folder.
         run_config=RunConfig(
             name=config.name,
-            storage_path=notes.path(),
-            storage_filesystem=None if notes.is_local else PyFileSystem(FSSpecHandler(notes.fs)),
+            storage_path=ray_folder.path(),
+            storage_filesystem=None if ray_folder.is_local else PyFileSystem(FSSpecHandler(ray_folder.fs)),
             failure_config=FailureConfig(max_failures=runtime.max_failures),
         ),
     )
-    outcome: list[BaseException] = []
+    fit_errors: list[BaseException] = []
 
     def fit() -> None:
         try:
             trainer.fit()
         except BaseException as error:
-            outcome.append(error)
+            fit_errors.append(error)
 
     thread = threading.Thread(target=fit, daemon=True, name="fit")
-    stop_since: list[float] = []
+    stop_times: list[float] = []
 
     def stop() -> None:
-        stop_since.append(time.monotonic())
+        stop_times.append(time.monotonic())
         actor.stop.remote()
 
     with StopSignals(stop) as signals, status_display(lambda seen: ray.get(actor.read.remote(seen)), show):
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
-            if stop_since and time.monotonic() - stop_since[0] > STOP_TIMEOUT_S:
+            if stop_times and time.monotonic() - stop_times[0] > STOP_TIMEOUT_S:
                 raise RunError(f"the workers did not stop within {STOP_TIMEOUT_S} s; the newest checkpoint is kept")
     error = ray.get(actor.error_message.remote())
     if error is not None:
         raise RunError(error)
-    if outcome:
-        raise RunError(f"training failed: {root_cause(outcome[0])}")
+    if fit_errors:
+        raise RunError(f"training failed: {root_cause(fit_errors[0])}")
     return signals.received
 
 
-def train_worker(loop: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """The function that each Ray Train worker runs."""
     import ray.train
     import ray.train.torch
 
-    config = build_config(loop["config"])
-    status = RunStatusProxy(loop["status"])
+    config = build_config(loop_config["config"])
+    status = RunStatusProxy(loop_config["status"])
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(config.runtime.cpus_per_worker or 1)
     if status.error_message() is not None:
         return
     try:
-        servers = [Remote(actor) for actor in loop["servers"]]
+        servers = [RayTransport(actor) for actor in loop_config["servers"]]
         device = ray.train.torch.get_device()
-        Worker(config, loop["store"], ranks, device, status, report=ray.train.report, servers=servers)()
+        Worker(config, loop_config["store"], ranks, device, status, report=ray.train.report, servers=servers)()
     except (RunError, UserError) as error:
-        status.fail(first_line(error))  # a restart would fail again: end instead, and let the other ranks see it
+        status.fail(one_line(error))  # a restart would fail again: end instead, and let the other ranks see it
         if dist.is_initialized():
             dist.destroy_process_group()
     except Exception:
@@ -214,7 +214,7 @@ def train_worker(loop: dict[str, Any]) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """One line for what went wrong first, out of Ray's wrappings."""
+    """One line about the first error, without the exceptions that Ray wraps around it."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = next(iter(failures.values()))

@@ -2,7 +2,7 @@
 
     plan -> loader -> trunk -> gather -> method -> backward -> step
 
-Everything that is needed to continue stands in one checkpoint; running the loop again continues from the newest.
+A checkpoint contains everything that is needed to continue; running the loop again continues from the newest one.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Worker:
     """One worker's share of a run.
 
     Args:
-        config: of the run, resolved.
-        store_uri: of the prepared dataset.
-        ranks: this worker's place.
-        device: to compute on.
-        status: to tell progress to, and to hear of a stop request.
-        report: called on every rank with the metrics of each validation (Ray Train's report), if given.
-        servers: the run's mining servers, if the method mines; none: one in this process.
+        config: The resolved configuration of the run.
+        store_uri: URI of the prepared dataset.
+        ranks: This worker's rank and the collectives.
+        device: Device of trunk and method.
+        status: Receives progress and messages, and passes on stop requests.
+        report: Called on every rank with the metrics of each validation (Ray Train's report), if given.
+        servers: Transports to the run's mining servers, if the method mines; empty: one server in this process.
     """
 
     def __init__(
@@ -54,7 +54,9 @@ class Worker:
         report: Callable[[dict[str, Any]], None] | None = None,
         servers: Sequence[Transport] = (),
     ) -> None:
-        self.config, self.ranks, self.status = config, ranks, status
+        self.config = config
+        self.ranks = ranks
+        self.status = status
         torch.use_deterministic_algorithms(config.runtime.deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.store = Store(Folder(store_uri))
@@ -99,7 +101,8 @@ class Worker:
                 self.measurements.final(self.progress, self.tracker)
         finally:
             if self.tracker is not None:
-                self.tracker.close(sync=self.checkpoints.is_owner())  # else it would replace the newer process's log
+                # A process that no longer owns the run must not replace the newer process's log.
+                self.tracker.close(sync=self.checkpoints.is_owner())
             if self.mining is not None:
                 self.mining.close()
 
@@ -124,9 +127,9 @@ class Worker:
             self.progress.finished = False  # the run was made longer
 
     def _train_segment(self) -> bool:
-        """Trains on the plans that are known now, through one loader; returns whether a stop was asked for."""
-        plans = self.batches.known_plans(self.progress)
-        stream = self.batches.pixels(plans, self.progress)
+        """Trains on the plans that can be made now, through one loader; returns True after a stop request."""
+        plans = self.batches.plans_ahead(self.progress)
+        pixel_stream = self.batches.pixels(plans, self.progress)
         for epoch, plan in plans:
             if self.progress.step_in_epoch or not self.method.plan_is_stored:
                 self._start_epoch(epoch)
@@ -136,7 +139,7 @@ class Worker:
                     return False
                 # fetch
                 started = time.perf_counter()
-                pixels = next(stream)
+                pixels = next(pixel_stream)
                 waited = time.perf_counter() - started
                 # gather, method, backward, step
                 batch = self.context.begin_step(before, plan, row, pixels)
@@ -144,17 +147,22 @@ class Worker:
                 if self.mining is not None:
                     logs = logs | self.mining.logs()
                 # count
-                p = self.progress
-                p.step, p.step_in_epoch, p.images = p.step + 1, row + 1, p.images + plan.ids.shape[1]
-                p.seconds, p.waited_s = p.seconds + time.perf_counter() - started, p.waited_s + waited
+                progress = self.progress
+                progress.step += 1
+                progress.step_in_epoch = row + 1
+                progress.images += plan.ids.shape[1]
+                progress.seconds += time.perf_counter() - started
+                progress.waited_s += waited
                 after = self._clock(plan)
                 if row + 1 == len(plan):
-                    p.epoch, p.step_in_epoch = epoch + 1, 0
+                    progress.epoch = epoch + 1
+                    progress.step_in_epoch = 0
                 self._log(logs, after, plan)
                 # evaluate, save
-                last, metrics = self.config.length.fraction_done(after) >= 1, None
+                last = self.config.length.fraction_done(after) >= 1
+                metrics = None
                 if last or _crossed(self.config.evaluation.every, before, after):
-                    metrics = self.measurements.validate(after, p, self.tracker)
+                    metrics = self.measurements.validate(after, progress, self.tracker)
                 if self.mining is not None and _crossed(self.config.mining.rebuild_every, before, after):
                     self.mining.rebuild()
                 if row + 1 == len(plan):
@@ -165,7 +173,7 @@ class Worker:
                     self._save("checkpoints")
                 if stop and not last:
                     if self.ranks.rank == 0:
-                        self.status.add_message(f"stopped at step {p.step}: saved; the same command continues")
+                        self.status.add_message(f"stopped at step {progress.step}: saved; the same command continues")
                     return True
         return False
 
@@ -176,36 +184,36 @@ class Worker:
         self.method.on_epoch_start(epoch, self.context)
 
     def _clock(self, plan: Plan) -> Clock:
-        p = self.progress
-        return Clock(p.step, p.epoch + p.step_in_epoch / len(plan))
+        progress = self.progress
+        return Clock(progress.step, progress.epoch + progress.step_in_epoch / len(plan))
 
     def _done(self) -> bool:
-        p = self.progress
+        progress = self.progress
         fraction = 0.0
-        if p.step_in_epoch:
-            fraction = p.step_in_epoch / len(self.batches.plan(p.epoch))
-        return self.config.length.fraction_done(Clock(p.step, p.epoch + fraction)) >= 1
+        if progress.step_in_epoch:
+            fraction = progress.step_in_epoch / len(self.batches.plan(progress.epoch))
+        return self.config.length.fraction_done(Clock(progress.step, progress.epoch + fraction)) >= 1
 
     # ---- log, save -----------------------------------------------------------------------------------------------
 
     def _log(self, logs: dict[str, float], clock: Clock, plan: Plan) -> None:
         if self.ranks.rank != 0 or self.tracker is None:
             return
-        p = self.progress
-        speed, share = p.images / max(p.seconds, 1e-9), p.waited_s / max(p.seconds, 1e-9)
+        progress = self.progress
+        seconds = max(progress.seconds, 1e-9)
+        speed = {"images_per_second": progress.images / seconds, "waiting": progress.waited_s / seconds}
         total = self.config.length.steps(len(plan))
-        self._publish(
-            {"phase": "training", "step": p.step, "total": total, "images_per_second": speed, "waiting": share, **logs}
-        )
-        if p.step % self.config.runtime.log_every == 0 or p.step == 1:
+        self._publish({"phase": "training", "step": progress.step, "total": total, **speed, **logs})
+        if progress.step % self.config.runtime.log_every == 0 or progress.step == 1:
             values = {"epoch": round(clock.epoch, 4), **logs, **learning_rates(self.context.optimizers)}
-            self.tracker.log(p.step, "train", values | {"images_per_second": speed, "waiting": share})
+            self.tracker.log(progress.step, "train", values | speed)
 
     def _publish(self, progress: dict[str, Any]) -> None:
         if self.ranks.rank == 0:
             self.status.publish(progress)
 
     def _save(self, kind: str) -> None:
+        """Saves a checkpoint below "checkpoints", or the weights alone below "best"."""
         if self.ranks.rank == 0:
             plan, mining = (self.batches.stored, self.mining) if kind == "checkpoints" else (None, None)
 
@@ -213,7 +221,7 @@ class Worker:
                 if mining is not None:
                     mining.save(folder / "mining")
                 if self.tracker is not None:
-                    self.tracker.sync()  # before the checkpoint counts: whoever resumes from it finds its lines
+                    self.tracker.sync()  # before the checkpoint is complete: a resumed run then has these metrics
 
             self.checkpoints.save(
                 kind, self.progress, self.trunk, self.method, self.context.optimizers, plan, write_extra
@@ -227,7 +235,7 @@ class Worker:
 
 
 def _crossed(every: Length, before: Clock, after: Clock) -> bool:
-    """Whether a multiple of `every` lies between two clocks."""
+    """True if a multiple of `every` lies between two clocks."""
     if not every.value:
         return False
     return int(after.elapsed(every.unit) / every.value + 1e-9) > int(before.elapsed(every.unit) / every.value + 1e-9)

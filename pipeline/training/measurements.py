@@ -1,4 +1,4 @@
-"""What a run measures of itself: the frozen trunk before it, the validation fold during it, the test classes at its end."""
+"""Evaluations of a run: the frozen trunk before training, the validation fold during it, the test classes at the end."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from pipeline.runs.tracking import Tracker
 
 
 class Measurements:
-    """Measures a run's network; every rank makes the same calls.
+    """Evaluates a run's network; every rank makes the same calls.
 
     Args:
-        config: of the run.
-        store: the dataset.
-        embedder: how images are embedded.
-        trunk, method: the network.
-        checkpoints: of the run, into whose folder the final figures are written.
-        save: saves a checkpoint below "checkpoints" or "best".
-        load_best: puts the best weights into trunk and method.
-        publish: shows what is going on.
-        report: called with the metrics of each validation, if given.
+        config: The resolved configuration of the run.
+        store: The dataset.
+        embedder: The embedder of the images.
+        trunk, method: The network.
+        checkpoints: The checkpoints of the run, into whose folder the final metrics are written.
+        save: Saves a checkpoint below "checkpoints" or "best".
+        load_best: Loads the best weights into trunk and method.
+        publish: Publishes the present phase.
+        report: Called with the metrics of each validation, if given.
     """
 
     def __init__(
@@ -51,13 +51,20 @@ class Measurements:
         publish: Callable[[dict[str, Any]], None],
         report: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.config, self.store, self.embedder, self.trunk, self.method = config, store, embedder, trunk, method
-        self.checkpoints, self.save, self.load_best = checkpoints, save, load_best
-        self.publish, self.report = publish, report
+        self.config = config
+        self.store = store
+        self.embedder = embedder
+        self.trunk = trunk
+        self.method = method
+        self.checkpoints = checkpoints
+        self.save = save
+        self.load_best = load_best
+        self.publish = publish
+        self.report = report
         self.validation = validation_task(config, store)
 
     def frozen(self, progress: TrainingState, tracker: Tracker | None) -> None:
-        """The pretrained trunk's pooled features on the test classes, so that every run shows what training added."""
+        """Evaluates the pretrained trunk's pooled features on the test classes: the reference for the gain of training."""
         task = self._test_task()
         if task is not None:
             self.publish({"phase": "evaluating the frozen trunk"})
@@ -70,23 +77,25 @@ class Measurements:
         self.save("checkpoints")
 
     def validate(self, clock: Clock, progress: TrainingState, tracker: Tracker | None) -> dict[str, float] | None:
-        """Metrics of the validation task, if there is one; the best weights so far are saved."""
+        """Evaluates the validation task, if there is one, and saves the weights if they are the best so far."""
         if self.validation is None:
             return None
         self.publish({"phase": "validating"})
-        recall_at, name = self.config.evaluation.recall_at, self.config.evaluation.metric
+        recall_at = self.config.evaluation.recall_at
+        name = self.config.evaluation.metric
         metrics = evaluate(self.validation, self.embedder, self.trunk, self.method, recall_at).metrics
         if tracker is not None:
             tracker.log(progress.step, "validation", {"epoch": round(clock.epoch, 4), **metrics})
         if progress.best_step < 0 or metrics[name] > progress.best_metrics[name]:
-            progress.best_step, progress.best_metrics = progress.step, metrics
+            progress.best_step = progress.step
+            progress.best_metrics = metrics
             self.save("best")
         if self.report is not None:
             self.report({"step": progress.step, "epoch": clock.epoch, **metrics})
         return metrics
 
     def final(self, progress: TrainingState, tracker: Tracker | None) -> None:
-        """The figures of the run: the chosen checkpoint on the test classes, once."""
+        """Evaluates the selected checkpoint on the test classes and writes the summary; once per run."""
         ranks, run = self.embedder.ranks, self.checkpoints.run
         if self.config.evaluation.checkpoint == "best":
             self.load_best()
@@ -94,8 +103,8 @@ class Measurements:
         metrics: dict[str, Any] = {}
         if task is not None:
             self.publish({"phase": "evaluating on the test classes"})
-            e = self.config.evaluation
-            result = evaluate(task, self.embedder, self.trunk, self.method, e.recall_at, e.clustering)
+            evaluation = self.config.evaluation
+            result = evaluate(task, self.embedder, self.trunk, self.method, evaluation.recall_at, evaluation.clustering)
             metrics = result.metrics
             if ranks.rank == 0:
                 self._save_neighbours(result)
@@ -114,7 +123,7 @@ class Measurements:
         return test_task(self.config, self.store) if self.config.evaluation.test else None
 
     def _save_neighbours(self, result: EvaluationResult) -> None:
-        """What each test query retrieved, for the report."""
+        """Writes the neighbours of each test query, for the report."""
         neighbours = result.retrieval.neighbours
         ids = np.where(neighbours >= 0, result.gallery.ids[np.maximum(neighbours, 0)], -1)
         buffer = io.BytesIO()

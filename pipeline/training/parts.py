@@ -1,4 +1,4 @@
-"""Parts of a worker that are made from the configuration: where pixels come from, the method's mining."""
+"""Parts of a worker that are made from the configuration: the source of the pixels, the method's mining."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.mining.messages import ServerSpec
 from pipeline.mining.method_view import MethodMining
 from pipeline.mining.server import MiningServer
-from pipeline.mining.transport import Local, Transport
+from pipeline.mining.transport import LocalTransport, Transport
 from pipeline.runs.run_folder import run_folder
 from pipeline.storage import Folder
 
 
 def image_source(config: Config, store: Store) -> ImageSource:
-    """Where the run's pixels come from: this node's copy of the training split, or row groups where that is too large."""
+    """The source of the run's pixels: this node's copy of the training split, or row groups where that is too large."""
     root = Folder(config.root)
     folder = config.cache.folder or (root / "cache" if root.is_local else Folder("~/raydml/cache")).uri
-    fits = split_bytes(store, "train") <= config.cache.max_bytes
-    cache = Cache(folder, config.cache.max_bytes) if fits else None
+    fits_in_cache = split_bytes(store, "train") <= config.cache.max_bytes
+    cache = Cache(folder, config.cache.max_bytes) if fits_in_cache else None
     return ImageSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed)
 
 
 def build_mining(
     config: Config, samples: int, servers: Sequence[Transport], ranks: Ranks, device: torch.device
 ) -> MethodMining | None:
-    """The mining that the config's method needs; none if it mines nothing."""
-    needs, m = config.method.mining, config.mining
-    if needs is None:
+    """The mining that the config's method needs, or None."""
+    requirements, mining = config.method.mining, config.mining
+    if requirements is None:
         return None
     folder = run_folder(config)
-    memory_dtype = "float64" if config.precision == "float64" else m.memory_dtype
+    memory_dtype = "float64" if config.precision == "float64" else mining.memory_dtype
     spec = ServerSpec(
         run=folder.uri, dim=config.method.embedding_dim, capacity=samples // max(1, len(servers)) * 11 // 10 + 1,
-        dtype=m.dtype, engine=m.engine, k=needs.neighbours, target=m.recall, seed=config.seed, threads=m.cpus,
-        per_class=needs.per_class, total=needs.total, memory_dtype=memory_dtype, wait_s=m.deadline_s,
+        dtype=mining.dtype, engine=mining.engine, k=requirements.neighbours, target=mining.recall, seed=config.seed,
+        threads=mining.cpus, per_class=requirements.per_class, total=requirements.total, memory_dtype=memory_dtype, wait_s=mining.deadline_s,
     )  # fmt: skip
     if not servers and ranks.rank == 0:
-        servers = [Local(MiningServer())]
-    options = {"ordered": m.consistency == "exact", "in_flight": m.in_flight, "deadline_s": m.deadline_s}
-    return MethodMining(needs, spec, servers, ranks, device, folder, m.swap_after, **options)
+        servers = [LocalTransport(MiningServer())]
+    options = {"ordered": mining.consistency == "exact", "in_flight": mining.in_flight, "deadline_s": mining.deadline_s}
+    return MethodMining(requirements, spec, servers, ranks, device, folder, mining.swap_after, **options)

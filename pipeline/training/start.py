@@ -19,6 +19,7 @@ from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.report_page import write_report
 from pipeline.runs.run_folder import CHANGES, CONFIG, DATASET, REPORT, SUMMARY, read_changes, run_folder
+from pipeline.runs.summary import finished_length
 from pipeline.runs.terminal import Display, show_summary
 from pipeline.storage import Folder
 from pipeline.training.checks import (
@@ -37,15 +38,15 @@ def run(config: Config, fresh: bool = False) -> int | None:
     """One run; returns the signal that stopped it, or None when it has finished.
 
     Raises:
-        UserError: bad input, found before anything starts.
-        RunError: the run failed.
+        UserError: The input is bad; found before anything starts.
+        RunError: The run failed.
     """
     if not (os.path.isabs(config.root) or "://" in config.root):
         raise UserError(f"storage {config.root!r} is a relative path: give an absolute one, or s3://...")
     config = config.model_copy(
         update={"storage": Folder(config.root).uri, "runtime": with_machine_defaults(config.runtime)}
     )
-    leader = os.environ.get("RANK", "0") == "0" if under_torchrun() else True
+    is_rank0 = os.environ.get("RANK", "0") == "0" if under_torchrun() else True
     folder = run_folder(config)
     folder.check_writable()
     for warning in check_machine(config):
@@ -54,7 +55,9 @@ def run(config: Config, fresh: bool = False) -> int | None:
     if not fresh and _finished(config, folder) and not changes and folder.exists(REPORT):
         show_summary(folder)
         return None
-    build_trunk(config.model, config.data.transforms.size)  # unknown backbone, missing weights: now, not on the cluster
+    build_trunk(
+        config.model, config.data.transforms.size
+    )  # fails for an unknown backbone or missing weights before Ray starts
     with ExitStack() as stack:
         ray: Any = None
         if not under_torchrun() and (config.runtime.workers or config.runtime.loader == "ray" or _must_prepare(config)):
@@ -65,8 +68,8 @@ def run(config: Config, fresh: bool = False) -> int | None:
         check_run(config, store)
         if not fresh:
             check_dataset(folder, store)
-        if leader:
-            if fresh:  # now that everything has been checked
+        if is_rank0:
+            if fresh:  # only after all checks
                 folder.remove()
             _record(config, folder, store, changes)
         with Display(console) as display:
@@ -75,7 +78,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
                 signal = run_on_ray(config, uri, display, ray)
             else:
                 signal = run_in_process(config, uri, display)
-    if leader and _finished(config, folder):
+    if is_rank0 and _finished(config, folder):
         write_report(folder, store)
         show_summary(folder)
     return signal
@@ -93,8 +96,8 @@ def _dataset(config: Config) -> Store:
         folder = Folder(config.root) / "data" / source if is_name else Folder(source)
         if is_name and not folder.exists("manifest.json"):
             raise UserError(
-                f"there is no dataset {source!r} in {Folder(config.root) / 'data'}: prepare it with `python -m pipeline.prepare`, "
-                "or set data.source to the folder or s3:// URI of a store"
+                f"there is no dataset {source!r} in {Folder(config.root) / 'data'}: prepare it with "
+                "`python -m pipeline.prepare`, or set data.source to the folder or s3:// URI of a store"
             )
         store = Store(folder)
     else:
@@ -111,7 +114,7 @@ def _dataset(config: Config) -> Store:
 
 
 def _record(config: Config, folder: Folder, store: Store, changes: list[str]) -> None:
-    """Writes what the run is; changes of runtime keys are printed and kept."""
+    """Writes config.yaml and run.json; changes of runtime keys are printed and added to changes.jsonl."""
     if changes:
         for change in changes:
             console.print(f"changed: {change}", highlight=False)
@@ -123,9 +126,8 @@ def _record(config: Config, folder: Folder, store: Store, changes: list[str]) ->
 
 
 def _finished(config: Config, folder: Folder) -> bool:
-    """Whether the run has reached the configured length; it may have reached a shorter one before."""
+    """True if the run has reached the configured length; an earlier start may have finished a shorter one."""
     if not folder.exists(SUMMARY):
         return False
     latest = Checkpoints(folder).latest()
-    reached = folder.read_json(SUMMARY)["protocol"]["length"]
-    return latest is not None and latest.finished and reached == str(config.length)
+    return latest is not None and latest.finished and finished_length(folder.read_json(SUMMARY)) == config.length

@@ -109,7 +109,7 @@ def test_an_error_of_a_task_of_prepare_arrives_as_it_is(ray_here: Any) -> None:
 def test_both_loaders_give_the_same_pixels_in_the_same_order(
     ray_here: Any, store: Store, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "PIPELINE_ITEMS", 12)  # two pipelines
+    monkeypatch.setattr(loader, "REQUESTS_PER_PIPELINE", 12)  # two pipelines
     config = make_config()
     source = image_source(config, store)
     random = np.random.default_rng(0)
@@ -220,6 +220,6 @@ def test_a_request_beyond_the_cluster_is_refused(
     from pipeline.training.checks import check_cluster
 
     monkeypatch.setenv("RAY_ADDRESS", "here")
-    with pytest.raises(UserError, match=r"wants 808 CPU .* at most 6"):
+    with pytest.raises(UserError, match=r"808 CPUs requested .* at most 6"):
         check_cluster(on_ray(make_config(), workers=101, cpus_per_worker=8, loader="in_process"), ray_here)
     check_cluster(on_ray(make_config(), loader="in_process"), ray_here)

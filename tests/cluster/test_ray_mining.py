@@ -17,11 +17,11 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.store import Store
-from pipeline.mining.actor import Remote, start_servers
+from pipeline.mining.actor import RayTransport, start_servers
 from pipeline.mining.client import MiningClient
 from pipeline.mining.messages import SearchRequest, SearchResponse
 from pipeline.mining.server import MiningServer
-from pipeline.mining.transport import Local, ServerGone
+from pipeline.mining.transport import LocalTransport, ServerGone
 from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
@@ -41,7 +41,7 @@ def ray_here() -> Iterator[Any]:
         yield ray
 
 
-def pid_of(remote: Remote) -> int:
+def pid_of(remote: RayTransport) -> int:
     while True:
         try:
             return int(remote.call("status").result(60)["pid"])
@@ -60,8 +60,8 @@ class Work:
         for step, rows in enumerate(np.array_split(np.arange(1200), 30)):
             client.put(IDS[rows], VALUES[rows], LABELS[rows], step, True, True)
             strike("put")
-            ask = SearchRequest(4, step, ids=IDS[rows[:6]], which="other", with_values=True)
-            heard.append(client.ask(ask))
+            ask = SearchRequest(4, step, ids=IDS[rows[:6]], class_filter="other", with_embeddings=True)
+            heard.append(client.search(ask))
             strike("search")
             if step % 10 == 6:
                 client.rebuild(step, step, step + 2, str(self.folder / f"{self.name}-base-{step}"))
@@ -70,13 +70,13 @@ class Work:
                 client.save(str(self.folder / f"{self.name}-{step}"))
                 strike("save")
         heard = [client.wait(answer) for answer in heard]
-        delta = client.delta(0)
+        delta = client.changes_since(0)
         assert sum(status["rows"] for status in client.status()) == 1200, "every acknowledged row is there"
         return [*heard, delta.features, delta.ids]
 
 
 def expected(tmp_path: Path) -> list[Any]:
-    client = MiningClient([Local(MiningServer())], SPEC, 1, Folder(tmp_path / "run"))
+    client = MiningClient([LocalTransport(MiningServer())], SPEC, 1, Folder(tmp_path / "run"))
     client.begin(None)
     heard = Work(tmp_path, "here")(client, lambda _: None)
     client.close()
@@ -87,7 +87,7 @@ def kill_while(
     ray: Any, tmp_path: Path, moments: dict[str, float], shards: int, name: str
 ) -> tuple[list[Any], int, int]:
     """Does the work with servers that are killed a moment after some operations; how often, and recoveries."""
-    servers = [Remote(actor) for actor in start_servers(ray, name, shards)]
+    servers = [RayTransport(actor) for actor in start_servers(ray, name, shards)]
     client = MiningClient(servers, SPEC, 1, Folder(tmp_path / name))
     client.begin(None)
     pids = [pid_of(server) for server in servers]
@@ -223,7 +223,7 @@ def test_two_workers_whose_mining_server_dies_end_with_the_same_weights(
 
 def test_searches_go_on_while_an_index_is_built(ray_here: Any, tmp_path: Path) -> None:
     """In the actor, a long build takes a thread of its own; puts and searches pass it."""
-    (server,) = [Remote(actor) for actor in start_servers(ray_here, "busy")]
+    (server,) = [RayTransport(actor) for actor in start_servers(ray_here, "busy")]
     client = MiningClient(
         [server], SPEC.__class__(run="busy", dim=64, engine="hnsw", k=10, target=0.1), 1, Folder(tmp_path)
     )
@@ -234,13 +234,13 @@ def test_searches_go_on_while_an_index_is_built(ray_here: Any, tmp_path: Path) -
     client.rebuild(1, 0, 5, None)
     started, answered = time.perf_counter(), 0
     while True:
-        answer: SearchResponse = client.wait(client.ask(SearchRequest(5, 4, values=values[:8])))
+        answer: SearchResponse = client.wait(client.search(SearchRequest(5, 4, embeddings=values[:8])))
         assert answer.generation == 0
         client.put(np.arange(8), values[:8], np.arange(8), 1)
         if client.status()[0]["index"] is not None:
             break
         answered += 1
     assert time.perf_counter() - started > 0.3 and answered > 5, "the build took its time, nobody waited for it"
-    assert client.wait(client.ask(SearchRequest(5, 5, values=values[:8]))).generation == 1
+    assert client.wait(client.search(SearchRequest(5, 5, embeddings=values[:8]))).generation == 1
     client.close()
     ray_here.kill(server.actor)

@@ -16,7 +16,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
     {"config"},
     {"data"},
     {"storage", "neighbours"},
-    {"errors", "console"},
+    {"errors", "console", "metric_names"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

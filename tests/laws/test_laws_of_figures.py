@@ -111,7 +111,7 @@ def load_pixels(rank: int, world: int, values: dict[str, Any], shares: tuple[int
     worker = make_worker(Config.model_validate(values), rank, shares)
     steps = len(worker.method.plan(0, worker.context))
     worker.progress.step, worker.progress.epoch, worker.progress.step_in_epoch = start, start // steps, start % steps
-    stream = worker.batches.pixels(worker.batches.known_plans(worker.progress), worker.progress)
+    stream = worker.batches.pixels(worker.batches.plans_ahead(worker.progress), worker.progress)
     return [next(stream) for _ in range(start, 8)]
 
 

@@ -19,7 +19,7 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.mining.messages import ServerSpec
 from pipeline.mining.method_view import MethodMining
 from pipeline.mining.server import MiningServer
-from pipeline.mining.transport import Local
+from pipeline.mining.transport import LocalTransport
 from pipeline.storage import Folder
 from tests.methods.context import FakeContext
 
@@ -36,7 +36,7 @@ class MiningContext(FakeContext):
         needs = method.config.mining
         assert needs is not None
         spec = ServerSpec("run", DIM, per_class=needs.per_class, total=needs.total)
-        self.mining = MethodMining(needs, spec, [Local(MiningServer())], Ranks(), self.device, Folder(folder))
+        self.mining = MethodMining(needs, spec, [LocalTransport(MiningServer())], Ranks(), self.device, Folder(folder))
         self.mining.begin(1, None)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.gca_hng import BatchLayout, GcaHng, GcaHngConfig, kept_entries, npair, synthesise, synthetic_npair
+from methods.gca_hng import BatchLayout, GcaHng, GcaHngConfig, npair, similarity_term_mask, synthesise, synthetic_npair
 from methods.gca_hng_graph import CorrelationGraph, EdgeNorm, Pairs
 from methods.optim import OptimizerConfig
 from tests.methods.context import FakeContext
@@ -210,7 +210,7 @@ def test_synthetic_npair_against_loops() -> None:
 
 def test_similarity_masks() -> None:
     layout = BatchLayout(27, 3, torch.arange(27).repeat(3), slice(0, 81))
-    correct, reference = (kept_entries(layout, reference=flag) for flag in (False, True))
+    correct, reference = (similarity_term_mask(layout, reference=flag) for flag in (False, True))
     assert torch.equal(correct, torch.arange(81)[:, None] % 27 != torch.arange(27)[None])
     assert int((~reference).sum()) == 81 and int((~reference & ~correct).sum()) == 3
 

@@ -222,9 +222,9 @@ def test_reciprocal_inference_hears_its_own_group_only() -> None:
 
 def test_config() -> None:
     for values, says in (
-        ({"heads": 3}, "no divisor of embedding_dim"),
+        ({"heads": 3}, "expected a divisor of embedding_dim"),
         ({"graph": False, "inference": "reciprocal"}, "set graph to true"),
-        ({"reload_best": (0,)}, "before epoch 1"),
+        ({"reload_best": (0,)}, "expected epochs from 1 on"),
     ):
         with pytest.raises(ValueError, match=says):
             IntraBatchConfig(**values)  # type: ignore[arg-type]

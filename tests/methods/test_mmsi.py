@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from methods import Batch
 from methods.config import Clock, Length
-from methods.mmsi import Mmsi, MmsiConfig, gradient_of_weights, loss, meta_loss, normalise, select
+from methods.mmsi import (
+    Mmsi,
+    MmsiConfig,
+    gradient_of_weights,
+    meta_loss,
+    normalise_weights,
+    select_pairs,
+    weighted_loss,
+)
 from methods.plans import Plan
 from pipeline.distributed.collectives import Ranks
 from pipeline.mining.memory import EmbeddingMemory
@@ -53,10 +61,10 @@ def golden_config(case: str) -> MmsiConfig:
 @pytest.mark.parametrize("case", NAMES)
 def test_golden_plain_loss_and_selection(case: str) -> None:
     c, x, y = golden_config(case), golden(LOSSES, f"{case}/x").requires_grad_(), golden(LOSSES, f"{case}/y")
-    chosen = select(x @ x.T, y, c)
+    chosen = select_pairs(x @ x.T, y, c)
     assert chosen.positives.sum(1).tolist() == LOSSES[f"{case}/ap_list"].tolist()
     assert chosen.negatives.sum(1).tolist() == LOSSES[f"{case}/an_list"].tolist()
-    value = loss(x @ x.T, 1.0, chosen, c)
+    value = weighted_loss(x @ x.T, 1.0, chosen, c)
     close(value, golden(LOSSES, f"{case}/plain_loss"))
     value.backward()
     assert x.grad is not None
@@ -68,14 +76,14 @@ def test_golden_plain_loss_and_selection(case: str) -> None:
 def test_golden_weighted_loss(case: str, weights: str) -> None:
     c, x, y = golden_config(case), golden(LOSSES, f"{case}/x").requires_grad_(), golden(LOSSES, f"{case}/y")
     anchor, other, positive = golden(LOSSES, f"{case}/slots").long().T
-    chosen = select(x @ x.T, y, c)
+    chosen = select_pairs(x @ x.T, y, c)
     slots = torch.zeros_like(chosen.slots)
     slots[anchor, other] = True
     assert torch.equal(slots, chosen.slots)
     w = torch.zeros(slots.shape, dtype=torch.float64)
     w[anchor, other] = golden(LOSSES, f"{case}/w_{weights}")
     w.requires_grad_()
-    value = loss(x @ x.T, w, chosen, c)
+    value = weighted_loss(x @ x.T, w, chosen, c)
     wanted = golden(LOSSES, f"{case}/wloss_{weights}").clone()
     slip = torch.zeros(len(anchor), dtype=torch.float64)
     if case == "Con_a":  # they write -(1 + s) where 1 - s is meant
@@ -183,7 +191,7 @@ def test_golden_trace_of_the_official_trainer(monkeypatch: pytest.MonkeyPatch) -
     setting = Setting(config, (12, 16, 8), 200, Unit(1 + 1e-9))
     setting.net.load_state_dict({n: golden(TRACE, f"init/{n}") for n in setting.net.state_dict()})
     seen: list[Tensor] = []
-    monkeypatch.setattr("methods.mmsi.normalise", lambda *a: seen.append(normalise(*a)) or seen[-1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr("methods.mmsi.normalise_weights", lambda *a: seen.append(normalise_weights(*a)) or seen[-1])  # type: ignore[func-returns-value]
     for t in range(int(TRACE["n_steps"])):
         x, y = golden(TRACE, f"s{t}/train_x"), golden(TRACE, f"s{t}/train_y")
         updated = bool(TRACE[f"s{t}/updated"])
@@ -229,9 +237,9 @@ def by_double_backward(setting: Setting, problem: tuple[Tensor, Tensor, Tensor, 
         return torch.func.functional_call(setting.method.head, head, (features,))
 
     e = embed(parameters, x)
-    chosen = select(e @ e.T, y, config)
+    chosen = select_pairs(e @ e.T, y, config)
     w = torch.full(chosen.slots.shape, config.w_init, dtype=torch.float64, requires_grad=True)
-    grads = torch.autograd.grad(loss(e @ e.T, w, chosen, config), list(parameters.values()), create_graph=True)
+    grads = torch.autograd.grad(weighted_loss(e @ e.T, w, chosen, config), list(parameters.values()), create_graph=True)
     moved = {n: p - lr * g for (n, p), g in zip(parameters.items(), grads, strict=True)}
     value = meta_loss(embed(moved, v), vy, torch.full((len(v),), -1), cast(Any, setting.mining.memory), config)
     (u,) = torch.autograd.grad(value, w)
@@ -260,8 +268,8 @@ def test_weights_are_those_of_double_backward(name: str, w_init: float, monkeypa
     assert logs["skipped/no_weight"] == 0 and logs["meta_loss"] > 0
     # and the step is one on the loss with these weights
     e = twin.method.embed(twin.net(problem[0]))
-    chosen = select(e @ e.T, problem[1], config)
-    value = loss(e @ e.T, normalise(wanted, chosen), chosen, config)
+    chosen = select_pairs(e @ e.T, problem[1], config)
+    value = weighted_loss(e @ e.T, normalise_weights(wanted, chosen), chosen, config)
     assert logs["loss"] == pytest.approx(float(value.detach()), rel=1e-9)
     value.backward()
     for module, other in ((twin.net, setting.net), (twin.method.head, setting.method.head)):
@@ -310,7 +318,7 @@ def test_without_meta_it_is_the_plain_loss() -> None:
     setting, (x, y, _, _) = Setting(config, (12, 10, 7), 5), make_problem()
     e = setting.method.embed(setting.net(x))
     logs = setting.step(x, y, x[:0], y[:0])
-    assert logs["loss"] == pytest.approx(float(loss(e @ e.T, 1.0, select(e @ e.T, y, config), config)))
+    assert logs["loss"] == pytest.approx(float(weighted_loss(e @ e.T, 1.0, select_pairs(e @ e.T, y, config), config)))
 
 
 def test_the_plain_loss_comes_first_where_it_is_asked_for() -> None:

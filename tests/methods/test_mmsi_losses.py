@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from methods.mmsi import MmsiConfig, loss, normalise, select
+from methods.mmsi import MmsiConfig, normalise_weights, select_pairs, weighted_loss
 from tests.methods.test_mmsi import ALL, make_problem
 
 # ---- every loss, pair by pair ----------------------------------------------------------------------------------------
@@ -69,30 +69,30 @@ def test_every_loss_pair_by_pair(name: str, margin: float | None, labels: list[i
         torch.from_numpy(x @ x.T),
         torch.tensor(labels),
     )
-    chosen = select(s, y, c)
+    chosen = select_pairs(s, y, c)
     wanted, slots = loop_loss(name, s.numpy(), None, labels, c)
-    assert float(loss(s, 1.0, chosen, c)) == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+    assert float(weighted_loss(s, 1.0, chosen, c)) == pytest.approx(wanted, rel=1e-12, abs=1e-12)
     assert int(chosen.slots.sum()) == len(slots)
     w = torch.zeros(chosen.slots.shape, dtype=torch.float64)
     w[chosen.slots] = torch.from_numpy(random.random(len(slots)))
     listed = w[chosen.slots].numpy() if name == "triplet" else w.numpy()
-    assert float(loss(s, w, chosen, c)) == pytest.approx(
+    assert float(weighted_loss(s, w, chosen, c)) == pytest.approx(
         loop_loss(name, s.numpy(), listed, labels, c)[0], rel=1e-12, abs=1e-12
     )
     if slots:
         s, w = s.requires_grad_(), w.requires_grad_()
-        assert torch.autograd.gradcheck(lambda s, w: loss(s, w, chosen, c), (s, w))
+        assert torch.autograd.gradcheck(lambda s, w: weighted_loss(s, w, chosen, c), (s, w))
 
 
 def test_weights_per_sign() -> None:
     x, y, _, _ = make_problem()
     e = nn.functional.normalize(x)
     c = MmsiConfig(loss="contrastive", margin=-1.0)
-    chosen = select(e @ e.T, y, c)
+    chosen = select_pairs(e @ e.T, y, c)
     u = torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u[chosen.negatives] *= 1e-9
-    joint, apart = normalise(u, chosen), normalise(u, chosen, "per_sign")
+    joint, apart = normalise_weights(u, chosen), normalise_weights(u, chosen, "per_sign")
     assert float(joint.max()) == 1 and float(joint[chosen.negatives].max()) < 1e-8
     assert float(apart[chosen.positives].max()) == float(apart[chosen.negatives].max()) == 1
     assert bool((apart[u < 0] == 0).all()) and bool((apart[~chosen.slots] == 0).all())
-    assert torch.equal(normalise(-u.abs(), chosen), torch.zeros_like(u))
+    assert torch.equal(normalise_weights(-u.abs(), chosen), torch.zeros_like(u))

@@ -56,7 +56,7 @@ def test_plan_with_images_held_out() -> None:
 def test_plan_refuses_batches_of_more_classes_than_there_are() -> None:
     with pytest.raises(ValueError, match="batches of 12 classes, but the training set has 11"):
         plans(1, classes_per_batch=12)
-    with pytest.raises(ValueError, match="meta_classes is 12, but meta images have 11 classes"):
+    with pytest.raises(ValueError, match="meta_classes is 12, but the meta images have 11 classes"):
         plans(1, meta_classes=12)
 
 

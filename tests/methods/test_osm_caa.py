@@ -228,7 +228,7 @@ def test_a_step_trains_head_and_classifier() -> None:
 
 
 def test_config() -> None:
-    with pytest.raises(ValueError, match="no multiple of frames"):
+    with pytest.raises(ValueError, match="expected a multiple of frames"):
         OsmCaaConfig(frames=4)
     with pytest.raises(ValueError, match="global_pairs: false is for images"):
         OsmCaaConfig(frames=7, global_pairs=False)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from methods.plans import Plan, class_balanced, combine, combine_any_shape, uniform_classes
+from methods.plans import Plan, class_balanced, combine_sampler, number_sampler, uniform_classes
 
 
 def labels_of(sizes: list[int], seed: int = 0) -> np.ndarray:
@@ -175,7 +175,7 @@ SIZES = [9, 3, 18, 10, 1, 7]
 def test_combine(epoch: int) -> None:
     """Groups of one class; every image; (⌊n/K⌋ + 1) groups a class, and repeated groups until P divides them."""
     labels = labels_of(SIZES)
-    plan = combine(labels, 4, 9, seed=1, epoch=epoch)
+    plan = combine_sampler(labels, 4, 9, seed=1, epoch=epoch)
     groups = plan.ids.reshape(-1, 9)
     assert plan.ids.shape[1] == 36 and set(plan.ids.flat) == set(range(len(labels)))
     assert all(len(set(labels[group])) == 1 for group in groups)
@@ -183,19 +183,19 @@ def test_combine(epoch: int) -> None:
     count = np.bincount([labels[group[0]] for group in distinct])
     assert count.tolist() == [2, 2, 3, 2, 1, 2], "both groups of the single image look alike"
     assert len(groups) == 16
-    assert np.array_equal(plan.ids, combine(labels, 4, 9, seed=1, epoch=epoch).ids)
-    assert not np.array_equal(plan.ids, combine(labels, 4, 9, seed=1, epoch=epoch + 1).ids)
+    assert np.array_equal(plan.ids, combine_sampler(labels, 4, 9, seed=1, epoch=epoch).ids)
+    assert not np.array_equal(plan.ids, combine_sampler(labels, 4, 9, seed=1, epoch=epoch + 1).ids)
 
 
 def test_combine_may_put_a_class_twice_in_a_batch() -> None:
     labels = labels_of([40, 40])
-    plan = combine(labels, 4, 5, seed=0, epoch=0)
+    plan = combine_sampler(labels, 4, 5, seed=0, epoch=0)
     assert all(len(set(labels[row])) <= 2 for row in plan.ids)
 
 
 def test_combine_needs_enough_groups() -> None:
     with pytest.raises(ValueError, match=r"a batch of 9 groups of 5 images needs as many groups, .* gives 4"):
-        combine(labels_of([3, 2]), 9, 5, seed=0, epoch=0)
+        combine_sampler(labels_of([3, 2]), 9, 5, seed=0, epoch=0)
 
 
 def test_any_shape_is_a_divisor_of_the_batch() -> None:
@@ -203,7 +203,7 @@ def test_any_shape_is_a_divisor_of_the_batch() -> None:
     labels = labels_of([30] * 20)
     drawn = []
     for epoch in range(240):
-        plan = combine_any_shape(labels, 6, 9, seed=3, epoch=epoch)
+        plan = number_sampler(labels, 6, 9, seed=3, epoch=epoch)
         assert plan.ids.shape[1] == 54
         changes = np.nonzero(np.diff(labels[plan.ids]))[1]
         size = int(np.gcd.reduce([*(changes + 1), 54]))
@@ -268,7 +268,7 @@ def test_combine_on_random_datasets(sizes: list[int], data: st.DataObject) -> No
     k = data.draw(st.integers(2, 7))
     total = sum(max(s, k) // k + 1 for s in sizes)
     p = data.draw(st.integers(1, total))
-    groups = combine(labels, p, k, data.draw(st.integers(0, 99)), 0).ids.reshape(-1, k)
+    groups = combine_sampler(labels, p, k, data.draw(st.integers(0, 99)), 0).ids.reshape(-1, k)
     assert len(groups) == -(-total // p) * p and set(groups.flat) == set(range(len(labels)))
     assert (labels[groups] == labels[groups][:, :1]).all()
     of_class = np.bincount(labels[groups[:, 0]])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from methods.smart_mining import triplet_loss
-from methods.smart_mining_rule import HALF_MINED, MINED, RANDOM, ClassIndex, MinedBlock, apply_rule, mine
+from methods.smart_mining_rule import HALF_MINED, MINED, RANDOM, ClassIndex, MinedBlock, apply_rule, mine_triplets
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("tight_k1", "sop_like_k2", "singletons")
@@ -31,7 +31,7 @@ def test_golden_triplets(case: str) -> None:
     """MinedBlock triplets and bounds exactly; random places hold what may stand there."""
     g = np.load(GOLDEN / f"smart_mining_{case}.npz")
     y, listed, distances, count, kappa = g["y"], g["S"], g["D2"], int(g["T"]), float(g["kappa"])
-    found = mine(
+    found = mine_triplets(
         SimpleNamespace(ids=np.arange(len(y))), lists(listed, distances), ClassIndex(y, (1,)), kappa, count, None
     )
     kept = np.flatnonzero(np.bincount(y)[y] > 1)
@@ -107,7 +107,7 @@ def test_the_rule_is_algorithm_1(sizes: list[int], kappa: float, count: int, k: 
     ids = np.pad(order[:, :k], ((0, 0), (0, short)), constant_values=-1)
     distances = np.pad(np.take_along_axis(d, order, 1)[:, :k], ((0, 0), (0, short)), constant_values=np.inf)
     classes = ClassIndex(y, (seed,))
-    found = mine(SimpleNamespace(ids=np.arange(total)), lists(ids, distances), classes, kappa, count, None)
+    found = mine_triplets(SimpleNamespace(ids=np.arange(total)), lists(ids, distances), classes, kappa, count, None)
     t = found.triplets
     row = 0
     for anchor in np.flatnonzero(np.bincount(y)[y] > 1):
@@ -188,5 +188,5 @@ def test_mined_is_what_travels() -> None:
     """Nothing as long as a list."""
     y = np.arange(50) // 5
     ids = np.stack([np.random.default_rng(i).permutation(np.delete(np.arange(50), i)) for i in range(50)])
-    found = mine(SimpleNamespace(ids=np.arange(50)), lists(ids, np.sort(np.random.default_rng(0).random((50, 49)), 1)), ClassIndex(y, (0,)), 1.0, 1, None)  # fmt: skip
+    found = mine_triplets(SimpleNamespace(ids=np.arange(50)), lists(ids, np.sort(np.random.default_rng(0).random((50, 49)), 1)), ClassIndex(y, (0,)), 1.0, 1, None)  # fmt: skip
     assert isinstance(found, MinedBlock) and all(len(column) == 50 for column in found.triplets)

@@ -19,7 +19,7 @@ from scipy.io import savemat
 from pipeline.data import own_images
 from pipeline.data.entries import Entry
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.published import DatasetFormat, FileIndex, listed, opened
+from pipeline.data.published import DatasetFormat, FileIndex, open_sources, read_entries
 from pipeline.errors import UserError
 
 
@@ -265,8 +265,8 @@ def layout_of(name: str) -> DatasetFormat:
 
 def read(name: str, sources: list[str], scratch: Path, partial: bool = False) -> list[Entry]:
     """Entries with sources relative to the top of the dataset."""
-    with opened(layout_of(name), sources, str(scratch)) as tree:
-        entries, _ = listed(layout_of(name), tree, partial)
+    with open_sources(layout_of(name), sources, str(scratch)) as tree:
+        entries, _ = read_entries(layout_of(name), tree, partial)
         assert all(Path(e.source).is_file() for e in entries)
         return [replace(e, source=str(Path(e.source).relative_to(tree.root_of[_key(tree, e)]))) for e in entries]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from methods import METHODS
 from methods.config import Length
@@ -140,11 +142,11 @@ def test_unusual_values_read_back_equal() -> None:
             "method.optimizer.schedule.milestones=[{value: 1, unit: steps, unt: 2}]",
             "did you mean 'method.optimizer.schedule.milestones.0.unit'?",
         ),
-        ("method.qqq=1", "known here: name, classes_per_batch"),
+        ("method.qqq=1", "expected one of name, classes_per_batch"),
         ("method.loss=TripletMargin", "did you mean 'TripletMarginLoss'?"),
         ("method.loss_args.alhpa=1", "did you mean 'alpha'?"),
         ("method.name=baselin", "did you mean 'baseline'?"),
-        ("method=[1]", "method [1] is unknown: known: ['baseline'"),
+        ("method=[1]", "method [1] is unknown: expected one of baseline, "),
         ("seed=-1", "seed: got -1; input should be greater than or equal to 0"),
         ("seed=1.5", "seed: got 1.5; input should be a valid integer"),
         ("seed=99999999999999999999", "seed: got 99999999999999999999"),
@@ -203,9 +205,12 @@ def test_contradictions_and_several_problems(overrides: list[str], says: str) ->
     [
         (b"a: [1", "is not valid YAML"),
         (b"\xff\xfe\x00binary", "is not valid YAML"),
-        (b"- 1\n- 2\n", "holds list, expected keys and values"),
-        (b"", "holds NoneType"),
-        (b"preset: baseline/emojo\n", "preset 'baseline/emojo' does not exist; presets: baseline/emoji"),
+        (b"- 1\n- 2\n", "contains list, expected keys and values"),
+        (b"", "contains NoneType"),
+        (
+            b"preset: baseline/emojo\n",
+            "preset 'baseline/emojo' does not exist; did you mean the preset 'baseline/emoji'",
+        ),
         (b"preset: [1]\n", "does not exist"),
         (b"1: 2\n", "key 1 is int, expected a name"),
     ],
@@ -281,6 +286,23 @@ def test_root_is_storage_or_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAYDML_HOME")
     monkeypatch.setenv("HOME", "/house")
     assert load_config().root == "/house/raydml"
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    """(key, description) of every key of a config model."""
+    for name, field in model.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        if is_section and field.annotation is not Length:
+            yield from leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.description
+
+
+def test_every_key_has_a_description_that_stands_by_itself() -> None:
+    keys = [key for model in (Config, *(method.Config for method in METHODS.values())) for key in leaves(model)]
+    assert len(keys) > 150
+    bad = [key for key, text in keys if key.rsplit(".")[-1] != "name" and (not text or text.startswith("of "))]
+    assert not bad
 
 
 def test_config_is_frozen_and_finite() -> None:

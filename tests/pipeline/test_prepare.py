@@ -231,8 +231,11 @@ def test_training_says_that_the_dataset_is_partial(partial_run: Folder, capsys: 
         (["sop", "--from", "{in}/nothing.zip"], "does not exist"),
         (["sop", "--from", "{in}", "--max-pixels", "0"], "--max-side and --max-pixels have to be at least 1"),
         (["sop", "--from", "{in}", "--max-side", "0"], "--max-side and --max-pixels have to be at least 1"),
-        (["sop", "--from", "{in}", "--folds", "3"], "2 training classes cannot be dealt into 3 validation folds"),
-        (["sop", "--from", "{zip}", "--max-unpacked", "0.000001"], "more than allowed: raise --max-unpacked"),
+        (["sop", "--from", "{in}", "--folds", "3"], "2 training classes cannot be divided into 3 validation folds"),
+        (
+            ["sop", "--from", "{zip}", "--max-unpacked", "0.000001"],
+            "would exceed the unpacking limit by ",
+        ),
         (["sop", "--from", "{zip}", "--max-unpacked", "0"], "--max-unpacked is 0, it has to be above 0"),
         (["sop", "--from", "{zip}", "--scratch", "{zip}/x"], "cannot be used"),
     ],
@@ -280,8 +283,8 @@ class TwoNodes:
 @pytest.mark.parametrize(
     ("hidden", "says"),
     [
-        ("in", r"the images \(.*/in/Stanford.*JPG\) cannot be seen from the nodes 10.0.0.2"),
-        ("scratch", r"the scratch folder \(.*raydml-unpacked.*\) cannot be seen from the nodes 10.0.0.2"),
+        ("in", r"the images \(.*/in/Stanford.*JPG\) does not exist on the nodes 10.0.0.2"),
+        ("scratch", r"the scratch folder \(.*raydml-unpacked.*\) does not exist on the nodes 10.0.0.2"),
         ("out", "--to .*out is not visible on the nodes 10.0.0.2"),
         ("none of them", ""),
     ],

@@ -256,5 +256,7 @@ def test_a_changed_byte_is_named(tmp_path: Path) -> None:
     path.write_bytes(bytes(data))
     reader = open_local_copy(Store(Folder(store.folder.uri)), cache, "train")
     assert reader.read(ids[:5]) == [images[i] for i in ids[:5]]
-    with pytest.raises(RunError, match=rf"{path.name} is damaged \(sample {ids[5]} has another checksum\): remove it"):
+    with pytest.raises(
+        RunError, match=rf"{path.name} is damaged \(sample {ids[5]} does not match its checksum\): remove it"
+    ):
         reader.read(ids[3:7])

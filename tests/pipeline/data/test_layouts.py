@@ -190,7 +190,7 @@ BAD_LISTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "frames of another person": ("mars", lambda r: mat(r / "info/tracks_train_info.mat", x=np.array([[1, 2, 9, 1]])), r"row 1: frame '0001C1T0001F001\.jpg', expected one of 0009"),
     "a frame of another name": ("mars", lambda r: edit(r / "info/train_name.txt", "0001C1T0001F002", "0001C1T0001"), r"row 1: frame '0001C1T0001\.jpg'"),
     "a matrix of another shape": ("mars", lambda r: mat(r / "info/tracks_train_info.mat", x=np.ones((1, 3))), "expected one matrix of 4 columns"),
-    "two matrices": ("mars", lambda r: mat(r / "info/query_IDX.mat", x=1, y=2), "holds 2 variables, expected one matrix"),
+    "two matrices": ("mars", lambda r: mat(r / "info/query_IDX.mat", x=1, y=2), "contains 2 variables, expected one matrix"),
     "a fourth view of scene 1": ("lpw", lambda r: shipped.write(r / "pep_256x128/scen1/view4/1/1.jpg", b""), r"scen1/view4/1/1\.jpg: scene 1 has 3 views"),
 }  # fmt: skip
 

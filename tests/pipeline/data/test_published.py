@@ -13,7 +13,7 @@ import pytest
 from pipeline.data import published
 from pipeline.data.entries import Entry
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.published import listed, listing, opened
+from pipeline.data.published import list_files, open_sources, read_entries
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 from tests.pipeline import shipped
@@ -84,8 +84,8 @@ def test_from_object_storage(bucket: str, tmp_path: Path) -> None:
     for path, data in contents(root).items():
         Folder(bucket).write(f"sop/{path}", data)
     Folder(bucket).write("sop.zip", Path(shipped.pack(root, tmp_path / "sop.zip")).read_bytes())
-    with opened(LAYOUTS["sop"], [f"{bucket}/sop"], str(tmp_path / "scratch")) as tree:
-        entries, lacks = listed(LAYOUTS["sop"], tree, False)
+    with open_sources(LAYOUTS["sop"], [f"{bucket}/sop"], str(tmp_path / "scratch")) as tree:
+        entries, lacks = read_entries(LAYOUTS["sop"], tree, False)
     assert (
         sorted(e.source for e in entries) == [f"{bucket}/sop/{e.source}" for e in folder("sop", root)] and lacks == []
     )
@@ -97,8 +97,8 @@ def test_names_that_a_mac_has_decomposed_are_found(tmp_path: Path) -> None:
     folder = root / "CUB_200_2011" / "images" / "099.Gull é"
     for path in [*folder.iterdir(), folder]:
         path.rename(path.parent / unicodedata.normalize("NFD", path.name))
-    with opened(LAYOUTS["cub"], [str(root)], str(tmp_path / "scratch")) as tree:
-        entries, _ = listed(LAYOUTS["cub"], tree, False)
+    with open_sources(LAYOUTS["cub"], [str(root)], str(tmp_path / "scratch")) as tree:
+        entries, _ = read_entries(LAYOUTS["cub"], tree, False)
     assert len(entries) == 12 and all(Path(e.source).is_file() for e in entries)
     assert entries[0].class_name == "099.Gull é" == unicodedata.normalize("NFC", "099.Gull é")
 
@@ -115,7 +115,9 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     root = made("sop", tmp_path / "in")
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "link").symlink_to(root)
-    assert sorted(listing(Folder(tmp_path / "here"))) == [f"link/{path}" for path in sorted(listing(Folder(root)))]
+    assert sorted(list_files(Folder(tmp_path / "here"))) == [
+        f"link/{path}" for path in sorted(list_files(Folder(root)))
+    ]
 
 
 # ---- what is missing -------------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
 def test_each_file_that_is_needed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published, "scratch_folder", lambda _: nullcontext(tmp_path / "unpacked"))
     root = made(name, tmp_path / "in")
-    forms = [form for form in layout_of(name).forms if ("cars_meta.mat" in form) == (name == "cars devkit")]
+    forms = [form for form in layout_of(name).required_files if ("cars_meta.mat" in form) == (name == "cars devkit")]
     for needed in forms[0]:
         found = next(p for p in root.rglob("*") if p.name == needed.rstrip("/")) if needed != "img/" else root / "Img"
         found.rename(tmp_path / "away")
@@ -162,8 +164,8 @@ def test_a_partial_dataset_says_what_it_lacks(tmp_path: Path) -> None:
     root = made("mars", tmp_path / "in")
     (root / "bbox_test" / "0004" / "0004C5T0006F001.jpg").unlink()
     (root / "bbox_train" / "0003" / "0003C1T0003F001.jpg").unlink()
-    with opened(LAYOUTS["mars"], [str(root)], str(tmp_path / "scratch")) as tree:
-        entries, lacks = listed(LAYOUTS["mars"], tree, True)
+    with open_sources(LAYOUTS["mars"], [str(root)], str(tmp_path / "scratch")) as tree:
+        entries, lacks = read_entries(LAYOUTS["mars"], tree, True)
     assert len(entries) == 18 and lacks == [
         "2 of 20 listed images are missing",
         "train: 7 of 8 images, 2 of 3 classes, 3 of 4 tracks",
@@ -243,7 +245,7 @@ def test_boxes_are_asked_for_only_when_wanted(tmp_path: Path) -> None:
     assert {e.box for e in read("cub", [str(root)], tmp_path / "scratch")} == {None}
     with (
         pytest.raises(UserError, match=r"CUB-200-2011: bounding_boxes\.txt is missing"),
-        opened(LAYOUTS["cub"].with_boxes(), [str(root)], str(tmp_path / "scratch")),
+        open_sources(LAYOUTS["cub"].with_boxes(), [str(root)], str(tmp_path / "scratch")),
     ):
         pass
     assert LAYOUTS["cars"].with_boxes() == LAYOUTS["cars"]

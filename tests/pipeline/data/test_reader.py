@@ -138,13 +138,13 @@ def test_row_groups_in_object_storage(store: Store, images: dict[int, bytes], bu
 def test_row_groups_may_be_read_by_several_threads(tmp_path: Path) -> None:
     """Training prefetches in one thread while an evaluation reads in another; both share the reader."""
     opened, expected = small_store(tmp_path, classes=15)
-    direct = RowGroupReader(opened, kept_bytes=5 * 2000)  # 15 row groups, of which some are kept
+    direct = RowGroupReader(opened, buffer_bytes=5 * 2000)  # 15 row groups, of which some are kept
 
     def read(seed: int) -> bool:
         random = np.random.default_rng(seed)
         draws = [random.choice(opened.sample_id, 8) for _ in range(41)]
         for ids, following in itertools.pairwise(draws):
-            direct.ahead(following)
+            direct.prefetch(following)
             if direct.read(ids) != [expected[i] for i in ids]:
                 return False
         return True
@@ -156,7 +156,7 @@ def test_row_groups_may_be_read_by_several_threads(tmp_path: Path) -> None:
 def test_row_groups_are_read_ahead_several_at_once_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, expected = small_store(tmp_path, classes=12)
     direct = RowGroupReader(opened)
-    direct.kept_bytes = sum(direct.weights[:6])
+    direct.buffer_bytes = sum(direct.weights[:6])
     began, release = [], threading.Event()
     original = RowGroupReader._read_group
 
@@ -166,7 +166,7 @@ def test_row_groups_are_read_ahead_several_at_once_and_bounded(tmp_path: Path, m
         return original(self, shard, group)
 
     monkeypatch.setattr(RowGroupReader, "_read_group", read_group)
-    direct.ahead(opened.sample_id[8:24])  # the third to the sixth class
+    direct.prefetch(opened.sample_id[8:24])  # the third to the sixth class
     while len(began) < 4:
         time.sleep(0.001)
     release.set()
@@ -185,12 +185,12 @@ def test_footers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Of those used last; what was let go of is read again."""
     store, _ = small_store(tmp_path)
     assert len(store.manifest["shards"]) > 2
-    monkeypatch.setattr(reader_module, "_FOOTERS", 2)
+    monkeypatch.setattr(reader_module, "_MAX_FOOTERS", 2)
     reader, expected = RowGroupReader(store), RowGroupReader(store).read(store.sample_id)
     for _ in range(2):
         assert [reader.read(np.array([i]))[0] for i in store.sample_id] == expected
         assert len(reader.metadata) == 2 and list(reader.metadata)[-1] == len(store.manifest["shards"]) - 1
-        reader.release()
+        reader.clear()
         assert not reader.groups
 
 
@@ -199,7 +199,7 @@ def test_a_failed_read_is_tried_again(tmp_path: Path) -> None:
     file = opened.manifest["shards"][1]["file"]
     data, direct = opened.folder.read(file), RowGroupReader(opened)
     opened.folder.remove(file)
-    direct.ahead(opened.sample_id)  # nobody is told
+    direct.prefetch(opened.sample_id)  # nobody is told
     with pytest.raises(RunError, match=f"{file} cannot be read"):
         direct.read(opened.sample_id)
     opened.folder.write(file, data)

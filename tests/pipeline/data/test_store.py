@@ -300,7 +300,7 @@ def test_row_groups_are_small_enough_for_random_access(tmp_path: Path) -> None:
         (["folder", "{tmp}/images", "--folds", "1"], "--folds has to be at least 2"),
         (["folder", "{tmp}/images", "--max-rejected", "2"], "--max-rejected between 0 and 1"),
         (["folder", "{tmp}/images", "--images-per-shard", "0"], "--images-per-shard at least 1"),
-        (["folder", "{tmp}/images", "--folds", "9"], "3 training classes cannot be dealt into 9 validation folds"),
+        (["folder", "{tmp}/images", "--folds", "9"], "3 training classes cannot be divided into 9 validation folds"),
         (["folder", "{tmp}/images", "--folds", "2", "--to", "{tmp}/images/c0/0.png/store"], "is not writable"),
         (["csv", "{tmp}/nothing.csv"], "cannot be read"),
     ],

@@ -251,7 +251,7 @@ def test_a_long_segment_is_served_by_several_pipelines(source: ImageSource, monk
         yield from (torch.full((1,), int(item.ids[0])) for item in items)
 
     monkeypatch.setattr(loader, "_load_ray", pipeline)
-    monkeypatch.setattr(loader, "PIPELINE_ITEMS", 3)
+    monkeypatch.setattr(loader, "REQUESTS_PER_PIPELINE", 3)
     taken: list[int] = []
     numbered = ((taken.append(i), LoadRequest(np.array([i])))[1] for i in range(8))
     stream = load(source, numbered, "ray")

@@ -253,7 +253,7 @@ def test_tracklets_in_batches_and_on_ranks(monkeypatch):
     for start in range(0, 600, 70):
         in_batches.add(rows[start : start + 70], tracks[start : start + 70])
     assert torch.equal(in_batches.rows(), pooled)
-    monkeypatch.setattr(tracklets, "_FRAMES", 7)
+    monkeypatch.setattr(tracklets, "_FRAMES_PER_BLOCK", 7)
     assert torch.equal(pool_tracks(rows, tracks)[1], pooled)
 
     ranks = [TrackSums.empty(found, 5) for _ in range(3)]

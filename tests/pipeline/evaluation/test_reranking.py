@@ -86,7 +86,7 @@ def test_no_bit_depends_on_how_the_work_is_cut(monkeypatch):
     whole = Reranking.of(queries, gallery).block(np.arange(20))
     cuts = [slice(a, b) for a, b in itertools.pairwise([0, 13, 13, 60, 90])]
     parts = [KNearestAndFarthest.of(everyone, part=cut, memory_bytes=10**5) for cut in cuts]
-    shared = Reranking.of(queries, gallery, neighbourhoods=KNearestAndFarthest.concatenate(parts))
+    shared = Reranking.of(queries, gallery, neighbours=KNearestAndFarthest.concatenate(parts))
     np.testing.assert_array_equal(shared.block(np.arange(20)), whole)
     np.testing.assert_array_equal(shared.block(np.array([17, 3])), whole[[17, 3]])
     monkeypatch.setattr(reranking, "FARTHEST_BLOCK_ROWS", 7)
@@ -167,8 +167,8 @@ def test_bad_input_is_refused():
         ({"k1": 4, "k2": 0}, "k2=0"),
         ({"k1": 4, "k2": 2, "weight": 1.5}, "weight=1.5"),
         (
-            {"k1": 4, "k2": 2, "neighbourhoods": KNearestAndFarthest.of(torch.cat([queries, gallery]), 5)},
-            r"neighbourhoods \(13, 5\): expected \(13, 4\)",
+            {"k1": 4, "k2": 2, "neighbours": KNearestAndFarthest.of(torch.cat([queries, gallery]), 5)},
+            r"neighbours \(13, 5\): expected \(13, 4\)",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

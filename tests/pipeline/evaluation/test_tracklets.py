@@ -149,7 +149,7 @@ def measure(rank: int, world: int, shares: tuple[int, ...], uri: str) -> tuple[d
     task = task_of(config, video)
     assert task is not None and task.gallery is not None
     result = evaluate(task, embedder, trunk, None, (1, 5))
-    return result.metrics, embedder.pooled(task.gallery.ids, task.gallery.tracks, trunk, None)
+    return result.metrics, embedder.embed_tracklets(task.gallery.ids, task.gallery.tracks, trunk, None)
 
 
 @pytest.mark.cluster
@@ -240,7 +240,7 @@ def test_mars_from_its_files_to_its_figures(cli: Cli, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluation.metric": "map@r"}, "evaluation.metric is 'map@r', they are measured by map, map_trapezoidal, cmc@1, cmc@5"),
+        ({"evaluation.metric": "map@r"}, "evaluation.metric is 'map@r', expected one of map, map_trapezoidal, cmc@1, cmc@5"),
         ({"method.classes_per_batch": 9}, "batches of 9 identities, but the training set has 8"),
     ],
 )  # fmt: skip
@@ -254,7 +254,7 @@ def test_what_does_not_fit_is_told_first(
 
 def test_images_are_no_tracklets(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert start(store, tmp_path, {"evaluation.metric": "map@r"}) == 2
-    assert "frames is 3, but the training images are of no tracklets: set frames to 1" in capsys.readouterr().err
+    assert "frames is 3, but the dataset has no tracklets: set frames to 1" in capsys.readouterr().err
 
 
 def test_queries_that_no_other_camera_has_seen() -> None:

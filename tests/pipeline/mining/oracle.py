@@ -7,14 +7,18 @@ import numpy as np
 from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, empty
 
 
-def neighbours(queries: Queries, rows: Rows, k: int, which: str = "all") -> Neighbours:
+def neighbours(queries: Queries, rows: Rows, k: int, class_filter: str = "all") -> Neighbours:
     out = empty(len(queries), k)
     for q, value in enumerate(queries.values.astype(np.float64)):
         found = []
         distances = squared_distances(value, rows.values.astype(np.float64))
         for row in range(len(rows)):
             same = queries.labels is not None and rows.labels[row] == queries.labels[q]
-            if rows.ids[row] == queries.ids[q] or (which == "other" and same) or (which == "same" and not same):
+            if (
+                rows.ids[row] == queries.ids[q]
+                or (class_filter == "other" and same)
+                or (class_filter == "same" and not same)
+            ):
                 continue
             found.append((float(distances[row]), int(rows.ids[row])))
         for place, (distance, i) in enumerate(sorted(found)[:k]):

@@ -20,7 +20,7 @@ from pipeline.mining.client import MiningClient
 from pipeline.mining.embedding_table import shard_of
 from pipeline.mining.messages import SearchRequest, SearchResponse, ServerSpec
 from pipeline.mining.server import MiningServer
-from pipeline.mining.transport import Local, ServerGone
+from pipeline.mining.transport import LocalTransport, ServerGone
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 
@@ -47,10 +47,10 @@ class Mortal:
             return gone
         if self.calls in self.deaths:
             if self.after:
-                Local(self.server).call(method, *arguments)
+                LocalTransport(self.server).call(method, *arguments)
             self.server, self.down = MiningServer(), self.away
             return gone
-        return Local(self.server).call(method, *arguments)
+        return LocalTransport(self.server).call(method, *arguments)
 
 
 @pytest.fixture
@@ -79,23 +79,23 @@ def outcome(client: MiningClient, tmp_path: Path, name: str) -> list[Any]:
     for step, rows in enumerate(np.array_split(np.arange(1200), 12)):
         put(client, rows, step)
         ask = SearchRequest(
-            4, step, ids=IDS[rows[:6]], which=("all", "other", "same")[step % 3], with_values=step % 2 == 0
+            4, step, ids=IDS[rows[:6]], class_filter=("all", "other", "same")[step % 3], with_embeddings=step % 2 == 0
         )  # type: ignore[arg-type]
-        heard.append(client.ask(ask))
+        heard.append(client.search(ask))
         if step == 4:
             client.save(str(tmp_path / name))
         if step == 7:
             client.rebuild(1, step, step + 2, str(tmp_path / f"{name}-base"))
     heard = [client.wait(answer) for answer in heard]
     ids, (lists,), _ = client.all_neighbours(5, "other")
-    delta = client.delta(0)
+    delta = client.changes_since(0)
     return [*heard, ids, lists.ids, lists.distances, delta.features, delta.ids]
 
 
 def assert_same(got: list[Any], expected: list[Any]) -> None:
     for a, b in zip(got, expected, strict=True):
         if isinstance(a, SearchResponse):
-            for name in ("ids", "distances", "labels", "steps", "values"):
+            for name in ("ids", "distances", "labels", "steps", "embeddings"):
                 x, y = getattr(a, name), getattr(b, name)
                 assert (x is None) == (y is None) and (x is None or np.array_equal(x, y)), name
         else:
@@ -104,17 +104,17 @@ def assert_same(got: list[Any], expected: list[Any]) -> None:
 
 @pytest.mark.parametrize("shards", [2, 4])
 def test_answers_do_not_depend_on_the_number_of_shards(make_client: MakeClient, tmp_path: Path, shards: int) -> None:
-    expected = outcome(make_client([Local(MiningServer())]), tmp_path, "one")
-    client = make_client([Local(MiningServer()) for _ in range(shards)])
+    expected = outcome(make_client([LocalTransport(MiningServer())]), tmp_path, "one")
+    client = make_client([LocalTransport(MiningServer()) for _ in range(shards)])
     assert_same(outcome(client, tmp_path, "more"), expected)
     sizes = [status["rows"] for status in client.status()]
     assert sum(sizes) == 1200 and min(sizes) > 0.7 * 1200 / shards
-    unknown = SearchRequest(3, 0, ids=np.array([IDS[0], -5]), unknown="empty", with_values=True)
-    found = client.wait(client.ask(unknown))
-    assert (found.ids[0] >= 0).all() and (found.ids[1] == -1).all() and not found.values[1].any()
+    unknown = SearchRequest(3, 0, ids=np.array([IDS[0], -5]), missing="empty", with_embeddings=True)
+    found = client.wait(client.search(unknown))
+    assert (found.ids[0] >= 0).all() and (found.ids[1] == -1).all() and not found.embeddings[1].any()
     with pytest.raises(UserError, match="have no embedding in the table"):
-        client.wait(client.ask(SearchRequest(3, 0, ids=np.array([-5]))))
-    assert client.wait(client.ask(SearchRequest(3, 0, ids=IDS[:2]))).ids.shape == (2, 3), "and the client goes on"
+        client.wait(client.search(SearchRequest(3, 0, ids=np.array([-5]))))
+    assert client.wait(client.search(SearchRequest(3, 0, ids=IDS[:2]))).ids.shape == (2, 3), "and the client goes on"
 
 
 @pytest.mark.parametrize("shards", [(1, 3), (3, 1), (2, 4)])
@@ -122,24 +122,27 @@ def test_a_snapshot_may_be_read_by_another_number_of_shards(
     make_client: MakeClient, tmp_path: Path, shards: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Table, memory and index; and what they save then is complete again."""
-    monkeypatch.setattr(faiss_index, "_FEWEST", 100)
+    monkeypatch.setattr(faiss_index, "_MIN_ROWS", 100)
     spec = replace(SPEC, engine="ivf", target=0.5)
-    first = make_client([Local(MiningServer()) for _ in range(shards[0])], spec)
+    first = make_client([LocalTransport(MiningServer()) for _ in range(shards[0])], spec)
     for step, rows in enumerate(np.array_split(np.arange(1200), 12)):
         put(first, np.concatenate([rows, rows[:3]]), step)
-    asks = [SearchRequest(6, 12, ids=IDS[:40], which=which, with_values=True) for which in ("all", "other", "same")]  # type: ignore[arg-type]
-    expected = [first.wait(first.ask(ask)) for ask in asks]
-    pairs, memory = first.all_neighbours(5), first.delta(0)
+    asks = [
+        SearchRequest(6, 12, ids=IDS[:40], class_filter=which, with_embeddings=True)
+        for which in ("all", "other", "same")
+    ]  # type: ignore[arg-type]
+    expected = [first.wait(first.search(ask)) for ask in asks]
+    pairs, memory = first.all_neighbours(5), first.changes_since(0)
     first.rebuild(1, 12, 30, str(tmp_path / "mining" / "base-1"))
     first.save(str(tmp_path / "a"))
     folder = "a"
     for number, name in ((shards[1], "b"), (shards[1], "c"), (shards[0], "d")):
-        client = make_client([Local(MiningServer()) for _ in range(number)], spec, str(tmp_path / folder))
-        assert_same([client.wait(client.ask(ask)) for ask in asks], expected)
+        client = make_client([LocalTransport(MiningServer()) for _ in range(number)], spec, str(tmp_path / folder))
+        assert_same([client.wait(client.search(ask)) for ask in asks], expected)
         again = client.all_neighbours(5)
         assert_same([again[0], again[1][0].ids], [pairs[0], pairs[1][0].ids])
-        assert np.array_equal(client.delta(0).features, memory.features)
-        later = client.wait(client.ask(SearchRequest(3, 30, ids=IDS[:40])))
+        assert np.array_equal(client.changes_since(0).features, memory.features)
+        later = client.wait(client.search(SearchRequest(3, 30, ids=IDS[:40])))
         assert later.generation == 1 and later.recall >= 0.5
         client.save(str(tmp_path / name))
         folder = name
@@ -154,7 +157,7 @@ def test_the_shard_of_an_id_is_fixed() -> None:
 @pytest.mark.parametrize("after", [False, True])
 def test_a_server_may_die_at_any_call(make_client: MakeClient, tmp_path: Path, shards: int, after: bool) -> None:
     """Every acknowledged batch is there after it, every search is answered as if nothing had happened."""
-    expected = outcome(make_client([Local(MiningServer()) for _ in range(shards)]), tmp_path, "whole")
+    expected = outcome(make_client([LocalTransport(MiningServer()) for _ in range(shards)]), tmp_path, "whole")
     for death in range(2, 30, 3):
         servers = [Mortal({death} if shard == shards - 1 else set(), after) for shard in range(shards)]
         client = make_client(servers)
@@ -163,7 +166,7 @@ def test_a_server_may_die_at_any_call(make_client: MakeClient, tmp_path: Path, s
 
 
 def test_many_deaths(make_client: MakeClient, tmp_path: Path) -> None:
-    expected = outcome(make_client([Local(MiningServer()) for _ in range(2)]), tmp_path, "whole")
+    expected = outcome(make_client([LocalTransport(MiningServer()) for _ in range(2)]), tmp_path, "whole")
     draw = random.Random(0)
     servers = [Mortal(set(draw.sample(range(2, 90), 6)), after=bool(s)) for s in range(2)]
     client = make_client(servers)
@@ -180,7 +183,7 @@ def test_a_snapshot_shortens_what_is_sent_again(make_client: MakeClient, tmp_pat
     put(client, slice(500, 550), 10)
     client.status()
     server.deaths, before = {server.calls + 1}, server.calls
-    found = client.wait(client.ask(SearchRequest(5, 11, values=VALUES[:3])))
+    found = client.wait(client.search(SearchRequest(5, 11, embeddings=VALUES[:3])))
     assert server.calls - before <= 1 + server.away + 1 + 2, "begin, one batch, the search"
     assert found.applied >= 12 and client.status()[0]["rows"] == 550
 
@@ -195,25 +198,25 @@ def test_a_long_log_is_saved_by_the_client_itself(make_client: MakeClient, tmp_p
     assert len(kept) == 1 and kept[0].startswith("log-1-"), "the newest alone"
     assert sum(o.size for o in client._log) < 40_000
     server.deaths = {server.calls + 1}
-    client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
+    client.wait(client.search(SearchRequest(1, 0, embeddings=VALUES[:1])))
     assert client.status()[0]["rows"] == 800
 
 
 def test_its_own_snapshots_and_the_run_s_batches_do_not_mix_up(make_client: MakeClient) -> None:
     """Both threads send; every batch counts, in its order."""
     for shards in (1, 2):
-        client = make_client([Local(MiningServer()) for _ in range(shards)], log_bytes=2000, in_flight=50)
+        client = make_client([LocalTransport(MiningServer()) for _ in range(shards)], log_bytes=2000, in_flight=50)
         for step in range(400):
             put(client, slice(step % 100, step % 100 + 20), step)
         client.put(IDS[:0], VALUES[:0], LABELS[:0], 400)
-        found = client.wait(client.ask(SearchRequest(119, 400, values=VALUES[:1])))
+        found = client.wait(client.search(SearchRequest(119, 400, embeddings=VALUES[:1])))
         steps = dict(zip(found.ids[0].tolist(), found.steps[0].tolist(), strict=True))
         assert [steps[int(i)] for i in IDS[:119]] == [min(300 + row, 399) for row in range(119)]
-        assert client.delta(0).version == 400 * 20
+        assert client.changes_since(0).version == 400 * 20
 
 
 def test_puts_wait_when_too_many_are_on_their_way(make_client: MakeClient) -> None:
-    class Slow(Local):
+    class Slow(LocalTransport):
         gate = threading.Event()
 
         def call(self, method: str, *arguments: Any) -> Future[Any]:
@@ -223,7 +226,7 @@ def test_puts_wait_when_too_many_are_on_their_way(make_client: MakeClient) -> No
 
             def later() -> None:
                 self.gate.wait()
-                Local.call(self, method, *arguments)
+                LocalTransport.call(self, method, *arguments)
                 out.set_result(None)
 
             threading.Thread(target=later).start()
@@ -243,7 +246,7 @@ def test_puts_wait_when_too_many_are_on_their_way(make_client: MakeClient) -> No
     assert sent == [0, 1, 2]
     Slow.gate.set()
     thread.join(10)
-    client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))  # after all puts
+    client.wait(client.search(SearchRequest(1, 0, embeddings=VALUES[:1])))  # after all puts
     assert sent == list(range(6)) and client.status()[0]["rows"] == 6
 
 
@@ -254,10 +257,10 @@ def test_a_server_that_stays_away_ends_the_run_in_time(make_client: MakeClient) 
     client.status()
     server.deaths = {server.calls + 1}
     started = time.monotonic()
-    with pytest.raises(RunError, match=r"mining server 0 has not come back within 0.4 s \(killed\): look at"):
-        client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
+    with pytest.raises(RunError, match=r"mining server 0 could not be reached within 0.4 s \(killed\): check"):
+        client.wait(client.search(SearchRequest(1, 0, embeddings=VALUES[:1])))
     assert time.monotonic() - started < 5
-    with pytest.raises(RunError, match="has not come back"):
+    with pytest.raises(RunError, match="could not be reached within"):
         for step in range(20):
             put(client, slice(0, 5), step)
 
@@ -267,12 +270,12 @@ def test_servers_that_die_of_the_same_call_again_and_again_end_the_run(make_clie
     client = make_client([server])
     begun = server.calls
     server.deaths = {c for c in range(begun + 1, begun + 100) if (c - begun) % 2}  # each begin works, each search kills
-    with pytest.raises(RunError, match="died 5 times without an answer: are they out of memory"):
-        client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
+    with pytest.raises(RunError, match="restarted 5 times without completing a request"):
+        client.wait(client.search(SearchRequest(1, 0, embeddings=VALUES[:1])))
 
 
 def test_a_bad_batch_is_refused_before_it_is_sent(make_client: MakeClient) -> None:
-    client = make_client([Local(MiningServer())])
+    client = make_client([LocalTransport(MiningServer())])
     bad = VALUES[:2].copy()
     bad[0] = np.nan
     with pytest.raises(UserError, match=f"1 of 2 embeddings are not finite \\(sample ids {IDS[0]}\\)"):
@@ -283,32 +286,32 @@ def test_a_bad_batch_is_refused_before_it_is_sent(make_client: MakeClient) -> No
 
 def test_a_start_that_was_overtaken_is_told(make_client: MakeClient) -> None:
     server = MiningServer()
-    old, new = make_client([Local(server)]), make_client([Local(server)])
+    old, new = make_client([LocalTransport(server)]), make_client([LocalTransport(server)])
     put(new, slice(0, 4), 0)
     put(old, slice(4, 8), 0)
-    with pytest.raises(RunError, match="start 1 of the run spoke to its mining server, which start 2 has taken over"):
+    with pytest.raises(RunError, match=r"another process \(attempt 2\) now owns the mining server"):
         for _ in range(20):
-            old.wait(old.ask(SearchRequest(1, 0, values=VALUES[:1])))
+            old.wait(old.search(SearchRequest(1, 0, embeddings=VALUES[:1])))
     assert new.status()[0]["rows"] == 4
 
 
 def test_async_answers_do_not_wait_and_tell_their_lag(make_client: MakeClient) -> None:
-    class Late(Local):
+    class Late(LocalTransport):
         """Puts take a while; searches overtake them, as in an actor."""
 
         def call(self, method: str, *arguments: Any) -> Future[Any]:
             out: Future[Any] = Future()
             if method != "put":
                 return super().call(method, *arguments)
-            threading.Timer(0.3, lambda: out.set_result(Local.call(self, method, *arguments).result())).start()
+            threading.Timer(0.3, lambda: out.set_result(LocalTransport.call(self, method, *arguments).result())).start()
             return out
 
     for ordered in (True, False):
         client = make_client([Late(MiningServer())], ordered=ordered)
         put(client, slice(0, 9), 0)
         if ordered:  # the server would wait for the batch, which this transport delivers behind its back
-            found = client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
+            found = client.wait(client.search(SearchRequest(1, 0, embeddings=VALUES[:1])))
             assert found.ids[0, 0] == IDS[0] and client.lag == 0
         else:
-            found = client.wait(client.ask(SearchRequest(1, 0, values=VALUES[:1])))
+            found = client.wait(client.search(SearchRequest(1, 0, embeddings=VALUES[:1])))
             assert found.ids[0, 0] == -1 and client.lag == 1

@@ -19,7 +19,7 @@ from tests.pipeline.mining.oracle import assert_equal, neighbours
     st.lists(st.lists(st.integers(-(2**62), 2**62) | st.integers(0, 30), max_size=20), max_size=12), st.integers(1, 9)
 )
 def test_a_table_is_a_dict_of_the_last_rows(batches: list[list[int]], tail: int) -> None:
-    kept, module._TAIL = module._TAIL, tail  # merges of every size
+    kept, module._MIN_MERGE = module._MIN_MERGE, tail  # merges of every size
     try:
         table, expected, random = Table(3, capacity=2), {}, np.random.default_rng(0)
         for step, batch in enumerate(batches):
@@ -32,12 +32,12 @@ def test_a_table_is_a_dict_of_the_last_rows(batches: list[list[int]], tail: int)
         assert len(table) == len(expected)
         for row, i in enumerate(expected):
             assert (values[row].tolist(), labels[row], steps[row]) == (expected[i][0].tolist(), *expected[i][1:])
-        assert not table.has(np.array([2**62 + 1])).any()
+        assert not table.contains(np.array([2**62 + 1])).any()
         again = Table.restore(table.state(), 1)
         assert all(np.array_equal(a, b) for a, b in zip(again.get(asked), table.get(asked), strict=True))
         assert np.array_equal(again.view().ids, table.view().ids), "the order of rows decides what an index proposes"
     finally:
-        module._TAIL = kept
+        module._MIN_MERGE = kept
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2)])
@@ -60,11 +60,11 @@ def test_bad_rows_are_refused_whole_and_named() -> None:
         table.put(np.array([7, 8, 9]), bad, np.zeros(3, np.int64), 1)
     ids, labels = np.array([7, 8]), np.zeros(2, np.int64)
     with pytest.raises(UserError, match=r"embeddings float32 \(3, 2\) for 2 ids: expected one row of 2 numbers"):
-        module.check(ids, bad, labels, 2)
+        module.validate_rows(ids, bad, labels, 2)
     with pytest.raises(UserError, match=r"\(2, 3\) for 2 ids: expected one row of 2"):
         table.put(ids, np.ones((2, 3), np.float32), labels, 1)
     with pytest.raises(UserError, match="got 1 labels for 2 ids"):
-        module.check(ids, bad[:2] * 0, labels[:1], 2)
+        module.validate_rows(ids, bad[:2] * 0, labels[:1], 2)
     assert len(table) == 1
     with pytest.raises(UserError, match=r"1 of 2 sample ids have no embedding in the table \(first: 7\)"):
         table.get(np.array([1, 7]))

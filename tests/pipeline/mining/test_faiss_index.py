@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.mining import faiss_index
-from pipeline.mining.faiss_index import ENGINES, build, choose
+from pipeline.mining.faiss_index import ENGINES, auto_engine, build
 from pipeline.neighbours.exact_search import Queries, Rows, rerank, search
 from tests.pipeline.mining.oracle import clustered
 
@@ -45,7 +45,7 @@ def test_the_same_rows_give_the_same_index(rows: Rows, engine: str) -> None:
 
 
 def test_an_index_below_its_target_is_not_used(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faiss_index, "_codes", lambda dim: 1)  # one byte a row
+    monkeypatch.setattr(faiss_index, "_pq_code_bytes", lambda dim: 1)  # one byte a row
     monkeypatch.setattr(faiss_index, "OVERFETCH", 1)
     index, report = build(rows, "ivf_pq", 10, 0.99)
     assert index is None and report.engine == "exact" and report.recall == 1
@@ -61,12 +61,12 @@ def test_few_rows_and_auto() -> None:
     index, report = build(make_rows(500), "hnsw", 10, 0.9)
     assert index is None and report.note == "500 rows are searched exactly"
     assert build(make_rows(1500), "auto", 10, 0.9)[1].engine == "exact"
-    assert (choose(8000), choose(60_000), choose(1_000_000)) == ("exact", "ivf_fp16", "ivf_fp16")
+    assert (auto_engine(8000), auto_engine(60_000), auto_engine(1_000_000)) == ("exact", "ivf_fp16", "ivf_fp16")
 
 
 def test_auto_takes_no_index_that_costs_more_than_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbours that are spread over many lists: looking at all of those is slower than a matrix product."""
-    monkeypatch.setattr(faiss_index, "_EXACT_UP_TO", 1000)
+    monkeypatch.setattr(faiss_index, "_AUTO_EXACT_MAX_ROWS", 1000)
     index, report = build(make_rows(3000), "auto", 10, 0.6)
     assert index is not None and report.parameters["nprobe"] <= report.parameters["lists"] / 8
     noise = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)

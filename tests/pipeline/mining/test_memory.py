@@ -41,7 +41,7 @@ def rows(labels: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def content(memory: EmbeddingMemory) -> list[tuple[int, int]]:
-    order = np.argsort(memory._numbers[: len(memory)])
+    order = np.argsort(memory._sequence_numbers[: len(memory)])
     assert torch.equal(memory.features[:, 0].long() % 7, memory.ids)
     return [(int(memory.labels[i]), int(memory.features[i, 0])) for i in order]
 
@@ -63,7 +63,7 @@ def test_a_memory_is_lists_and_a_late_mirror_catches_up(
             number += 1
     assert content(memory) == lists.entries
     assert set(memory.classes) == {label for label, _ in lists.entries}
-    delta = memory.delta(mirror.version)
+    delta = memory.changes_since(mirror.version)
     assert len(delta.slots) == 0 or not own
     mirror.apply(delta)
     assert mirror.version == memory.version == number
@@ -90,7 +90,7 @@ def test_features_are_constants_and_may_be_stored_in_half() -> None:
     memory.append(features, torch.tensor([0, 1]), torch.tensor([0, 1]))
     assert not memory.features.requires_grad and memory.features.dtype == torch.float16
     mirror = EmbeddingMemory(2, total=3, dtype=torch.float16)
-    mirror.apply(memory.delta(0))
+    mirror.apply(memory.changes_since(0))
     assert torch.equal(mirror.features, features.detach().half())
 
 

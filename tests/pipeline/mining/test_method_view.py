@@ -16,7 +16,7 @@ from pipeline.mining import faiss_index
 from pipeline.mining.messages import ServerSpec
 from pipeline.mining.method_view import MethodMining
 from pipeline.mining.server import MiningServer
-from pipeline.mining.transport import Local
+from pipeline.mining.transport import LocalTransport
 from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 from tests.pipeline.mining.test_client import assert_same
@@ -27,7 +27,9 @@ _, VALUES, LABELS = clustered(300, 8, 20)
 def start(folder: Folder, incarnation: int = 1, snapshot: Folder | None = None, **needs: Any) -> MethodMining:
     wanted = MiningRequirements(**({"table": True, "total": 50} | needs))
     spec = ServerSpec("run", 8, engine="ivf", k=5, target=0.3, per_class=wanted.per_class, total=wanted.total)
-    made = MethodMining(wanted, spec, [Local(MiningServer())], Ranks(), torch.device("cpu"), folder, swap_after=2)
+    made = MethodMining(
+        wanted, spec, [LocalTransport(MiningServer())], Ranks(), torch.device("cpu"), folder, swap_after=2
+    )
     made.begin(incarnation, snapshot)
     return made
 
@@ -40,14 +42,14 @@ def put(mining: MethodMining, step: int, rows: slice) -> None:
 
 @pytest.fixture(autouse=True)
 def small_indexes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faiss_index, "_FEWEST", 100)
+    monkeypatch.setattr(faiss_index, "_MIN_ROWS", 100)
 
 
 def test_a_checkpoint_holds_what_was_prefetched_the_memory_and_the_index(folder: Folder) -> None:
     first = start(folder)
     put(first, 0, slice(0, 200))
     first.rebuild()
-    first.prefetch("hard", 3, ids=np.arange(4), which="other", with_values=True)
+    first.prefetch("hard", 3, ids=np.arange(4), class_filter="other", with_embeddings=True)
     put(first, 1, slice(150, 300))
     first.save(folder / "checkpoint")
     put(first, 2, slice(0, 9))  # after it
@@ -58,7 +60,7 @@ def test_a_checkpoint_holds_what_was_prefetched_the_memory_and_the_index(folder:
         second.memory.features, torch.from_numpy(VALUES[250:300])[torch.argsort(second.memory.ids.argsort())]
     )
     found = second.take_prefetched("hard")
-    assert expected is not None and found is not None and found.values is not None
+    assert expected is not None and found is not None and found.embeddings is not None
     assert_same([found], [expected])
     assert second.take_prefetched("hard") is None, "once"
     second.step = 3

@@ -43,7 +43,7 @@ class Sent:
         return order
 
     def ask(self, **ask: Any) -> SearchResponse:
-        queries = {} if "values" in ask else {"ids": IDS[:5]}
+        queries = {} if "embeddings" in ask else {"ids": IDS[:5]}
         return self.server.search(self.order(), SearchRequest(**({"k": 3, "step": 0} | queries | ask)))
 
 
@@ -59,23 +59,23 @@ def same(a: SearchResponse, b: SearchResponse) -> bool:
 def test_an_answer_tells_all_about_the_found_rows(sent: Sent) -> None:
     sent.put(slice(0, 50), step=4)
     sent.put(slice(50, 100), step=6)
-    found = sent.ask(with_values=True, which="other")
+    found = sent.ask(with_embeddings=True, class_filter="other")
     truth = search(Queries(VALUES[:5], IDS[:5], LABELS[:5]), sent.server.table.view(), 3, "other")
     np.testing.assert_array_equal(found.ids, truth.ids)
     where = {int(i): row for row, i in enumerate(IDS[:100])}
     rows = np.vectorize(where.__getitem__)(found.ids)
     np.testing.assert_array_equal(found.labels, LABELS[rows])
     np.testing.assert_array_equal(found.steps, np.where(rows < 50, 4, 6))
-    np.testing.assert_array_equal(found.values, VALUES[rows])
+    np.testing.assert_array_equal(found.embeddings, VALUES[rows])
     assert (found.generation, found.applied) == (0, 2)
-    some = sent.ask(ids=np.array([IDS[0], -7]), k=200, unknown="empty", with_values=True)
+    some = sent.ask(ids=np.array([IDS[0], -7]), k=200, missing="empty", with_embeddings=True)
     assert (some.ids[0] >= 0).sum() == 99 and not np.isfinite(some.distances[0, 99:]).any()
-    assert (some.ids[1] == -1).all() and (some.values is not None and not some.values[1].any())
-    assert sent.server.delta(None, 0).version == 0, "put in the table alone"
+    assert (some.ids[1] == -1).all() and (some.embeddings is not None and not some.embeddings[1].any())
+    assert sent.server.changes_since(None, 0).version == 0, "put in the table alone"
 
 
 def test_an_empty_server_answers(sent: Sent) -> None:
-    found = sent.ask(values=VALUES[:2])
+    found = sent.ask(embeddings=VALUES[:2])
     assert (
         (found.ids == -1).all()
         and found.ids.shape == (2, 3)
@@ -102,7 +102,7 @@ def test_operations_wait_for_their_turn_and_count_once(sent: Sent) -> None:
 
 def test_what_never_comes_is_told(sent: Sent) -> None:
     sent.server.spec = replace(SPEC, wait_s=0.05)
-    with pytest.raises(RunError, match=r"operation 9 waited 0.05 s for 8, the newest applied is 0"):
+    with pytest.raises(RunError, match=r"request 9 waited 0.05 s for request 8, the newest applied is 0"):
         sent.server.search(SequenceNumber(1, 9, 8), SearchRequest(1, 0, VALUES[:1]))
 
 
@@ -120,9 +120,9 @@ def test_a_refused_batch_does_not_hold_up_what_follows(sent: Sent) -> None:
     [
         ({"k": 0}, "k is 0: expected at least 1"),
         ({"ids": np.array([-3])}, r"1 of 1 sample ids have no embedding in the table \(first: -3\)"),
-        ({"values": np.ones((2, 9), np.float32)}, r"got queries \(2, 9\): expected rows of 8 numbers"),
-        ({"values": np.full((2, 8), np.nan, np.float32)}, "queries are not finite"),
-        ({"ids": None}, "needs values or ids"),
+        ({"embeddings": np.ones((2, 9), np.float32)}, r"got queries \(2, 9\): expected rows of 8 numbers"),
+        ({"embeddings": np.full((2, 8), np.nan, np.float32)}, "queries are not finite"),
+        ({"ids": None}, "needs embeddings or ids"),
     ],
 )
 def test_bad_searches(sent: Sent, ask: dict[str, Any], message: str) -> None:
@@ -136,7 +136,7 @@ def test_all_pairs_are_the_searches_of_every_row(sent: Sent) -> None:
     sent.put(slice(0, 500))
     for which in ("all", "other"):
         ((ids, lists),), _ = sent.server.all_neighbours(sent.order(), 6, which)  # type: ignore[arg-type]
-        found = sent.ask(ids=ids, k=6, which=which)
+        found = sent.ask(ids=ids, k=6, class_filter=which)
         np.testing.assert_array_equal(lists.ids, found.ids)
         np.testing.assert_array_equal(lists.distances, found.distances)
     reduced, _ = sent.server.all_neighbours(sent.order(), 6, "all", lambda q, n: int((n.ids >= 0).sum()))
@@ -159,9 +159,9 @@ def test_an_older_start_of_the_run_is_refused(sent: Sent) -> None:
     thread.start()
     new = Sent(sent.server, incarnation=2)
     thread.join()
-    assert "start 1 of the run" in str(waiting[0]), "one that waited is let go"
+    assert "(attempt 1) stops" in str(waiting[0]), "one that waited is let go"
     for call in (lambda: sent.put(slice(0, 3)), lambda: Sent(sent.server, incarnation=1)):
-        with pytest.raises(RunError, match="which start 2 has taken over"):
+        with pytest.raises(RunError, match=r"attempt 2\) now owns the mining server"):
             call()
     letting_go: list[Exception] = []
 
@@ -173,13 +173,13 @@ def test_an_older_start_of_the_run_is_refused(sent: Sent) -> None:
 
     thread = threading.Thread(target=stuck_again)
     thread.start()
-    sent.server.begin(SPEC, 2, None, 0, life=1)  # the same start, after the death of another server
+    sent.server.begin(SPEC, 2, None, 0, server_epoch=1)  # the same start, after the death of another server
     thread.join(2)
     assert letting_go, "what was sent before is let go, and does not hold up what is sent again"
     with pytest.raises(RunError):
         new.put(slice(0, 3))
     sent.server.begin(SPEC, 2, None)
-    assert len(sent.server.table) == 0 and Sent(sent.server, 3).ask(values=VALUES[:1]).applied == 0
+    assert len(sent.server.table) == 0 and Sent(sent.server, 3).ask(embeddings=VALUES[:1]).applied == 0
     with pytest.raises(UserError, match="belongs to run runs/a, not to runs/b"):
         Sent(sent.server, 3, replace(SPEC, run="runs/b"))
     with pytest.raises(RunError, match="has not begun"):
@@ -219,7 +219,7 @@ def test_the_index_knows_rows_that_came_after_it(sent: Sent, which: str) -> None
     moved = (IDS[:1], VALUES[1900:1901], LABELS[1900:1901])
     server.put(sent.order(), 3, moved, None)
     queries = Queries(VALUES[1900:2000], IDS[1900:2000], LABELS[1900:2000])
-    found = sent.ask(values=queries.values, ids=queries.ids, labels=queries.labels, which=which, k=8, step=5)
+    found = sent.ask(embeddings=queries.values, ids=queries.ids, labels=queries.labels, class_filter=which, k=8, step=5)
     truth = search(queries, server.table.view(), 8, which)  # type: ignore[arg-type]
     recall = np.mean([len({*a} & {*b}) / 8 for a, b in zip(found.ids, truth.ids, strict=True)])
     assert found.generation == 1 and recall > 0.85
@@ -227,7 +227,7 @@ def test_the_index_knows_rows_that_came_after_it(sent: Sent, which: str) -> None
     for q, row in enumerate(found.ids):
         assert all(distance.get((q, i), d) == d for i, d in zip(row, found.distances[q], strict=True))
     assert server.generations.all[0].report is not None and server.generations.all[0].report.recall >= 0.9
-    everything = sent.ask(values=VALUES[:3], labels=LABELS[:3], which=which, k=1999, step=5)
+    everything = sent.ask(embeddings=VALUES[:3], labels=LABELS[:3], class_filter=which, k=1999, step=5)
     exact = search(Queries(VALUES[:3], np.full(3, -1), LABELS[:3]), server.table.view(), 1999, which)  # type: ignore[arg-type]
     np.testing.assert_array_equal(everything.ids, exact.ids)
 
@@ -241,7 +241,7 @@ def test_a_build_that_fails_is_told_to_who_needs_it(sent: Sent, monkeypatch: pyt
     sent.put(slice(0, 10))
     sent.server.rebuild(sent.order(), 1, 0, 5, None)
     assert sent.ask(step=4).generation == 0
-    with pytest.raises(RunError, match="index generation 1 could not be built: MemoryError: no room"):
+    with pytest.raises(RunError, match="index 1 could not be built: MemoryError: no room"):
         sent.ask(step=5)
 
 
@@ -272,11 +272,11 @@ def test_a_snapshot_brings_everything_back(sent: Sent, folder: Folder) -> None:
     server.rebuild(sent.order(), 4, 0, 3, (folder / "base-4").uri)
     sent.put(slice(1200, 1700), step=2)
     server.save(sent.order(), folder.uri)
-    expected = [sent.ask(step=step, values=VALUES[:50], which="all", k=7) for step in (2, 3)]
+    expected = [sent.ask(step=step, embeddings=VALUES[:50], class_filter="all", k=7) for step in (2, 3)]
     sent.put(slice(1700, 2000), memory=True)  # after the snapshot
     for other in (MiningServer(), server):  # after its death; and the same process, workers started again
         again = Sent(other, incarnation=2, spec=spec, snapshot=folder.uri)
-        got = [again.ask(step=step, values=VALUES[:50], which="all", k=7) for step in (2, 3)]
+        got = [again.ask(step=step, embeddings=VALUES[:50], class_filter="all", k=7) for step in (2, 3)]
         assert all(same(a, b) for a, b in zip(got, expected, strict=True))
         assert [a.generation for a in got] == [0, 4] and other.memory.version == 1500
         assert np.array_equal(got[0].steps, expected[0].steps)
@@ -321,9 +321,9 @@ def test_searches_and_puts_at_once_see_whole_rows(sent: Sent) -> None:
 
     def look() -> None:
         while not stop.is_set():
-            found = server.search(None, SearchRequest(200, 0, np.zeros((1, 8), np.float32), with_values=True))
-            assert found.values is not None
-            rows = found.values[0]
+            found = server.search(None, SearchRequest(200, 0, np.zeros((1, 8), np.float32), with_embeddings=True))
+            assert found.embeddings is not None
+            rows = found.embeddings[0]
             if not ((rows == rows[:, :1]).all() and np.allclose((rows**2).sum(1), found.distances[0])):
                 wrong.append(rows)
             searched[0] += 1

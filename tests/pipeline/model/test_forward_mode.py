@@ -121,7 +121,7 @@ def test_known_outputs_are_not_computed_again() -> None:
             derivative(net, lambda t: t(x), direction, known)
         # by kernel, and for the second by its input; torch's own: of both, by both, and the outputs
         assert sum(e.count for e in watched.key_averages() if e.key == "aten::_convolution") == wanted
-    with pytest.raises(RuntimeError, match="not of this pass"):
+    with pytest.raises(RuntimeError, match="not those of this pass"):
         derivative(net, lambda t: t(x), direction, outputs.of(slice(0, 3)))
 
 
@@ -163,7 +163,7 @@ def test_outputs_that_do_not_fit_are_an_error(inplace: bool) -> None:
     features = context.encode(keep_for_jvp=True)
     direction = {n: torch.ones_like(p) for n, p in trunk.named_parameters()}
     if inplace:
-        with pytest.raises(RunError, match=r"test_efficientnet gives other features .* Choose another"):
+        with pytest.raises(RunError, match=r"test_efficientnet gives different features .* Choose another"):
             context.jvp(None, direction)
     else:
         torch.testing.assert_close(context.jvp(None, direction)[0], features.detach())

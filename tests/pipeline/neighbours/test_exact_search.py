@@ -39,51 +39,53 @@ def problems(draw: st.DrawFn) -> tuple[Queries, Rows, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 500, 10**8]))
-def test_a_search_is_a_loop_over_all_rows(problem: tuple[Queries, Rows, int], which: ClassFilter, memory: int) -> None:
+def test_a_search_is_a_loop_over_all_rows(
+    problem: tuple[Queries, Rows, int], class_filter: ClassFilter, memory: int
+) -> None:
     queries, rows, k = problem
-    assert_equal(search(queries, rows, k, which, memory), neighbours(queries, rows, k, which))
+    assert_equal(search(queries, rows, k, class_filter, memory), neighbours(queries, rows, k, class_filter))
 
 
 @settings(max_examples=30, deadline=None)
 @given(problems(), st.sampled_from(["all", "other", "same"]), st.sampled_from([1, 3000, 10**8]))
 def test_all_rows_at_once_are_the_searches_of_each(
-    problem: tuple[Queries, Rows, int], which: ClassFilter, memory: int
+    problem: tuple[Queries, Rows, int], class_filter: ClassFilter, memory: int
 ) -> None:
     _, rows, k = problem
     reached = 0
-    for part, found in search_all(rows, k, which, memory):
+    for part, found in search_all(rows, k, class_filter, memory):
         assert part.start == reached
         reached = part.stop
-        assert_equal(found, neighbours(as_queries(rows, part), rows, k, which))
+        assert_equal(found, neighbours(as_queries(rows, part), rows, k, class_filter))
     assert reached == len(rows)
 
 
-@pytest.mark.parametrize("which", ["all", "other", "same"])
+@pytest.mark.parametrize("class_filter", ["all", "other", "same"])
 @pytest.mark.parametrize("memory", [40_000, 2**20])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_all_rows_at_once_in_several_tiles(
-    which: ClassFilter, memory: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    class_filter: ClassFilter, memory: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles large enough for groups, the last ones short; in one group of queries that share their products, and in several."""
     ids, values, labels = clustered(1000, 12, 40)
     rows = Rows(values, ids, labels, 1.001)
-    expected = search(Queries(values, ids, labels), rows, 9, which)
+    expected = search(Queries(values, ids, labels), rows, 9, class_filter)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        found = Neighbours.concatenate([lists for _, lists in search_all(rows, 9, which, memory)])
+        found = Neighbours.concatenate([lists for _, lists in search_all(rows, 9, class_filter, memory)])
     finally:
         torch.set_num_threads(before)
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("which", ["all", "other", "same"])
-def test_many_rows_and_groups(which: ClassFilter) -> None:
+@pytest.mark.parametrize("class_filter", ["all", "other", "same"])
+def test_many_rows_and_groups(class_filter: ClassFilter) -> None:
     """Large enough that the first selection goes by groups of similarities, and not by all of them."""
     ids, values, labels = clustered(3000, 16, 60)
     rows = Rows(values, ids, labels, 1.001)
     queries = Queries(values[:40], ids[:40], labels[:40])
-    assert_equal(search(queries, rows, 20, which), neighbours(queries, rows, 20, which))
+    assert_equal(search(queries, rows, 20, class_filter), neighbours(queries, rows, 20, class_filter))
 
 
 def test_equal_rows_do_not_take_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +110,8 @@ def test_candidates_are_ranked_exactly_under_the_mask() -> None:
     ids, values, labels = clustered(200, 8, 10)
     rows, queries = Rows(values, ids, labels, 1.001), Queries(values[:9], ids[:9], labels[:9])
     everything = np.tile(np.arange(200), (9, 1))
-    for which in ("all", "other", "same"):
-        assert_equal(rerank(queries, rows, everything, 7, which), neighbours(queries, rows, 7, which))
+    for class_filter in ("all", "other", "same"):
+        assert_equal(rerank(queries, rows, everything, 7, class_filter), neighbours(queries, rows, 7, class_filter))
     few = np.full((9, 4), -1)
     few[:, 0] = 50
     assert rerank(queries, rows, few, 3, "all").ids[0].tolist() == [ids[50], -1, -1]
@@ -126,6 +128,6 @@ def test_answers_of_shards_merge() -> None:
 
 def test_classes_have_to_be_known_to_tell_them_apart() -> None:
     rows = Rows(np.ones((3, 2), np.float32), np.arange(3), np.zeros(3, np.int64), 2.0)
-    for which in ("other", "same"):
+    for class_filter in ("other", "same"):
         with pytest.raises(ValueError, match="give labels"):
-            search(Queries(rows.values, np.arange(3)), rows, 1, which)
+            search(Queries(rows.values, np.arange(3)), rows, 1, class_filter)

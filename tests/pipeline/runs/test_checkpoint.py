@@ -232,11 +232,13 @@ def test_an_older_process_stops_before_it_writes(folder: Folder) -> None:
     new = owner(folder)
     assert (old.incarnation, new.incarnation) == (1, 2)
     for kind in ("checkpoints", "best"):
-        with pytest.raises(RunError, match=r"has been taken over by another process \(start 2 of the run\)"):
+        with pytest.raises(
+            RunError, match=r"another process \(attempt 2\) now owns the run .*: stopping this one \(attempt 1\)"
+        ):
             save(old, Run(1), 2, kind=kind)
     save(new, Run(2), 2)
     assert new.steps() == [1, 2] and new.steps("best") == []
-    with pytest.raises(RunError, match="taken over"):
+    with pytest.raises(RunError, match="now owns the run"):
         Checkpoints(folder).save(
             "checkpoints", TrainingState(step=3), *[Run().trunk, Run().method], {}
         )  # a reader owns nothing
@@ -263,7 +265,7 @@ def test_a_damaged_file_is_named_with_the_way_out(file: str, damage: str, tmp_pa
     other = Run()
     what = "missing" if damage == "missing" else "damaged"
     with pytest.raises(
-        UserError, match=rf"{name} is {what}.*: remove checkpoints/step-00000002 to resume from the one before"
+        UserError, match=rf"{name} is {what}.*: remove checkpoints/step-00000002 to resume from the previous checkpoint"
     ):
         checkpoints.load("checkpoints", 2, other.trunk, other.method, other.optimizers)
     folder.remove("checkpoints/step-00000002")  # what the message says

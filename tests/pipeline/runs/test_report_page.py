@@ -369,7 +369,7 @@ def test_wrong_input_is_refused(store: Store, neighbours: dict[str, np.ndarray],
     with pytest.raises(UserError, match="no finished run"):
         write_report(Folder(tmp_path / "none"), store)
     run = make_run(tmp_path / "run", store, {**neighbours, "query": neighbours["query"] + 10_000})
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="images that are not in"):
         write_report(run, store)
 
 

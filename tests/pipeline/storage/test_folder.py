@@ -106,7 +106,7 @@ def test_unwritable_storage_is_one_line(kind: str, tmp_path: Path, request: pyte
     if kind == "no server":
         patch = request.getfixturevalue("monkeypatch")
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        patch.setenv("RAYDML_S3_PATIENCE_S", "0")
+        patch.setenv("RAYDML_S3_RETRY_TIMEOUT_S", "0")
         S3.clear_instance_cache()
     with pytest.raises(UserError) as caught:
         Folder(uri).check_writable()

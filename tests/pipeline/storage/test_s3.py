@@ -49,7 +49,7 @@ def one_proxy(s3_endpoint: str) -> Iterator[Proxy]:
             "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
-            s3.PATIENCE: "30",
+            s3.RETRY_TIMEOUT: "30",
         }.items():
             patch.setenv(name, value)
         s3.S3.clear_instance_cache()
@@ -130,7 +130,7 @@ def test_a_silent_server_is_asked_again(place: Folder, proxy: Proxy, monkeypatch
     """It answers too late, or does not read what is sent."""
     monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.0)
     monkeypatch.setattr(s3, "MIN_BYTES_PER_S", 1 << 30)
-    monkeypatch.setenv(s3.PATIENCE, "31")  # a client of its own
+    monkeypatch.setenv(s3.RETRY_TIMEOUT, "31")  # a client of its own
     place = Folder(place.uri)
     data = np.random.default_rng(0).bytes(16 << 20)  # more than fits into the buffers of a connection
     late = proxy.inject("delay", "PUT", "/x$", delay_s=1.5)
@@ -146,7 +146,7 @@ def test_a_late_answer_to_a_read(
 ) -> None:
     """It is waited for, and asked for again after `READ_TIMEOUT_S`."""
     monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.0)
-    monkeypatch.setenv(s3.PATIENCE, "33")  # a client of its own
+    monkeypatch.setenv(s3.RETRY_TIMEOUT, "33")  # a client of its own
     place = Folder(place.uri)
     place.write("x", DATA)
     late = proxy.inject("delay", "GET", "/x$", delay_s=delay_s)
@@ -180,14 +180,14 @@ def test_a_body_may_take_time_in_proportion_to_its_size(
 
 
 def test_a_body_that_always_trickles_is_one_line(place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(s3.PATIENCE, "0.5")
+    monkeypatch.setenv(s3.RETRY_TIMEOUT, "0.5")
     place = Folder(place.uri)
     place.write("x", DATA)
     monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.3)
     monkeypatch.setattr(s3, "MIN_BYTES_PER_S", 1 << 30)
     slow = proxy.inject("trickle", "GET", "/x$", count=1000, delay_s=0.1)
     with pytest.raises(
-        RunError, match=f"^{place}/x: get_object failed, 2 tries .* with TimeoutError: see to the"
+        RunError, match=f"^{place}/x: get_object failed, 2 tries .* with TimeoutError: check the"
     ) as caught:
         place.read("x")
     assert slow.seen == 2 and "\n" not in str(caught.value)
@@ -196,7 +196,7 @@ def test_a_body_that_always_trickles_is_one_line(place: Folder, proxy: Proxy, mo
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("503", "at last with 503 SlowDown injected: see to the storage"),
+        ("503", "at last with 503 SlowDown injected: check the storage service"),
         ("cut", "at last with ClientPayloadError: "),
         ("damaged", "at last with FlexibleChecksumError: "),
     ],
@@ -207,9 +207,11 @@ def test_a_fault_that_lasts_is_one_line(
     """And a warning before, for those who wait."""
     place.write("x", DATA)
     monkeypatch.setattr(s3, "WARN_AFTER_S", -1.0)
-    monkeypatch.setenv(s3.PATIENCE, "0.4")
+    monkeypatch.setenv(s3.RETRY_TIMEOUT, "0.4")
     injected = proxy.inject(method="GET", key="/x$", count=1000, **FAULTS[fault])
-    with pytest.raises(RunError, match=f"^{place}/x: get_object failed, .*{says}.*{s3.PATIENCE}.* 0.4 s") as caught:
+    with pytest.raises(
+        RunError, match=f"^{place}/x: get_object failed, .*{says}.*{s3.RETRY_TIMEOUT}.* 0.4 s"
+    ) as caught:
         Folder(place.uri).read("x")
     found = re.search(r"failed, (\d+) tries in \d s", str(caught.value))
     assert found is not None and int(found[1]) == injected.seen >= 2
@@ -223,7 +225,7 @@ def test_nothing_takes_a_lasting_fault_for_an_answer(
 ) -> None:
     """Above all not for "there is no such file"."""
     place.write("x", DATA)
-    monkeypatch.setenv(s3.PATIENCE, "0")
+    monkeypatch.setenv(s3.RETRY_TIMEOUT, "0")
     method, key, do, _ = CALLS[call]
     proxy.inject("answer", method, key, count=1000)
     with pytest.raises(RunError, match="failed, 1 tries"):
@@ -294,10 +296,20 @@ def test_large_objects_travel_in_parts(place: Folder, proxy: Proxy, monkeypatch:
 def test_errors_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch, one_proxy: Proxy) -> None:
     with pytest.raises(ValueError, match="got start=1 and end=None, expected both or none"):
         Folder("s3://faults").fs.cat_file("faults/x", start=1)
-    monkeypatch.setenv(s3.PATIENCE, "soon")
-    with pytest.raises(UserError, match=f"{s3.PATIENCE} is 'soon', expected seconds"):
+    monkeypatch.setenv(s3.RETRY_TIMEOUT, "soon")
+    with pytest.raises(UserError, match=f"{s3.RETRY_TIMEOUT} is 'soon', expected seconds"):
         Folder("s3://faults").exists("x")
-    monkeypatch.setenv(s3.PATIENCE, "32")  # a client of its own
+    monkeypatch.setenv(s3.RETRY_TIMEOUT_ALIAS, "7")
+    with pytest.raises(UserError, match=f"{s3.RETRY_TIMEOUT} is 'soon'"):
+        s3.retry_timeout()
+    monkeypatch.delenv(s3.RETRY_TIMEOUT)
+    assert s3.retry_timeout() == 7, "the name of earlier versions"
+    monkeypatch.setenv(s3.RETRY_TIMEOUT_ALIAS, "late")
+    with pytest.raises(UserError, match=f"{s3.RETRY_TIMEOUT_ALIAS} is 'late'"):
+        s3.retry_timeout()
+    monkeypatch.delenv(s3.RETRY_TIMEOUT_ALIAS)
+    assert s3.retry_timeout() == 60
+    monkeypatch.setenv(s3.RETRY_TIMEOUT, "32")  # a client of its own
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
     with pytest.raises(UserError, match=r"^s3://faults/x: .*Invalid endpoint: localhost.*: check .*AWS_ENDPOINT_URL"):
         Folder("s3://faults").exists("x")
@@ -315,7 +327,7 @@ def test_row_groups(base: Base, place: Folder, proxy: Proxy, monkeypatch: pytest
     assert RowGroupReader(store).read(everything) == expected
     assert all(fault.hit.is_set() for fault in proxy.faults)
     proxy.reset()
-    monkeypatch.setenv(s3.PATIENCE, "0.4")
+    monkeypatch.setenv(s3.RETRY_TIMEOUT, "0.4")
     shard = store.manifest["shards"][0]["file"]
     proxy.inject("short", "GET", shard, first=1, count=1000)  # the first read is of the footer
     with pytest.raises(
@@ -342,7 +354,7 @@ def test_prepare(place: Folder, proxy: Proxy, tmp_path: Path, monkeypatch: pytes
     assert all(fault.hit.is_set() for fault in proxy.faults)
     assert made.manifest == expected.manifest and made.fingerprint == expected.fingerprint
 
-    monkeypatch.setenv(s3.PATIENCE, "0.4")
+    monkeypatch.setenv(s3.RETRY_TIMEOUT, "0.4")
     for method, key in (("PUT", "shards/train-00001"), ("GET", "c1/0.png")):  # an image is not rejected for it
         proxy.reset()
         proxy.inject("upload cut" if method == "PUT" else "cut", method, key, count=1000)

@@ -14,7 +14,7 @@ import torch
 from pipeline.config import Config, RuntimeConfig
 from pipeline.distributed.ray_session import on_cluster
 from pipeline.distributed.run_status import RunStatus
-from pipeline.errors import RunError, UserError, first_line
+from pipeline.errors import RunError, UserError, one_line
 from pipeline.training.checks import check_cluster, check_machine, needed_cpus, with_machine_defaults
 from pipeline.training.launch import StopSignals, device_of, root_cause, status_display, under_torchrun
 
@@ -65,9 +65,9 @@ def test_what_a_machine_can_bear(
     assert check(workers=3, cpus_per_worker=4) == [
         "warning: 12 threads on 8 cores (runtime.workers × cpus_per_worker): steps will be slower"
     ]
-    with pytest.raises(UserError, match=r"33 threads wanted .*this machine has 8 cores: lower them"):
+    with pytest.raises(UserError, match=r"33 threads requested .*this machine has 8 cores: reduce runtime.workers"):
         check(workers=11, cpus_per_worker=3)
-    with pytest.raises(UserError, match=r"1\.5 GPUs wanted .*this machine has 0"):
+    with pytest.raises(UserError, match=r"1\.5 GPUs requested .*this machine has 0: reduce"):
         check(workers=3, gpus_per_worker=0.5)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert check(workers=100, cpus_per_worker=4) == [] == check(workers=3, gpus_per_worker=1.0), (
@@ -102,12 +102,12 @@ def test_mining_servers_count_and_their_resource_has_to_exist(
     mining = changes | {"mining.cpus": 2, "method.memory": 10}
     assert needed_cpus(make_config(changes)) == 2 and needed_cpus(make_config(mining)) == 8
     check_cluster(make_config(changes), Cluster(CPU=2))
-    with pytest.raises(UserError, match="the run wants 8 CPU"):
+    with pytest.raises(UserError, match=r"8 CPUs requested .* at most"):
         check_cluster(make_config(mining), Cluster(CPU=7))
     pinned = make_config(mining | {"mining.resource": "steady"})
     check_cluster(pinned, Cluster(CPU=8, steady=1))
     with pytest.raises(
-        UserError, match=r"mining.resource is 'steady', which no node of the cluster has \(known: CPU\)"
+        UserError, match=r"mining.resource is 'steady', which no node of the cluster has \(its resources: CPU\)"
     ):
         check_cluster(pinned, Cluster(CPU=8))
 
@@ -196,8 +196,8 @@ def test_a_board_keeps_the_first_error_and_the_request_to_stop() -> None:
 
 
 def test_one_line_for_an_error() -> None:
-    assert first_line(UserError("bad\nmore")) == "bad" and first_line(RunError("")) == ""
-    assert first_line(KeyError("x")) == "KeyError: 'x'"
+    assert one_line(UserError("bad\nmore")) == "bad" and one_line(RunError("")) == ""
+    assert one_line(KeyError("x")) == "KeyError: 'x'"
     outer = RuntimeError("wrapped")
     outer.__cause__ = ValueError("traceback ...\n  the cause \n")
     assert root_cause(outer) == "the cause"

@@ -71,14 +71,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "image size": ({"model.backbone": "test_vit", "model.pooling": "native"}, "cannot take images of 24×24"),
     "missing dataset": ({"data.source": "/no/such/place"}, "no prepared dataset in /no/such/place"),
     "dataset by a name that is not there": ({"data.source": "cub"}, "there is no dataset 'cub' in "),
-    "best weights, but nothing says which": ({"method": {"name": "intra_batch", "reload_best": [1]}, "data.validation_fold": None, "evaluation.checkpoint": "last"}, "nothing says which"),
+    "best weights, but nothing to choose them on": ({"method": {"name": "intra_batch", "reload_best": [1]}, "data.validation_fold": None, "evaluation.checkpoint": "last"}, "there is nothing to choose them on"),
     "dataset in a missing bucket": ({"data.source": "s4://nowhere/x"}, "cannot be opened"),
-    "re-ranking without cameras": ({"evaluation.reranking": {"k1": 5}}, "is measured by leave_one_out: leave them out"),
-    "distractors without cameras": ({"evaluation.distractors": "junk"}, "is measured by leave_one_out: leave them out"),
+    "re-ranking without cameras": ({"evaluation.reranking": {"k1": 5}}, "is leave_one_out: leave them out"),
+    "distractors without cameras": ({"evaluation.distractors": "junk"}, "is leave_one_out: leave them out"),
     "relative storage": ({"storage": "here/and/there"}, "storage 'here/and/there' is a relative path"),
-    "too many threads": ({"runtime.cpus_per_worker": 4 * (os.cpu_count() or 1) + 1}, "threads wanted (runtime.workers × cpus_per_worker)"),
-    "too many workers": ({"runtime.workers": 500, "runtime.cpus_per_worker": 2}, "1000 threads wanted"),
-    "GPUs": ({"runtime.gpus_per_worker": torch.cuda.device_count() + 1, "precision": "float32"}, "GPUs wanted"),
+    "too many threads": ({"runtime.cpus_per_worker": 4 * (os.cpu_count() or 1) + 1}, "threads requested (runtime.workers × cpus_per_worker)"),
+    "too many workers": ({"runtime.workers": 500, "runtime.cpus_per_worker": 2}, "1000 threads requested"),
+    "GPUs": ({"runtime.gpus_per_worker": torch.cuda.device_count() + 1, "precision": "float32"}, "GPUs requested"),
 }  # fmt: skip
 
 
@@ -111,8 +111,8 @@ def test_unwritable_storage(what: str, run: Train, base: Base, request: pytest.F
         ({"method.optimizer.lr": 0.5}, "run {run} exists with another config (method.optimizer.lr: 0.003 -> 0.5): choose another --set name=..., or start over with --fresh"),
         ({"seed": 4, "data.transforms.flip": 1.0, "precision": "float32"}, "data.transforms.flip: 0.5 -> 1.0; precision: float64 -> float32; seed: 3 -> 4"),
         ({"data.source": "{other}"}, "data.source: "),
-        ({"length": "1 epochs"}, "has length 2 epochs, now 1 epochs: it may only grow, in the same unit"),
-        ({"length": "900 steps"}, "it may only grow, in the same unit"),
+        ({"length": "1 epochs"}, "has length 2 epochs, got 1 epochs: length may only grow, in the same unit"),
+        ({"length": "900 steps"}, "length may only grow, in the same unit"),
     ],
 )  # fmt: skip
 def test_a_run_does_not_become_another(
@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_good_checkpoint(
 
     monkeypatch.setattr(Baseline, "loss", broken)
     outcome = run(name="nan")
-    assert_one_error(outcome, 1, "the loss is not finite at step 5 (got nan on rank 0); nothing was learnt from it")
+    assert_one_error(outcome, 1, "the loss is not finite at step 5 (nan on rank 0): no update was applied")
     folder = Folder(base.root / "runs" / "nan")
     saved = Checkpoints(folder).latest()
     assert 0 < saved.step <= 5 and not saved.finished
@@ -408,7 +408,7 @@ def test_a_process_that_lost_its_run_leaves_the_log_alone(
         save(self, kind, progress, *others)
 
     monkeypatch.setattr(Checkpoints, "save", taken_over)
-    assert_one_error(run(storage=bucket, cache__folder=str(tmp_path / "cache")), 1, "taken over by another process")
+    assert_one_error(run(storage=bucket, cache__folder=str(tmp_path / "cache")), 1, "another process (attempt")
     assert (Folder(bucket) / "runs" / "done").read("metrics.jsonl") == b"of the newer process"
 
 

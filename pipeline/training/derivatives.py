@@ -1,0 +1,120 @@
+"""Derivatives of a trunk on a batch that is split over the ranks, aside from the training step's own backward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from methods.base import Gradient
+from pipeline.distributed.collectives import Ranks, gather
+from pipeline.errors import RunError
+from pipeline.evaluation.embedder import trunk_features
+from pipeline.model.forward_mode import Outputs, derivative
+from pipeline.model.trunk import Trunk
+
+# Pixels of one forward-mode pass, beside the step's own graph in memory: 40 images of 128 × 128 pixels, 13 of 224 × 224.
+_PIXELS_PER_PASS = 2_000_000
+
+
+class RoleSlots(NamedTuple):
+    """This rank's images among the slots of a role.
+
+    Attributes:
+        pixels: Pixels of the images.
+        start: Position of the first one among these slots of all ranks.
+        total: Number of these slots of all ranks.
+    """
+
+    pixels: Tensor
+    start: int
+    total: int
+
+
+def trunk_gradient(
+    trunk: Trunk,
+    ranks: Ranks,
+    precision: str,
+    role_slots: RoleSlots,
+    objective: Callable[[Tensor], Tensor],
+    extra: Sequence[Tensor],
+    shift: Mapping[str, Tensor] | None,
+    check_finite: Callable[[Tensor], None],
+) -> Gradient:
+    """Gradient of an objective of the gathered features; see `methods.base.Context.gradient`.
+
+    Args:
+        trunk: The trunk, without DDP around it.
+        ranks: This worker's rank and the collectives.
+        precision: float64, float32 or bf16.
+        role_slots: The images.
+        objective: Function of the features, the same on every rank.
+        extra: Further tensors to differentiate with respect to.
+        shift: Offsets to add to the trunk's parameters first, by name.
+        check_finite: Raises unless the objective is finite on every rank.
+    """
+    trained = {n: p for n, p in trunk.named_parameters() if p.requires_grad}
+    if shift is None:
+        parameters: Mapping[str, Tensor] = trained
+    else:
+        parameters = {n: (p + shift[n]).detach().requires_grad_() for n, p in trained.items()}
+
+    def shifted_trunk(pixels: Tensor) -> Tensor:
+        return torch.func.functional_call(trunk, dict(parameters), (pixels,))
+
+    with torch.enable_grad():
+        local = trunk_features(shifted_trunk, role_slots.pixels, precision)
+        loss = objective(gather(local, role_slots.start, role_slots.total, ranks))
+    check_finite(loss)
+    inputs = [*parameters.values(), *extra]
+    partial = torch.autograd.grad(loss, inputs, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, partial, strict=True)]
+    # Every rank holds the same loss, so that the backward pass of `gather` has counted each of them.
+    summed = [ranks.sum(g) / ranks.world for g in gradients[: len(parameters)]]
+    return Gradient(float(loss.detach()), dict(zip(parameters, summed, strict=True)), gradients[len(parameters) :])
+
+
+def trunk_jvp(
+    trunk: Trunk,
+    ranks: Ranks,
+    role_slots: RoleSlots,
+    direction: Mapping[str, Tensor],
+    outputs: Outputs | None,
+    features: Tensor,
+) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch features"]]:
+    """Gathered features and their derivative along `direction`; see `methods.base.Context.jvp`.
+
+    Args:
+        trunk: The trunk, without DDP around it.
+        ranks: This worker's rank and the collectives.
+        role_slots: The images.
+        direction: Tangents of the trunk's parameters, by name.
+        outputs: Outputs kept by the forward pass of the same images, if any.
+        features: This rank's features of that pass.
+
+    Raises:
+        RunError: The pass in forward mode gives other features than the kept one.
+    """
+    tangents = {n: direction[n] for n, p in trunk.named_parameters() if n in direction}
+    pixels = role_slots.pixels
+    images_per_pass = max(1, _PIXELS_PER_PASS // pixels[0].numel() if len(pixels) else 1)
+    passes = []
+    for start in range(0, max(1, len(pixels)), images_per_pass):
+        block = slice(start, start + images_per_pass)
+        kept = outputs.of(block) if outputs else None
+        # without autocast, which has no forward mode
+        run = functools.partial(trunk_features, pixels=pixels[block], precision="float32")
+        passes.append(derivative(trunk, run, tangents, kept))
+        if kept and not torch.allclose(passes[-1][0], features[block], rtol=1e-3, atol=1e-4):
+            raise RunError(
+                f"the backbone {trunk.config.backbone} gives different features in forward mode than in the pass before: it "
+                "draws random numbers, or overwrites an output that it uses twice. Choose another backbone for this method"
+            )
+    local, tangent = (
+        gather(torch.cat(blocks), role_slots.start, role_slots.total, ranks) for blocks in zip(*passes, strict=True)
+    )
+    return local, tangent
