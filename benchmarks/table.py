@@ -15,12 +15,12 @@ class Row:
     """One measured figure.
 
     Attributes:
-        what: name of the figure, with its unit.
-        ours: our figure.
-        other: the figure of the other side, if there is one.
-        ratio: ours divided by the other.
-        promised: the limit that the figure has to keep, in words; empty if there is none.
-        ok: true if the limit is kept.
+        what: Name of the figure, with its unit.
+        ours: Our figure.
+        other: The figure of the other side, if there is one.
+        ratio: Ours divided by the other.
+        promised: The limit that the figure has to keep, in words; empty if there is none.
+        ok: True if the limit is kept.
     """
 
     what: str

@@ -31,11 +31,11 @@ def did_you_mean(
     """A hint for an unknown name: the most similar of the names that exist, or else all of them.
 
     Args:
-        name: the name that was got.
-        names: the names that exist; more than 100 are not listed.
-        kind: a noun before the similar name ("the preset ").
-        prefix: the first part of all names, shown with the similar name ("method.").
-        otherwise: text before the list of all names.
+        name: The name that was got.
+        names: The names that exist; more than 100 are not listed.
+        kind: A noun before the similar name ("the preset ").
+        prefix: The first part of all names, shown with the similar name ("method.").
+        otherwise: Text before the list of all names.
     """
     names = list(names)
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.4)

@@ -122,7 +122,7 @@ def _read_arrays(embeddings: str, labels: str) -> tuple[torch.Tensor, torch.Tens
     """Embeddings [N, D] and labels [N] from two .npy files.
 
     Raises:
-        UserError: a file cannot be read, or has another shape or type.
+        UserError: A file cannot be read, or has another shape or type.
     """
     arrays = []
     for path, dims, kinds in ((embeddings, 2, "f"), (labels, 1, "iu")):

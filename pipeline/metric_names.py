@@ -16,10 +16,10 @@ class Metric(NamedTuple):
     """One metric.
 
     Attributes:
-        key: name in files and in `evaluation.metric`.
-        title: name in reports and charts.
-        task: the task that it measures; "every" for numbers of queries.
-        is_count: a number of queries; other metrics are in percent.
+        key: Name in files and in `evaluation.metric`.
+        title: Name in reports and charts.
+        task: The task that it measures; "every" for numbers of queries.
+        is_count: A number of queries; other metrics are in percent.
     """
 
     key: str

@@ -21,12 +21,12 @@ def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Con
     """Reads a recipe and applies overrides.
 
     Args:
-        recipe: a YAML file or the name of a preset ("baseline/emoji"); the default preset if None.
+        recipe: A YAML file or the name of a preset ("baseline/emoji"); the default preset if None.
             A file may build on a preset with the key `preset`.
         overrides: "a.b=c" each; c is read as YAML.
 
     Raises:
-        UserError: one line a problem, naming the key, what was got and what was expected.
+        UserError: One line a problem, naming the key, what was got and what was expected.
     """
     values = _preset(DEFAULT_PRESET) if recipe is None else _recipe(recipe)
     assignments: list[tuple[str, Any]] = []

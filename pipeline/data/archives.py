@@ -46,9 +46,9 @@ class Member:
     """A file or link of an archive.
 
     Attributes:
-        name: its path from the top of the archive.
-        open: opens it for reading; None for a link.
-        link: path of the file that a link points to, from the top of the archive.
+        name: Its path from the top of the archive.
+        open: Opens it for reading; None for a link.
+        link: Path of the file that a link points to, from the top of the archive.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Unpacker:
     """Unpacks archives below one folder, with one limit for all of them.
 
     Args:
-        folder: the folder.
-        max_bytes: upper bound for all files written together.
+        folder: The folder.
+        max_bytes: Upper bound for all files written together.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -72,7 +72,7 @@ class Unpacker:
         """Unpacks into a subfolder.
 
         Raises:
-            UserError: the archive is damaged, encrypted, too large once unpacked, or has a member
+            UserError: The archive is damaged, encrypted, too large once unpacked, or has a member
                 that is neither a file nor a folder inside it. Files already written stay; the
                 caller removes the whole folder.
         """
@@ -122,7 +122,7 @@ def _open(archive: str) -> Any:
     """Opens an archive's file for random access.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: It cannot be read.
     """
     if "://" not in archive:
         try:
@@ -203,7 +203,7 @@ def names_in(archive: str) -> list[str] | None:
     """Paths of an archive's files; None where only unpacking would tell them (a compressed tar).
 
     Raises:
-        UserError: the archive is damaged, or a member is refused.
+        UserError: The archive is damaged, or a member is refused.
     """
     if not archive.lower().endswith((".zip", ".tar")):
         return None

@@ -37,8 +37,8 @@ class Cache(NamedTuple):
     """The folder of copies, and their largest size.
 
     Attributes:
-        folder: a folder on this node's disk.
-        max_bytes: upper bound for all copies in it together.
+        folder: A folder on this node's disk.
+        max_bytes: Upper bound for all copies in it together.
     """
 
     folder: str
@@ -58,8 +58,8 @@ def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
     """Opens this node's copy of a split, made now if there is none; safe to call from several processes.
 
     Raises:
-        CacheFull: copies in use leave no room.
-        RunError: a shard is damaged, the disk is too full, the folder cannot be written, or the
+        CacheFull: Copies in use leave no room.
+        RunError: A shard is damaged, the disk is too full, the folder cannot be written, or the
             copy is damaged.
     """
     name = re.sub(r"[^\w.-]", "_", store.name)
@@ -161,11 +161,11 @@ class MappedReader:
     """Random access into a node's copy; the operating system's page cache keeps the parts that are used often.
 
     Args:
-        path: the copy's file.
-        file: the same file, open under a shared lock, so that it is not removed to make room.
+        path: The copy's file.
+        file: The same file, open under a shared lock, so that it is not removed to make room.
 
     Raises:
-        RunError: the copy is damaged.
+        RunError: The copy is damaged.
     """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
@@ -186,7 +186,7 @@ class MappedReader:
         """Encoded images of these sample ids, in order.
 
         Raises:
-            RunError: an image does not match its checksum.
+            RunError: An image does not match its checksum.
         """
         rows = np.searchsorted(self.ids, ids)
         batches = np.searchsorted(self.starts, rows, side="right") - 1

@@ -19,15 +19,15 @@ class Entry:
     """One image of a dataset.
 
     Attributes:
-        source: local path or URI of its bytes.
-        class_name: the name of its class.
-        split: one of SPLITS.
-        group: a group of classes that must stay on one side of every split; None: the class alone.
-        box: the object in the image, as left, top, width, height in pixels as stored (before EXIF
+        source: Local path or URI of its bytes.
+        class_name: The name of its class.
+        split: One of SPLITS.
+        group: A group of classes that must stay on one side of every split; None: the class alone.
+        box: The object in the image, as left, top, width, height in pixels as stored (before EXIF
             rotation).
-        track: the tracklet that the image is a frame of, by any name that is unique in the dataset.
-        camera: number of the camera that took it.
-        frame: its number in the tracklet.
+        track: The tracklet that the image is a frame of, by any name that is unique in the dataset.
+        camera: Number of the camera that took it.
+        frame: Its number in the tracklet.
         kind: "distractor" or "junk" for test images of no class.
     """
 

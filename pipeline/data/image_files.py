@@ -37,16 +37,16 @@ def normalise(
     in places, torchvision's decoder ends the process.
 
     Args:
-        data: an encoded image.
-        max_side: upper bound for the longer side of the stored image, pixels.
-        box: left, top, width, height in pixels of the file as it is, before any rotation: only this
+        data: An encoded image.
+        max_side: Upper bound for the longer side of the stored image, pixels.
+        box: Left, top, width, height in pixels of the file as it is, before any rotation: only this
             is stored.
-        max_pixels: upper bound for the decoded width × height, in place of Pillow's own limit. A
+        max_pixels: Upper bound for the decoded width × height, in place of Pillow's own limit. A
             larger JPEG is accepted where `max_side` is given (and no box): it is decoded at a half,
             a quarter or an eighth of its size, which must not be larger.
 
     Raises:
-        Exception: the bytes are not an image that can be decoded whole; decoders have no common
+        Exception: The bytes are not an image that can be decoded whole; decoders have no common
             class of errors.
     """
     with _without_pillow_limit():

@@ -32,14 +32,14 @@ def fields(tree: FileIndex, name: str, expected: str, skip: int = 0, from_end: b
     """Rows of a list with columns separated by blanks; the last one (the first, if `from_end`) may contain blanks.
 
     Args:
-        tree: files of the dataset.
-        name: the list's file name.
-        expected: names of the columns.
-        skip: lines before the first row.
-        from_end: columns are counted from the end of a line.
+        tree: Files of the dataset.
+        name: The list's file name.
+        expected: Names of the columns.
+        skip: Lines before the first row.
+        from_end: Columns are counted from the end of a line.
 
     Raises:
-        UserError: a line has too few columns.
+        UserError: A line has too few columns.
     """
     number, rows = len(expected.split()), []
     for i, line in enumerate(tree.lines(name)[skip:], skip + 1):
@@ -56,7 +56,7 @@ def numbers(name: str, convert: Callable[[Any], Any], values: Sequence[Any]) -> 
     """Values of a list as numbers.
 
     Raises:
-        UserError: one is not a number.
+        UserError: One is not a number.
     """
     try:
         return tuple(convert(scalar(value)) for value in values)

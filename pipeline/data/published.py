@@ -41,7 +41,7 @@ class FileIndex:
     are left out.
 
     Args:
-        roots: each root with the paths of its files.
+        roots: Each root with the paths of its files.
     """
 
     def __init__(self, roots: Iterable[tuple[str, Iterable[str]]]) -> None:
@@ -73,7 +73,7 @@ class FileIndex:
         Of several, the one nearest to the top.
 
         Raises:
-            UserError: there are two at the same depth.
+            UserError: There are two at the same depth.
         """
         if name.endswith("/"):
             paths = [f for f in self.folders if f"/{f}/".endswith(f"/{name}")]
@@ -88,7 +88,7 @@ class FileIndex:
         """As `find`, for a file or folder that must exist.
 
         Raises:
-            UserError: it is missing.
+            UserError: It is missing.
         """
         path = self.find(name)
         if path is None:
@@ -130,17 +130,17 @@ class DatasetFormat:
     """The form in which a dataset's authors ship it.
 
     Attributes:
-        title: the dataset's name.
-        required_files: alternative lists of the files and folders (with a slash) that have to be
+        title: The dataset's name.
+        required_files: Alternative lists of the files and folders (with a slash) that have to be
             there.
-        archives: pattern of the names (without suffix, in lower case) of the archives in a folder
+        archives: Pattern of the names (without suffix, in lower case) of the archives in a folder
             that are unpacked.
-        read: yields the entries of the dataset's own lists, each with its path in the file index as
+        read: Yields the entries of the dataset's own lists, each with its path in the file index as
             source.
-        counts: numbers of images, classes and tracklets of each split; "query+gallery" is both
+        counts: Numbers of images, classes and tracklets of each split; "query+gallery" is both
             together.
-        protocol: one of `pipeline.data.store.PROTOCOLS`.
-        boxes: files that hold the boxes of the objects, beside `required_files`; None if the
+        protocol: One of `pipeline.data.store.PROTOCOLS`.
+        boxes: Files that hold the boxes of the objects, beside `required_files`; None if the
             dataset has no boxes.
     """
 
@@ -156,7 +156,7 @@ class DatasetFormat:
         """The same format, with the files of the boxes required.
 
         Raises:
-            UserError: the dataset has none.
+            UserError: The dataset has none.
         """
         if self.boxes is None:
             raise UserError(f"{self.title} has no boxes: leave out --crop box")
@@ -184,12 +184,12 @@ def read_entries(dataset: DatasetFormat, index: FileIndex, partial: bool) -> tup
     """Entries of the images that are there, with their sources, and a sentence for each thing that is missing.
 
     Args:
-        dataset: the dataset's format.
-        index: its files.
-        partial: accept an incomplete dataset.
+        dataset: The dataset's format.
+        index: Its files.
+        partial: Accept an incomplete dataset.
 
     Raises:
-        UserError: the dataset is not complete and `partial` is false, or its lists cannot be read.
+        UserError: The dataset is not complete and `partial` is false, or its lists cannot be read.
     """
     entries: list[Entry] = []
     missing: list[str] = []
@@ -240,16 +240,16 @@ def open_sources(
     """The files of a dataset; archives are unpacked until the block ends.
 
     Args:
-        dataset: the dataset's format.
-        sources: folders, archives, or folders of archives; local or URIs.
-        scratch: parent of the folder to unpack in.
-        max_unpacked: upper bound for the unpacked bytes (default: 20 times the archives' size, and
+        dataset: The dataset's format.
+        sources: Folders, archives, or folders of archives; local or URIs.
+        scratch: Parent of the folder to unpack in.
+        max_unpacked: Upper bound for the unpacked bytes (default: 20 times the archives' size, and
             at least 1 GiB).
-        before_unpacking: called with the empty folder that archives are unpacked into; an error
+        before_unpacking: Called with the empty folder that archives are unpacked into; an error
             that it raises ends all.
 
     Raises:
-        UserError: a source is neither folder nor archive; a required file is in none of them; an
+        UserError: A source is neither folder nor archive; a required file is in none of them; an
             archive is refused.
     """
     roots, archives = [], []

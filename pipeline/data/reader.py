@@ -50,11 +50,11 @@ class RowGroupReader:
     reader.
 
     Args:
-        store: the images.
-        buffer_bytes: size of the row groups that are kept.
+        store: The images.
+        buffer_bytes: Size of the row groups that are kept.
 
     Raises:
-        RunError: a page's checksum does not match; the shard is named.
+        RunError: A page's checksum does not match; the shard is named.
     """
 
     def __init__(self, store: Store, buffer_bytes: int = _BUFFER_BYTES) -> None:
@@ -127,15 +127,15 @@ def open_reader(uri: str, fingerprint: str, cache: Cache | None) -> Reader:
     """The reader of a store, one for each process.
 
     Args:
-        uri: address of the store.
-        fingerprint: content that the store must have; a store written again under the same uri gets
+        uri: Address of the store.
+        fingerprint: Content that the store must have; a store written again under the same uri gets
             a new reader.
-        cache: folder of this node's copy of the training split, which is made now if there is none;
+        cache: Folder of this node's copy of the training split, which is made now if there is none;
             None: row groups are read. If copies in use leave no room, row groups are read as well,
             with a warning.
 
     Raises:
-        RunError: the store has another fingerprint, or `open_local_copy` fails.
+        RunError: The store has another fingerprint, or `open_local_copy` fails.
     """
     store = Store(Folder(uri))
     if store.fingerprint != fingerprint:

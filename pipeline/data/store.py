@@ -58,12 +58,12 @@ class Samples:
     """A selection of images.
 
     Attributes:
-        ids: store sample ids.
-        labels: classes renumbered 0..C-1, or DISTRACTOR or JUNK.
-        class_names: the name of each class.
-        tracks: tracklets, as the store numbers them; None unless the dataset has them.
-        cameras: camera numbers; None unless the dataset has them.
-        frames: frame numbers within the tracklets; None unless the dataset has them.
+        ids: Store sample ids.
+        labels: Classes renumbered 0..C-1, or DISTRACTOR or JUNK.
+        class_names: The name of each class.
+        tracks: Tracklets, as the store numbers them; None unless the dataset has them.
+        cameras: Camera numbers; None unless the dataset has them.
+        frames: Frame numbers within the tracklets; None unless the dataset has them.
     """
 
     ids: Int64[np.ndarray, " samples"]
@@ -86,7 +86,7 @@ class Store:
     """An opened store.
 
     Raises:
-        UserError: there is no store, its format is newer than this program, its catalogue is
+        UserError: There is no store, its format is newer than this program, its catalogue is
             damaged, or a shard is missing or has another size than the manifest says.
     """
 
@@ -173,7 +173,7 @@ class Store:
         """Reads one shard whole and compares its checksum.
 
         Raises:
-            RunError: the bytes are not those that were written; the shard is named.
+            RunError: The bytes are not those that were written; the shard is named.
         """
         data = self.folder.read(record["file"])
         if hashlib.sha256(data).hexdigest() != record["sha256"]:

@@ -27,12 +27,12 @@ class Shard:
     """One writing task: the images of a file, with the values of their columns.
 
     Attributes:
-        file: path below the store.
-        entries: the images, in order.
-        first_id: sample id of the first; the others follow.
-        labels: the class of each, or DISTRACTOR or JUNK.
-        folds: the validation fold of each, -1 for test images.
-        extra_columns: values of track, camera and frame, where the dataset has them.
+        file: Path below the store.
+        entries: The images, in order.
+        first_id: Sample id of the first; the others follow.
+        labels: The class of each, or DISTRACTOR or JUNK.
+        folds: The validation fold of each, -1 for test images.
+        extra_columns: Values of track, camera and frame, where the dataset has them.
     """
 
     file: str
@@ -51,7 +51,7 @@ def plan_shards(entries: Iterable[Entry], num_folds: int, images_per_shard: int)
     into shards.
 
     Raises:
-        UserError: a distractor or junk in the training split; or tracks, cameras or frames of some
+        UserError: A distractor or junk in the training split; or tracks, cameras or frames of some
             images only.
     """
     ordered = sorted(
@@ -154,24 +154,24 @@ def write_store(
     """Writes a whole store and opens it.
 
     Args:
-        name: the dataset's name, for reports.
-        entries: the images.
-        target: an empty or unfinished store; files of the same names are replaced.
-        run: maps a function over the shards, in any order; the parallel engine.
-        num_folds: validation folds of the training classes.
-        images_per_shard: upper bound.
-        max_side: reduce images whose longer side is larger, pixels.
-        max_pixels: reject images of more pixels, see `normalise`.
-        max_rejected: share of unreadable images, 0 to 1, above which the store is refused.
-        crop: store only the pixels within the entries' boxes.
-        source: origin of the entries, for the manifest: a published dataset, folder, csv or emoji.
-        protocol: one of PROTOCOLS (default: by the splits, query_gallery or leave_one_out).
-        missing: a sentence for each thing that a published dataset lacks; None for other datasets,
+        name: The dataset's name, for reports.
+        entries: The images.
+        target: An empty or unfinished store; files of the same names are replaced.
+        run: Maps a function over the shards, in any order; the parallel engine.
+        num_folds: Validation folds of the training classes.
+        images_per_shard: Upper bound.
+        max_side: Reduce images whose longer side is larger, pixels.
+        max_pixels: Reject images of more pixels, see `normalise`.
+        max_rejected: Share of unreadable images, 0 to 1, above which the store is refused.
+        crop: Store only the pixels within the entries' boxes.
+        source: Origin of the entries, for the manifest: a published dataset, folder, csv or emoji.
+        protocol: One of PROTOCOLS (default: by the splits, query_gallery or leave_one_out).
+        missing: A sentence for each thing that a published dataset lacks; None for other datasets,
             which have no list of their images. Then rejected images do not make the dataset
             partial.
 
     Raises:
-        UserError: too many unreadable images, `rejected.csv` then names them; no boxes to crop to;
+        UserError: Too many unreadable images, `rejected.csv` then names them; no boxes to crop to;
             what `plan_shards` refuses.
     """
     if crop and not all(e.box for e in entries):

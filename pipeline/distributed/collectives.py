@@ -22,8 +22,8 @@ class Ranks:
     """This process's rank among the workers, and collective operations with the others.
 
     Attributes:
-        rank: from 0 to `world` - 1.
-        world: number of workers.
+        rank: From 0 to `world` - 1.
+        world: Number of workers.
     """
 
     rank: int = 0
@@ -107,10 +107,10 @@ def gather(
     """Rows of all ranks, with gradient (and forward-mode derivative).
 
     Args:
-        local: this rank's rows; may be empty.
-        start: index of the first of them among the rows of all ranks.
-        total: number of rows of all ranks together.
-        ranks: the ranks that take part; their rows cover 0..total without overlap.
+        local: This rank's rows; may be empty.
+        start: Index of the first of them among the rows of all ranks.
+        total: Number of rows of all ranks together.
+        ranks: The ranks that take part; their rows cover 0..total without overlap.
     """
     return local if ranks.world == 1 else _Gather.apply(local, start, total)
 

@@ -26,16 +26,16 @@ def run_on_ray(
     """Maps a function over tasks, in any order, one CPU each; shows a progress bar.
 
     Args:
-        function: does one task and returns a small record.
-        tasks: any picklable values whose length is a number of images, which the progress bar
+        function: Does one task and returns a small record.
+        tasks: Any picklable values whose length is a number of images, which the progress bar
             counts.
-        title: text beside the progress bar.
-        actors: the largest number of Ray actors, each with its own copy of `function`; 0: plain Ray
+        title: Text beside the progress bar.
+        actors: The largest number of Ray actors, each with its own copy of `function`; 0: plain Ray
             tasks.
         gpus: GPUs of each actor or Ray task.
 
     Raises:
-        RunError, UserError: the error of a task, as it was raised there.
+        RunError, UserError: The error of a task, as it was raised there.
     """
     import ray.data
 

@@ -27,7 +27,7 @@ def ray_session(cpus: int) -> Iterator[Any]:
     """Connects to the cluster of RAY_ADDRESS, or starts Ray here with `cpus` logical CPUs; disconnects or stops at the end.
 
     Raises:
-        UserError: the cluster cannot be reached.
+        UserError: The cluster cannot be reached.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other busy program nearly stop a run

@@ -48,7 +48,7 @@ class RunStatusProxy:
     """A worker's access to the status in another process.
 
     Args:
-        actor: handle of a Ray actor of class `RunStatus`.
+        actor: Handle of a Ray actor of class `RunStatus`.
     """
 
     PUBLISH_EVERY_S = 0.3

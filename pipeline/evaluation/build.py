@@ -17,9 +17,9 @@ def build_method(config: Config, features: int, samples: Samples) -> Method:
     """The configured method on the CPU, for the classes of the training samples.
 
     Args:
-        config: the run's configuration.
-        features: width F of the trunk's pooled features.
-        samples: the training set.
+        config: The run's configuration.
+        features: Width F of the trunk's pooled features.
+        samples: The training set.
     """
     return METHODS[config.method.name](config.method, features, int(samples.labels.max()) + 1)
 
@@ -28,12 +28,12 @@ def build_network(config: Config, samples: Samples, device: torch.device) -> tup
     """Trunk and method in the run's precision, with the same initial weights on every rank.
 
     Args:
-        config: the run's configuration.
-        samples: the training set.
-        device: device of the weights.
+        config: The run's configuration.
+        samples: The training set.
+        device: Device of the weights.
 
     Raises:
-        UserError: as `build_trunk`.
+        UserError: As `build_trunk`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -49,10 +49,10 @@ def build_embedder(
     """An embedder of a store's images with the transforms of evaluation, read without the cache.
 
     Args:
-        config: the run's configuration.
-        store: the dataset.
-        device: device of trunk and method.
-        ranks: the ranks that share the work.
+        config: The run's configuration.
+        store: The dataset.
+        device: Device of trunk and method.
+        ranks: The ranks that share the work.
         loader: "ray" or "in_process".
         loader_cpus: CPUs of a Ray Data pipeline.
     """

@@ -22,7 +22,7 @@ def clustering(
     `iterations` float32 matrix products N x C x D.
 
     Raises:
-        ValueError: as `retrieve`; or fewer than two classes or no two rows of one, where the
+        ValueError: As `retrieve`; or fewer than two classes or no two rows of one, where the
             measures are undefined.
     """
     vectors = labelled_rows(embeddings, labels, "embeddings")

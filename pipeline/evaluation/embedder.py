@@ -22,13 +22,13 @@ class Embedder:
     """Computes embeddings of sample ids.
 
     Attributes:
-        source: store and transforms of the images.
-        engine: loader engine, "ray" or "in_process".
+        source: Store and transforms of the images.
+        engine: Loader engine, "ray" or "in_process".
         loader_cpus: CPUs of a Ray Data pipeline.
-        batch_size: images in a forward pass.
-        precision: the run's precision; bf16 runs the trunk in autocast.
-        device: device of the trunk.
-        ranks: the ranks that share the work.
+        batch_size: Images in a forward pass.
+        precision: The run's precision; bf16 runs the trunk in autocast.
+        device: Device of the trunk.
+        ranks: The ranks that share the work.
     """
 
     source: ImageSource
@@ -65,7 +65,7 @@ class Embedder:
         over the ranks.
 
         Raises:
-            ValueError: the mean of a tracklet is zero or not finite.
+            ValueError: The mean of a tracklet is zero or not finite.
         """
         sums = TrackSums.empty(tracks, self._embed(self._no_pixels(), trunk, method).shape[1])
         start = self.ranks.slice(len(ids)).start

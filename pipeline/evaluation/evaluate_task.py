@@ -28,9 +28,9 @@ class EvaluationResult:
     """Metrics, and the neighbours of each query.
 
     Attributes:
-        metrics: in percent, by name; numbers of queries as counts.
-        retrieval: ranks and neighbours of the queries.
-        queries, gallery: the images; tracklets are represented by their first frames.
+        metrics: In percent, by name; numbers of queries as counts.
+        retrieval: Ranks and neighbours of the queries.
+        queries, gallery: The images; tracklets are represented by their first frames.
     """
 
     metrics: dict[str, float]
@@ -50,14 +50,14 @@ def evaluate(
     """Embeds a task's images and measures retrieval; the same result on every rank, for any number of ranks.
 
     Args:
-        task: queries, gallery and protocol.
-        embedder: embeds the images.
-        trunk, method: the model; without a method the pooled features are measured.
-        recall_at: every K of Recall@K, or of CMC@K.
-        cluster: measure NMI and AMI as well (k-means over the queries' embeddings).
+        task: Queries, gallery and protocol.
+        embedder: Embeds the images.
+        trunk, method: The model; without a method the pooled features are measured.
+        recall_at: Every K of Recall@K, or of CMC@K.
+        cluster: Measure NMI and AMI as well (k-means over the queries' embeddings).
 
     Raises:
-        RunError: embeddings are zero or not finite, or no query has a positive.
+        RunError: Embeddings are zero or not finite, or no query has a positive.
     """
     ranks = embedder.ranks
     try:

@@ -46,8 +46,8 @@ class ReidSet:
 
     Attributes:
         embeddings: float32 or float64, of any length but zero.
-        labels: number of the person, 0 or more; in a gallery also `DISTRACTOR` and `JUNK`.
-        cameras: number of the camera, any integer.
+        labels: Number of the person, 0 or more; in a gallery also `DISTRACTOR` and `JUNK`.
+        cameras: Number of the camera, any integer.
     """
 
     embeddings: Float[Tensor, "rows dim"]
@@ -58,7 +58,7 @@ class ReidSet:
         """Rows, labels and cameras.
 
         Raises:
-            ValueError: as `NormedRows.of`; not one label and camera a row; a label below
+            ValueError: As `NormedRows.of`; not one label and camera a row; a label below
                 `least_label`.
         """
         vectors = NormedRows.of(self.embeddings, name)
@@ -79,12 +79,12 @@ class ReidRetrieval(Concatenable):
     """Results per query.
 
     Attributes:
-        first_hit: rank of the nearest correct match in the filtered ranking, 0 is the nearest row;
+        first_hit: Rank of the nearest correct match in the filtered ranking, 0 is the nearest row;
             -1 if there is none.
-        average_precision: in [0, 1]; 0 if the query has no correct match.
-        average_precision_trapezoidal: the same by the trapezoidal rule.
+        average_precision: In [0, 1]; 0 if the query has no correct match.
+        average_precision_trapezoidal: The same by the trapezoidal rule.
         num_relevant: R, the number of correct matches.
-        neighbours: gallery rows of the nearest `keep` that are not junk, nearest first; -1 where
+        neighbours: Gallery rows of the nearest `keep` that are not junk, nearest first; -1 where
             there are fewer.
     """
 
@@ -98,7 +98,7 @@ class ReidRetrieval(Concatenable):
         """Averages over the queries that have a correct match.
 
         Args:
-            cmc_at: every k of CMC@k: the share of queries with a correct match among their k
+            cmc_at: Every k of CMC@k: the share of queries with a correct match among their k
                 nearest rows.
 
         Returns:
@@ -106,7 +106,7 @@ class ReidRetrieval(Concatenable):
             `queries_without_positive`, the number left out.
 
         Raises:
-            ValueError: no query has a correct match, so that there is nothing to average.
+            ValueError: No query has a correct match, so that there is nothing to average.
         """
         counted = self.num_relevant > 0
         if not counted.any():
@@ -138,16 +138,16 @@ def match(
     about `memory_bytes` beside the embeddings.
 
     Args:
-        queries, gallery: the gallery may contain the queries, each of which is junk for itself.
-        distractors: whether distractors count as wrong or as junk. `junk` for the MARS figures of
+        queries, gallery: The gallery may contain the queries, each of which is junk for itself.
+        distractors: Whether distractors count as wrong or as junk. `junk` for the MARS figures of
             OSM+CAA, whose script ranks 00-1 instead: give those rows a label that no query has.
-        reranking: ranks by its distance instead of the cosine; made from the same rows.
-        part: range of queries to rank, one rank's share; default all.
-        keep: neighbours to return for each query.
-        memory_bytes: size of the temporary blocks. It changes time, never the result.
+        reranking: Ranks by its distance instead of the cosine; made from the same rows.
+        part: Range of queries to rank, one rank's share; default all.
+        keep: Neighbours to return for each query.
+        memory_bytes: Size of the temporary blocks. It changes time, never the result.
 
     Raises:
-        ValueError: wrong dtype or shape; a row of length zero or with a NaN or infinity; a label
+        ValueError: Wrong dtype or shape; a row of length zero or with a NaN or infinity; a label
             below those allowed; a reranking of other rows.
     """
     if keep < 1:

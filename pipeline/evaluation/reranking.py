@@ -42,8 +42,8 @@ class KNearestAndFarthest(Concatenable):
     """The nearest and the farthest rows of each row, among all queries and gallery rows.
 
     Attributes:
-        nearest: the k1 nearest other rows, nearest first.
-        farthest: the farthest row.
+        nearest: The k1 nearest other rows, nearest first.
+        farthest: The farthest row.
     """
 
     nearest: Int64[np.ndarray, "rows k1"]
@@ -56,10 +56,10 @@ class KNearestAndFarthest(Concatenable):
         """Nearest and farthest rows of a range of rows, in about the time of two `retrieval.retrieve` without a gallery.
 
         Args:
-            embeddings: queries, then gallery.
-            k1: number of nearest rows, fewer than there are rows.
-            part: range of rows to search for, one rank's share; default all.
-            memory_bytes: size of the temporary blocks. It changes time, never the result.
+            embeddings: Queries, then gallery.
+            k1: Number of nearest rows, fewer than there are rows.
+            part: Range of rows to search for, one rank's share; default all.
+            memory_bytes: Size of the temporary blocks. It changes time, never the result.
 
         Raises:
             ValueError: k1 out of range; as `retrieval.retrieve`.
@@ -85,11 +85,11 @@ class Reranking:
     """Distances d* of queries and gallery, block by block.
 
     Attributes:
-        cosine: cosine similarities of queries and gallery.
-        largest: the cosine distance of each query to its farthest row.
+        cosine: Cosine similarities of queries and gallery.
+        largest: The cosine distance of each query to its farthest row.
         queries: V' of the queries, csr [queries, all rows].
         gallery: V' of the gallery, csc [gallery, all rows].
-        weight: weight of the original distance; the paper's lambda.
+        weight: Weight of the original distance; the paper's lambda.
     """
 
     cosine: ExactCosine
@@ -115,15 +115,15 @@ class Reranking:
         made.
 
         Args:
-            queries, gallery: embeddings, as given to `reid.match`.
-            k1: number of nearest neighbours that may be reciprocal.
-            k2: number of rows in the local query expansion, the row itself included; 1 for none.
-            weight: weight of the original distance, 0 to 1.
-            neighbours: neighbours of the rows of queries and gallery, in this order, for k1;
+            queries, gallery: Embeddings, as given to `reid.match`.
+            k1: Number of nearest neighbours that may be reciprocal.
+            k2: Number of rows in the local query expansion, the row itself included; 1 for none.
+            weight: Weight of the original distance, 0 to 1.
+            neighbours: Neighbours of the rows of queries and gallery, in this order, for k1;
                 default: computed here.
 
         Raises:
-            ValueError: a value out of range; neighbours of other rows or another k1; as
+            ValueError: A value out of range; neighbours of other rows or another k1; as
                 `retrieval.retrieve`.
         """
         if not (1 <= k2 <= k1 + 1 and 0 <= weight <= 1):

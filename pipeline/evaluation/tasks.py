@@ -27,13 +27,13 @@ class RetrievalTask:
     """A retrieval task.
 
     Attributes:
-        queries: images, or frames of tracklets.
-        gallery: images among which they are searched; None: the other queries (leave-one-out).
-        reid: re-identification: CMC and mAP are measured; images of the query's class by the
+        queries: Images, or frames of tracklets.
+        gallery: Images among which they are searched; None: the other queries (leave-one-out).
+        reid: Re-identification: CMC and mAP are measured; images of the query's class by the
             query's camera are junk, and so are rows of the label JUNK. The gallery may contain the
             queries.
-        distractors: with reid, whether rows of the label DISTRACTOR count as wrong or as junk.
-        reranking: with reid, settings of k-reciprocal re-ranking; None: ranks by cosine.
+        distractors: With reid, whether rows of the label DISTRACTOR count as wrong or as junk.
+        reranking: With reid, settings of k-reciprocal re-ranking; None: ranks by cosine.
     """
 
     queries: Samples
@@ -49,7 +49,7 @@ class RetrievalTask:
             cluster: NMI and AMI will be computed as well.
 
         Raises:
-            ValueError: no query has a positive, or there are not the classes that a clustering
+            ValueError: No query has a positive, or there are not the classes that a clustering
                 needs.
         """
         queries, gallery = (

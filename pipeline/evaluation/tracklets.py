@@ -23,9 +23,9 @@ class TrackSums:
     batch size; sums of the ranks' sums differ by rounding in float64.
 
     Attributes:
-        tracks: numbers of the tracklets, ascending.
+        tracks: Numbers of the tracklets, ascending.
         sums: float64, on the CPU.
-        counts: number of frames added to each.
+        counts: Number of frames added to each.
     """
 
     tracks: Int64[np.ndarray, " tracks"]
@@ -45,7 +45,7 @@ class TrackSums:
         """Adds frames, of any tracklets in any order.
 
         Raises:
-            ValueError: not one tracklet a frame; other than the expected dimension; an unknown
+            ValueError: Not one tracklet a frame; other than the expected dimension; an unknown
                 tracklet.
         """
         if embeddings.shape != (len(tracks), self.sums.shape[1]):
@@ -66,7 +66,7 @@ class TrackSums:
         """The mean of each tracklet's frames, at length one; tracklets ascending.
 
         Raises:
-            ValueError: a tracklet without a frame, or with a mean that is zero or not finite.
+            ValueError: A tracklet without a frame, or with a mean that is zero or not finite.
         """
         norms = self.sums.norm(dim=1, keepdim=True)  # the mean's norm times the count, which cancels at length one
         for mask, problem in [
@@ -90,7 +90,7 @@ def pool_tracks(
         The numbers of the tracklets, ascending, and their rows.
 
     Raises:
-        ValueError: as `TrackSums`.
+        ValueError: As `TrackSums`.
     """
     pooled = TrackSums.empty(tracks, embeddings.shape[-1])
     pooled.add(embeddings, tracks)

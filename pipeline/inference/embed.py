@@ -43,9 +43,9 @@ class EmbedTask:
     """Embeds a range of images and writes them into a file.
 
     Args:
-        trained: the model.
-        splits: splits of its dataset, whose images are ordered by sample id.
-        target: the folder of the files.
+        trained: The model.
+        splits: Splits of its dataset, whose images are ordered by sample id.
+        target: The folder of the files.
     """
 
     def __init__(self, trained: TrainedModel, splits: Sequence[str], target: Folder) -> None:
@@ -92,13 +92,13 @@ def embed(trained: TrainedModel, splits: Sequence[str], target: Folder, workers:
     """Writes the embeddings of all images of some splits; returns the manifest.
 
     Args:
-        trained: the model.
-        splits: splits of its dataset.
-        target: an empty folder, or one that an interrupted call with the same arguments has begun.
-        workers: number of processes on Ray; 0: this process.
+        trained: The model.
+        splits: Splits of its dataset.
+        target: An empty folder, or one that an interrupted call with the same arguments has begun.
+        workers: Number of processes on Ray; 0: this process.
 
     Raises:
-        UserError: no such images; the folder holds other embeddings, or cannot be written.
+        UserError: No such images; the folder holds other embeddings, or cannot be written.
     """
     work = EmbedTask(trained, splits, target)
     total = len(work.rows)

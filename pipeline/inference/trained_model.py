@@ -25,11 +25,11 @@ class TrainedModel:
     """One checkpoint; can be sent to other processes.
 
     Attributes:
-        run: the run's folder.
-        config: its configuration.
-        dataset, fingerprint: address of its store, and the content that it must have.
-        kind: the checkpoint's folder, "checkpoints" or "best".
-        step: steps done at the checkpoint.
+        run: The run's folder.
+        config: Its configuration.
+        dataset, fingerprint: Address of its store, and the content that it must have.
+        kind: The checkpoint's folder, "checkpoints" or "best".
+        step: Steps done at the checkpoint.
     """
 
     run: Folder
@@ -43,7 +43,7 @@ class TrainedModel:
         """Opens the dataset.
 
         Raises:
-            UserError: it has changed since the run.
+            UserError: It has changed since the run.
         """
         store = Store(Folder(self.dataset))
         if store.fingerprint != self.fingerprint:
@@ -69,11 +69,11 @@ def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
     """Loads a checkpoint of a run.
 
     Args:
-        name: the run's folder, URI, or name below the default storage.
+        name: The run's folder, URI, or name below the default storage.
         checkpoint: "best", "last", or a step; None: the run's `evaluation.checkpoint`.
 
     Raises:
-        UserError: there is no such run or checkpoint.
+        UserError: There is no such run or checkpoint.
     """
     folder = _folder(name)
     config = build_config(yaml.safe_load(folder.read(CONFIG)))

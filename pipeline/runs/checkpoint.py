@@ -39,15 +39,15 @@ class TrainingState:
     """The state of a run beside its tensors.
 
     Attributes:
-        step: steps done.
-        epoch: epoch that the next step belongs to.
-        step_in_epoch: steps done of that epoch.
-        seconds: time spent in training steps, over all starts.
-        waited_s: the part of `seconds` spent waiting for data.
-        images: number of images trained on.
-        frozen: metrics of the untrained trunk on the test classes.
-        best_step, best_metrics: the best validation so far; -1 and empty before the first.
-        finished: the run has reached its length.
+        step: Steps done.
+        epoch: Epoch that the next step belongs to.
+        step_in_epoch: Steps done of that epoch.
+        seconds: Time spent in training steps, over all starts.
+        waited_s: The part of `seconds` spent waiting for data.
+        images: Number of images trained on.
+        frozen: Metrics of the untrained trunk on the test classes.
+        best_step, best_metrics: The best validation so far; -1 and empty before the first.
+        finished: The run has reached its length.
     """
 
     step: int = 0
@@ -66,9 +66,9 @@ class Checkpoints:
     """Reads and writes the checkpoints of one run folder.
 
     Args:
-        run: the run folder.
-        keep: number of resumable checkpoints that are kept.
-        incarnation: number of this start; 0 for readers.
+        run: The run folder.
+        keep: Number of resumable checkpoints that are kept.
+        incarnation: Number of this start; 0 for readers.
     """
 
     def __init__(self, run: Folder, keep: int = 2, incarnation: int = 0) -> None:
@@ -109,7 +109,7 @@ class Checkpoints:
         `write_extra` writes further files into its folder, before it counts as complete.
 
         Raises:
-            RunError: another process now owns the run, or a tensor is not finite; nothing has been
+            RunError: Another process now owns the run, or a tensor is not finite; nothing has been
                 written then.
         """
         self._require_owner()
@@ -147,7 +147,7 @@ class Checkpoints:
         """Replaces the progress of the checkpoint of `progress.step`, whose tensors stay, in one write.
 
         Raises:
-            RunError: another process now owns the run.
+            RunError: Another process now owns the run.
         """
         self._require_owner()
         name = f"{checkpoint_folder('checkpoints', progress.step)}/{CHECKPOINT}"
@@ -195,7 +195,7 @@ class Checkpoints:
         """Puts a checkpoint's tensors into place; returns its stored plan.
 
         Raises:
-            UserError: a file is damaged (named), or the tensors do not fit.
+            UserError: A file is damaged (named), or the tensors do not fit.
         """
         base = checkpoint_folder(kind, step)
         checksums: dict[str, str] = self.run.read_json(f"{base}/{CHECKPOINT}")["sha256"]

@@ -69,12 +69,12 @@ def write_report(run: Folder, store: Store) -> None:
     there is one; of the dataset it reads only the images that are shown.
 
     Args:
-        run: the run folder.
-        store: the dataset of the run.
+        run: The run folder.
+        store: The dataset of the run.
 
     Raises:
-        UserError: the run has not finished, or its neighbours are not samples of this dataset.
-        RunError: a shard of the dataset is damaged.
+        UserError: The run has not finished, or its neighbours are not samples of this dataset.
+        RunError: A shard of the dataset is damaged.
     """
     if not run.exists(SUMMARY):
         raise UserError(f"{run} contains no finished run (no summary.json): finish it with `python -m pipeline.train`")
@@ -193,9 +193,9 @@ class RetrievedNeighbours(NamedTuple):
     """A query and its neighbours.
 
     Attributes:
-        query: store id.
-        neighbours: store ids, nearest first; -1 where the gallery is smaller than that.
-        average_precision: the query's term of MAP@R, 0 to 1.
+        query: Store id.
+        neighbours: Store ids, nearest first; -1 where the gallery is smaller than that.
+        average_precision: The query's term of MAP@R, 0 to 1.
         relevant: R, the number of gallery images of its class.
     """
 
@@ -209,7 +209,7 @@ def _choose_queries(run: Folder, store: Store) -> Groups:
     """Worst, random and best queries among those that have a positive; empty if there are none.
 
     Raises:
-        UserError: an id is not in the store.
+        UserError: An id is not in the store.
     """
     if not run.exists(NEIGHBOURS):
         return {}

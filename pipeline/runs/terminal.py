@@ -20,7 +20,7 @@ class Display:
     """Shows the status of a run.
 
     Args:
-        console: a terminal gets a live bar, anything else a line every 15 s and at every change of
+        console: A terminal gets a live bar, anything else a line every 15 s and at every change of
             phase.
     """
 

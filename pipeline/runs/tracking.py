@@ -28,8 +28,8 @@ class Tracker:
     """Writes the metrics of one run.
 
     Args:
-        run: the run folder.
-        step: step that the run starts or resumes at.
+        run: The run folder.
+        step: Step that the run starts or resumes at.
     """
 
     def __init__(self, run: Folder, step: int) -> None:
@@ -55,9 +55,9 @@ class Tracker:
         """Appends one line; `kind` is train, validation or test.
 
         Args:
-            step: steps done.
+            step: Steps done.
             kind: "train", "validation", "test" or "frozen".
-            values: numbers by name.
+            values: Numbers by name.
         """
         if (step, kind) not in self._written:
             with open(self._path, "a") as file:
@@ -82,7 +82,7 @@ class Tracker:
         """Closes the files.
 
         Args:
-            sync: make everything visible in the run folder first.
+            sync: Make everything visible in the run folder first.
         """
         if sync:
             self.sync()

@@ -25,7 +25,7 @@ class Folder:
     """A folder on any file system; all paths given to its methods are relative to it.
 
     Args:
-        uri: a local path (made absolute) or a URI such as "s3://bucket/prefix".
+        uri: A local path (made absolute) or a URI such as "s3://bucket/prefix".
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
@@ -78,7 +78,7 @@ class Folder:
         """Paths of all files below, relative to this folder, sorted.
 
         Raises:
-            OSError: a local folder cannot be listed.
+            OSError: A local folder cannot be listed.
         """
         root = self.path()
         if self.is_local:  # fsspec silently leaves out folders that it cannot list
@@ -106,7 +106,7 @@ class Folder:
         """The bytes from `start` to `end`.
 
         Raises:
-            RunError: the file ends before.
+            RunError: The file ends before.
         """
         data = bytes(self.fs.cat_file(self.path(name), start=start, end=end)) if start < end else b""
         if len(data) != end - start:

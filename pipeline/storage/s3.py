@@ -79,7 +79,7 @@ def retry_timeout() -> float:
     """Seconds that the faults of one request may last: $RAYDML_S3_RETRY_TIMEOUT_S, else 60.
 
     Raises:
-        UserError: the variable is not a number of seconds, 0 or more.
+        UserError: The variable is not a number of seconds, 0 or more.
     """
     variable = RETRY_TIMEOUT if os.environ.get(RETRY_TIMEOUT) else RETRY_TIMEOUT_ALIAS
     text = os.environ.get(variable, "")
@@ -96,13 +96,13 @@ class S3(S3FileSystem):
     """Object storage; credentials, endpoint and region come from the environment.
 
     Args:
-        retry_timeout_s: how long the faults of one request may last before it fails; 0 tries once.
+        retry_timeout_s: How long the faults of one request may last before it fails; 0 tries once.
 
     Raises:
-        RunError: faults lasted longer than that, or the storage refuses the request; the object is
+        RunError: Faults lasted longer than that, or the storage refuses the request; the object is
             named.
-        UserError: credentials, bucket, region or endpoint are wrong; at once.
-        FileNotFoundError: there is no such object.
+        UserError: Credentials, bucket, region or endpoint are wrong; at once.
+        FileNotFoundError: There is no such object.
     """
 
     retries = 1  # s3fs's own

@@ -257,7 +257,7 @@ def test_an_older_process_of_the_same_run_stops(make_run: MakeRun, references: d
     assert newer.wait() == 0, newer.output()
     older.signal(signal.SIGCONT)
     assert older.wait() == 1
-    assert "error: run" in older.output() and "another process (attempt" in older.output()
+    assert "error: another process (attempt 2) now owns the run" in older.output()
     expected = references["baseline"].left
     for name in ("last", "best", "progress", "summary"):
         same(run.left()[name], expected[name])
