@@ -29,7 +29,7 @@ from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
 from pipeline.neighbours import kernels
-from pipeline.neighbours.candidates import Search, close_rows, given_up
+from pipeline.neighbours.candidates import Search, close_rows, given_up, multiply_on_device
 from pipeline.neighbours.exact_cosine import Concatenable, ExactCosine, NormedRows, run_blocks, slices
 from pipeline.neighbours.kernels import Candidates, Mask, compiled
 
@@ -180,9 +180,11 @@ class _Ranking:
             most_close=len(rows) // PAIR_COST,
             accelerator=not isinstance(rows, np.ndarray),
         )
+        undecided = [np.empty(0, np.int64)]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            undecided = [*pool.map(lambda block: self._rank(*block), search.collect(self.memory_bytes))]
-        self._rank_exactly(np.concatenate([np.empty(0, np.int64), *undecided]))
+            for group in search.groups(self.memory_bytes):  # each is ranked before the next takes memory
+                undecided += pool.map(lambda block: self._rank(*block), search.collect(group, self.memory_bytes))
+        self._rank_exactly(np.concatenate(undecided))
 
     def _on_device(self, units: np.ndarray) -> np.ndarray | Tensor:
         return torch.from_numpy(units).to(self.device) if on_accelerator(self.device) else units
@@ -209,8 +211,10 @@ class _Ranking:
             stop = int(np.searchsorted(ordered, classes[-1], "right"))
             for block in slices(stop - start, _CLASS_ROWS):
                 found = row_by_class[start:stop][block]
-                tile = queries[some] @ rows[found].T
-                tile = tile if isinstance(tile, np.ndarray) else tile.cpu().numpy()
+                if isinstance(queries, Tensor):
+                    tile = multiply_on_device(queries[some], rows[found]).cpu().numpy()
+                else:
+                    tile = queries[some] @ rows[found].T
                 _largest_of_class(tile, some, found, classes, row_classes[found], self.leave_one_out, best)
         best[self.num_relevant == 0] = np.inf
         return best

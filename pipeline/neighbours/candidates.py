@@ -8,23 +8,21 @@ order and the number of threads change what is collected on the way, but never w
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pipeline.neighbours import kernels
 from pipeline.neighbours.kernels import Candidates, Hits, Mask
+from pipeline.neighbours.thread_pool import thread_pool
 
 # Rows and columns of a tile at the most: 16 MB; where the dimension is small, 4 MB, since writing and reading it takes longer
 # than the product. Not powers of two: rows would fall on the same lines of the cache (4 % slower).
@@ -69,16 +67,7 @@ class Search:
     most_close: int = 2**31 - 1
     accelerator: bool = False
 
-    def collect(self, memory_bytes: int) -> Iterator[tuple[slice, Candidates]]:
-        """Sorted candidates of consecutive blocks of queries, in about `memory_bytes`."""
-        for group in self._groups(memory_bytes):
-            blocks = (self._on_device if self.accelerator else self._in_tiles)(group, memory_bytes)
-            start = group.start
-            for block in blocks:
-                yield slice(start, start + len(block.counts)), block
-                start += len(block.counts)
-
-    def _groups(self, memory_bytes: int) -> list[slice]:
+    def groups(self, memory_bytes: int) -> list[slice]:
         """Ranges of queries whose candidates take about half the memory, to be searched one after the other."""
         group = np.cumsum(capacity(self.depth)) // max(1, memory_bytes // 2 // 8)
         cuts = [0] if len(self.depth) else []
@@ -86,6 +75,13 @@ class Search:
             if cut - cuts[-1] >= SMALLEST_TILE:
                 cuts.append(int(cut))
         return [slice(a, b) for a, b in itertools.pairwise([*cuts, len(self.depth)])]
+
+    def collect(self, group: slice, memory_bytes: int) -> Iterator[tuple[slice, Candidates]]:
+        """Sorted candidates of a group of queries, in consecutive blocks; takes about `memory_bytes`."""
+        start = group.start
+        for block in (self._on_device if self.accelerator else self._in_tiles)(group, memory_bytes):
+            yield slice(start, start + len(block.counts)), block
+            start += len(block.counts)
 
     def _in_tiles(self, group: slice, memory_bytes: int) -> list[Candidates]:
         """Candidates of a group of queries on the CPU, several tiles at a time."""
@@ -121,7 +117,7 @@ class Search:
                 padded[len(queries) :] = -np.inf
                 blocks[j].look_from_columns(padded, query_blocks[i].start, memory.hits)
 
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+        with thread_pool() as pool:
             for tiles in (first, other):
                 list(pool.map(tile, tiles))
             return list(pool.map(_Block.sorted, blocks))
@@ -130,11 +126,9 @@ class Search:
     def _on_device(self, group: slice, memory_bytes: int) -> Iterator[Candidates]:
         """Candidates of a group of queries, by matrix products and selections on their device."""
         for part in _cut(group.start, group.stop, max(1, memory_bytes // (24 * self.num_rows))):
-            queries, rows = self.queries(part), self.rows(slice(0, self.num_rows))
-            with _full_precision(queries.device.type):
-                similarity = queries @ rows.T
+            similarity = multiply_on_device(self.queries(part), self.rows(slice(0, self.num_rows)))
 
-            def move(array: np.ndarray, device: torch.device = queries.device) -> Tensor:
+            def move(array: np.ndarray, device: torch.device = similarity.device) -> Tensor:
                 return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
             hidden = move(self.ids[part])[:, None] == move(self.mask.ids)
@@ -171,14 +165,13 @@ class Search:
             yield block
 
 
-@contextlib.contextmanager
-def _full_precision(device: str) -> Iterator[None]:
-    """float32 products in float32: neither TF32 nor autocast."""
+def multiply_on_device(queries: Tensor, rows: Tensor) -> Tensor:
+    """Similarities of float32 vectors in full float32, with neither TF32 nor autocast, for which no margin would hold."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device, enabled=False):
-            yield
+        with torch.autocast(queries.device.type, enabled=False):
+            return queries @ rows.T
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pipeline.neighbours import kernels
+from pipeline.neighbours.thread_pool import thread_pool
 
 _CHUNK_ELEMENTS = 2**17  # float64 elements of a temporary array in a loop over rows or pairs: 1 MiB, stays in cache
 
@@ -142,11 +141,8 @@ class ExactCosine:
 
 
 def run_blocks(work: Callable[[Block], None], blocks: Iterable[Block]) -> None:
-    """Calls `work` on every block, one block a thread of torch.
-
-    BLAS's own threads would wait for each other in every product, 16 ms each on a busy machine.
-    """
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    """Calls `work` on every block, one block a thread of torch."""
+    with thread_pool() as pool:
         list(pool.map(work, blocks))
 
 

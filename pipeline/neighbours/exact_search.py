@@ -7,6 +7,7 @@ number of threads, on what else was asked, or on how rows are spread over shards
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,8 +104,7 @@ def search(
     if class_filter == "same":
         return _search_classes(queries, rows, k)
     labels = _labels(queries) if class_filter == "other" else None
-    vectors = _Lifted(np.asarray(queries.values, np.float32))
-    problem = _problem(vectors, queries.ids, labels, rows, k, _Lifted(rows.values))
+    problem = _problem(np.asarray(queries.values, np.float32), queries.ids, labels, rows, k, same=False)
     answers = _answers(problem, queries.__getitem__, rows, k, class_filter, memory_bytes)
     return Neighbours.concatenate([answer for _, answer in answers])
 
@@ -146,8 +146,8 @@ def search_all(
         for part in _slices(len(rows), TILE):
             yield part, _search_classes(as_queries(rows, part), rows, k)
         return
-    labels, vectors = (rows.labels if class_filter == "other" else None), _Lifted(rows.values)
-    problem = _problem(vectors, rows.ids, labels, rows, k, vectors)
+    labels = rows.labels if class_filter == "other" else None
+    problem = _problem(rows.values, rows.ids, labels, rows, k, same=True)
     yield from _answers(problem, lambda part: as_queries(rows, part), rows, k, class_filter, memory_bytes)
 
 
@@ -160,15 +160,14 @@ def as_queries(rows: Rows, part: slice) -> Queries:
 class _Lifted:
     """float32 vectors whose dot products order rows as their distances do: [q, 1, -|q|²/2] and [x, -|x|²/2, 1].
 
-    The product is q·x - |q|²/2 - |x|²/2, minus half the squared distance. Vectors are made for a range at a time.
+    The product is q·x - |q|²/2 - |x|²/2, minus half the squared distance. Vectors are made for a range at a time, and
+    multiplied by `scale`, a power of two.
     """
 
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-        self.halves = np.empty(len(values), np.float32)
-        for part in _slices(len(values), TILE):
-            block = values[part].astype(np.float32, copy=False)
-            self.halves[part] = -0.5 * np.einsum("nd,nd->n", block, block)
+    def __init__(self, values: np.ndarray, lengths: Float64[np.ndarray, " rows"], scale: float) -> None:
+        self.values, self.scale = values, np.float32(scale)
+        self.lengths = lengths * scale
+        self.halves = (-0.5 * np.square(self.lengths)).astype(np.float32)
 
     def queries(self, part: slice) -> Float32[np.ndarray, "rows lifted"]:
         return self._vectors(part, 1.0, self.halves[part])
@@ -179,7 +178,7 @@ class _Lifted:
     def _vectors(self, part: slice, before_last: Any, last: Any) -> np.ndarray:
         values = self.values[part]
         out = np.zeros((len(values), self.dim), np.float32)
-        out[:, : values.shape[1]] = values
+        np.multiply(values, self.scale, out=out[:, : values.shape[1]])
         out[:, -2], out[:, -1] = before_last, last
         return out
 
@@ -189,13 +188,22 @@ class _Lifted:
         return -(-(self.values.shape[1] + 2) // 8) * 8
 
 
-def _problem(
-    queries: _Lifted, ids: np.ndarray, labels: np.ndarray | None, rows: Rows, k: int, searched: _Lifted
-) -> Search:
-    """The search for candidates; with `labels`, among rows of other classes. Where both sides are one, pairs are shared."""
-    lengths = np.sqrt(-2.0 * queries.halves.astype(np.float64))
-    rounding = (rows.values.shape[1] + 12) * 2.0**-24  # Higham 2002, 3.1, as `NormedRows.margin`
-    error = rounding / (1 - rounding) * (lengths * rows.largest + (rows.largest**2 + lengths**2) / 2)
+def _lengths(values: np.ndarray) -> Float64[np.ndarray, " rows"]:
+    out = np.empty(len(values))
+    for part in _slices(len(values), TILE):
+        out[part] = np.sqrt(np.square(values[part], dtype=np.float64).sum(1))
+    return out
+
+
+def _problem(values: np.ndarray, ids: np.ndarray, labels: np.ndarray | None, rows: Rows, k: int, same: bool) -> Search:
+    """The search for candidates; with `labels`, among rows of other classes. `same`: the queries are the rows."""
+    lengths = _lengths(values)
+    longest = max(rows.largest, float(lengths.max()))
+    scale = 2.0 ** -int(np.clip(np.frexp(longest)[1], -126, 126))  # so that squares stay in the range of float32
+    queries = _Lifted(values, lengths, scale)
+    searched = queries if same else _Lifted(rows.values, _lengths(rows.values), scale)
+    rounding = (queries.dim + 10) * 2.0**-24  # Higham 2002, 3.1, as `NormedRows.margin`
+    error = rounding / (1 - rounding) * (queries.lengths + scale * rows.largest) ** 2 / 2
     other = labels is not None
     return Search(
         queries=queries.queries,
@@ -207,7 +215,7 @@ def _problem(
         margin=(2.02 * error).astype(np.float32),
         ids=ids,
         labels=(np.zeros(len(ids)) if labels is None else labels).astype(np.int64),
-        same=queries is searched,
+        same=same,
     )
 
 
@@ -220,7 +228,8 @@ def _answers(
     memory_bytes: int,
 ) -> Iterator[tuple[slice, Neighbours]]:
     """Neighbours of consecutive blocks of queries: the exact distances of the candidates decide."""
-    for part, c in problem.collect(memory_bytes):
+    groups = problem.groups(memory_bytes)
+    for part, c in itertools.chain.from_iterable(problem.collect(group, memory_bytes) for group in groups):
         asked, places = queries(part), _ranges(c.starts[:-1], c.counts)
         exact = np.empty(len(c.values))
         exact[places] = -_squared_distances(asked, rows, np.repeat(np.arange(len(asked)), c.counts), c.rows[places])

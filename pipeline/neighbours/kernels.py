@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-CHUNK = 32
 _ONE, _NONE = np.float32(1), np.float32(0)
 _MINUS_INFINITY = np.float32(-np.inf)
 # Reassociation applies to counts below 2**24 only, which float32 holds exactly in any order.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
+import time
 import tracemalloc
 from dataclasses import fields
 
@@ -188,8 +190,10 @@ def test_no_bit_depends_on_torch_settings():
             torch.set_num_threads(num_threads)
             assert_equal(retrieve(rows, labels), whole)
         torch.set_float32_matmul_precision("medium")  # allows bfloat16 products, with errors of 1e-3
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert_equal(retrieve(rows.requires_grad_(), labels), whole)
+        for way in ("as it comes", "device"):
+            with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+                take_way(patch, way)
+                assert_equal(retrieve(rows.requires_grad_(), labels), whole)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
@@ -253,6 +257,34 @@ def test_memory_is_bounded():
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_candidates_do_not_pile_up(monkeypatch):
+    """Where ranking takes longer than collecting: a group of queries is ranked before the next takes memory."""
+    waiting, most, lock = 0, 0, threading.Lock()
+    collect, rank = candidates.Search.collect, retrieval._Ranking._rank
+
+    def counted(self, *arguments):
+        nonlocal waiting, most
+        for block in collect(self, *arguments):
+            with lock:
+                waiting += 1
+                most = max(most, waiting)
+            yield block
+
+    def slow(self, *arguments):
+        nonlocal waiting
+        time.sleep(0.01)
+        undecided = rank(self, *arguments)
+        with lock:
+            waiting -= 1
+        return undecided
+
+    monkeypatch.setattr(candidates.Search, "collect", counted)
+    monkeypatch.setattr(retrieval._Ranking, "_rank", slow)
+    rows, labels = clustered(600, 100, 8)
+    retrieve(rows, labels, memory_bytes=1)
+    assert most == 1
 
 
 @pytest.mark.parametrize("dim", [100, 1000])

@@ -19,7 +19,7 @@ def problems(draw: st.DrawFn) -> tuple[Queries, Rows, int]:
     """Few distinct values, so that duplicates and ties are common; singletons, one dimension, no rows at all."""
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     rows, dim, queries = draw(st.integers(0, 120)), draw(st.integers(1, 9)), draw(st.integers(0, 12))
-    spread = draw(st.sampled_from(["continuous", "whole", "one point", "far away"]))
+    spread = draw(st.sampled_from(["continuous", "whole", "one point", "far away", "long", "short"]))
     values = random.normal(size=(rows + queries, dim))
     if spread == "whole":
         values = np.round(values)
@@ -27,7 +27,9 @@ def problems(draw: st.DrawFn) -> tuple[Queries, Rows, int]:
         values = np.ones_like(values) + 1e-7 * np.round(values)
     elif spread == "far away":
         values = 1e6 + values
-    dtype = draw(st.sampled_from([np.float32, np.float16])) if spread != "far away" else np.float32
+    elif spread in ("long", "short"):  # the squares leave the range of float32
+        values *= 1e30 if spread == "long" else 1e-30
+    dtype = np.float32 if spread in ("far away", "long", "short") else draw(st.sampled_from([np.float32, np.float16]))
     labels = random.integers(0, draw(st.integers(1, 30)), rows + queries)
     ids = random.permutation(3 * rows + 3)[:rows].astype(np.int64)
     stored = values[:rows].astype(dtype)
@@ -86,6 +88,29 @@ def test_many_rows_and_groups(class_filter: ClassFilter) -> None:
     rows = Rows(values, ids, labels, 1.001)
     queries = Queries(values[:40], ids[:40], labels[:40])
     assert_equal(search(queries, rows, 20, class_filter), neighbours(queries, rows, 20, class_filter))
+
+
+@pytest.mark.parametrize("dim", [14, 998])
+def test_margin_covers_the_float32_error(dim: int) -> None:
+    """Equal terms after a large first one are all rounded the same way, when added one after the other."""
+    random = np.random.default_rng(0)
+    values = np.repeat(random.random((60, 1)) + 0.1, dim, axis=1).astype(np.float32)
+    values[:, 0] = 30 * random.random(60)
+    largest = float(np.linalg.norm(values.astype(np.float64), axis=1).max())
+    rows = Rows(values, np.arange(60), np.zeros(60, np.int64), largest)
+    problem = exact_search._problem(values, rows.ids, None, rows, 5, same=True)
+    queries, lifted = problem.queries(slice(0, 60)), problem.rows(slice(0, 60))
+    scale = float(queries[0, 0]) / float(values[0, 0])
+    used = 0.0
+    for i in range(60):
+        in_order = np.cumsum(queries[i] * lifted, axis=1, dtype=np.float32)[:, -1]
+        exact = -0.5 * np.square(scale * (values.astype(np.float64) - values[i].astype(np.float64))).sum(1)
+        used = max(used, float(np.abs(in_order - exact).max() / problem.margin[i]))
+    assert 0.02 < used < 0.5
+    halves = -0.5 * np.square(scale * values.astype(np.float64)).sum(1)
+    np.testing.assert_array_max_ulp(
+        lifted[:, -2], halves.astype(np.float32), 1
+    )  # rounded once: the margin relies on it
 
 
 def test_equal_rows_do_not_take_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
