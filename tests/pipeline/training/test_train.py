@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from methods import Baseline
-from pipeline import train
+from pipeline import evaluate, train
 from pipeline.config import build_config
 from pipeline.data.entries import Entry
 from pipeline.data.reader import open_reader
@@ -22,6 +22,7 @@ from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_serially
 from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.run_folder import read_changes
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 from pipeline.training import start
@@ -121,6 +122,62 @@ def test_a_run_does_not_become_another(
     before = base.files()
     changes = {k: v.format(other=store.folder.uri) if isinstance(v, str) else v for k, v in changes.items()}
     assert_one_error(run(**{k.replace(".", "__"): v for k, v in changes.items()}), 2, says.format(run=base.run))
+    assert base.files() == before
+
+
+@pytest.fixture
+def older(base: Base) -> Iterator[Callable[[dict[str, Any]], Folder]]:
+    """A copy of the finished run, "older", with the changes (by dotted key; None: taken out) to its config.yaml."""
+    folder = Folder(shutil.copytree(base.run.path(), base.root / "runs" / "older"))
+
+    def write(changes: dict[str, Any]) -> Folder:
+        config = yaml.safe_load(folder.read("config.yaml")) | {"name": "older"}
+        for key, value in changes.items():
+            *parents, last = key.split(".")
+            section = config
+            for parent in parents:
+                section = section[parent]
+            section.pop(last, None)
+            if value is not None:
+                section[last] = value
+        folder.write("config.yaml", yaml.safe_dump(config).encode())
+        return folder
+
+    yield write
+    folder.remove()
+
+
+def test_a_run_of_a_version_with_fewer_keys_continues(run: Train, base: Base, older: Callable[..., Folder]) -> None:
+    later = ["mining", "data.transforms.flip", "method.optimizer.weight_decay", "evaluation.distractors", "model.std"]
+    folder = older({key: None for key in [*later, "runtime.max_failures"]})
+    before = base.files()
+    assert_one_error(run(name="older", seed=4), 2, "exists with another config (seed: 3 -> 4)")
+    assert_one_error(run(name="older", data__transforms__flip=0.25), 2, "(data.transforms.flip: 0.5 -> 0.25)")
+    assert base.files() == before
+    status, _, err = run(name="older", length="3 epochs")
+    assert status == 0 and "resumed at step 8" in err
+    assert [line["changes"] for line in read_changes(folder)] == [["length: 2 epochs -> 3 epochs"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mining.rebuild": 3}, "unknown key 'mining.rebuild': did you mean 'mining.rebuild_every'?"),
+        ({"evaluation.metric": "accuracy"}, "evaluation: metric is 'accuracy', expected one of "),
+    ],
+    ids=["removed key", "removed value"],
+)
+def test_a_run_of_a_version_with_other_keys_is_refused(
+    changes: dict[str, Any], says: str, run: Train, base: Base, older: Callable[..., Folder],
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    folder = older(changes)
+    before = base.files()
+    says = f"run {folder} was started by another version, this one does not accept its config.yaml ({says}"
+    outcome = run(name="older")
+    assert_one_error(outcome, 2, says)
+    assert "use that version, or train again with another --set name=... or --fresh" in outcome[2]
+    assert_one_error((evaluate.main([folder.uri]), *capsys.readouterr()), 2, says)
     assert base.files() == before
 
 
