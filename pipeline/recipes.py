@@ -22,13 +22,13 @@ def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Con
 
     Args:
         recipe: A YAML file or the name of a preset ("baseline/emoji"); the default preset if None.
-            A file may build on a preset with the key `preset`.
+            A file may build on a preset with the key `preset`, as presets do on each other.
         overrides: "a.b=c" each; c is read as YAML.
 
     Raises:
         UserError: One line a problem, naming the key, what was got and what was expected.
     """
-    values = _preset(DEFAULT_PRESET) if recipe is None else _recipe(recipe)
+    values = _preset(DEFAULT_PRESET) if recipe is None else recipe_values(recipe)
     assignments: list[tuple[str, Any]] = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -51,26 +51,38 @@ _EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
-def _recipe(recipe: str) -> dict[str, Any]:
-    if (PRESETS / f"{recipe}.yaml").is_file():
+def recipe_values(recipe: str) -> dict[str, Any]:
+    """The values of a preset or of a file, with those of the presets that it builds on."""
+    if recipe in preset_names():
         return _preset(recipe)
     if not os.path.isfile(recipe):
         hint = did_you_mean(recipe, preset_names(), kind="the preset ", otherwise="presets:")
         raise UserError(f"recipe {recipe!r} is neither a file nor a preset; {hint}")
-    values = _yaml(Path(recipe))
-    base = _preset(str(values.pop("preset"))) if "preset" in values else {}
-    return _merge(base, values)
+    return _built_upon(_yaml(Path(recipe)), [recipe])
 
 
 def preset_names() -> list[str]:
-    return sorted(str(p.relative_to(PRESETS).with_suffix("")) for p in PRESETS.rglob("*.yaml"))
+    """Names of all presets; a file whose name starts with "_" is the base of others and not one itself."""
+    return sorted(name for name in _preset_files() if not name.rpartition("/")[2].startswith("_"))
 
 
-def _preset(name: str) -> dict[str, Any]:
-    if name not in preset_names():
+def _preset_files() -> list[str]:
+    return [path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml")]
+
+
+def _preset(name: str, above: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a preset, or of a base if it is named by one of the recipe and presets `above` it."""
+    if name in above:
+        raise UserError(f"presets build on each other in a circle: {' -> '.join([*above, name])}")
+    if name not in (_preset_files() if above else preset_names()):
         hint = did_you_mean(name, preset_names(), kind="the preset ", otherwise="presets:")
         raise UserError(f"preset {name!r} does not exist; {hint}")
-    return _yaml(PRESETS / f"{name}.yaml")
+    return _built_upon(_yaml(PRESETS / f"{name}.yaml"), [*above, name])
+
+
+def _built_upon(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The values merged onto the preset that they name, if any; `names` are the files on the way to them."""
+    return _merge(_preset(str(values.pop("preset")), names), values) if "preset" in values else values
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))  # this tree, whatever is installed
 
 from methods import METHODS, MethodConfig  # noqa: E402
 from pipeline.config import Config  # noqa: E402
+from pipeline.recipes import preset_names  # noqa: E402
 
-PRESETS = ROOT / "pipeline" / "presets"
 MODULES = ROOT / "docs" / "reference" / "modules.yaml"
 MARKER = re.compile(r"<!-- (config|presets): (\w+) -->")
 HEAD = "| key | values | default | meaning | may change |\n|---|---|---|---|---|\n"
@@ -171,8 +171,7 @@ def default(field: FieldInfo) -> str:
 
 
 def preset_list(which: str) -> str:
-    names = sorted(str(p.relative_to(PRESETS).with_suffix("")) for p in PRESETS.rglob("*.yaml"))
-    return ", ".join(f"`{name}`" for name in names if which in ("all", name.split("/")[0]))
+    return ", ".join(f"`{name}`" for name in preset_names() if which in ("all", name.split("/")[0]))
 
 
 # ---- no other host -----------------------------------------------------------------------------------------------

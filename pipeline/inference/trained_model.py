@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import yaml
 
 from methods import Method
-from pipeline.config import Config, build_config
+from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
@@ -16,7 +15,7 @@ from pipeline.evaluation.build import build_embedder, build_network
 from pipeline.evaluation.embedder import Embedder
 from pipeline.model.trunk import Trunk
 from pipeline.runs.checkpoint import Checkpoints
-from pipeline.runs.run_folder import CHECKPOINT, CONFIG, DATASET, checkpoint_folder
+from pipeline.runs.run_folder import CHECKPOINT, CONFIG, DATASET, checkpoint_folder, read_config
 from pipeline.storage import Folder, home
 
 
@@ -76,7 +75,7 @@ def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
         UserError: There is no such run or checkpoint.
     """
     folder = _folder(name)
-    config = build_config(yaml.safe_load(folder.read(CONFIG)))
+    config = read_config(folder)
     record = folder.read_json(DATASET)
     kind, step = _checkpoint(checkpoint or config.evaluation.checkpoint, Checkpoints(folder))
     return TrainedModel(folder, config, record["dataset"], record["fingerprint"], kind, step)

@@ -1,8 +1,8 @@
 """The mining server: table, index and memory of one run, in plain Python; `actor.py` makes a Ray actor of it.
 
-Requests are applied in the order in which rank 0 sent them: each carries the number of its predecessor and waits for it.
-So the response to a search reflects exactly the puts that were sent before it. A search without a sequence number
-(consistency `async`) does not wait, and reads the present rows.
+Requests are applied in the order in which rank 0 sent them (`request_order.py`). So the response to a search reflects
+exactly the puts that were sent before it. A search without a sequence number (consistency `async`) does not wait, and
+reads the present rows.
 
 An index is built beside the one in use, from a copy of the rows, in a thread of its own; a search uses the newest index
 for its step, and waits for one that is still being built only if the index is due at that step.
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from pipeline.mining.index_builds import IndexBuild, IndexBuilds
 from pipeline.mining.locks import ReadersWriter
 from pipeline.mining.memory import EmbeddingMemory, MemoryChanges
 from pipeline.mining.messages import Batch, SearchRequest, SearchResponse, SequenceNumber, ServerSpec
+from pipeline.mining.request_order import RequestOrder
 from pipeline.mining.snapshot import Header, Tag, read, write
 from pipeline.neighbours.exact_search import Neighbours, Queries, Rows, as_queries, rerank, search, search_all
 from pipeline.storage import Folder
@@ -37,14 +37,12 @@ class MiningServer:
     """One shard of a run's mining state. Every method may be called from any thread."""
 
     def __init__(self) -> None:
-        self.incarnation = self.server_epoch = 0
         self.spec: ServerSpec | None = None
-        self._applied_changed = threading.Condition()
+        self._requests = RequestOrder()
         self._state_lock = ReadersWriter()
         self._reset()
 
     def _reset(self) -> None:
-        self.applied = 0
         self._table: Table | None = None
         self._memory: EmbeddingMemory | None = None
         self._generations = IndexBuilds(self.spec) if self.spec is not None else None
@@ -54,7 +52,7 @@ class MiningServer:
         # ((puts, k) when it was built, index, recall): for lists of all rows
         self._list_index: tuple[tuple[int, int], Index | None, float] | None = None
 
-    # ---- start and order -----------------------------------------------------------------------------------------
+    # ---- start ---------------------------------------------------------------------------------------------------
 
     def begin(
         self, spec: ServerSpec, incarnation: int, snapshot: str | None, applied: int = 0, server_epoch: int = 0
@@ -72,13 +70,10 @@ class MiningServer:
             RunError: A newer start of the run owns the server.
             UserError: The snapshot is damaged, or belongs to another run or has another dimension.
         """
-        with self._applied_changed:
+        with self._requests.held():
             if self.spec is not None and spec.run != self.spec.run:
                 raise UserError(f"this mining server belongs to run {self.spec.run}, not to {spec.run}")
-            if incarnation < self.incarnation:
-                raise RunError(_superseded(incarnation, self.incarnation))
-            self.incarnation = incarnation
-            self.server_epoch = server_epoch
+            self._requests.restart(incarnation, server_epoch, spec.wait_s)
             self.spec = spec
             self._reset()
             with self._state_lock.write():
@@ -88,8 +83,7 @@ class MiningServer:
                     self._memory = EmbeddingMemory(spec.dim, spec.per_class, spec.total, dtype)
                 if snapshot is not None:
                     self._restore(Folder(snapshot), spec)
-            self.applied = applied
-            self._applied_changed.notify_all()
+            self._requests.applied = applied
 
     def status(self) -> dict[str, Any]:
         """Process id, start of the run, newest applied request, and the sizes of table, memory and index."""
@@ -97,46 +91,11 @@ class MiningServer:
         builds = self._generations.all if self._generations is not None else []
         newest_report = next((g.report for g in reversed(builds) if g.report is not None), None)
         return {
-            "pid": os.getpid(), "incarnation": self.incarnation, "applied": self.applied,
+            "pid": os.getpid(), "incarnation": self._requests.incarnation, "applied": self._requests.applied,
             "rows": len(table) if table is not None else 0, "table_bytes": table.nbytes if table is not None else 0,
             "memory": len(memory) if memory is not None else 0, "index": newest_report,
             "building": sum(not g.ready.is_set() for g in builds),
         }  # fmt: skip
-
-    @contextmanager
-    def _in_order(self, order: SequenceNumber | None) -> Iterator[bool]:
-        """Runs the block once all requests before `order` are applied; yields False if `order` was applied before."""
-        if order is None:
-            yield True
-            return
-        with self._applied_changed:
-            self._require_current(order)
-            predecessor_applied = self._applied_changed.wait_for(
-                lambda: self.applied >= order.previous or not self._from_current_client(order), self._spec.wait_s
-            )
-            self._require_current(order)
-            if not predecessor_applied:
-                raise RunError(
-                    f"mining request {order.number} waited {self._spec.wait_s:g} s for request {order.previous}, the newest "
-                    f"applied is {self.applied}: raise mining.deadline_s, or check the log of rank 0"
-                )
-            first_time = self.applied < order.number
-        try:
-            yield first_time
-        finally:  # a refused request counts as applied: its successors go on
-            with self._applied_changed:
-                if self._from_current_client(order):
-                    self.applied = max(self.applied, order.number)
-                    self._applied_changed.notify_all()
-
-    def _require_current(self, order: SequenceNumber) -> None:
-        if self.spec is None:
-            raise RunError("the mining server has not begun a run")
-        if not self._from_current_client(order):
-            raise RunError(_superseded(order.incarnation, self.incarnation))
-
-    def _from_current_client(self, order: SequenceNumber) -> bool:
-        return (order.incarnation, order.server_epoch) == (self.incarnation, self.server_epoch)
 
     @property
     def _spec(self) -> ServerSpec:
@@ -175,7 +134,7 @@ class MiningServer:
         Returns:
             The number of the request.
         """
-        with self._in_order(order) as first_time:
+        with self._requests.in_order(order) as first_time:
             if first_time:
                 with self._state_lock.write():
                     if table is not None:
@@ -198,7 +157,7 @@ class MiningServer:
             from_step: The first step whose searches use the index.
             base: Folder to save the rows in, from which the same index can be rebuilt after a restart.
         """
-        with self._in_order(order) as first_time:
+        with self._requests.in_order(order) as first_time:
             if first_time:
                 with self._state_lock.read():
                     self.generations.start(generation, step, from_step, base, self.table.view())
@@ -212,7 +171,7 @@ class MiningServer:
         Raises:
             UserError: k is below 1, the dimension differs, queries are not finite, ids are not stored, or labels are missing.
         """
-        with self._in_order(order), self._state_lock.read():
+        with self._requests.in_order(order), self._state_lock.read():
             _check_k(request.k)
             queries, is_stored = self._queries(request)
             index_build = self.generations.for_step(request.step, wait=order is not None)
@@ -279,14 +238,21 @@ class MiningServer:
         if index_build is not None and index_build.index is not None:
             build_number, recall = index_build.number, index_build.index.report.recall
         return SearchResponse(
-            neighbours.ids, neighbours.distances, labels, steps, embeddings, build_number, self.applied, recall
+            neighbours.ids,
+            neighbours.distances,
+            labels,
+            steps,
+            embeddings,
+            build_number,
+            self._requests.applied,
+            recall,
         )
 
     def search_lists(
         self, order: SequenceNumber | None, request: SearchRequest, approximate: bool
     ) -> tuple[Neighbours, float]:
         """The neighbours of some rows of any shard, and the recall of the index that proposed them (1: exact)."""
-        with self._in_order(order), self._state_lock.read():
+        with self._requests.in_order(order), self._state_lock.read():
             queries, rows = self._queries(request)[0], self.table.view()
             index, recall = self._index_of_present_rows(request.k, request.class_filter) if approximate else (None, 1.0)
             return neighbour_lists(queries, rows, index, request.k, request.class_filter), recall
@@ -308,14 +274,14 @@ class MiningServer:
         self, order: SequenceNumber | None, ids: Int64[np.ndarray, " some"]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mask of the ids that this shard stores, and the embeddings and labels of those."""
-        with self._in_order(order), self._state_lock.read():
+        with self._requests.in_order(order), self._state_lock.read():
             is_stored = self.table.contains(ids)
             embeddings, labels, _ = self.table.get(ids[is_stored])
             return is_stored, embeddings, labels
 
     def all_ids(self, order: SequenceNumber | None, tag: str = "") -> np.ndarray:
         """Ids of all rows, in order of arrival; see `all_neighbours` for the tag."""
-        with self._in_order(order), self._state_lock.read():
+        with self._requests.in_order(order), self._state_lock.read():
             self._check_tag(tag)
             return self.table.view().ids.copy()
 
@@ -356,7 +322,7 @@ class MiningServer:
         Raises:
             UserError: k is below 1, or rows have another tag.
         """
-        with self._in_order(order), self._state_lock.read():
+        with self._requests.in_order(order), self._state_lock.read():
             _check_k(k)
             self._check_tag(tag)
             rows, results = self.table.view(), []
@@ -374,7 +340,7 @@ class MiningServer:
 
     def changes_since(self, order: SequenceNumber | None, since: int) -> MemoryChanges:
         """Entries of the memory that a mirror lacks; see `EmbeddingMemory.changes_since`."""
-        with self._in_order(order), self._state_lock.read():
+        with self._requests.in_order(order), self._state_lock.read():
             return self.memory.changes_since(since)
 
     # ---- snapshots -----------------------------------------------------------------------------------------------
@@ -384,7 +350,7 @@ class MiningServer:
 
         Indexes are not written: they are rebuilt from their rows, which `rebuild` has saved.
         """
-        with self._in_order(order), self._state_lock.read():
+        with self._requests.in_order(order), self._state_lock.read():
             spec = self._spec
             memory = self._memory.state() if self._memory is not None else None
             return write(
@@ -410,7 +376,3 @@ class MiningServer:
 def _check_k(k: int) -> None:
     if k < 1:
         raise UserError(f"k is {k}: expected at least 1 neighbour")
-
-
-def _superseded(old: int, new: int) -> str:
-    return f"another process (attempt {new}) now owns the mining server; this one (attempt {old}) stops"

@@ -17,7 +17,10 @@ import json
 import re
 from typing import Any
 
-from pipeline.config import Config
+import yaml
+
+from pipeline.config import Config, build_config
+from pipeline.errors import UserError
 from pipeline.storage import Folder
 
 CONFIG = "config.yaml"
@@ -34,6 +37,21 @@ CHECKPOINT = "checkpoint.json"  # in the folder of a checkpoint; written last
 def run_folder(config: Config) -> Folder:
     """Folder of the run that is configured."""
     return Folder(config.root) / "runs" / config.name
+
+
+def read_config(run: Folder) -> Config:
+    """The configuration that a run was started with; keys that did not exist then have their defaults.
+
+    Raises:
+        UserError: config.yaml has a key or value that this version does not accept.
+    """
+    try:
+        return build_config(yaml.safe_load(run.read(CONFIG)))
+    except UserError as error:
+        raise UserError(
+            f"run {run} was started by another version, this one does not accept its config.yaml ({error}): use that "
+            "version, or train again with another --set name=... or --fresh"
+        ) from None
 
 
 def checkpoint_folder(kind: str, step: int) -> str:

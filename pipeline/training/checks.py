@@ -6,11 +6,10 @@ import os
 from typing import Any
 
 import numpy as np
-import yaml
 
 from methods import Context
 from methods.config import Clock
-from pipeline.config import Config, RuntimeConfig, build_config, differences, to_yaml
+from pipeline.config import Config, RuntimeConfig, differences
 from pipeline.console import console
 from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
@@ -20,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.build import build_method
 from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.runs.checkpoint import Checkpoints
-from pipeline.runs.run_folder import CONFIG, DATASET
+from pipeline.runs.run_folder import CONFIG, DATASET, read_config
 from pipeline.storage import Folder
 
 
@@ -28,8 +27,6 @@ class _PlanContext(Context):
     """The part of a context that a plan may use which is a function of the labels, the seed and the epoch."""
 
     ranks = Ranks()  # one process; beartype reads the attribute where it checks arguments
-
-    ranks = Ranks()
     mining = None
 
     def __init__(self, samples: Samples, seed: int) -> None:
@@ -110,21 +107,21 @@ def runtime_changes(config: Config, folder: Folder) -> list[str]:
     """Compares with the config that an existing run was started with; returns the runtime keys that have changed.
 
     Raises:
-        UserError: A key that is not marked runtime differs, or the run would become shorter.
+        UserError: A key that is not marked runtime differs, the run would become shorter, or its config
+            is not one of this version.
     """
     if not folder.exists(CONFIG):
         if Checkpoints(folder).steps():  # of an unknown config: --fresh was killed while it removed them
             raise UserError(f"run {folder} has checkpoints but no config.yaml: start over with --fresh")
         return []
-    old = yaml.safe_load(folder.read(CONFIG))
-    new = yaml.safe_load(to_yaml(config))
+    old_config = read_config(folder)
+    old, new = (c.model_dump(mode="json") for c in (old_config, config))
     changes = differences(old, new, runtime=False)
     if changes:
         raise UserError(
             f"run {folder} exists with another config ({'; '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}): "
             "choose another --set name=..., or start over with --fresh"
         )
-    old_config = build_config(old)
     if old_config.length.unit != config.length.unit or config.length.value < old_config.length.value:
         raise UserError(
             f"run {folder} has length {old_config.length}, got {config.length}: length may only grow, in the same unit"

@@ -209,7 +209,7 @@ def resolved_presets() -> dict[str, Any]:
     """The config with which the command would start, by preset."""
     found: dict[str, Any] = {}
     start = train.run
-    for path in sorted(PRESETS.rglob("*.yaml")):
+    for path in sorted(PRESETS.rglob("[!_]*.yaml")):  # a base of presets begins with "_"
         name = str(path.relative_to(PRESETS).with_suffix(""))
         train.run = lambda config, fresh, name=name: found.update({name: config.model_dump(mode="json")})
         try:

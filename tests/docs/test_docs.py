@@ -22,7 +22,7 @@ from PIL import Image
 from methods import METHODS
 from pipeline import train
 from pipeline.data.store import Store
-from pipeline.recipes import load_config
+from pipeline.recipes import load_config, preset_names
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "docs" / "examples"
@@ -97,7 +97,7 @@ def test_paths_and_presets_that_are_named_exist(page: Path) -> None:
             missing.append(quoted)
         preset = re.fullmatch(r"(\w+)/(\w+)", quoted)
         known = preset is not None and preset[1] in METHODS
-        if known and not (ROOT / "pipeline" / "presets" / f"{quoted}.yaml").is_file():
+        if known and quoted not in preset_names():
             missing.append(quoted)
     assert not missing
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from methods import METHODS
 from methods.config import Length
+from pipeline import recipes
 from pipeline.config import Config, build_config, differences, to_yaml
 from pipeline.errors import UserError
 from pipeline.recipes import load_config, preset_names
@@ -220,6 +221,47 @@ def test_bad_recipes(content: bytes, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_config(str(tmp_path / "r.yaml"))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of that of the presets."""
+    (tmp_path / "presets" / "m").mkdir(parents=True)
+    monkeypatch.setattr(recipes, "PRESETS", tmp_path / "presets")
+    return tmp_path / "presets"
+
+
+def test_presets_build_on_bases_that_are_not_offered(presets: Path, tmp_path: Path) -> None:
+    write(presets / "_all.yaml", "seed: 1\ndata: {source: a, validation_fold: null}\nevaluation: {checkpoint: last}\n")
+    write(presets / "m" / "_base.yaml", "preset: _all\nseed: 2\nmethod: {name: baseline, embedding_dim: 8}\n")
+    write(presets / "m" / "leaf.yaml", "preset: m/_base\ndata: {source: b}\nmethod: {samples_per_class: 3}\n")
+    assert preset_names() == ["m/leaf"]
+    config = load_config("m/leaf")
+    assert (config.seed, config.data.source, config.data.validation_fold) == (2, "b", None)
+    assert (config.method.embedding_dim, config.method.samples_per_class) == (8, 3)  # type: ignore[attr-defined]
+    above = load_config(write(tmp_path / "r.yaml", "preset: m/leaf\nseed: 9\n"))
+    assert above.seed == 9 and above.data == config.data and above.method == config.method
+    assert load_config(write(tmp_path / "r.yaml", "preset: m/_base\nseed: 9\n")).data.source == "a"
+    for base in ("_all", "m/_base"):
+        with pytest.raises(UserError, match=f"'{base}' is neither a file nor a preset; .*'?m/leaf"):
+            load_config(base)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"a": "b", "b": "c", "c": "b"}, "presets build on each other in a circle: a -> b -> c -> b"),
+        ({"a": "a"}, "presets build on each other in a circle: a -> a"),
+        ({"a": "z"}, "preset 'z' does not exist; presets: a"),
+    ],
+    ids=["circle", "itself", "missing"],
+)
+def test_bad_presets(files: dict[str, str], says: str, presets: Path) -> None:
+    for name, base in files.items():
+        write(presets / f"{name}.yaml", f"preset: {base}\n")
+    with pytest.raises(UserError) as caught:
+        load_config("a")
+    assert str(caught.value) == says
 
 
 def test_missing_recipe_names_the_nearest_preset() -> None:

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from methods import METHODS
 from methods.plans import class_balanced
 from pipeline.config import Config
 from pipeline.model.trunk import build_trunk
-from pipeline.recipes import PRESETS, load_config, preset_names
+from pipeline.recipes import load_config, preset_names, recipe_values
 
 PAPERS = [name for name in preset_names() if not name.endswith("/emoji")]
 
@@ -21,7 +20,7 @@ PAPERS = [name for name in preset_names() if not name.endswith("/emoji")]
 def test_presets_are_valid_and_leave_nothing_of_the_method_to_defaults(name: str) -> None:
     config = load_config(name)
     assert config.method.name == name.split("/")[0]
-    written = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    written = recipe_values(name)
     shape = (
         {"triplets_per_batch"} if config.method.name == "smart_mining" else {"classes_per_batch", "samples_per_class"}
     )

@@ -101,7 +101,7 @@ def test_operations_wait_for_their_turn_and_count_once(sent: Sent) -> None:
 
 
 def test_what_never_comes_is_told(sent: Sent) -> None:
-    sent.server.spec = replace(SPEC, wait_s=0.05)
+    sent.server.begin(replace(SPEC, wait_s=0.05), 1, None)
     with pytest.raises(RunError, match=r"request 9 waited 0.05 s for request 8, the newest applied is 0"):
         sent.server.search(SequenceNumber(1, 9, 8), SearchRequest(1, 0, VALUES[:1]))
 

@@ -2,84 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
-import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline import train
-from pipeline.data import own_images
-from pipeline.data.cache import Cache
-from pipeline.data.loader import ImageSource, LoadRequest, load
-from pipeline.data.reader import RowGroupReader, open_reader
-from pipeline.data.store import Store
-from pipeline.data.transforms import TransformConfig
-from pipeline.data.write_store import write_store
-from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError, UserError
-from pipeline.runs.checkpoint import Checkpoints
-from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder, read_file, s3
-from pipeline.training import start
-from tests.conftest import write_images
-from tests.pipeline.conftest import Base
-from tests.pool import Program
 from tests.s3 import Proxy
-
-NUMBERS = itertools.count()
-SECRET = "wJalrXUtnFEMI-K7MDENG-not-to-be-written"
-
 
 pytestmark = pytest.mark.usefixtures("fresh_readers")
 
-
-@pytest.fixture(scope="module")
-def one_proxy(s3_endpoint: str) -> Iterator[Proxy]:
-    """The only endpoint in this module; faults may last 30 seconds."""
-    proxy = Proxy(s3_endpoint)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": proxy.url,
-            "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            s3.RETRY_TIMEOUT: "30",
-        }.items():
-            patch.setenv(name, value)
-        s3.S3.clear_instance_cache()
-        s3.S3(s3.retry_timeout()).mkdir("faults")
-        yield proxy
-    s3.S3.clear_instance_cache()
-    proxy.close()
-
-
-@pytest.fixture
-def proxy(one_proxy: Proxy) -> Iterator[Proxy]:
-    """Without faults yet."""
-    one_proxy.reset()
-    yield one_proxy
-    one_proxy.reset()
-
-
-@pytest.fixture
-def place(proxy: Proxy) -> Folder:
-    """An empty folder behind the proxy."""
-    return Folder(f"s3://faults/{next(NUMBERS)}")
-
-
-def copy(store: Store, target: Folder) -> Folder:
-    for name in store.folder.find():
-        target.write(name, store.folder.read(name))
-    return target
-
-
-# ---- a folder --------------------------------------------------------------------------------------------------------
 
 DATA = bytes(range(256)) * 40
 
@@ -313,147 +248,3 @@ def test_errors_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch, one_pro
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
     with pytest.raises(UserError, match=r"^s3://faults/x: .*Invalid endpoint: localhost.*: check .*AWS_ENDPOINT_URL"):
         Folder("s3://faults").exists("x")
-
-
-# ---- stores ----------------------------------------------------------------------------------------------------------
-
-
-def test_row_groups(base: Base, place: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(copy(base.store, place))
-    everything = np.random.default_rng(0).permutation(store.sample_id)
-    expected = RowGroupReader(base.store).read(everything)
-    for kind, first in (("cut", 1), ("short", 3), ("answer", 5), ("reset", 7)):
-        proxy.inject(kind, "GET", "shards/", first=first)
-    assert RowGroupReader(store).read(everything) == expected
-    assert all(fault.hit.is_set() for fault in proxy.faults)
-    proxy.reset()
-    monkeypatch.setenv(s3.RETRY_TIMEOUT, "0.4")
-    shard = store.manifest["shards"][0]["file"]
-    proxy.inject("short", "GET", shard, first=1, count=1000)  # the first read is of the footer
-    with pytest.raises(
-        RunError, match=rf"^{place}/{shard}: get_object failed, .* with IncompleteBody: got \d+ of \d+ bytes"
-    ):
-        RowGroupReader(Store(Folder(place.uri))).read(store.sample_id[:1])
-
-
-def test_prepare(place: Folder, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From images in object storage: the store that prepare makes on a local disk, or none."""
-    for path, name in write_images(tmp_path / "images", {f"c{i}": 3 for i in range(6)}, seed=0, side=8):
-        (place / "images").write(f"{name}/{Path(path).name}", Path(path).read_bytes())
-
-    def prepare(images: str, target: Folder) -> Store:
-        return write_store("x", own_images.folder(images), target, run_serially, num_folds=2, images_per_shard=4)
-
-    expected = prepare(str(tmp_path / "images"), Folder(tmp_path / "store"))
-    for kind, method, key in (
-        ("answer", "GET", "prefix=.*images"), ("cut", "GET", "c1/0.png"), ("damaged", "GET", "c3/2.png"),
-        ("reset", "PUT", "shards/"), ("upload cut", "PUT", "train-00001"), ("lost", "PUT", "manifest.json"),
-    ):  # fmt: skip
-        proxy.inject(kind, method, key)
-    made = prepare((place / "images").uri, place / "store")
-    assert all(fault.hit.is_set() for fault in proxy.faults)
-    assert made.manifest == expected.manifest and made.fingerprint == expected.fingerprint
-
-    monkeypatch.setenv(s3.RETRY_TIMEOUT, "0.4")
-    for method, key in (("PUT", "shards/train-00001"), ("GET", "c1/0.png")):  # an image is not rejected for it
-        proxy.reset()
-        proxy.inject("upload cut" if method == "PUT" else "cut", method, key, count=1000)
-        with pytest.raises(RunError, match=f"^{place}/.*{key}.*: {method.lower()}_object failed, "):
-            prepare((place / "images").uri, Folder(place.uri) / "store")
-        with pytest.raises(UserError, match=f"no prepared dataset in {place}/store"):
-            Store(place / "store")
-    proxy.reset()
-    assert prepare((place / "images").uri, place / "store").fingerprint == expected.fingerprint
-
-
-def test_training_from_a_warm_cache_asks_for_nothing(
-    base: Base, place: Folder, proxy: Proxy, tmp_path: Path, fresh_readers: None
-) -> None:
-    """The first reader copies every training shard once; a later process opens the dataset, and then only its own disk."""
-    store = Store(copy(base.store, place))
-    shards = [s["file"] for s in store.manifest["shards"] if s["file"].startswith("shards/train-")]
-    source = ImageSource(place.uri, store.fingerprint, Cache(str(tmp_path), 2**30), TransformConfig(size=16))
-    items = [
-        LoadRequest(np.asarray(ids), (0, step, 0))
-        for step, ids in enumerate(store.select(["train"]).ids.reshape(-1, 2)[:20])
-    ]
-    seen = []
-    for _ in range(2):
-        proxy.reset()
-        open_reader.cache_clear()
-        pixels = load(source, items, "in_process")
-        batches = [next(pixels).numpy()]
-        before = len(proxy.requests)
-        batches += [batch.numpy() for batch in pixels]
-        assert len(proxy.requests) == before and len(batches) == 20
-        seen.append((batches, [proxy.count("GET", f"/{name}$") for name in shards]))
-    np.testing.assert_array_equal(seen[0][0], seen[1][0])
-    assert [counts for _, counts in seen] == [[1] * len(shards), [0] * len(shards)]
-
-
-# ---- runs ------------------------------------------------------------------------------------------------------------
-
-
-def left(run: Folder) -> dict[str, Any]:
-    """What equal runs have in common."""
-    step = Checkpoints(run).steps()[-1]
-    files = ("trunk.safetensors", "method.safetensors", "optimizers.pt")
-    weights = {name: run.read(f"checkpoints/step-{step:08d}/{name}") for name in files}
-    lines = [{k: v for k, v in line.items() if k not in ("images_per_second", "waiting")} for line in read_metrics(run)]
-    return weights | {"lines": lines, "final": run.read_json("summary.json")["final"]}
-
-
-@pytest.fixture
-def recipe(base: Base, place: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The run of `base` with store and storage behind the proxy."""
-    return base.recipe(
-        {
-            "storage": place.uri,
-            "data.source": copy(base.store, place / "data" / "x").uri,
-            "cache.folder": str(tmp_path / "cache"),
-            "checkpoint.every": "2 steps",
-        }
-    )
-
-
-def test_a_run_among_faults(recipe: str, base: Base, place: Folder, proxy: Proxy, capfd: pytest.CaptureFixture) -> None:
-    for kind, method, key in (
-        ("answer", "GET", "manifest.json"), ("cut", "GET", "shards/train-00000"), ("short", "GET", "shards/test"),
-        ("answer", "HEAD", "incarnation"), ("reset", "PUT", "trunk.safetensors"), ("upload cut", "PUT", "optimizers.pt"),
-        ("lost", "PUT", "checkpoint.json"), ("answer", "GET", "prefix=.*checkpoints"), ("lost", "POST", "delete"),
-        ("reset", "PUT", "metrics.jsonl"), ("cut", "GET", "summary.json"), ("answer", "PUT", "report.html"),
-    ):  # fmt: skip
-        proxy.inject(kind, method, key)
-    assert train.main([recipe]) == 0
-    assert [fault.key for fault in proxy.faults if not fault.hit.is_set()] == []
-    run = place / "runs" / "done"
-    assert left(run) == left(base.run)
-    order = [target.rsplit("/", 1)[1] for method, target in proxy.requests if method == "PUT"]
-    lines, done = order.index("metrics.jsonl", order.index("optimizers.pt")), order.index("checkpoint.json")
-    assert lines < done, "whoever resumes from a checkpoint finds its lines"
-    said = "".join(capfd.readouterr()).encode()
-    written = {name: run.read(name) for name in run.find()} | {"printed": said, "recipe": Path(recipe).read_bytes()}
-    assert "report.html" in written and "config.yaml" in written
-    assert [name for name, data in written.items() if SECRET.encode() in data] == []
-
-
-def test_a_run_killed_while_it_uploads_a_checkpoint(
-    recipe: str, base: Base, place: Folder, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:  # fmt: skip
-    """By SIGKILL, in a process that gets endpoint and credentials from its environment."""
-    monkeypatch.setattr(start, "write_report", lambda run, store: run.write("report.html", b""))
-    stuck = proxy.inject("stall", "PUT", "checkpoints/step-00000004/method.safetensors")
-    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "RAYDML_"))}
-    program = Program([recipe], str(tmp_path / "log"), environment=environment)
-    assert stuck.hit.wait(60), program.output()
-    program.signal(signal.SIGKILL)
-    assert program.wait() == -signal.SIGKILL
-    proxy.reset()
-    run = place / "runs" / "done"
-    assert run.names("checkpoints/step-00000004") == ["trunk.safetensors"]
-    assert Checkpoints(run).steps() == [0, 2]
-    capsys.readouterr()
-    assert train.main([recipe]) == 0
-    assert "resumed at step 2" in capsys.readouterr().err
-    assert left(run) == left(base.run)
-    assert SECRET not in program.output()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.scale import CLASSES, IMAGES, simulated_catalogue, simulated_labels, write_simulated_store
+from benchmarks.simulated import CLASSES, IMAGES, simulated_catalogue, simulated_labels, write_simulated_store
 from pipeline.data.store import Store
 from pipeline.storage import Folder
 
