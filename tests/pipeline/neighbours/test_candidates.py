@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pipeline.neighbours import kernels
-from pipeline.neighbours.candidates import Search, close_rows, given_up, multiply_on_device
-from pipeline.neighbours.kernels import Candidates, Mask
+from pipeline.neighbours.candidates import Search, _Block, close_rows, given_up, multiply_on_device
+from pipeline.neighbours.kernels import Candidates, Hits, Mask
 
 DIM = 4
 
@@ -62,7 +65,7 @@ def test_all_within_the_margin_of_the_last_neighbour_are_candidates(
     threads, memory_bytes, num_queries, same, other, margin
 ):
     search, similarity = make_search(700, num_queries, margin, same=same)
-    search = Search(**{**vars(search), "mask": search.mask._replace(other=other)})
+    search = replace(search, mask=search.mask._replace(other=other))
     hidden = search.ids[:, None] == search.mask.ids
     if other:
         hidden |= search.labels[:, None] == search.mask.labels
@@ -83,13 +86,22 @@ def test_all_within_the_margin_of_the_last_neighbour_are_candidates(
 
 @pytest.mark.parametrize("memory_bytes", [1, 10**5, 10**8])
 @pytest.mark.parametrize("num_queries", [300, 700])
-def test_rows_about_the_reference_are_counted_and_listed(threads, memory_bytes, num_queries):
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_rows_about_the_reference_are_counted_and_listed(threads, memory_bytes, num_queries, accelerator):
     """Some references are similarities of rows, so that some rows lie on the edge of the margin."""
     _, similarity = make_search(700, num_queries, 400)
     similarity[np.arange(num_queries), np.arange(num_queries)] = -np.inf
     reference = similarity[np.arange(num_queries), np.arange(num_queries) - 1] + np.float32(400)
     reference[::5] = np.inf
     search, _ = make_search(700, num_queries, 400, reference=reference, most_close=4)
+    if accelerator:
+        queries, rows = search.queries, search.rows
+        search = replace(
+            search,
+            queries=lambda part: torch.from_numpy(queries(part)),
+            rows=lambda part: torch.from_numpy(rows(part)),
+            accelerator=True,
+        )
     expected_close = np.abs(similarity - reference[:, None]) <= 400
     expected_ahead = (similarity - reference[:, None] > 400).sum(1)
     too_many = expected_close.sum(1) > 4
@@ -145,24 +157,39 @@ def test_one_thread_at_a_time_changes_a_block(monkeypatch):
         return taken
 
     monkeypatch.setattr(kernels, "take_hits", watched)
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        search, _ = make_search(700, 700, 0)
-        collect(search, 1)
-    finally:
-        torch.set_num_threads(before)
+    search, similarity = make_search(700, 700, 0)
+    block = _Block(search, slice(0, 64), 1000)
+
+    def look(call: int) -> None:
+        hits = Hits(np.empty(10_000, np.int32), np.empty(10_000, np.int32), np.empty(10_000, np.float32))
+        if call % 4 < 2:
+            block.look(similarity[:64], 0, hits, first=False)
+        else:
+            block.look_from_columns(np.ascontiguousarray(similarity[:64].T), 0, hits)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(look, range(40)))
     assert not together
 
 
 def test_products_on_a_device_are_in_full_precision():
+    """Not every processor has the products of less precision, so that the setting is looked at as well."""
+    seen = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "matmul" in getattr(function, "__name__", ""):
+                seen.append(torch.get_float32_matmul_precision())
+            return function(*args, **(kwargs or {}))
+
     rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
     exact, before = rows.double() @ rows.double().T, torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16), Watched():
             product = multiply_on_device(rows, rows)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"]
     assert product.dtype == torch.float32 and (product - exact).abs().max() < 1e-4
