@@ -42,11 +42,11 @@ class Retrieval(Concatenable):
     """Results per query.
 
     Attributes:
-        first_hit: rank of the nearest relevant gallery row, 0 is the nearest of all; -1 if the query has none.
-        average_precision: the query's term of MAP@R, in [0, 1]; 0 if it has no relevant row.
-        r_precision: share of relevant rows among the R nearest, in [0, 1]; 0 if it has no relevant row.
+        first_hit: Rank of the nearest relevant gallery row, 0 is the nearest of all; -1 if the query has none.
+        average_precision: The query's term of MAP@R, in [0, 1]; 0 if it has no relevant row.
+        r_precision: Share of relevant rows among the R nearest, in [0, 1]; 0 if it has no relevant row.
         num_relevant: R, the number of gallery rows of the query's class (itself not counted).
-        neighbours: gallery rows of the nearest `keep`, nearest first; -1 where the gallery is smaller than that.
+        neighbours: Gallery rows of the nearest `keep`, nearest first; -1 where the gallery is smaller than that.
     """
 
     first_hit: Int64[np.ndarray, " queries"]
@@ -59,14 +59,14 @@ class Retrieval(Concatenable):
         """Average over the queries that have a relevant gallery row.
 
         Args:
-            recall_at: the k of Recall@k: the share of queries with a relevant row among their k nearest.
+            recall_at: The k of Recall@k: the share of queries with a relevant row among their k nearest.
 
         Returns:
             `recall@k` for each k, `map@r` and `r_precision` in percent; `queries`, the number averaged over;
             `queries_without_positive`, the number left out.
 
         Raises:
-            ValueError: no query has a relevant row, so that there is nothing to average.
+            ValueError: No query has a relevant row, so that there is nothing to average.
         """
         counted = self.num_relevant > 0
         if not counted.any():
@@ -99,15 +99,15 @@ def retrieve(
 
     Args:
         embeddings: float32 or float64, of any length but zero; float64 is compared as float64.
-        labels: class of each embedding.
-        gallery: rows to search instead of the embeddings themselves.
-        gallery_labels: class of each gallery row.
-        queries: range of rows of `embeddings` to do, for one rank's share; default all.
-        keep: neighbours to return for each query.
-        memory_bytes: size of the temporary blocks. It changes time, never the result.
+        labels: Class of each embedding.
+        gallery: Rows to search instead of the embeddings themselves.
+        gallery_labels: Class of each gallery row.
+        queries: Range of rows of `embeddings` to do, for one rank's share; default all.
+        keep: Neighbours to return for each query.
+        memory_bytes: Size of the temporary blocks. It changes time, never the result.
 
     Raises:
-        ValueError: wrong dtype or shape; a row of length zero or with a NaN or infinity; nothing to search.
+        ValueError: Wrong dtype or shape; a row of length zero or with a NaN or infinity; nothing to search.
     """
     if keep < 1:
         raise ValueError(f"got keep={keep}: expected at least 1")
@@ -120,9 +120,9 @@ class _Ranking:
     """One call of `retrieve`: the queries in the order of their depth, so that deep ones share their blocks.
 
     Attributes:
-        order: places in the result, in that order.
-        asked: rows of the embeddings, in that order.
-        row_order: gallery rows in the order in which they are searched: without a gallery, the queries come first.
+        order: Places in the result, in that order.
+        asked: Rows of the embeddings, in that order.
+        row_order: Gallery rows in the order in which they are searched: without a gallery, the queries come first.
     """
 
     def __init__(
@@ -210,12 +210,12 @@ class _Ranking:
             start = int(np.searchsorted(ordered, classes[0], "left"))
             stop = int(np.searchsorted(ordered, classes[-1], "right"))
             for block in slices(stop - start, _CLASS_ROWS):
-                found = row_by_class[start:stop][block]
+                members = row_by_class[start:stop][block]
                 if isinstance(queries, Tensor):
-                    tile = multiply_on_device(queries[some], rows[found]).cpu().numpy()
+                    tile = multiply_on_device(queries[some], rows[members]).cpu().numpy()
                 else:
-                    tile = queries[some] @ rows[found].T
-                _largest_of_class(tile, some, found, classes, row_classes[found], self.leave_one_out, best)
+                    tile = queries[some] @ rows[members].T
+                _largest_of_class(tile, some, members, classes, row_classes[members], self.leave_one_out, best)
         best[self.num_relevant == 0] = np.inf
         return best
 

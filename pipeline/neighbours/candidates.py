@@ -35,22 +35,22 @@ Vectors = Callable[[slice], Any]
 
 @dataclass(frozen=True)
 class Search:
-    """Queries, rows, and what is wanted of them.
+    """A search for the candidates of many queries among many rows.
 
     Attributes:
         queries: float32 vectors [range, dim] of a range of queries; arrays, or tensors on an accelerator.
-        rows: the same of a range of rows. The dot product of a query and a row is their similarity.
-        num_rows: how many rows there are.
-        dim: of the vectors.
-        mask: which rows may be found.
-        depth: neighbours wanted of each query.
-        margin: twice the largest error of a similarity, for each query.
-        ids, labels: sample and class of each query.
-        reference: similarity of each query's nearest positive, +inf without one: rows that are nearer are counted, rows within
+        rows: The same of a range of rows. The dot product of a query and a row is their similarity.
+        num_rows: How many rows there are.
+        dim: Width of the vectors.
+        mask: Which rows may be found.
+        depth: Neighbours wanted of each query.
+        margin: Twice the largest error of a similarity, for each query.
+        ids, labels: Sample and class of each query.
+        reference: Similarity of each query's nearest positive, +inf without one: rows that are nearer are counted, rows within
             the margin are listed.
-        same: the queries are the first rows, in the same order, and similarities are symmetric.
-        most_close: rows within the margin of the reference, of one query, before it is given up.
-        accelerator: vectors are tensors on a device other than the CPU.
+        same: The queries are the first rows, in the same order, and similarities are symmetric.
+        most_close: Rows within the margin of the reference, of one query, before it is given up.
+        accelerator: Vectors are tensors on a device other than the CPU.
     """
 
     queries: Vectors
@@ -112,10 +112,10 @@ class Search:
             np.matmul(queries, rows.T, out=similarity)
             if i == j < shared:
                 np.fill_diagonal(similarity, -np.inf)
-            blocks[i].look(similarity, row_blocks[j].start, memory.hits, pair == first[i])
+            blocks[i].add_tile(similarity, row_blocks[j].start, memory.hits, pair == first[i])
             if i < j < shared:
                 padded[len(queries) :] = -np.inf
-                blocks[j].look_from_columns(padded, query_blocks[i].start, memory.hits)
+                blocks[j].add_transposed_tile(padded, query_blocks[i].start, memory.hits)
 
         with thread_pool() as pool:
             for tiles in (first, other):
@@ -196,14 +196,14 @@ class _Block:
             close_size=np.zeros(1, np.int64), most_close=np.array([search.most_close]),
         )  # fmt: skip
 
-    def look(self, similarity: np.ndarray, first_row: int, hits: Hits, first: bool) -> None:
+    def add_tile(self, similarity: np.ndarray, first_row: int, hits: Hits, first: bool) -> None:
         """A tile whose rows are the block's queries; `first` is the block's first tile."""
         with self.lock:
             if first:
                 kernels.raise_thresholds(similarity, self.candidates, self.mask, first_row)
             self._scan(kernels.scan_rows, similarity, first_row, hits)
 
-    def look_from_columns(self, similarity: np.ndarray, first_row: int, hits: Hits) -> None:
+    def add_transposed_tile(self, similarity: np.ndarray, first_row: int, hits: Hits) -> None:
         """A tile whose columns are the block's queries; it has a multiple of four rows."""
         with self.lock:
             self._scan(kernels.scan_columns, similarity, first_row, hits)

@@ -45,7 +45,7 @@ class NormedRows:
         """Checks and measures float32 or float64 rows [rows, dim]; `name` is what an error calls them.
 
         Raises:
-            ValueError: wrong dtype or shape; a row of length zero or with a NaN or infinity.
+            ValueError: Wrong dtype or shape; a row of length zero or with a NaN or infinity.
         """
         if embeddings.dtype not in (torch.float32, torch.float64) or embeddings.ndim != 2 or not embeddings.numel():
             got = f"got {name} {embeddings.dtype} {tuple(embeddings.shape)}"

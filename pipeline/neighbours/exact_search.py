@@ -28,8 +28,8 @@ class Neighbours:
     """Answers to queries, nearest first.
 
     Attributes:
-        ids: of the found rows; -1 where there are fewer than k.
-        distances: squared Euclidean; inf where there is none.
+        ids: Ids of the rows; -1 where there are fewer than k.
+        distances: Squared Euclidean distances; inf where there is no row.
     """
 
     ids: Int64[np.ndarray, "queries k"]
@@ -51,12 +51,12 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is searched.
+    """Rows of the embedding table.
 
     Attributes:
-        values: float32 or float16.
-        ids, labels: of each row.
-        largest: the largest length of a row.
+        values: float32 or float16 [rows, dim].
+        ids, labels: Id and class of each row.
+        largest: The largest length of a row.
         classes: (positions in the order of their classes, the classes in that order), where it is known already.
     """
 
@@ -72,12 +72,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Queries:
-    """What is asked.
+    """Query embeddings.
 
     Attributes:
         values: float32 [queries, dim].
-        ids: sample that each query is, left out of its own answer; -1: none.
-        labels: class of each query, where classes matter.
+        ids: Sample that each query is, left out of its own answer; -1: none.
+        labels: Class of each query, where classes matter.
     """
 
     values: Float[np.ndarray, "queries dim"]
@@ -189,10 +189,11 @@ class _Lifted:
 
 
 def _lengths(values: np.ndarray) -> Float64[np.ndarray, " rows"]:
+    """Length of each row, in float64."""
     out = np.empty(len(values))
     for part in _slices(len(values), TILE):
-        out[part] = np.sqrt(np.square(values[part], dtype=np.float64).sum(1))
-    return out
+        kernels.squared_lengths(np.asarray(values[part], np.float32), out[part])  # numba knows no float16
+    return np.sqrt(out)
 
 
 def _problem(values: np.ndarray, ids: np.ndarray, labels: np.ndarray | None, rows: Rows, k: int, same: bool) -> Search:

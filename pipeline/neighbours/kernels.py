@@ -73,7 +73,7 @@ class Mask(NamedTuple):
     Attributes:
         ids: int64 [rows], sample of each row; a query does not find its own.
         labels: int64 [rows], class of each row.
-        other: only rows of another class are found.
+        other: Only rows of another class are found.
     """
 
     ids: np.ndarray
@@ -319,7 +319,7 @@ def sort_runs(starts, counts, values, margin, rows, exact, ids):
     """Sorts the rows of each run of near values by (exact value, largest first; smaller id).
 
     Args:
-        starts, counts: where each query's rows stand.
+        starts, counts: Where each query's rows stand.
         values: float32, descending for each query. Those further apart than `margin` are in the right order.
         margin: float32 [queries].
         rows: int32 or int64, positions; sorted in place, and `exact` with them.
@@ -335,6 +335,18 @@ def sort_runs(starts, counts, values, margin, rows, exact, ids):
             if stop - first > 1:
                 sort_descending(exact[first:stop], rows[first:stop], ids)
             first = stop
+
+
+def _squared_lengths(rows, out):
+    """Writes the squared length of each row, summed in float64, to `out`."""
+    for i in range(len(rows)):
+        row, total = rows[i], 0.0
+        for d in range(row.size):
+            total += np.float64(row[d]) * np.float64(row[d])
+        out[i] = total
+
+
+squared_lengths = compiled(_squared_lengths, fastmath={"reassoc", "nsz", "contract"})
 
 
 @compiled

@@ -163,9 +163,9 @@ def test_one_thread_at_a_time_changes_a_block(monkeypatch):
     def look(call: int) -> None:
         hits = Hits(np.empty(10_000, np.int32), np.empty(10_000, np.int32), np.empty(10_000, np.float32))
         if call % 4 < 2:
-            block.look(similarity[:64], 0, hits, first=False)
+            block.add_tile(similarity[:64], 0, hits, first=False)
         else:
-            block.look_from_columns(np.ascontiguousarray(similarity[:64].T), 0, hits)
+            block.add_transposed_tile(np.ascontiguousarray(similarity[:64].T), 0, hits)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(look, range(40)))
