@@ -159,10 +159,10 @@ class _Ranking:
         )
 
     def run(self) -> None:
-        rows = self._on_device(self.cosine.gallery.unit32(self.row_order))
+        rows = self._on_device(self.cosine.gallery.unit32(self.row_order, copy=False))
         queries = rows
         if not self.leave_one_out:
-            queries = self._on_device(self.cosine.queries.unit32(self.asked))
+            queries = self._on_device(self.cosine.queries.unit32(self.asked, copy=False))
         mask = Mask(self.row_order, self.gallery_classes[self.row_order], False)
         margin = np.float32(1.001 * self.cosine.gallery.margin)
         search = Search(

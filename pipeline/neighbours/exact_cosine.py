@@ -18,6 +18,7 @@ from pipeline.neighbours.thread_pool import thread_pool
 _CHUNK_ELEMENTS = 2**17  # float64 elements of a temporary array in a loop over rows or pairs: 1 MiB, stays in cache
 
 _HIGH_STEPS = 2.0**26
+_UNIT_TOLERANCE = 2.0**-21  # of a length of one
 
 Part = TypeVar("Part", bound="Concatenable")
 Block = TypeVar("Block", np.ndarray, slice)
@@ -52,8 +53,8 @@ class NormedRows:
             raise ValueError(f"{got}: expected float32 or float64 [rows, dim], not empty")
         rows = embeddings.detach().cpu().contiguous().numpy()
         norms = np.empty(len(rows))
-        for part in slices(len(rows), _CHUNK_ELEMENTS // rows.shape[1]):
-            norms[part] = np.sqrt(np.square(rows[part], dtype=np.float64).sum(axis=1))
+        kernels.squared_lengths(rows, norms)
+        np.sqrt(norms, out=norms)
         # Beyond these lengths the squares leave the range of float64. A NaN fails both comparisons.
         bad = np.flatnonzero(~((norms > 1e-150) & (norms < 1e150)))
         if len(bad):
@@ -70,9 +71,20 @@ class NormedRows:
     def dim(self) -> int:
         return self.rows.shape[1]
 
-    def unit32(self, ids: np.ndarray | None = None) -> Float32[np.ndarray, "rows dim"]:
-        """A float32 copy of length one, of the given rows in their order; default: of all."""
+    def unit32(
+        self, ids: Int64[np.ndarray, " some"] | None = None, copy: bool = True
+    ) -> Float32[np.ndarray, "some dim"]:
+        """The given rows in float32, divided by their lengths; default: all.
+
+        Args:
+            ids: Positions of the rows.
+            copy: False: all rows in their order are returned as they are if they are float32 and their lengths are one but
+                for rounding.
+        """
         ids = np.arange(len(self)) if ids is None else ids
+        is_unit = not copy and self.rows.dtype == np.float32 and np.abs(self.norms - 1).max() <= _UNIT_TOLERANCE
+        if is_unit and np.array_equal(ids, np.arange(len(self))):
+            return self.rows
         unit = np.empty((len(ids), self.dim), np.float32)
         kernels.unit_rows(self.rows, self.norms, ids, unit)
         return unit
@@ -81,9 +93,10 @@ class NormedRows:
     def margin(self) -> float:
         """Twice the largest error of a float32 similarity: gamma_n = n u / (1 - n u), u = 2^-24 (Higham 2002, 3.1).
 
-        n = D for the sum in any order, two more for rounding both vectors, the rest for comparing with rounded bounds.
+        n = D for the sum in any order, 16 more for two lengths that are off by `_UNIT_TOLERANCE` (where rows are divided by
+        their lengths, 2 for rounding both), the rest for comparing with rounded bounds.
         """
-        rounding = (self.dim + 10) * 2.0**-24
+        rounding = (self.dim + 26) * 2.0**-24
         return 2 * rounding / (1 - rounding)
 
     @property

@@ -53,3 +53,15 @@ def test_bad_input_is_refused():
         NormedRows.of(torch.tensor([[1.0, 2.0], [math.nan, 1.0]]), "gallery")
     with pytest.raises(ValueError, match=r"queries \(2, 3\) and gallery \(2, 4\): expected the same dimension"):
         ExactCosine(NormedRows.of(torch.ones(2, 3), "queries"), NormedRows.of(torch.ones(2, 4), "gallery"))
+
+
+def test_unit_rows_are_copied_only_where_it_is_asked_or_needed():
+    unit = torch.nn.functional.normalize(random_rows(50, 64).float())
+    vectors, everything = NormedRows.of(unit, "rows"), np.arange(50)
+    assert vectors.unit32(everything, copy=False) is vectors.rows
+    for copied in (vectors.unit32(), vectors.unit32(everything[::-1], copy=False)):
+        assert not np.shares_memory(copied, vectors.rows)
+    longer = NormedRows.of(unit * 1.00001, "rows")
+    lengths = np.linalg.norm(longer.unit32(everything, copy=False).astype(np.float64), axis=1)
+    assert np.abs(lengths - 1).max() < 2e-7
+    assert NormedRows.of(unit.double(), "rows").unit32(copy=False).dtype == np.float32
