@@ -370,20 +370,21 @@ def _split_dot_products(queries, query_norms, rows, row_norms, query_ids, row_id
     Every partial sum is exact, so that they may be added in any order, fused or not. `sums` is float64 [pairs, 3].
     """
     split, last = np.empty((2, queries.shape[1])), -1
+    high_step, low_step = 1 / high_steps, 1 / low_steps  # powers of two: multiplying by them is exact, and fast
     for pair in range(len(sums)):
         if query_ids[pair] != last:  # pairs of one query mostly follow each other
             last = query_ids[pair]
             query, norm = queries[last], query_norms[last]
             for d in range(query.size):
                 unit = np.float64(query[d]) / norm
-                split[0, d] = np.rint(unit * high_steps) / high_steps
-                split[1, d] = np.rint((unit - split[0, d]) * low_steps) / low_steps
+                split[0, d] = np.rint(unit * high_steps) * high_step
+                split[1, d] = np.rint((unit - split[0, d]) * low_steps) * low_step
         row, norm = rows[row_ids[pair]], row_norms[row_ids[pair]]
         high_high = high_low = low_high = 0.0
         for d in range(row.size):
             unit = np.float64(row[d]) / norm
-            high = np.rint(unit * high_steps) / high_steps
-            low = np.rint((unit - high) * low_steps) / low_steps
+            high = np.rint(unit * high_steps) * high_step
+            low = np.rint((unit - high) * low_steps) * low_step
             high_high += split[0, d] * high
             high_low += split[0, d] * low
             low_high += split[1, d] * high
