@@ -7,9 +7,10 @@ prints the summary of a finished one.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import NameTakenError, RunError, UserError, one_line
 from pipeline.recipes import load_config
 from pipeline.training.start import run
 
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         signal = run(load_config(options.recipe, options.overrides), options.fresh)
+    except NameTakenError as error:
+        return _fail(UserError(f"{error}; as a run of its own: {_under(error.free_name, arguments)}"), 2)
     except UserError as error:
         return _fail(error, 2)
     except RunError as error:
@@ -39,6 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(RunError("interrupted; the newest checkpoint is kept"), 130)
     return 0 if signal is None else 128 + signal
+
+
+def _under(name: str, arguments: list[str] | None) -> str:
+    """The command with another name of the run."""
+    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--fresh"]
+    return shlex.join(["python", "-m", "pipeline.train", *given, "--set", f"name={name}"])
 
 
 def _fail(error: Exception, status: int) -> int:
