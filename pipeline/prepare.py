@@ -147,11 +147,11 @@ def prepare(
     name: str,
     entries: list[Entry],
     target: Folder,
-    run: Callable[..., Iterator[dict[str, Any]]] = run_on_ray,
+    run: Callable[..., Iterator[dict[str, Any]]] | None = None,
     **options: Any,
 ) -> Store:
     """Writes a store by tasks on Ray, unless `run` runs them otherwise, and prints its content."""
-    return prepare_by(name, entries, target, run, **options)
+    return prepare_by(name, entries, target, run or run_on_ray, **options)
 
 
 def _default_target(options: argparse.Namespace) -> Folder:

@@ -218,7 +218,7 @@ def _dependents(key: str, section: Mapping[str, Any]) -> list[str]:
     """Keys of a section that belong to the value of another: a loss's arguments, a backbone's weight file and pixel statistics."""
     if key == "backbone":
         keeps_weights = str(section.get("weights", "pretrained")).lower() in ("pretrained", "none")
-        return ["mean", "std", *([] if keeps_weights else ["weights"])]
+        return ["backbone_args", "mean", "std", *([] if keeps_weights else ["weights"])]
     return [f"{key}_args"]
 
 

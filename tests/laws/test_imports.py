@@ -14,6 +14,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
     {"runs", "distributed"},
     {"recipes"},
     {"config"},
+    {"config_problems"},
     {"data"},
     {"storage", "neighbours"},
     {"errors", "console", "metric_names"},

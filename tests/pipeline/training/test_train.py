@@ -98,9 +98,9 @@ def test_the_command_that_is_told_trains_it_as_a_run_of_its_own(run: Train, base
     _, _, err = run(seed=4, length="1 steps", evaluation__test=False)
     command = shlex.split(err.strip().rpartition("as a run of its own: ")[2])
     assert command[:3] == ["python", "-m", "pipeline.train"] and command[-1] == "name=done-test_False-seed_4"
-    before = contents(Folder(base.run))
+    before = contents(Path(base.run.uri))
     assert train.main(command[3:]) == 0
-    assert contents(Folder(base.run)) == before
+    assert contents(Path(base.run.uri)) == before
 
 
 def test_relative_storage_is_refused_on_a_cluster(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
