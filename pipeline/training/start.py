@@ -55,9 +55,10 @@ def run(config: Config, fresh: bool = False) -> int | None:
     if not fresh and _finished(config, folder) and not changes and folder.exists(REPORT):
         show_summary(folder)
         return None
-    build_trunk(
-        config.model, config.data.transforms.size
-    )  # fails for an unknown backbone or missing weights before Ray starts
+    # fails for an unknown backbone or missing weights before Ray starts
+    note = build_trunk(config.model, config.data.transforms.size).weights_note
+    if note:
+        console.print(note, markup=False, highlight=False)
     with ExitStack() as stack:
         ray: Any = None
         if not under_torchrun() and (config.runtime.workers or config.runtime.loader == "ray" or _must_prepare(config)):
