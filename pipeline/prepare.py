@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,8 +20,10 @@ from pipeline.data import own_images
 from pipeline.data.entries import Entry
 from pipeline.data.image_files import MAX_PIXELS
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.prepare_store import emoji_store, prepare
+from pipeline.data.prepare_store import emoji_store
+from pipeline.data.prepare_store import prepare as prepare_by
 from pipeline.data.published import open_sources, read_entries
+from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_on_ray
 from pipeline.distributed.ray_session import check_visible, nodes_without_path, on_cluster, ray_session
 from pipeline.errors import RunError, UserError, one_line
@@ -137,7 +140,18 @@ def _run(options: argparse.Namespace) -> None:
             check_visible(ray, target, "--to")
             for entry in (entries[0], entries[-1]):
                 _check_sources(ray, entry.source, "the images")
-        prepare(options.name or target.uri.rsplit("/", 1)[1], entries, target, run_on_ray, **settings)
+        prepare(options.name or target.uri.rsplit("/", 1)[1], entries, target, **settings)
+
+
+def prepare(
+    name: str,
+    entries: list[Entry],
+    target: Folder,
+    run: Callable[..., Iterator[dict[str, Any]]] = run_on_ray,
+    **options: Any,
+) -> Store:
+    """Writes a store by tasks on Ray, unless `run` runs them otherwise, and prints its content."""
+    return prepare_by(name, entries, target, run, **options)
 
 
 def _default_target(options: argparse.Namespace) -> Folder:
