@@ -31,13 +31,21 @@ RUNTIME: dict[str, Any] = {"runtime": True}
 class ModelConfig(BaseConfig):
     """The trunk."""
 
-    backbone: str = Field("resnet50", description=f"a timm model, torchvision/NAME, or {BN_INCEPTION}")
+    backbone: str = Field(
+        "resnet50",
+        description=f"a timm model, hf-hub:OWNER/NAME, torchvision/NAME, {BN_INCEPTION}, or module:CLASS of your own",
+    )
+    backbone_args: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of the backbone's constructor"
+    )
     weights: str = Field(
-        "pretrained", description=f"pretrained (downloads) | none | {LITE0} | a .pth or .safetensors file"
+        "pretrained",
+        description=f"pretrained (downloads) | none | {LITE0} | a checkpoint's file, as torch.save or safetensors write it",
     )
     pooling: Literal["avg", "max", "avg+max", "native"] = Field(
         "avg",
-        description="global pooling of the last feature map; native: the backbone's own (ViT: its class token)",
+        description="global pooling of the last feature map, or of a ViT's patch tokens; native: the backbone's own (most "
+        "ViTs: the class token)",
     )
     batch_norm: Literal["frozen", "sync", "local"] = Field(
         "frozen", description="frozen running statistics | statistics over all ranks | statistics of each rank's images"

@@ -97,7 +97,9 @@ def _check_input(config: Config) -> Store | None:
         UserError: The backbone is unknown, its weights do not exist or do not fit, there is no such dataset, or the recipe
             does not fit it.
     """
-    build_trunk(config.model, config.data.transforms.size)
+    note = build_trunk(config.model, config.data.transforms.size).weights_note
+    if note:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if _must_prepare(config):
         return None
     store = Store(emoji_store(config.root) if config.data.source == "emoji" else _dataset_folder(config))

@@ -34,7 +34,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fold that is not there": ({"data.validation_fold": 7}, "data.validation_fold is 7, the dataset has the folds 0 to 3"),
     "unknown backbone": ({"model.backbone": "test_resnett"}, "did you mean 'test_resnet'"),
     "missing weights": ({"model.weights": "/nowhere.pth"}, "no such file"),
-    "image size": ({"model.backbone": "test_vit", "model.pooling": "native"}, "cannot take images of 24×24"),
+    "image size": ({"model.backbone": "test_vit", "model.pooling": "native"}, "data.transforms.size is 24: set it to 16 or 32"),
     "missing dataset": ({"data.source": "/no/such/place"}, "there is no prepared dataset in /no/such/place: prepare it with"),
     "dataset by a name that is not there": ({"data.source": "cub"}, "there is no dataset 'cub' in "),
     "best weights, but nothing to choose them on": ({"method": {"name": "intra_batch", "reload_best": [1]}, "data.validation_fold": None, "evaluation.checkpoint": "last"}, "there is nothing to choose them on"),
@@ -101,6 +101,7 @@ def test_the_command_that_is_told_trains_it_as_a_run_of_its_own(run: Train, base
     before = contents(Path(base.run.uri))
     assert train.main(command[3:]) == 0
     assert contents(Path(base.run.uri)) == before
+    Folder(base.root / "runs" / "done-test_False-seed_4").remove()  # other tests share the storage
 
 
 def test_relative_storage_is_refused_on_a_cluster(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
