@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_serially
 from pipeline.runs.run_folder import read_changes
+from pipeline.runs.tracking import Tracker
 from pipeline.storage import Folder
 from tests.conftest import write_images, write_tiny_store
 from tests.pipeline.conftest import Base, contents
@@ -62,6 +64,32 @@ def test_bad_input_is_one_line_and_touches_nothing(name: str, fresh: bool, run: 
         )
         assert_one_error(outcome, 2, says)
     assert base.files() == before
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log", "summary"])
+def test_a_full_disk_is_one_line_and_the_run_continues_when_there_is_room(
+    what: str, run: Train, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, write, log = f"full-{what}", Folder.write, Tracker.log
+    no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(self: Folder, file: str, data: bytes) -> None:
+        if (what == "checkpoint" and "step-00000004" in file) or (what == "summary" and file == "summary.json"):
+            raise no_space
+        write(self, file, data)
+
+    def full_log(self: Tracker, step: int, kind: str, values: Any) -> None:
+        if what == "log" and step == 5:
+            raise no_space
+        log(self, step, kind, values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "write", full)
+        patched.setattr(Tracker, "log", full_log)
+        outcome = run(name=name, length="2 epochs", checkpoint={"every": "2 steps"})
+    assert_one_error(outcome, 1, "No space left on device")
+    assert "kept" in outcome[2] and "run the same command again" in outcome[2]
+    assert run(name=name, length="2 epochs", checkpoint={"every": "2 steps"})[0] == 0
 
 
 @pytest.mark.parametrize("what", ["below a file", "missing bucket"])
