@@ -90,6 +90,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_when_there_is_room(
     assert_one_error(outcome, 1, "No space left on device")
     assert "kept" in outcome[2] and "run the same command again" in outcome[2]
     assert run(name=name, length="2 epochs", checkpoint={"every": "2 steps"})[0] == 0
+    Folder(base.root / "runs" / name).remove()  # other tests share the storage
 
 
 @pytest.mark.parametrize("what", ["below a file", "missing bucket"])
