@@ -251,7 +251,7 @@ class Config(BaseConfig):
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    method: SerializeAsAny[MethodConfig] = METHODS["baseline"].Config(name="baseline")
+    method: SerializeAsAny[MethodConfig] = Field(default_factory=lambda: METHODS["baseline"].Config(name="baseline"))
     mining: MiningConfig = MiningConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), json_schema_extra=RUNTIME)

@@ -64,10 +64,8 @@ def read_recipe(recipe: str | None = None, overrides: Sequence[str] = ()) -> dic
     """
     values = _preset(DEFAULT_PRESET) if recipe is None else recipe_values(recipe)
     assignments = [_assignment(override) for override in overrides]
-    for (
-        keys,
-        value,
-    ) in assignments:  # first: another method drops the recipe's method section, another loss its arguments
+    # first: another method drops the recipe's method section, another loss its arguments
+    for keys, value in assignments:
         values = _merge(values, _nested(keys, value)) if _has_arguments(values, keys) else values
     for keys, value in assignments:
         _assign(values, keys, value)
