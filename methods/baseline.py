@@ -21,6 +21,7 @@ repeated and continued. A loss with parameters (proxies) is trained at `loss_lr_
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
-from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 
 from methods.base import Batch, Context, Method, MethodConfig
@@ -49,9 +49,23 @@ def _subclasses(module: Any, base: type, excluded: tuple[str, ...]) -> dict[str,
     return {n: c for n, c in classes.items() if not n.startswith("Base") and n not in excluded}
 
 
-# Left out: wrappers around another loss, and what is not a function of (embeddings, labels).
-LOSSES = _subclasses(losses, losses.BaseMetricLossFunction, ("GenericPairLoss", "VICRegLoss", "ManifoldLoss"))
-MINERS = _subclasses(miners, miners.BaseMiner, ("EmbeddingsAlreadyPackagedAsTriplets",))
+@functools.cache
+def loss_classes() -> Mapping[str, type]:
+    """The losses by name, without wrappers around another loss and what is not a function of (embeddings, labels).
+
+    The library is imported at the first call, here and below: it loads scipy, over 1 CPU-s, which other methods do not need.
+    """
+    from pytorch_metric_learning import losses
+
+    return _subclasses(losses, losses.BaseMetricLossFunction, ("GenericPairLoss", "VICRegLoss", "ManifoldLoss"))
+
+
+@functools.cache
+def miner_classes() -> Mapping[str, type]:
+    """The miners by name."""
+    from pytorch_metric_learning import miners
+
+    return _subclasses(miners, miners.BaseMiner, ("EmbeddingsAlreadyPackagedAsTriplets",))
 
 
 def _lookup(kind: str, name: str, classes: Mapping[str, type]) -> type:
@@ -131,8 +145,8 @@ class BaselineConfig(MethodConfig):
         if self.miner is None and self.miner_args:
             raise ValueError("miner_args are given, but no miner: set miner, or leave out miner_args")
         with global_generators(0):
-            loss = _build("loss", self.loss, self.loss_args, LOSSES, _derived_arguments(2, self.embedding_dim))
-            miner = _build("miner", self.miner, self.miner_args, MINERS, {}) if self.miner else None
+            loss = _build("loss", self.loss, self.loss_args, loss_classes(), _derived_arguments(2, self.embedding_dim))
+            miner = _build("miner", self.miner, self.miner_args, miner_classes(), {}) if self.miner else None
             self._try_once(loss, miner)
         return self
 
@@ -164,8 +178,8 @@ class Baseline(Method):
     def __init__(self, config: BaselineConfig, features: int, num_classes: int) -> None:
         super().__init__(config, features, num_classes)
         derived = _derived_arguments(num_classes, config.embedding_dim)
-        self.loss_function = _build("loss", config.loss, config.loss_args, LOSSES, derived)
-        self.miner = _build("miner", config.miner, config.miner_args, MINERS, {}) if config.miner else None
+        self.loss_function = _build("loss", config.loss, config.loss_args, loss_classes(), derived)
+        self.miner = _build("miner", config.miner, config.miner_args, miner_classes(), {}) if config.miner else None
         for module in self.loss_function.modules():  # running statistics in plain tensors: into the state dict
             for name in [n for n, value in vars(module).items() if isinstance(value, Tensor)]:
                 value = vars(module).pop(name)

@@ -1,4 +1,6 @@
-"""The console on stderr, for progress and messages of commands and runs."""
+"""What commands print with: the console on stderr for progress and messages, and columns of text."""
+
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
@@ -9,3 +11,11 @@ console = Console(stderr=True, markup=False, emoji=False)
 def say(line: str) -> None:
     """Prints one line of text as it is: not coloured, and not wrapped at the terminal's width."""
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows as lines with aligned columns; a row of a single cell has no columns."""
+    columns = max((len(row) for row in rows), default=0)
+    widths = [max((len(row[i]) for row in rows if len(row) > max(i, 1)), default=0) for i in range(columns)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()

@@ -11,14 +11,14 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 from pipeline.console import say
 from pipeline.data import own_images, prepare_store
 from pipeline.data.class_names import count
-from pipeline.data.entries import Catalogue, Entry
-from pipeline.data.image_files import MAX_PIXELS
+from pipeline.data.entries import MAX_PIXELS, Catalogue, Entry
 from pipeline.data.image_lists import ALIASES, SEPARATORS
 from pipeline.data.layouts import LAYOUTS
 from pipeline.data.prepare_store import check_target, emoji_store
@@ -29,13 +29,13 @@ from pipeline.distributed.ray_session import check_visible, nodes_without_path, 
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.storage import Folder, home
 
+PROG = "python -m pipeline.prepare"
 FOLDS = 4  # validation folds of the training classes, unless there are fewer classes
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 prepared, 2 bad input, 130 interrupted."""
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     shared = argparse.ArgumentParser(add_help=False)
@@ -90,7 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for name, layout in LAYOUTS.items():
         kinds.add_parser(name, parents=[shared, official], help=layout.title, description=layout.title)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
+    """Exit status: 0 prepared, 2 bad input, 130 interrupted."""
+    options = build_parser(prog).parse_args(arguments)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job also removes unpacked files
     try:
         _run(options)
@@ -178,7 +183,13 @@ def _run(options: argparse.Namespace) -> None:
         prepare(options.name or target.uri.rsplit("/", 1)[1], entries, target, **settings)
 
 
-def prepare(name: str, entries: list[Entry], target: Folder, run: Any = None, **settings: Any) -> Store:
+def prepare(
+    name: str,
+    entries: list[Entry],
+    target: Folder,
+    run: Callable[..., Iterator[dict[str, Any]]] | None = None,
+    **settings: Any,
+) -> Store:
     """Writes a store, in parallel on Ray (or by `run`), and prints its content; see `write_store`."""
     return prepare_store.prepare(name, entries, target, run or run_on_ray, **settings)
 

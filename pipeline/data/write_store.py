@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from pipeline.data.copies import Copies, find_copies
-from pipeline.data.entries import DISTRACTOR, JUNK, LABELS, OWN_SOURCES, SPLITS, Entry, by_hash
+from pipeline.data.entries import DISTRACTOR, JUNK, LABELS, MAX_PIXELS, OWN_SOURCES, SPLITS, Entry, by_hash
 from pipeline.data.image_faults import explain
-from pipeline.data.image_files import DARK, MAX_PIXELS, normalise
+from pipeline.data.image_files import DARK, normalise
 from pipeline.data.store import CATALOG, FORMAT, ROW_GROUP, SOURCE, Store
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder, read_file

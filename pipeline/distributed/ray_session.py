@@ -8,8 +8,10 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from pipeline import ROOT, own_packages
 from pipeline.errors import UserError, joined_lines
 from pipeline.storage import Folder
 
@@ -54,6 +56,9 @@ def ray_session(cpus: int) -> Iterator[Any]:
             ) from error
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that waits for spot nodes to end
+        if any(Path(name).exists() for name in ("pipeline.py", "pipeline")) and Path.cwd() != Path(ROOT):
+            # Ray's processes look into this folder first, where there is a `pipeline` of the user's.
+            common["runtime_env"] = {"worker_process_setup_hook": own_packages(ROOT)}
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common
         )

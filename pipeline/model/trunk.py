@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
 from pipeline.distributed.collectives import Ranks
-from pipeline.errors import UserError
-from pipeline.model.backbones import Pool, build_backbone
+from pipeline.errors import UserError, joined_lines
+from pipeline.model.backbones import build_backbone
 from pipeline.model.batch_norm import SyncBatchNorm2d, SyncBatchNormAct2d
 from pipeline.model.bn_folding import Folding
+from pipeline.model.pooling import Pool, layout_of
 
 
 class Trunk(nn.Module):
@@ -25,6 +26,7 @@ class Trunk(nn.Module):
 
     Attributes:
         features: Width F of the pooled features.
+        weights_note: One line about the weights that were loaded from a file, or "".
     """
 
     mean: Tensor
@@ -33,26 +35,45 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig, size: int) -> None:
         super().__init__()
         self.config = config
-        self.backbone, mean, std = build_backbone(config)
-        self.register_buffer("mean", torch.tensor(config.mean or mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std or std).view(3, 1, 1), persistent=False)
-        self.pool = Pool(config.pooling) if config.pooling != "native" else None
+        made = build_backbone(config, size)
+        self.backbone = made.net
+        self.weights_note = made.note
+        self.register_buffer("mean", torch.tensor(config.mean or made.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std or made.std).view(3, 1, 1), persistent=False)
         if config.channels_last:
             self.backbone = self.backbone.to(memory_format=torch.channels_last)
         self.folding: Folding | None = None
-        self.features = self._width(size)
+        output = self._output(size)
+        shape = tuple(output.shape)
+        self.pool: Pool | None = None
+        if not made.pools:
+            self.pool = Pool(config.pooling, layout_of(self.backbone, config.backbone, shape, made.widths))
+        elif len(shape) != 2 or (made.widths and shape[1] not in made.widths):
+            raise UserError(
+                f"{config.backbone} gives {shape[1:]} for an image of {size}×{size}, expected pooled features"
+                f"{f' of width {min(made.widths)}' if made.widths else ''}: set model.pooling to avg"
+            )
+        self.features = int(self._pooled(output).shape[1])
 
-    def _width(self, size: int) -> int:
+    def _output(self, size: int) -> Tensor:
+        """The backbone's output for one black image; finds the batch normalisations that can be folded."""
         self.eval()
-        pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+        pixels = self.normalise(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         try:
-            self.folding = Folding(self.backbone, self.normalise(pixels))
+            self.folding = Folding(self.backbone, pixels)
             with torch.no_grad():
-                return int(self(pixels).shape[1])
-        except (RuntimeError, AssertionError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{self.config.backbone} cannot take images of {size}×{size}: {error}") from error
+                output = self.backbone(pixels)
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            usual = getattr(self.backbone, "pretrained_cfg", {}).get("input_size", (0,))[-1]
+            hint = f"; data.transforms.size: {usual} is its usual size" if usual not in (0, size) else ""
+            raise UserError(
+                f"{self.config.backbone} cannot take images of {size}×{size}: {joined_lines(error)}{hint}"
+            ) from error
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"{self.config.backbone} gives a {type(output).__name__}, expected a tensor of maps or features"
+            )
+        return output
 
     def normalise(self, pixels: Tensor) -> Tensor:
         x = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
@@ -61,13 +82,10 @@ class Trunk(nn.Module):
     def forward(self, pixels: UInt8[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch features"]:
         with self.folding() if self.folding else nullcontext():
             maps = self.backbone(self.normalise(pixels))
-        if self.pool is None or maps.ndim == 2:  # torchvision networks pool inside
-            return maps.flatten(1)
-        if maps.ndim != 4:
-            raise UserError(
-                f"{self.config.backbone} gives {tuple(maps.shape)} instead of a feature map: set model.pooling to native"
-            )
-        return self.pool(maps).flatten(1)
+        return self._pooled(maps)
+
+    def _pooled(self, maps: Tensor) -> Tensor:
+        return (maps if self.pool is None else self.pool(maps)).flatten(1)
 
     def set_mode(self, training: bool, ranks: Ranks) -> None:
         """Training or evaluation mode, with batch normalisation as configured."""

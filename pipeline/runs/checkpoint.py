@@ -13,6 +13,7 @@ file `incarnation`, and an older process that is still running reads it and stop
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import pickle
@@ -110,7 +111,7 @@ class Checkpoints:
 
         Raises:
             RunError: Another process now owns the run, or a tensor is not finite; nothing has been
-                written then.
+                written then. Or the checkpoint cannot be written (a full disk): its files are removed again.
         """
         self._require_owner()
         tensors = {**trunk.state_dict(), **{f"method.{n}": t for n, t in method.state_dict().items()}}
@@ -133,15 +134,29 @@ class Checkpoints:
             files["plan.npz"] = _pack(plan)
         if self.run.exists(f"{base}/{CHECKPOINT}"):  # the same step again, after a resume: never a mixture of two
             self.run.remove(f"{base}/{CHECKPOINT}")
-        for name, data in files.items():
-            self.run.write(f"{base}/{name}", data)
-        if write_extra is not None:
-            write_extra(self.folder(kind, progress.step))
-        checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        record = {"progress": asdict(progress), "incarnation": self.incarnation, "sha256": checksums}
-        self.run.write_json(f"{base}/{CHECKPOINT}", record)
+        try:
+            for name, data in files.items():
+                self.run.write(f"{base}/{name}", data)
+            if write_extra is not None:
+                write_extra(self.folder(kind, progress.step))
+            checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+            record = {"progress": asdict(progress), "incarnation": self.incarnation, "sha256": checksums}
+            self.run.write_json(f"{base}/{CHECKPOINT}", record)
+        except (OSError, RunError) as error:
+            raise self._unwritten(base, error) from error
         if kind == "checkpoints":
             self._prune()
+
+    def _unwritten(self, base: str, error: OSError | RunError) -> RunError:
+        """Removes what was written of a checkpoint, to free its space, and says what is left."""
+        with contextlib.suppress(OSError):
+            self.run.remove(base)
+        steps = self.steps()
+        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no earlier checkpoint"
+        reason = f"{error.strerror or one_line(error)}" if isinstance(error, OSError) else one_line(error)
+        return RunError(
+            f"the checkpoint {self.run}/{base} cannot be written ({reason}); {kept}: make room and run the same command again"
+        )
 
     def update(self, progress: TrainingState) -> None:
         """Replaces the progress of the checkpoint of `progress.step`, whose tensors stay, in one write.

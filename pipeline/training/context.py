@@ -196,8 +196,27 @@ class RunContext:
         return "sample ids " + ", ".join(str(int(i)) for i in self.samples.ids[plan.ids[row]][:8]) + " ..."
 
     def step(self, optimizer: str) -> None:
+        self._check_gradients(optimizer)
         self.optimizers[optimizer].step(self.clock, self.length)
         self.optimizers[optimizer].inner.zero_grad(set_to_none=True)
+
+    def _check_gradients(self, optimizer: str) -> None:
+        """Raises RunError on all ranks if a gradient is not finite on one; one pass over the gradients."""
+        groups = self.optimizers[optimizer].inner.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        # A sum is the cheapest pass that nothing infinite gets through; a sum that overflows is looked at again.
+        bad = [p for p in parameters if not bool(p.grad.isfinite().all())] if _overflows(parameters) else []
+        if not self.ranks.any(bool(bad), self.device):
+            return
+        names = {
+            id(p): f"{part}.{n}" for part in ("trunk", "method") for n, p in getattr(self, part).named_parameters()
+        }
+        where = f"{names[id(bad[0])]}, and {len(bad) - 1} more of {len(parameters)}" if bad else "on another rank"
+        raise RunError(
+            f"the loss is finite at step {self.clock.step}, but its gradient is not ({where}): this update was not applied "
+            "and the last checkpoint is intact. A distance of zero between two equal images, or the square root of zero, has "
+            f"no gradient: inspect these samples: {self._sample_ids_of_step()}"
+        )
 
     def embed_samples(self, ids: Int64[np.ndarray, " samples"], embed: bool = True) -> Float[Tensor, "samples dim"]:
         embeddings = self.embedder(self.samples.ids[ids], self.trunk, self.method if embed else None)
@@ -212,6 +231,12 @@ class RunContext:
                 digest.update(name.encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
+
+
+def _overflows(parameters: Sequence[Tensor]) -> bool:
+    """True if the sum of some gradient is not finite."""
+    sums = [p.grad.sum() for p in parameters if p.grad is not None]
+    return bool(sums) and not bool(torch.stack(sums).isfinite().all())
 
 
 def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ torchrun     when torchrun's environment is found: this process is one of the wo
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -28,6 +29,7 @@ from pipeline.storage import Folder
 from pipeline.training.loop import Worker
 
 Show = Callable[[dict[str, Any]], None]
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 STOP_TIMEOUT_S = 120  # after a stop request; the driver then ends, and with it the workers
 
 
@@ -91,6 +93,8 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
             status_display(status.read, show if ranks.rank == 0 else lambda _: None),
         ):
             Worker(config, store_uri, ranks, device, status)()
+    except OSError as error:
+        raise no_space_error(error) from error
     finally:
         if ranks.world > 1:
             dist.destroy_process_group()
@@ -208,9 +212,20 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         status.fail(one_line(error))  # a restart would fail again: end instead, and let the other ranks see it
         if dist.is_initialized():
             dist.destroy_process_group()
-    except Exception:
-        if status.error_message() is None:
+    except Exception as error:
+        failure = no_space_error(error) if isinstance(error, OSError) else error
+        if isinstance(failure, RunError):  # a restart would find the disk as full
+            status.fail(one_line(failure))
+        elif status.error_message() is None:
             raise
+
+
+def no_space_error(error: OSError) -> OSError | RunError:
+    """One line about a disk that takes no more data; any other error as it is."""
+    if error.errno not in NO_SPACE:
+        return error
+    place = f"{error.filename}: " if error.filename else ""
+    return RunError(f"{place}{error.strerror}; the newest checkpoint is kept: make room and run the same command again")
 
 
 def root_cause(error: BaseException) -> str:

@@ -7,6 +7,7 @@ A checkpoint contains everything that is needed to continue; running the loop ag
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -99,10 +100,18 @@ class Worker:
                 stopped = self._train_segment()
             if not stopped and not self.progress.finished:
                 self.measurements.final(self.progress, self.tracker)
-        finally:
+        except BaseException:
+            with contextlib.suppress(OSError):  # on a full disk the log fails too: the first error is the one to tell
+                self._close()
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        try:
             if self.tracker is not None:
                 # A process that no longer owns the run must not replace the newer process's log.
                 self.tracker.close(sync=self.checkpoints.is_owner())
+        finally:
             if self.mining is not None:
                 self.mining.close()
 

@@ -380,3 +380,48 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_they_move(
     for message, changed in pool(train_on_a_bad_loss, 2, values, (6, 6)):
         assert "the loss is not finite at step 0" in message and "sample ids" in message
         assert changed == 0
+
+
+def train_on_a_bad_gradient(
+    rank: int, world: int, values: dict[str, Any], shares: tuple[int, ...]
+) -> tuple[str, float, int]:
+    """The second step's loss is finite, its gradient is not: a square root of zero."""
+    with registered():
+        worker = make_worker(Config.model_validate(values), rank, shares)
+        encode, before = worker.context.encode, state(worker)
+
+        def bad(*roles: Any, **options: Any) -> Tensor:
+            features = encode(*roles, **options)
+            if worker.context.clock.step == 1:
+                before.update(state(worker))
+                return features + (features[:, :1] - features[:, :1]).sqrt()
+            return features
+
+        worker.context.encode = bad  # type: ignore[method-assign]
+        try:
+            worker()
+        except RunError as failure:
+            return str(failure), max_change(state(worker), before), worker.progress.step
+        return "", 0.0, 0
+
+
+def max_change(after: dict[str, Tensor], before: dict[str, Tensor]) -> float:
+    """Of weights; buffers are statistics of the forward pass."""
+    return max(error(v.double(), before[n].double()) for n, v in after.items() if n.endswith(("weight", "bias")))
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("multi_similarity", name) for name in ("adamw", "adam", "sgd", "radam")]
+    + [(name, "adamw") for name in ("two_optimizers", "osm_caa", "mined", "proxies", "intra_batch", "smart_mining")],
+)
+def test_a_gradient_that_is_not_finite_stops_all_ranks_before_they_move(
+    pool: Pool, make_config: Callable[..., Config], method: str, optimizer: str
+) -> None:
+    changes = {**case(method, "adamw", "frozen"), "method.optimizer.name": optimizer, "evaluation.checkpoint": "last"}
+    with registered():
+        values = make_config(changes).model_dump(mode="json")
+    for message, changed, steps in pool(train_on_a_bad_gradient, 2, values, (6, 6)):
+        assert "the loss is finite at step 1, but its gradient is not (" in message and "sample ids" in message
+        assert "trunk.backbone." in message and "\n" not in message
+        assert changed == 0 and steps == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import io
 import os
@@ -242,6 +243,39 @@ def test_an_older_process_stops_before_it_writes(folder: Folder) -> None:
         Checkpoints(folder).save(
             "checkpoints", TrainingState(step=3), *[Run().trunk, Run().method], {}
         )  # a reader owns nothing
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails_at", ["trunk.safetensors", "optimizers.pt", "checkpoint.json"])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
+    fails_at: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, run = owner(folder), Run()
+    write = Folder.write
+
+    def full(self: Folder, name: str, data: bytes) -> None:
+        if name.endswith(fails_at):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, name, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "write", full)
+        with pytest.raises(RunError, match="there is no earlier checkpoint"):
+            save(checkpoints, run, 1)
+    save(checkpoints, run, 2)
+    expected = run.tensors()
+    monkeypatch.setattr(Folder, "write", full)
+    with pytest.raises(RunError, match="checkpoint of step 2 is kept: make room") as caught:
+        save(checkpoints, run.step(1), 3)
+    assert (
+        "\n" not in str(caught.value) and "step-00000003" in str(caught.value) and "No space left" in str(caught.value)
+    )
+    assert checkpoints.steps() == [2] and folder.names("checkpoints") == ["step-00000002"], "what was begun is removed"
+    again = Run(5)
+    checkpoints.load("checkpoints", 2, again.trunk, again.method, again.optimizers)
+    assert_equal(again.tensors(), expected)
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
