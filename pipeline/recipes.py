@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from methods import plugins
 from pipeline.config import Config, build_config
 from pipeline.errors import UserError, did_you_mean, joined_lines
 
@@ -28,6 +29,7 @@ def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Con
     Raises:
         UserError: One line a problem, naming the key, what was got and what was expected.
     """
+    plugins.add_folder(os.getcwd())
     values = _preset(DEFAULT_PRESET) if recipe is None else recipe_values(recipe)
     assignments: list[tuple[str, Any]] = []
     for override in overrides:
@@ -58,6 +60,7 @@ def recipe_values(recipe: str) -> dict[str, Any]:
     if not os.path.isfile(recipe):
         hint = did_you_mean(recipe, preset_names(), kind="the preset ", otherwise="presets:")
         raise UserError(f"recipe {recipe!r} is neither a file nor a preset; {hint}")
+    plugins.add_folder(Path(recipe).resolve().parent)  # modules of the user's own lie beside the recipe
     return _built_upon(_yaml(Path(recipe)), [recipe])
 
 

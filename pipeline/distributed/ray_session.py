@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from methods import plugins
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 
@@ -44,7 +45,7 @@ def ray_session(cpus: int) -> Iterator[Any]:
         return
     if on_cluster():
         try:
-            ray.init(**common)
+            ray.init(**common, **_plugin_folders())
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be reached: {error}"
@@ -58,6 +59,16 @@ def ray_session(cpus: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _plugin_folders() -> dict[str, Any]:
+    """Tells the workers of a cluster the folders of the user's modules; those in the job's working directory relative to it."""
+    folders = plugins.folders()
+    here = os.getcwd()
+    relative = [os.path.relpath(f, here) if f == here or f.startswith(here + os.sep) else f for f in folders]
+    if not plugins.loaded:
+        return {}
+    return {"runtime_env": {"env_vars": {plugins.FOLDERS: os.pathsep.join(relative)}}}
 
 
 def check_visible(ray: Any, folder: Folder, what: str) -> None:
