@@ -67,6 +67,19 @@ def test_a_finished_run_shows_its_summary_again_without_training(
     assert base.files() == before and all(p.stat().st_mtime_ns == at for p, at in modified.items())
 
 
+def test_each_validation_is_one_line_and_the_best_is_marked(run: Train, base: Base) -> None:
+    status, _, err = run(name="told", length="3 epochs")
+    assert status == 0
+    lines = [line for line in err.splitlines() if line.startswith("validation at step ")]
+    logged = [line for line in read_metrics(Folder(base.root / "runs" / "told")) if line["kind"] == "validation"]
+    best = -1.0
+    for line, metrics in zip(lines, logged, strict=True):
+        first = f"validation at step {metrics['step']} (epoch {metrics['epoch']:.2f}): map@r {metrics['map@r']:.2f}, recall@1 "
+        assert line.startswith(first) and line.endswith("  * best so far") == (metrics["map@r"] > best)
+        best = max(best, metrics["map@r"])
+    shutil.rmtree(base.root / "runs" / "told")
+
+
 def test_single_images_are_announced(run: Train, base: Base) -> None:
     store = base.store
     fold = int(store.fold[[store.class_name_of[int(label)] == "train_single" for label in store.label]][0])
