@@ -47,7 +47,7 @@ class Display:
 
     def __call__(self, state: dict[str, Any]) -> None:
         for message in state["messages"]:
-            self.console.print(message, highlight=False)
+            self.console.print(message, highlight=False, soft_wrap=True)
         progress = state["progress"]
         if not progress:
             return
@@ -62,7 +62,7 @@ class Display:
         now = time.monotonic()
         changed = phase != self.phase
         if self.bar.disable and (changed or (note and now - self.printed > LINE_EVERY_S)):
-            self.console.print(f"{phase} {note}".strip(), highlight=False)
+            self.console.print(f"{phase} {note}".strip(), highlight=False, soft_wrap=True)
             self.printed = now
         self.phase = phase
 

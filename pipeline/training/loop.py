@@ -82,7 +82,8 @@ class Worker:
         )  # fmt: skip
         self.measurements = Measurements(
             config, self.store, self.embedder, self.trunk, self.method, self.checkpoints,
-            save=self._save, load_best=self._load_best, publish=self._publish, report=report,
+            save=self._save, load_best=self._load_best, publish=self._publish,
+            say=status.add_message, report=report,
         )  # fmt: skip
         self.tracker: Tracker | None = None
 
