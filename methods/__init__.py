@@ -1,5 +1,6 @@
 """Methods of deep metric learning, one file each; pure PyTorch, no Ray."""
 
+from methods import plugins
 from methods.base import Batch, Context, Method, MethodConfig
 from methods.baseline import Baseline
 from methods.gca_hng import GcaHng
@@ -17,4 +18,24 @@ METHODS: dict[str, type[Method]] = {
     "smart_mining": SmartMining,
 }
 
-__all__ = ["METHODS", "Baseline", "Batch", "Context", "Method", "MethodConfig"]
+
+def method_class(name: str) -> type[Method]:
+    """The method of a name: one of METHODS, an entry point of an installed package, or an import string.
+
+    Raises:
+        ValueError: One line: there is none, or it is no method.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if plugins.is_import_string(name):
+        return plugins.load(name, "method", Method)
+    point = plugins.method_entry_points()[name]
+    return plugins.load(point.value, f"method {name!r}, the entry point", Method)
+
+
+def method_names() -> list[str]:
+    """Names of METHODS and of the methods of installed packages, sorted."""
+    return sorted({*METHODS, *plugins.method_entry_points()})
+
+
+__all__ = ["METHODS", "Baseline", "Batch", "Context", "Method", "MethodConfig", "method_class", "method_names"]

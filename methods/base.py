@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field
+from pydantic import Field, field_serializer
 from torch import Tensor, nn
 
 from methods.config import BaseConfig, Clock, Length
@@ -31,14 +31,22 @@ from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, class_balanced
 
 
+class MethodError(Exception):
+    """A step that a method cannot compute: one line for the user, to which the loop adds the step and the batch."""
+
+
 class MethodConfig(BaseConfig):
     """Options that every method has."""
 
-    name: str = Field(description="name of the method")
+    name: str = Field(description="name of the method, or module:CLASS of your own")
     classes_per_batch: int = Field(24, ge=2, description="P: groups of different classes in a batch")
     samples_per_class: int = Field(4, ge=2, description="K: images of one class in a batch")
     embedding_dim: int = Field(128, ge=1, description="D: dimension of the embedding")
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @field_serializer("name")
+    def _name(self, name: str) -> str:
+        return name  # of a method by import string: not the one that its config may declare
 
     @property
     def needs_best(self) -> bool:

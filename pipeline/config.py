@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from methods import METHODS, MethodConfig
+from methods import METHODS, MethodConfig, method_class, method_names, plugins
 from methods.config import BaseConfig, Length
 from pipeline.config_problems import explain
 from pipeline.data.transforms import TransformConfig
@@ -265,9 +265,14 @@ class Config(BaseConfig):
             return value
         section = value if isinstance(value, Mapping) else {"name": value}
         name = section.get("name", "baseline")
-        if not isinstance(name, str) or name not in METHODS:
-            raise ValueError(f"method {name!r} is unknown: {did_you_mean(str(name), sorted(METHODS))}")
-        return METHODS[name].Config.model_validate(dict(section) | {"name": name})
+        if not isinstance(name, str) or not (plugins.is_import_string(name) or name in method_names()):
+            raise ValueError(f"method {name!r} is unknown: {did_you_mean(str(name), method_names())}")
+        if name in METHODS:
+            return METHODS[name].Config.model_validate(dict(section) | {"name": name})
+        own = method_class(name).Config  # may declare another name than the one that it is found under
+        declared = own.model_fields["name"].get_default()
+        named = {"name": declared if isinstance(declared, str) else name}
+        return own.model_validate(dict(section) | named).model_copy(update={"name": name})
 
     @model_validator(mode="after")
     def _check(self) -> Config:

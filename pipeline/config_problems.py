@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
-from methods import METHODS
+from methods import METHODS, method_class
 from methods.config import Length
 from pipeline.errors import close_names, did_you_mean
 
@@ -181,7 +181,10 @@ def _model(parts: Sequence[str], values: Mapping[str, Any], root: type[BaseModel
 def _method_config(values: Mapping[str, Any]) -> type[BaseModel]:
     section = values.get("method", {})
     name = section.get("name", "baseline") if isinstance(section, Mapping) else section
-    return METHODS[name if isinstance(name, str) and name in METHODS else "baseline"].Config
+    try:
+        return method_class(str(name)).Config
+    except ValueError:  # told as a problem of its own
+        return METHODS["baseline"].Config
 
 
 def _arguments(annotation: Any) -> Iterator[Any]:

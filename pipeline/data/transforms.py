@@ -15,13 +15,25 @@ from jaxtyping import UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from methods import plugins
 from methods.config import BaseConfig
 from pipeline.data.thin_images import is_thin, resized_centre, resized_on_white
+from pipeline.errors import RunError
 
 
 class TransformConfig(BaseConfig):
     """Pixels for training and for evaluation."""
 
+    training: str | None = Field(
+        None,
+        description="module:FUNCTION of your own, (image uint8 [3, h, w], size, numpy generator) -> uint8 [3, size, size], "
+        "instead of all that is training below",
+    )
+    evaluation: str | None = Field(
+        None,
+        description="module:FUNCTION of your own, (image uint8 [3, h, w], size) -> uint8 [3, size, size], instead of resize "
+        "and centre crop",
+    )
     size: int = Field(224, ge=8, description="side of the square that the network sees, pixels")
     resize: int | None = Field(None, ge=8, description="evaluation: shorter side before the centre crop (none: size)")
     squash: bool = Field(False, description="evaluation: resize both sides to `size`, ignoring the aspect ratio")
@@ -51,6 +63,14 @@ class TransformConfig(BaseConfig):
             raise ValueError(f"crop_scale goes up to {self.crop_scale[1]}, at most 1: use pad to zoom out")
         if not all(0 <= value <= 255 for value in self.erase_colour):
             raise ValueError(f"erase_colour is {self.erase_colour}, expected three values of 0 to 255")
+        grey = torch.full((3, 40, 50), 128, dtype=torch.uint8)
+        try:
+            if self.training is not None:
+                _own_pixels(self.training, grey, self.size, np.random.default_rng(0))
+            if self.evaluation is not None:
+                _own_pixels(self.evaluation, grey, self.size)
+        except RunError as error:
+            raise ValueError(str(error)) from error
         if self.resize is not None and self.resize < self.size:
             raise ValueError(f"resize is {self.resize}, smaller than size {self.size}")
         return self
@@ -66,8 +86,30 @@ def _torchvision() -> tuple[Any, Any]:
     return functional, InterpolationMode
 
 
+def _own_pixels(name: str, image: Tensor, size: int, *random: np.random.Generator) -> Tensor:
+    """What a user's function makes of an image.
+
+    Raises:
+        ValueError: There is no such function.
+        RunError: It raises an error, or gives something else than pixels of this size.
+    """
+    function = plugins.load(name, "transform")
+    try:
+        pixels = function(image, size, *random)
+    except Exception as error:  # whatever a user's function raises
+        raise RunError(
+            f"transform {name!r} failed on an image {tuple(image.shape)}: {plugins.failure(error)}"
+        ) from error
+    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or tuple(pixels.shape) != (3, size, size):
+        got = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise RunError(f"transform {name!r} gives {got}, expected torch.uint8 [3, {size}, {size}]")
+    return pixels
+
+
 def evaluation_pixels(image: UInt8[Tensor, "3 h w"], config: TransformConfig) -> UInt8[Tensor, "3 size size"]:
-    """Resize and centre crop, without randomness."""
+    """Resize and centre crop, without randomness; or the user's own function."""
+    if config.evaluation is not None:
+        return _own_pixels(config.evaluation, image, config.size)
     F, mode = _torchvision()
     size = [config.size, config.size]
     if config.squash or (image.shape[-1] == image.shape[-2] and config.resize in (None, config.size)):
@@ -81,7 +123,9 @@ def evaluation_pixels(image: UInt8[Tensor, "3 h w"], config: TransformConfig) ->
 def training_pixels(
     image: UInt8[Tensor, "3 h w"], config: TransformConfig, random: np.random.Generator
 ) -> UInt8[Tensor, "3 size size"]:
-    """Random rotation, padding, crop and flip, then colour; each only where configured."""
+    """Random rotation, padding, crop and flip, then colour; each only where configured; or the user's own function."""
+    if config.training is not None:
+        return _own_pixels(config.training, image, config.size, random)
     F, mode = _torchvision()
     if config.rotate:
         angle = float(random.uniform(-config.rotate, config.rotate))

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def ray_session(cpus: int) -> Iterator[Any]:
     if on_cluster():
         check_address(os.environ["RAY_ADDRESS"])
         try:
-            ray.init(**common)
+            ray.init(**common, **_plugin_folders())
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
                 f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be reached: {joined_lines(error)}"
@@ -108,6 +109,17 @@ def _token_file() -> bool:
     """Whether Ray reads a token from a file, which it then sends by itself."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
     return os.environ.get("RAY_AUTH_MODE") == "token" and not os.environ.get("RAY_AUTH_TOKEN") and os.path.exists(path)
+
+
+def _plugin_folders() -> dict[str, Any]:
+    """Tells the workers of a cluster the folders of the user's modules; those in the job's working directory relative to it."""
+    plugins = sys.modules.get("methods.plugins")  # not imported: the methods, and with them PyTorch, come with it
+    if plugins is None or not plugins.loaded:
+        return {}
+    folders = plugins.folders()
+    here = os.getcwd()
+    relative = [os.path.relpath(f, here) if f == here or f.startswith(here + os.sep) else f for f in folders]
+    return {"runtime_env": {"env_vars": {plugins.FOLDERS: os.pathsep.join(relative)}}}
 
 
 def check_visible(ray: Any, folder: Folder, what: str) -> None:

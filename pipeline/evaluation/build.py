@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from methods import METHODS, Method
+from methods import Method, method_class
 from pipeline.config import Config
 from pipeline.data.loader import ImageSource
 from pipeline.data.store import Samples, Store
@@ -21,7 +21,7 @@ def build_method(config: Config, features: int, samples: Samples) -> Method:
         features: Width F of the trunk's pooled features.
         samples: The training set.
     """
-    return METHODS[config.method.name](config.method, features, int(samples.labels.max()) + 1)
+    return method_class(config.method.name)(config.method, features, int(samples.labels.max()) + 1)
 
 
 def build_network(config: Config, samples: Samples, device: torch.device) -> tuple[Trunk, Method]:

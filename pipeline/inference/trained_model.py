@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
-from methods import Method
+from methods import Method, plugins
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
@@ -76,8 +77,10 @@ def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
         UserError: There is no such run or checkpoint.
     """
     folder = find_run(name)
-    config = read_config(folder)
     record = folder.read_json(DATASET)
+    for plugins_folder in [os.getcwd(), *record.get("plugin_folders", [])]:
+        plugins.add_folder(plugins_folder)
+    config = read_config(folder)
     kind, step = _checkpoint(checkpoint or config.evaluation.checkpoint, Checkpoints(folder))
     return TrainedModel(folder, config, record["dataset"], record["fingerprint"], kind, step)
 

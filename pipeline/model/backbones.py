@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from methods import plugins
 from pipeline.config import BN_INCEPTION, LITE0, TORCHVISION, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model import bn_inception
@@ -73,9 +75,34 @@ def _initial(config: ModelConfig, size: int) -> Backbone:
         return Backbone(BNInception(), bn_inception.MEAN, bn_inception.STD, pools=native)
     if config.backbone.startswith(TORCHVISION):
         return Backbone(build_torchvision(config, size), IMAGENET_MEAN, IMAGENET_STD, pools=True)
+    if plugins.is_import_string(config.backbone):
+        return _own(config, size)
     net = build_timm(config, size)
     pretrained: Any = net.pretrained_cfg
     return Backbone(net, pretrained["mean"], pretrained["std"], widths(net), pools=native)
+
+
+def _own(config: ModelConfig, size: int) -> Backbone:
+    """A network of the user's own: called with `backbone_args`, and with `img_size` if it takes that."""
+    if config.weights == "pretrained":
+        raise UserError(
+            f"backbone {config.backbone!r} has no download: set model.weights to a file, or to none (as the class makes them)"
+        )
+    try:
+        make = plugins.load(config.backbone, "backbone")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    options = dict(config.backbone_args)
+    if "img_size" in inspect.signature(make).parameters:
+        options.setdefault("img_size", size)
+    try:
+        net = make(**options)
+    except Exception as error:  # whatever a user's class raises
+        raise UserError(f"backbone {config.backbone!r} cannot be built: {plugins.failure(error)}") from error
+    if not isinstance(net, nn.Module):
+        raise UserError(f"backbone {config.backbone!r} gives a {type(net).__name__}, expected a torch.nn.Module")
+    mean, std = getattr(net, "mean", IMAGENET_MEAN), getattr(net, "std", IMAGENET_STD)
+    return Backbone(net, mean, std, widths(net), pools=config.pooling == "native")
 
 
 def _load_lite0(net: nn.Module) -> None:

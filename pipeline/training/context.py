@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from methods import Batch, Method
-from methods.base import Gradient
+from methods.base import Gradient, MethodError
 from methods.config import Clock, Length
 from methods.optim import Optimizer
 from methods.plans import Plan
@@ -188,6 +188,13 @@ class RunContext:
                 "was applied and the last checkpoint is intact. Lower the learning rate or inspect these samples: "
                 f"{self._sample_ids_of_step()}"
             )
+
+    def step_error(self, error: MethodError) -> RunError:
+        """A method's error with the step and the batch."""
+        return RunError(
+            f"step {self.clock.step}: {error}. The last checkpoint is intact. Inspect these samples, or choose another loss: "
+            f"{self._sample_ids_of_step()}"
+        )
 
     def _sample_ids_of_step(self) -> str:
         if self._plan_row is None:

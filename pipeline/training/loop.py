@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from methods.base import MethodError
 from methods.config import Clock, Length
 from methods.plans import Plan
 from pipeline.config import Config
@@ -155,7 +156,10 @@ class Worker:
                 waited = time.perf_counter() - started
                 # gather, method, backward, step
                 batch = self.context.begin_step(before, plan, row, pixels)
-                logs = self.method.training_step(batch, self.context)
+                try:
+                    logs = self.method.training_step(batch, self.context)
+                except MethodError as error:
+                    raise self.context.step_error(error) from error
                 if self.mining is not None:
                     logs = logs | self.mining.logs()
                 # count

@@ -7,6 +7,7 @@ import os
 from contextlib import ExitStack
 from typing import Any
 
+from methods import plugins
 from pipeline.config import Config, to_yaml
 from pipeline.console import console
 from pipeline.data import own_images
@@ -165,7 +166,10 @@ def _record(config: Config, folder: Folder, store: Store, changes: list[str]) ->
         lines = [*read_changes(folder), {"step": latest.step if latest else 0, "changes": changes}]
         folder.write(CHANGES, "".join(json.dumps(line) + "\n" for line in lines).encode())
     folder.write(CONFIG, to_yaml(config).encode())
-    folder.write_json(DATASET, {"fingerprint": store.fingerprint, "dataset": store.folder.uri})
+    record: dict[str, Any] = {"fingerprint": store.fingerprint, "dataset": store.folder.uri}
+    if plugins.loaded:
+        record["plugin_folders"] = plugins.folders()  # for commands that read the run from another folder
+    folder.write_json(DATASET, record)
 
 
 def _finished(config: Config, folder: Folder) -> bool:

@@ -189,7 +189,6 @@ def test_a_saved_and_loaded_loss_goes_on_alike(name: str) -> None:
         ({"loss": "SoftTripleLoss", "loss_args": {"centers_per_class": -1}}, "SoftTripleLoss does not accept"),
         # a value of the wrong type is seen by the loss only when it runs: now, not in the first step on a cluster
         ({"loss_args": {"alpha": "two"}}, "MultiSimilarityLoss with .*'two'.* fails"),
-        ({"loss_args": {"distance": "LpDistance"}}, "MultiSimilarityLoss with .*fails"),
         ({"miner": "MultiSimilarityMiner", "miner_args": {"epsilon": "x"}}, "MultiSimilarityMiner with .*fails"),
         ({"loss": "PNPLoss", "miner": "MultiSimilarityMiner"}, "fails"),  # takes no tuples
         ({"classes_per_batch": 1}, "greater than or equal to 2"),
