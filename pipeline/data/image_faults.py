@@ -26,6 +26,7 @@ _KINDS = (
     (0, b"MZ", "a program"),
     (0, b"SQLite", "a database"),
 )  # offset, bytes there, what it is
+_IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
@@ -55,6 +56,8 @@ def explain(path: str, data: bytes | None, error: Exception) -> str:
     text = _one_line(error, path)
     if "truncated" in text or "Truncated" in text or "incomplete" in text:
         return f"the image is truncated: the end of the file is missing ({text})"
+    if "cannot identify" in text and data.startswith(_IMAGES):
+        return "the image is damaged: its first bytes are right, what follows cannot be read"
     if "cannot identify" in text:
         return f"no image of a known format: it begins with {data[:8].hex(' ')}"
     return f"the image is damaged or of an unusual kind: {text}" if "pixels" not in text and "box" not in text else text

@@ -62,7 +62,7 @@ def _warnings(store: Store) -> list[str]:
     lines = []
     if copies:
         lines.append(
-            f"  copies: {count(copies['repeated'], 'image repeats', 'images repeat')} another, the same file byte by byte, "
+            f"  copies: {count(copies['repeated'], 'image is a copy', 'images are copies')} of others, with the same bytes, "
             f"see {store.folder}/copies.csv"
         )
         if copies["several_classes"]:
@@ -86,7 +86,7 @@ def _warnings(store: Store) -> list[str]:
 
 def _treatment(store: Store) -> str:
     published = store.manifest["source"] not in OWN_SOURCES
-    return "its authors' protocol keeps them" if published else "they are junk, which evaluation leaves out"
+    return "its authors' protocol keeps them" if published else "junk, which evaluation leaves out"
 
 
 def _lost_classes(entries: Iterable[Entry], store: Store) -> list[str]:

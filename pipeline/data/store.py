@@ -160,14 +160,16 @@ class Store:
         return dict(zip(labels.tolist(), self._names.take(pa.array(rows)).to_pylist(), strict=True))
 
     def sources(self, ids: Int64[np.ndarray, " images"]) -> list[str] | None:
-        """Paths or URIs that images were read from, by sample id; None in stores of earlier versions.
-
-        Reads the column anew: O(images of the store), some 100 bytes each.
-        """
+        """Paths or URIs that images were read from, by sample id; None in stores of earlier versions."""
         if not self._has_sources:
             return None
-        column = pq.read_table(io.BytesIO(self.folder.read("catalog.parquet")), columns=[SOURCE.name])[SOURCE.name]
-        return list(column.take(pa.array(np.searchsorted(self.sample_id, ids))).to_pylist())
+        return list(self._sources.take(pa.array(np.searchsorted(self.sample_id, ids))).to_pylist())
+
+    @functools.cached_property
+    def _sources(self) -> pa.ChunkedArray:
+        """The column, read when it is first needed: as many bytes an image as its path is long."""
+        data = self.folder.read("catalog.parquet")
+        return pq.read_table(io.BytesIO(data), columns=[SOURCE.name])[SOURCE.name]
 
     def select(self, splits: Iterable[str], fold: int | None = None, without_fold: int | None = None) -> Samples:
         """Images of some splits: of one validation fold only, or of all but one. O(images of the store)."""

@@ -198,8 +198,8 @@ def disk_full_as_error(path: str | os.PathLike[str], num_bytes: int) -> Iterator
         if error.errno not in _NO_ROOM:
             raise
         raise RunError(
-            f"{path} ({num_bytes / 1e6:,.1f} MB) cannot be written, {_NO_ROOM[error.errno]} ({os.strerror(error.errno)}); "
-            "what was there before is unchanged: make room, or write elsewhere"
+            f"{path} ({num_bytes / 1e6:,.1f} MB) cannot be written: {_NO_ROOM[error.errno]} ({os.strerror(error.errno)}); "
+            "make room, or write elsewhere"
         ) from error
 
 

@@ -253,7 +253,7 @@ def test_copies_are_counted_and_leaks_are_loud(cli: Cli, tmp_path: Path) -> None
         shutil.copy(root / "a/0.png", root / name / "again.png")
     shutil.copy(root / "a/1.png", root / "a/again.png")
     status, said = cli("folder", root)
-    assert status == 0 and "copies: 4 images repeat another, the same file byte by byte" in said
+    assert status == 0 and "copies: 4 images are copies of others, with the same bytes" in said
     assert "WARNING: 1 image is in more than one class" in said and "WARNING: 1 image is in train and in test" in said
     assert Store(store_of).manifest["copies"] == {
         "repeated": 4, "several_classes": 1, "train_and_test": 1, "query_and_gallery": 0,
@@ -274,7 +274,7 @@ def test_a_copy_of_a_query_in_the_gallery_is_junk(cli: Cli, tmp_path: Path) -> N
     status, said = cli(
         "csv", write(tmp_path / "l.csv", "\n".join(["path,label,split", *rows, "img/c/again.png,c,gallery"]))
     )
-    assert status == 0 and "1 gallery image is a copy of a query, which would find itself: they are junk" in said
+    assert status == 0 and "1 gallery image is a copy of a query, which would find itself: junk" in said
     assert Store(Folder(tmp_path / "home/data/l")).manifest["splits"]["gallery"] == {
         "images": 5,
         "classes": 2,
