@@ -31,7 +31,6 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
-from pytorch_metric_learning.losses import ProxyAnchorLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -224,11 +223,11 @@ class GcaHng(Method):
         if config.orthogonal_neck:
             nn.init.orthogonal_(self.head.linear.weight)
             nn.init.zeros_(self.head.linear.bias)
-        self.proxies = (
-            ProxyAnchorLoss(num_classes, config.embedding_dim, config.proxy_margin, config.proxy_scale)
-            if config.base_loss == "proxy_anchor"
-            else None
-        )
+        self.proxies: nn.Module | None = None
+        if config.base_loss == "proxy_anchor":
+            from pytorch_metric_learning.losses import ProxyAnchorLoss  # here: it loads scipy, over 1 CPU-s
+
+            self.proxies = ProxyAnchorLoss(num_classes, config.embedding_dim, config.proxy_margin, config.proxy_scale)
         if config.generate:
             self.graph = CorrelationGraph(
                 config.embedding_dim,

@@ -6,14 +6,17 @@ run is resumed; a change of any other key makes it another run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from methods import METHODS, MethodConfig, method_class, method_names, plugins
 from methods.config import BaseConfig, Length
+from pipeline.config_problems import explain
 from pipeline.data.transforms import TransformConfig
 from pipeline.errors import UserError, did_you_mean
 from pipeline.metric_names import metric_keys
@@ -57,6 +60,14 @@ class ModelConfig(BaseConfig):
     channels_last: bool = Field(
         True, description="channels-last memory layout; about twice as fast on CPUs for depthwise networks"
     )
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights(cls, value: Any) -> Any:
+        """Accepts null, and other letters of the two words."""
+        if value is None:
+            return "none"
+        return str(value).lower() if str(value).lower() in ("none", "pretrained") else value
 
 
 class DataConfig(BaseConfig):
@@ -108,6 +119,12 @@ class EvaluationConfig(BaseConfig):
     )
     clustering: bool = Field(True, description="compute NMI and AMI of a k-means clustering, at the end only")
     batch_size: int = Field(256, ge=1, description="images in a forward pass", json_schema_extra=RUNTIME)
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _metric(cls, value: Any) -> Any:
+        """Accepts other letters, and R@1 for recall@1."""
+        return re.sub(r"^r@(?=\d)", "recall@", value.strip().lower()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
@@ -234,7 +251,7 @@ class Config(BaseConfig):
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    method: SerializeAsAny[MethodConfig] = METHODS["baseline"].Config(name="baseline")
+    method: SerializeAsAny[MethodConfig] = Field(default_factory=lambda: METHODS["baseline"].Config(name="baseline"))
     mining: MiningConfig = MiningConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), json_schema_extra=RUNTIME)
@@ -299,7 +316,7 @@ def build_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(problem, values) for problem in error.errors()]
+        lines = [explain(problem, values, Config) for problem in error.errors()]
         raise UserError("; ".join(lines)) from None
 
 
@@ -307,55 +324,36 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], runtime: bool) -> list[str]:
-    """Keys in which two dumped configs differ, as "key: old -> new"; the runtime keys, or all others."""
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], runtime: bool) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of each key in which two dumped configs differ: the runtime keys, or all others."""
     runtime_keys = set(_runtime_keys(Config))
     before = dict(_flatten(old))
     after = dict(_flatten(new))
-    out = []
+    out = {}
     for key in sorted({*before, *after}):
         is_runtime = any(key == k or key.startswith(k + ".") for k in runtime_keys)
         if is_runtime == runtime and before.get(key) != after.get(key):
-            out.append(f"{key}: {before.get(key)} -> {after.get(key)}")
+            out[key] = (before.get(key), after.get(key))
     return out
 
 
-def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """One line for one pydantic problem; names the most similar key for an unknown one."""
-    location = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        *parents, name = [str(part) for part in problem["loc"]]
-        hint = did_you_mean(name, _fields(parents, values), prefix="".join(f"{parent}." for parent in parents))
-        return f"unknown key {location!r}: {hint}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{location}: {message}" if location else message
-    return f"{location}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], runtime: bool) -> list[str]:
+    """The changed keys of two dumped configs as "key: old -> new"."""
+    return [f"{key}: {before} -> {after}" for key, (before, after) in changed_keys(old, new, runtime).items()]
 
 
-def _fields(parents: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """Field names of the model that refused a key."""
-    model: Any = Config
-    for part in parents:
-        if part == "method":
-            model = method_class(dict(values["method"]).get("name", "baseline")).Config
-            continue
-        if part.isdigit():  # an item of a list
-            continue
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        types = (annotation, *_arguments(annotation))
-        models = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
-        if not models:
-            return []
-        model = models[0]
-    return list(model.model_fields)
+def name_for(base: str, changes: Mapping[str, Any]) -> str:
+    """A name of a run from that of another and the keys changed since: "emoji-lr_0.001-seed_1".
 
-
-def _arguments(annotation: Any) -> Iterator[Any]:
-    """Types inside an annotation such as `Length | None`."""
-    for inner in get_args(annotation):
-        yield inner
-        yield from _arguments(inner)
+    Args:
+        base: The other run's name.
+        changes: New values by dotted key; the order does not matter. Many changes are told apart by a digest.
+    """
+    parts = [f"{key.rpartition('.')[2]}_{value}" for key, value in sorted(changes.items())]
+    name = "-".join([base, *(re.sub(r"[^A-Za-z0-9.]+", "_", part).strip("_") for part in parts)])
+    digest = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:8]
+    plain = all(re.fullmatch(r"[A-Za-z0-9._+-]*", str(value)) for value in changes.values())
+    return name if len(name) <= 80 and plain else f"{name[:60].rstrip('_-.')}-{digest}"
 
 
 def _runtime_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -1,5 +1,15 @@
-"""The console on stderr, for progress and messages of commands and runs."""
+"""What commands print with: the console on stderr for progress and messages, and columns of text."""
+
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
 console = Console(stderr=True)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows as lines with aligned columns; a row of a single cell has no columns."""
+    columns = max((len(row) for row in rows), default=0)
+    widths = [max((len(row[i]) for row in rows if len(row) > max(i, 1)), default=0) for i in range(columns)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()

@@ -5,9 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1000  # characters of a message that are shown
+CLOSE = 0.7  # similarity, 0 to 1 (difflib), from which on a name is suggested
+
 
 class UserError(Exception):
     """Bad input: the message says what was got, what was expected and what to change."""
+
+
+class NameTakenError(UserError):
+    """The run's name belongs to a run of other settings; `free_name` is one that does not, made from what differs."""
+
+    def __init__(self, message: str, free_name: str) -> None:
+        super().__init__(message)
+        self.free_name = free_name
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return NameTakenError, (str(self), self.free_name)
 
 
 class RunError(Exception):
@@ -15,14 +29,27 @@ class RunError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, after the name of its class unless that is UserError or RunError."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return text if isinstance(error, (UserError, RunError)) else f"{type(error).__name__}: {text}"
+    """An error's message, its lines joined by blanks, after the name of its class unless that is UserError or RunError.
+
+    A remedy often stands in the second line; more than 1,000 characters are cut.
+    """
+    text = joined_lines(error)
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return text if isinstance(error, (UserError, RunError)) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def joined_lines(error: BaseException) -> str:
-    """All lines of an error's message as one, with single blanks between words."""
-    return " ".join(str(error).split())
+    """All lines of an error's message as one, with a blank between them."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def close_names(name: str, names: Iterable[str]) -> list[str]:
+    """The names that a misspelt one probably stands for, best first; none if no name is close."""
+    names = list(names)
+    by_lower: dict[str, str] = {}
+    for candidate in names:
+        by_lower.setdefault(candidate.lower(), candidate)
+    return [by_lower[key] for key in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=CLOSE)]
 
 
 def did_you_mean(
@@ -38,7 +65,7 @@ def did_you_mean(
         otherwise: Text before the list of all names.
     """
     names = list(names)
-    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    similar = close_names(name, names)
     if similar:
         return f"did you mean {kind}{prefix + similar[0]!r}?"
     return f"{otherwise} {', '.join(names)}" if len(names) <= 100 else f"none of the {len(names):,} names is similar"

@@ -15,31 +15,24 @@ import io
 import json
 import os
 import sys
-from typing import Any
-
-import numpy as np
-import torch
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data.entries import SPLITS
-from pipeline.data.store import Store
 from pipeline.errors import RunError, UserError, one_line
-from pipeline.evaluation.clustering import clustering
-from pipeline.evaluation.evaluate_task import evaluate
-from pipeline.evaluation.retrieval import retrieve
-from pipeline.evaluation.tasks import test_task, validation_task
-from pipeline.inference.embed import embed
-from pipeline.inference.trained_model import TrainedModel, load_run
-from pipeline.runs.terminal import metrics_table
-from pipeline.storage import Folder
 
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.data.store import Store
+    from pipeline.inference.trained_model import TrainedModel
+
+PROG = "python -m pipeline.evaluate"
 SPLITS_OF = {"test": ("test", "query", "gallery"), "train": ("train",), "all": SPLITS}  # by --split, for --embed-to
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 measured or embedded, 2 bad input or a failed evaluation, 130 interrupted."""
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", nargs="+", metavar="RUN | EMBEDDINGS.npy LABELS.npy")
     parser.add_argument(
@@ -69,7 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--workers", type=int, help="with --embed-to: processes on Ray (default: one a core); 0: this process"
     )
     parser.add_argument("--json", metavar="PATH", help="write the metrics into this file as well")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
+    """Exit status: 0 measured or embedded, 2 bad input or a failed evaluation, 130 interrupted."""
+    options = build_parser(prog).parse_args(arguments)
     try:
         if options.recall_at and min(options.recall_at) < 1:
             raise UserError(f"--recall-at {options.recall_at}: every K has to be at least 1")
@@ -86,6 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again", file=sys.stderr)
         return 130
+    from rich.console import Console
+
+    from pipeline.runs.terminal import metrics_table
+
     out = Console()
     out.print(" ".join(options.inputs), highlight=False, soft_wrap=True)
     out.print(metrics_table(metrics))
@@ -106,6 +108,8 @@ def _measure_arrays(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"got {len(options.inputs)} inputs, expected one run, or embeddings and labels")
     if options.checkpoint or options.save or options.split != "test" or options.workers is not None:
         raise UserError("--checkpoint, --save, --split and --workers go with a run, not with arrays")
+    from pipeline.evaluation.retrieval import retrieve  # here and below: each kind of evaluation imports what it needs
+
     embeddings, labels = _read_arrays(*options.inputs)
     gallery, gallery_labels = _read_arrays(*options.gallery) if options.gallery else (None, None)
     if gallery is not None and gallery.shape[1] != embeddings.shape[1]:
@@ -113,7 +117,11 @@ def _measure_arrays(options: argparse.Namespace) -> dict[str, Any]:
     try:
         result = retrieve(embeddings, labels, gallery=gallery, gallery_labels=gallery_labels)
         metrics = result.summary(options.recall_at or (1, 2, 4, 8))
-        return metrics | clustering(embeddings, labels) if options.clustering else metrics
+        if options.clustering:
+            from pipeline.evaluation.clustering import clustering
+
+            metrics |= clustering(embeddings, labels)
+        return metrics
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -124,6 +132,9 @@ def _read_arrays(embeddings: str, labels: str) -> tuple[torch.Tensor, torch.Tens
     Raises:
         UserError: A file cannot be read, or has another shape or type.
     """
+    import numpy as np
+    import torch
+
     arrays = []
     for path, dims, kinds in ((embeddings, 2, "f"), (labels, 1, "iu")):
         try:
@@ -148,6 +159,13 @@ def _measure_run(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str
         raise UserError(
             f"--workers and --split {options.split} go with --embed-to; without it, --split is test or validation"
         )
+    import numpy as np
+    import torch
+
+    from pipeline.evaluation.evaluate_task import evaluate
+    from pipeline.evaluation.tasks import test_task, validation_task
+    from pipeline.inference.trained_model import load_run
+
     trained = load_run(options.inputs[0], options.checkpoint)
     config = trained.config
     store = _open_store(trained)
@@ -171,6 +189,8 @@ def _open_store(trained: TrainedModel) -> Store:
     """Opens the dataset of a run; prints what it lacks."""
     store = trained.store()
     if store.partial:
+        from rich.console import Console
+
         Console(stderr=True).print(f"partial dataset: {'; '.join(store.partial)}", highlight=False, soft_wrap=True)
     return store
 
@@ -181,6 +201,12 @@ def _embed(options: argparse.Namespace) -> None:
         raise UserError("--embed-to goes with one run, and neither --gallery, --save, --recall-at nor --clustering")
     if options.workers is not None and options.workers < 0:
         raise UserError(f"--workers is {options.workers}, expected 0 (this process) or more")
+    import torch
+
+    from pipeline.inference.embed import embed
+    from pipeline.inference.trained_model import load_run
+    from pipeline.storage import Folder
+
     trained = load_run(options.inputs[0], options.checkpoint)
     if options.split == "validation":
         raise UserError(

@@ -17,8 +17,7 @@ from typing import Any
 
 from pipeline.console import console
 from pipeline.data import own_images
-from pipeline.data.entries import Entry
-from pipeline.data.image_files import MAX_PIXELS
+from pipeline.data.entries import MAX_PIXELS, Entry
 from pipeline.data.layouts import LAYOUTS
 from pipeline.data.prepare_store import emoji_store
 from pipeline.data.prepare_store import prepare as prepare_by
@@ -29,11 +28,12 @@ from pipeline.distributed.ray_session import check_visible, nodes_without_path, 
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.storage import Folder, home
 
+PROG = "python -m pipeline.prepare"
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 prepared, 2 bad input, 130 interrupted."""
+
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     shared = argparse.ArgumentParser(add_help=False)
@@ -86,7 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for name, layout in LAYOUTS.items():
         kinds.add_parser(name, parents=[shared, official], help=layout.title, description=layout.title)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
+    """Exit status: 0 prepared, 2 bad input, 130 interrupted."""
+    options = build_parser(prog).parse_args(arguments)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped job also removes unpacked files
     try:
         _run(options)
@@ -147,11 +152,11 @@ def prepare(
     name: str,
     entries: list[Entry],
     target: Folder,
-    run: Callable[..., Iterator[dict[str, Any]]] = run_on_ray,
+    run: Callable[..., Iterator[dict[str, Any]]] | None = None,
     **options: Any,
 ) -> Store:
     """Writes a store by tasks on Ray, unless `run` runs them otherwise, and prints its content."""
-    return prepare_by(name, entries, target, run, **options)
+    return prepare_by(name, entries, target, run or run_on_ray, **options)
 
 
 def _default_target(options: argparse.Namespace) -> Folder:

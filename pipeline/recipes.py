@@ -6,16 +6,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from methods import plugins
-from pipeline.config import Config, build_config
 from pipeline.errors import UserError, did_you_mean, joined_lines
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "baseline/emoji"
+AUTO = "auto"  # the value of `name` that is replaced by a name made from the settings
 
 
 def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -29,24 +31,75 @@ def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Con
     Raises:
         UserError: One line a problem, naming the key, what was got and what was expected.
     """
+    return resolve(read_recipe(recipe, overrides), recipe)
+
+
+def resolve(values: Mapping[str, Any], recipe: str | None) -> Config:
+    """The checked configuration of the values that `read_recipe` has read; `name: auto` becomes a name.
+
+    An automatic name is that of the preset that the recipe is or builds on (else that of the file) and the keys that
+    differ from it, so that the same settings have the same name.
+
+    Raises:
+        UserError: One line a problem, as `load_config`.
+    """
+    from methods import plugins  # here: they import PyTorch
+    from pipeline.config import build_config, changed_keys, name_for
+
     plugins.add_folder(os.getcwd())
+    if recipe is not None and os.path.isfile(recipe):
+        plugins.add_folder(Path(recipe).resolve().parent)  # modules of the user's own lie beside the recipe
+    if str(values.get("name")).lower() != AUTO:
+        return build_config(values)
+    config = build_config({**values, "name": AUTO})
+    preset = DEFAULT_PRESET if recipe is None else recipe if recipe in preset_names() else _named_preset(recipe)
+    base = build_config(_preset(preset) if preset else {})
+    changes = changed_keys(base.model_dump(mode="json"), config.model_dump(mode="json"), runtime=False)
+    changes.pop("name", None)
+    name = base.name if preset else re.sub(r"[^A-Za-z0-9._-]+", "-", Path(recipe or "").stem).strip("-._") or "run"
+    return config.model_copy(update={"name": name_for(name, {key: new for key, (_, new) in changes.items()})})
+
+
+def read_recipe(recipe: str | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """As `load_config`, without the check of keys and values.
+
+    Raises:
+        UserError: The recipe does not exist or is not YAML, or an override is not "a.b=c".
+    """
     values = _preset(DEFAULT_PRESET) if recipe is None else recipe_values(recipe)
-    assignments: list[tuple[str, Any]] = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {override!r}: expected KEY=VALUE, for example --set method.optimizer.lr=1e-4")
-        assignments.append((key, _scalar(text, override)))
-    for key, value in assignments:
-        if key == "method.name":  # first: another method drops the recipe's method section
-            values = _merge(values, {"method": {"name": value}})
-    for key, value in assignments:
-        _assign(values, key.split("."), value)
-    return build_config(values)
+    assignments = [_assignment(override) for override in overrides]
+    # first: another method drops the recipe's method section, another loss its arguments
+    for keys, value in assignments:
+        values = _merge(values, _nested(keys, value)) if _has_arguments(values, keys) else values
+    for keys, value in assignments:
+        _assign(values, keys, value)
+    return values
+
+
+def _assignment(override: str) -> tuple[list[str], Any]:
+    """Keys and value of "a.b=c"."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: expected KEY=VALUE, for example --set method.optimizer.lr=1e-4")
+    return key.strip().split("."), _scalar(text, override)
+
+
+def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    return {keys[0]: _nested(keys[1:], value) if len(keys) > 1 else value}
 
 
 class _Loader(yaml.SafeLoader):
     """A YAML loader that reads 1e-4 as a number, as YAML 1.2 does; in YAML 1.1 it is text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As YAML's, but a key that stands twice is an error: the first of its values would be lost without a word."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen and key_node.value != "<<":
+                raise yaml.MarkedYAMLError(None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark)
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
 
 
 _EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
@@ -57,16 +110,51 @@ def recipe_values(recipe: str) -> dict[str, Any]:
     """The values of a preset or of a file, with those of the presets that it builds on."""
     if recipe in preset_names():
         return _preset(recipe)
+    if os.path.isdir(recipe):
+        raise UserError(
+            f"recipe {recipe!r} is a folder, expected a YAML file or the name of a preset. To train on the images in a folder, "
+            f"prepare them (python -m pipeline.prepare folder {recipe}) and set data.source"
+        )
     if not os.path.isfile(recipe):
-        hint = did_you_mean(recipe, preset_names(), kind="the preset ", otherwise="presets:")
-        raise UserError(f"recipe {recipe!r} is neither a file nor a preset; {hint}")
-    plugins.add_folder(Path(recipe).resolve().parent)  # modules of the user's own lie beside the recipe
+        raise UserError(_missing(recipe))
     return _built_upon(_yaml(Path(recipe)), [recipe])
+
+
+def _missing(recipe: str) -> str:
+    """What to say of a recipe that is neither a file nor a preset."""
+    if "=" in recipe:
+        return f"recipe {recipe!r} is neither a file nor a preset; a key is set by --set {recipe}"
+    if recipe.endswith((".yaml", ".yml")):
+        folder = os.path.dirname(recipe) or "."
+        files = (
+            [name for name in os.listdir(folder) if name.endswith((".yaml", ".yml"))] if os.path.isdir(folder) else []
+        )
+        there = [os.path.normpath(os.path.join(folder, name)) for name in sorted(files)]
+        hint = did_you_mean(recipe, there, otherwise="the YAML files there:") if there else "no YAML file is there"
+        return f"there is no file {recipe!r} in {os.path.abspath(folder)}: {hint}"
+    hint = did_you_mean(recipe, preset_names(), kind="the preset ", otherwise="presets:")
+    return f"recipe {recipe!r} is neither a file nor a preset; {hint}"
+
+
+def _named_preset(recipe: str) -> str | None:
+    """The preset that a file builds on."""
+    name = _yaml(Path(recipe)).get("preset")
+    return None if name is None else str(name)
 
 
 def preset_names() -> list[str]:
     """Names of all presets; a file whose name starts with "_" is the base of others and not one itself."""
     return sorted(name for name in _preset_files() if not name.rpartition("/")[2].startswith("_"))
+
+
+def preset_title(name: str) -> str:
+    """The first sentence of the comment that a preset's file begins with; "" if it begins with none."""
+    comment: list[str] = []
+    for line in (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    return " ".join(comment).split(". ")[0].rstrip(".")
 
 
 def _preset_files() -> list[str]:
@@ -93,8 +181,15 @@ def _yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {joined_lines(error)}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if values is None:
+        raise UserError(
+            f"{path} is empty: write keys and values, for example `preset: {DEFAULT_PRESET}` to build on one"
+        )
     if not isinstance(values, dict):
-        raise UserError(f"{path} contains {type(values).__name__}, expected keys and values")
+        kind = "a list" if isinstance(values, list) else f"a single value ({values!r:.40})"
+        raise UserError(f"{path} contains {kind}, expected keys and values such as `seed: 1`")
     for key in values:
         if not isinstance(key, str):
             raise UserError(f"{path}: key {key!r} is {type(key).__name__}, expected a name")
@@ -105,17 +200,38 @@ def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """The base with the keys of `top`.
 
     Sections are merged; arguments (`loss_args`) are one value, and another method name drops the
-    base's method section.
+    base's method section. Another loss, miner or backbone drops what belongs to the base's.
     """
     out = dict(base)
     for key, value in top.items():
         old = out.get(key)
+        if key in base and old != value:
+            for dependent in _dependents(key, base):
+                out.pop(dependent, None)
         out[key] = value
         if not isinstance(old, Mapping) or not isinstance(value, Mapping) or key.endswith("_args"):
             continue
         if key != "method" or value.get("name", old.get("name")) == old.get("name"):
             out[key] = _merge(dict(old), value)
-    return out
+    return out | {key: top[key] for key in top if key not in out}
+
+
+def _dependents(key: str, section: Mapping[str, Any]) -> list[str]:
+    """Keys of a section that belong to the value of another: a loss's arguments, a backbone's weight file and pixel statistics."""
+    if key == "backbone":
+        keeps_weights = str(section.get("weights", "pretrained")).lower() in ("pretrained", "none")
+        return ["backbone_args", "mean", "std", *([] if keeps_weights else ["weights"])]
+    return [f"{key}_args"]
+
+
+def _has_arguments(values: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """True if another value of a key drops others: that of the method, or a key that has dependents."""
+    if list(keys) == ["method", "name"]:
+        return True
+    section: Any = values
+    for key in keys[:-1]:
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return isinstance(section, Mapping) and any(key in section for key in _dependents(keys[-1], section))
 
 
 def _scalar(text: str, override: str) -> Any:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipeline.data.store import Store
 from pipeline.errors import RunError, UserError, one_line
-from pipeline.runs.report_page import write_report
 from pipeline.runs.run_folder import DATASET
 from pipeline.storage import Folder
 
+PROG = "python -m pipeline.report"
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 written, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=__doc__)
+
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("run", metavar="RUN_FOLDER", help="folder or s3:// URI of a finished run")
-    run = Folder(parser.parse_args(arguments).run)
+    return parser
+
+
+def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
+    """Exit status: 0 written, 2 bad input."""
+    run = Folder(build_parser(prog).parse_args(arguments).run)
+    from pipeline.data.store import Store  # here, after the arguments: pyarrow and the page's readers
+    from pipeline.runs.report_page import write_report
+
     try:
         if not run.exists(DATASET):
             raise UserError(f"{run} is not a run folder (no run.json): expected STORAGE/runs/NAME")

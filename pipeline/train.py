@@ -7,17 +7,19 @@ prints the summary of a finished one.
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 
-from pipeline.errors import RunError, UserError, one_line
-from pipeline.recipes import load_config
-from pipeline.training.start import run
+from pipeline.errors import NameTakenError, RunError, UserError, one_line
+from pipeline.recipes import read_recipe, resolve
+
+PROG = "python -m pipeline.train"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 finished, 1 the run failed, 2 bad input, 128 + signal when stopped."""
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", nargs="?", help="YAML file or preset name (default: the built-in demo)")
     parser.add_argument(
@@ -29,9 +31,22 @@ def main(arguments: list[str] | None = None) -> int:
         help="sets a key of the recipe, e.g. seed=1; may be repeated",
     )
     parser.add_argument("--fresh", action="store_true", help="remove an earlier run of this name and start over")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
+    """Exit status: 0 finished, 1 the run failed, 2 bad input, 128 + signal when stopped."""
+    options = build_parser(prog).parse_args(arguments)
     try:
-        signal = run(load_config(options.recipe, options.overrides), options.fresh)
+        values = read_recipe(options.recipe, options.overrides)
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a rank
+            print(f"{values.get('name', 'run')}: loading PyTorch ...", file=sys.stderr, flush=True)
+        # Here, after the first line: PyTorch, Ray, timm and torchvision take 10 CPU-s.
+        from pipeline.training.start import run
+
+        signal = run(resolve(values, options.recipe), options.fresh)
+    except NameTakenError as error:
+        return _fail(UserError(f"{error}; as a run of its own: {_under(error.free_name, arguments, prog)}"), 2)
     except UserError as error:
         return _fail(error, 2)
     except RunError as error:
@@ -39,6 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(RunError("interrupted; the newest checkpoint is kept"), 130)
     return 0 if signal is None else 128 + signal
+
+
+def _under(name: str, arguments: list[str] | None, prog: str) -> str:
+    """The command with another name of the run."""
+    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--fresh"]
+    return shlex.join([*prog.split(), *given, "--set", f"name={name}"])
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -96,4 +96,5 @@ def test_the_wheel_trains_reports_and_evaluates_from_an_empty_folder(store: Stor
     report = (home / "runs" / "wheel" / "report.html").read_text()
     assert "<h1>wheel</h1>" in report and ".neighbour" in report
     assert "recall@1" in run(python, "-m", "pipeline.evaluate", "wheel", cwd=empty, home=home)
+    assert run(environment / "bin" / "raydml", "list", "runs", cwd=empty, home=home).startswith("wheel  finished")
     assert not list(empty.iterdir())

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+MAX_PIXELS = 100_000_000  # largest image that a store accepts; 300 MB once decoded
 SPLITS = ("train", "test", "query", "gallery")
 Kind = Literal["distractor", "junk"]
 DISTRACTOR = -1  # label of gallery images that are of no class: to retrieve one is wrong

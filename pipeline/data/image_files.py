@@ -6,19 +6,23 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torchvision
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
-from torch import Tensor
 
-MAX_PIXELS = 100_000_000  # largest image that a store accepts; 300 MB once decoded
+from pipeline.data.entries import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
     """Decodes an image of a store, in the form that `normalise` writes."""
+    import torch  # here, with torchvision: 4 CPU-s that `python -m pipeline.prepare` does not need for its arguments
+    import torchvision
+
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return torchvision.io.decode_image(buffer, mode=torchvision.io.ImageReadMode.RGB)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.io import loadmat
 
 from pipeline.data.archives import MAX_RATIO, MIN_ALLOWANCE_BYTES, Unpacker, is_archive, names_in, scratch_folder, stem
 from pipeline.data.entries import Entry
@@ -106,6 +105,8 @@ class FileIndex:
 
     def mat(self, name: str) -> dict[str, Any]:
         """Variables of a MATLAB file of version 5; structs as dicts, arrays of structs as lists of them."""
+        from scipy.io import loadmat  # here: only two datasets come as MATLAB files
+
         path = self.get(name)
         try:
             variables = loadmat(io.BytesIO(self._read(path)), simplify_cells=True)

@@ -7,14 +7,13 @@ on nothing else.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from methods import plugins
 from methods.config import BaseConfig
@@ -96,14 +95,25 @@ def _own_pixels(name: str, image: Tensor, size: int, *random: np.random.Generato
     return pixels
 
 
+def _torchvision() -> tuple[Any, Any]:
+    """torchvision's functions on images and its enumeration of interpolations.
+
+    Imported at the first image: torchvision loads torch._dynamo, 2 CPU-s, and every config imports this module.
+    """
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    return functional, InterpolationMode
+
+
 def evaluation_pixels(image: UInt8[Tensor, "3 h w"], config: TransformConfig) -> UInt8[Tensor, "3 size size"]:
     """Resize and centre crop, without randomness; or the user's own function."""
     if config.evaluation is not None:
         return _own_pixels(config.evaluation, image, config.size)
+    F, mode = _torchvision()
     size = [config.size, config.size]
     if config.squash or (image.shape[-1] == image.shape[-2] and config.resize in (None, config.size)):
-        return F.resize(image, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    image = F.resize(image, [config.resize or config.size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+        return F.resize(image, size, interpolation=mode.BICUBIC, antialias=True)
+    image = F.resize(image, [config.resize or config.size], interpolation=mode.BICUBIC, antialias=True)
     return F.center_crop(image, size)
 
 
@@ -113,9 +123,10 @@ def training_pixels(
     """Random rotation, padding, crop and flip, then colour; each only where configured; or the user's own function."""
     if config.training is not None:
         return _own_pixels(config.training, image, config.size, random)
+    F, mode = _torchvision()
     if config.rotate:
         angle = float(random.uniform(-config.rotate, config.rotate))
-        image = F.rotate(image, angle, interpolation=InterpolationMode.BILINEAR, fill=255)
+        image = F.rotate(image, angle, interpolation=mode.BILINEAR, fill=255)
     if config.pad:
         image = F.pad(image, [round(config.pad * max(image.shape[-2:]))], fill=255)
     top, left, height, width = _crop(image.shape[-2], image.shape[-1], config, random)
@@ -144,7 +155,7 @@ def _erase(image: Tensor, config: TransformConfig, random: np.random.Generator) 
         if 0 < height < side and 0 < width < side:
             top, left = int(random.integers(0, side - height + 1)), int(random.integers(0, side - width + 1))
             colour = torch.tensor(config.erase_colour, dtype=torch.uint8)[:, None, None]
-            return F.erase(image, top, left, height, width, colour)
+            return _torchvision()[0].erase(image, top, left, height, width, colour)
     return image
 
 

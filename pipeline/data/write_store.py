@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from pipeline.data.entries import DISTRACTOR, JUNK, LABELS, SPLITS, Entry, by_hash
-from pipeline.data.image_files import MAX_PIXELS, normalise
+from pipeline.data.entries import DISTRACTOR, JUNK, LABELS, MAX_PIXELS, SPLITS, Entry, by_hash
+from pipeline.data.image_files import normalise
 from pipeline.data.store import CATALOG, FORMAT, ROW_GROUP, Store
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.storage import Folder, read_file

@@ -7,9 +7,10 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from methods import plugins
+from pipeline import ROOT, own_packages
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 
@@ -52,6 +53,9 @@ def ray_session(cpus: int) -> Iterator[Any]:
             ) from error
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that waits for spot nodes to end
+        if any(Path(name).exists() for name in ("pipeline.py", "pipeline")) and Path.cwd() != Path(ROOT):
+            # Ray's processes look into this folder first, where there is a `pipeline` of the user's.
+            common["runtime_env"] = {"worker_process_setup_hook": own_packages(ROOT)}
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common
         )
@@ -63,6 +67,8 @@ def ray_session(cpus: int) -> Iterator[Any]:
 
 def _plugin_folders() -> dict[str, Any]:
     """Tells the workers of a cluster the folders of the user's modules; those in the job's working directory relative to it."""
+    from methods import plugins  # here: methods import PyTorch
+
     folders = plugins.folders()
     here = os.getcwd()
     relative = [os.path.relpath(f, here) if f == here or f.startswith(here + os.sep) else f for f in folders]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import faiss
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 from torch import Tensor
 
 from pipeline.evaluation.retrieval import labelled_rows
@@ -25,6 +23,9 @@ def clustering(
         ValueError: As `retrieve`; or fewer than two classes or no two rows of one, where the
             measures are undefined.
     """
+    import faiss  # here, as scikit-learn: 1.5 CPU-s that evaluation without clustering can do without
+    from sklearn.metrics import normalized_mutual_info_score
+
     vectors = labelled_rows(embeddings, labels, "embeddings")
     _, classes = np.unique(labels.cpu().numpy(), return_inverse=True)
     num_classes = int(classes.max(initial=-1)) + 1
@@ -47,6 +48,8 @@ def _adjusted_mutual_info(classes: np.ndarray, clusters: np.ndarray) -> float:
     depend on the two sizes only, so we visit pairs of *distinct* sizes, of which N rows allow at
     most sqrt(2N) on either side.
     """
+    from sklearn.metrics import mutual_info_score
+
     sizes_a, sizes_b = (np.unique(partition, return_counts=True)[1] for partition in (classes, clusters))
     mean_entropy = -sum(float((p * np.log(p)).sum()) for p in (sizes_a / len(classes), sizes_b / len(classes))) / 2
     expected = _expected_mutual_info(sizes_a, sizes_b)

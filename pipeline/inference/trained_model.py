@@ -16,8 +16,9 @@ from pipeline.evaluation.build import build_embedder, build_network
 from pipeline.evaluation.embedder import Embedder
 from pipeline.model.trunk import Trunk
 from pipeline.runs.checkpoint import Checkpoints
-from pipeline.runs.run_folder import CHECKPOINT, CONFIG, DATASET, checkpoint_folder, read_config
-from pipeline.storage import Folder, home
+from pipeline.runs.records import find_run
+from pipeline.runs.run_folder import CHECKPOINT, DATASET, checkpoint_folder, read_config
+from pipeline.storage import Folder
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,13 @@ def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
     Raises:
         UserError: There is no such run or checkpoint.
     """
-    folder = _folder(name)
+    folder = find_run(name)
     record = folder.read_json(DATASET)
     for plugins_folder in [os.getcwd(), *record.get("plugin_folders", [])]:
         plugins.add_folder(plugins_folder)
     config = read_config(folder)
     kind, step = _checkpoint(checkpoint or config.evaluation.checkpoint, Checkpoints(folder))
     return TrainedModel(folder, config, record["dataset"], record["fingerprint"], kind, step)
-
-
-def _folder(name: str) -> Folder:
-    for folder in (Folder(name), Folder(home()) / "runs" / name):
-        if folder.exists(CONFIG):
-            return folder
-    raise UserError(f"{name!r} is neither a run folder nor a run in {home()}/runs (no config.yaml)")
 
 
 def _checkpoint(name: str, checkpoints: Checkpoints) -> tuple[str, int]:

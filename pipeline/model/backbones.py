@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from torch import nn
 
@@ -17,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.model import bn_inception
 from pipeline.model.bn_inception import BNInception
 from pipeline.model.timm_backbones import build_timm, widths
-from pipeline.model.torchvision_backbones import build_torchvision
+from pipeline.model.torchvision_backbones import build_torchvision, list_torchvision
 from pipeline.model.weight_files import load_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,6 +56,12 @@ def build_backbone(config: ModelConfig, size: int) -> Backbone:
         _load_lite0(backbone.net)
         return backbone
     return backbone._replace(note=load_weights(backbone.net, config.weights))
+
+
+def backbone_names() -> list[str]:
+    """Every name that `model.backbone` takes, without the tags of timm's weights."""
+    torchvision_names = (f"{TORCHVISION}{name}" for name in list_torchvision())
+    return sorted([*timm.list_models(), BN_INCEPTION, *torchvision_names])
 
 
 def _initial(config: ModelConfig, size: int) -> Backbone:

@@ -16,6 +16,11 @@ from pipeline.model.pooling import Pool
 VIT_SIZE = 224  # of images that torchvision's ViTs are made for, unless told otherwise
 
 
+def list_torchvision() -> list[str]:
+    """Names of torchvision's classification networks."""
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
 def build_torchvision(config: ModelConfig, size: int) -> nn.Module:
     """A network of torchvision with its classifier removed and, unless model.pooling is native, its pooling replaced.
 
@@ -23,9 +28,8 @@ def build_torchvision(config: ModelConfig, size: int) -> nn.Module:
         UserError: torchvision has no such network, it has no pooling to replace, or its weights cannot be downloaded.
     """
     name = config.backbone.removeprefix(TORCHVISION)
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        raise UserError(f"torchvision has no model {name!r}: {did_you_mean(name, names)}")
+    if name not in list_torchvision():
+        raise UserError(f"torchvision has no model {name!r}: {did_you_mean(name, list_torchvision())}")
     try:
         net = _create(name, config, size)
     except (OSError, RuntimeError) as error:

@@ -7,16 +7,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float64
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from pipeline.metric_names import COUNTS, metric_title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Curve = Float64[np.ndarray, "2 points"]  # steps and values
 
@@ -75,6 +74,10 @@ def _chart(
     """
     if not curves:
         return ""
+    import matplotlib  # here: only a finished run draws
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     with matplotlib.rc_context(CHART_STYLE):
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel=unit)

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.config import Config, build_config
 from pipeline.errors import UserError
 from pipeline.storage import Folder
+
+if TYPE_CHECKING:  # the config imports the methods and with them PyTorch: nothing that names files needs that
+    from pipeline.config import Config
 
 CONFIG = "config.yaml"
 DATASET = "run.json"
@@ -45,6 +47,8 @@ def read_config(run: Folder) -> Config:
     Raises:
         UserError: config.yaml has a key or value that this version does not accept.
     """
+    from pipeline.config import build_config
+
     try:
         return build_config(yaml.safe_load(run.read(CONFIG)))
     except UserError as error:

@@ -9,13 +9,13 @@ import numpy as np
 
 from methods import Context
 from methods.config import Clock
-from pipeline.config import Config, RuntimeConfig, differences
+from pipeline.config import Config, RuntimeConfig, changed_keys, differences, name_for
 from pipeline.console import console
 from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, on_cluster
-from pipeline.errors import UserError
+from pipeline.errors import NameTakenError, UserError
 from pipeline.evaluation.build import build_method
 from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.runs.checkpoint import Checkpoints
@@ -118,9 +118,11 @@ def runtime_changes(config: Config, folder: Folder) -> list[str]:
     old, new = (c.model_dump(mode="json") for c in (old_config, config))
     changes = differences(old, new, runtime=False)
     if changes:
-        raise UserError(
+        settings = {key: value for key, (_, value) in changed_keys(old, new, runtime=False).items()}
+        raise NameTakenError(
             f"run {folder} exists with another config ({'; '.join(changes[:4])}{' ...' if len(changes) > 4 else ''}): "
-            "choose another --set name=..., or start over with --fresh"
+            "replace it with --fresh, or give this one another name (name=auto makes one)",
+            name_for(config.name, settings),
         )
     if old_config.length.unit != config.length.unit or config.length.value < old_config.length.value:
         raise UserError(

@@ -11,11 +11,12 @@ from methods import plugins
 from pipeline.config import Config, to_yaml
 from pipeline.console import console
 from pipeline.data import own_images
+from pipeline.data.layouts import LAYOUTS
 from pipeline.data.prepare_store import emoji_store, prepare
 from pipeline.data.store import Store
 from pipeline.distributed import jobs
 from pipeline.distributed.ray_session import on_cluster, ray_session
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.report_page import write_report
@@ -42,8 +43,11 @@ def run(config: Config, fresh: bool = False) -> int | None:
         UserError: The input is bad; found before anything starts.
         RunError: The run failed.
     """
-    if not (os.path.isabs(config.root) or "://" in config.root):
-        raise UserError(f"storage {config.root!r} is a relative path: give an absolute one, or s3://...")
+    if on_cluster() and not (os.path.isabs(os.path.expanduser(config.root)) or "://" in config.root):
+        raise UserError(
+            f"storage {config.root!r} is a relative path, which every node of a cluster would look for in another folder: give "
+            "an absolute path that all nodes mount, or s3://..."
+        )
     config = config.model_copy(
         update={"storage": Folder(config.root).uri, "runtime": with_machine_defaults(config.runtime)}
     )
@@ -52,22 +56,23 @@ def run(config: Config, fresh: bool = False) -> int | None:
     folder.check_writable()
     for warning in check_machine(config):
         console.print(warning)
-    changes = [] if fresh else runtime_changes(config, folder)
+    try:
+        changes = [] if fresh else runtime_changes(config, folder)
+    except UserError:
+        _check_input(config)  # what is wrong in itself is told before what differs from the earlier run
+        raise
     if not fresh and _finished(config, folder) and not changes and folder.exists(REPORT):
         show_summary(folder)
         return None
-    # fails for an unknown backbone or missing weights before Ray starts
-    note = build_trunk(config.model, config.data.transforms.size).weights_note
-    if note:
-        console.print(note, markup=False, highlight=False)
+    store = _check_input(config)
     with ExitStack() as stack:
         ray: Any = None
         if not under_torchrun() and (config.runtime.workers or config.runtime.loader == "ray" or _must_prepare(config)):
             console.print(f"starting Ray {'on the cluster' if on_cluster() else 'on this machine'} ...")
             ray = stack.enter_context(ray_session(needed_cpus(config)))
             check_cluster(config, ray)
-        store = _dataset(config)
-        check_run(config, store)
+        if store is None:
+            store = _prepare_demo(config)
         if not fresh:
             check_dataset(folder, store)
         if is_rank0:
@@ -86,33 +91,65 @@ def run(config: Config, fresh: bool = False) -> int | None:
     return signal
 
 
+def _check_input(config: Config) -> Store | None:
+    """Checks backbone, weights and dataset before Ray starts; returns the dataset, or None if the demo is to be prepared.
+
+    Raises:
+        UserError: The backbone is unknown, its weights do not exist or do not fit, there is no such dataset, or the recipe
+            does not fit it.
+    """
+    note = build_trunk(config.model, config.data.transforms.size).weights_note
+    if note:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    if _must_prepare(config):
+        return None
+    store = Store(emoji_store(config.root) if config.data.source == "emoji" else _dataset_folder(config))
+    store.check_shards()
+    check_run(config, store)
+    return store
+
+
 def _must_prepare(config: Config) -> bool:
     return config.data.source == "emoji" and not emoji_store(config.root).exists("manifest.json")
 
 
-def _dataset(config: Config) -> Store:
-    """Opens the dataset; the built-in demo is prepared first, once."""
-    source = config.data.source
-    if source != "emoji":
-        is_name = "/" not in source and not source.startswith(("~", "."))
-        folder = Folder(config.root) / "data" / source if is_name else Folder(source)
-        if is_name and not folder.exists("manifest.json"):
-            raise UserError(
-                f"there is no dataset {source!r} in {Folder(config.root) / 'data'}: prepare it with "
-                "`python -m pipeline.prepare`, or set data.source to the folder or s3:// URI of a store"
-            )
-        store = Store(folder)
-    else:
-        target = emoji_store(config.root)
-        if _must_prepare(config):
-            if under_torchrun():
-                raise UserError(
-                    "the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun"
-                )
-            prepare("emoji", own_images.emoji(), target, jobs.run_on_ray, source="emoji")
-        store = Store(target)
-    store.check_shards()
+def _prepare_demo(config: Config) -> Store:
+    """Prepares the built-in demo, once."""
+    if under_torchrun():
+        raise UserError("the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun")
+    prepare("emoji", own_images.emoji(), emoji_store(config.root), jobs.run_on_ray, source="emoji")
+    store = Store(emoji_store(config.root))
+    check_run(config, store)
     return store
+
+
+def _dataset_folder(config: Config) -> Folder:
+    """Folder of the store that data.source names.
+
+    Raises:
+        UserError: There is none; the message says how to prepare it.
+    """
+    source, datasets = config.data.source, Folder(config.root) / "data"
+    is_name = "/" not in source and not source.startswith(("~", "."))
+    folder = datasets / source if is_name else Folder(source)
+    if folder.exists("manifest.json"):
+        return folder
+    images = Folder(source)
+    if images.is_local and os.path.isdir(images.uri) and not is_name:
+        raise UserError(
+            f"data.source {source!r} is no prepared dataset: prepare the images in it with "
+            f"`python -m pipeline.prepare folder {images.uri}`, and set data.source to {os.path.basename(images.uri)}"
+        )
+    names = [name for name in datasets.names() if (datasets / name).exists("manifest.json")] if is_name else []
+    command = f"{source} --from PATH" if source in LAYOUTS else "folder PATH"
+    similar = did_you_mean(source, names, otherwise="prepared are") if names else ""
+    missing = (
+        f"there is no dataset {source!r} in {datasets}" if is_name else f"there is no prepared dataset in {images}"
+    )
+    raise UserError(
+        f"{missing}{f' ({similar})' if similar else ''}: prepare it with `python -m pipeline.prepare {command}`, or set data.source to "
+        "the folder or s3:// URI of a store"
+    )
 
 
 def _record(config: Config, folder: Folder, store: Store, changes: list[str]) -> None:

@@ -7,17 +7,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FLOORS = [  # from the top; rooms of one floor do not import each other
-    {"train", "evaluate", "report", "prepare"},
+    {"cli"},
+    {"train", "evaluate", "report", "prepare", "show_list", "show_config", "compare"},
     {"training", "inference"},
     {"evaluation"},
     {"mining", "model"},
     {"runs", "distributed"},
-    {"recipes"},
+    {"recipes", "config_text"},
     {"config"},
+    {"config_problems"},
     {"data"},
     {"storage", "neighbours"},
     {"errors", "console", "metric_names"},
 ]
+PACKAGE = {"ROOT", "own_packages"}  # defined in pipeline/__init__.py itself
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -28,7 +31,7 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "pipeline":
-            names |= {f"pipeline.{alias.name}" for alias in node.names}
+            names |= {f"pipeline.{alias.name}" for alias in node.names if alias.name not in PACKAGE}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
     return names

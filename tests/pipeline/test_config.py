@@ -206,8 +206,11 @@ def test_contradictions_and_several_problems(overrides: list[str], says: str) ->
     [
         (b"a: [1", "is not valid YAML"),
         (b"\xff\xfe\x00binary", "is not valid YAML"),
-        (b"- 1\n- 2\n", "contains list, expected keys and values"),
-        (b"", "contains NoneType"),
+        (b"- 1\n- 2\n", "contains a list, expected keys and values"),
+        (b"", "is empty: write keys and values, for example `preset: baseline/emoji`"),
+        (b"# only a comment\n", "is empty"),
+        (b"photos", "contains a single value ('photos'), expected keys and values"),
+        (b"seed: 1\nname: a\nseed: 2\n", "the key 'seed' stands twice"),
         (
             b"preset: baseline/emojo\n",
             "preset 'baseline/emojo' does not exist; did you mean the preset 'baseline/emoji'",
@@ -270,7 +273,7 @@ def test_missing_recipe_names_the_nearest_preset() -> None:
     ):
         load_config("baselin/emoji")
     with pytest.raises(UserError, match="presets: baseline/emoji"):
-        load_config("/nowhere/at/all.yaml")
+        load_config("qqq")
 
 
 # ---- what may change -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from pipeline.config import Config, RuntimeConfig
 from pipeline.distributed.ray_session import on_cluster
 from pipeline.distributed.run_status import RunStatus
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import UserError
 from pipeline.training.checks import check_cluster, check_machine, needed_cpus, with_machine_defaults
 from pipeline.training.launch import StopSignals, device_of, root_cause, status_display, under_torchrun
 
@@ -195,9 +195,7 @@ def test_a_board_keeps_the_first_error_and_the_request_to_stop() -> None:
     assert status.error_message() == "a" == status.read()["error"] and status.stop_requested()
 
 
-def test_one_line_for_an_error() -> None:
-    assert one_line(UserError("bad\nmore")) == "bad" and one_line(RunError("")) == ""
-    assert one_line(KeyError("x")) == "KeyError: 'x'"
+def test_root_cause_of_a_failed_training() -> None:
     outer = RuntimeError("wrapped")
     outer.__cause__ = ValueError("traceback ...\n  the cause \n")
     assert root_cause(outer) == "the cause"

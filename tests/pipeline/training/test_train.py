@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline import evaluate
+from pipeline import evaluate, train
 from pipeline.data.entries import Entry
 from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
@@ -35,14 +36,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fold that is not there": ({"data.validation_fold": 7}, "data.validation_fold is 7, the dataset has the folds 0 to 3"),
     "unknown backbone": ({"model.backbone": "test_resnett"}, "did you mean 'test_resnet'"),
     "missing weights": ({"model.weights": "/nowhere.pth"}, "no such file"),
-    "image size": ({"model.backbone": "test_vit", "model.pooling": "native"}, "cuts images into patches of 16×16 pixels, data.transforms.size is 24"),
-    "missing dataset": ({"data.source": "/no/such/place"}, "no prepared dataset in /no/such/place"),
+    "image size": ({"model.backbone": "test_vit", "model.pooling": "native"}, "data.transforms.size is 24: set it to 16 or 32"),
+    "missing dataset": ({"data.source": "/no/such/place"}, "there is no prepared dataset in /no/such/place: prepare it with"),
     "dataset by a name that is not there": ({"data.source": "cub"}, "there is no dataset 'cub' in "),
     "best weights, but nothing to choose them on": ({"method": {"name": "intra_batch", "reload_best": [1]}, "data.validation_fold": None, "evaluation.checkpoint": "last"}, "there is nothing to choose them on"),
     "dataset in a missing bucket": ({"data.source": "s4://nowhere/x"}, "cannot be opened"),
     "re-ranking without cameras": ({"evaluation.reranking": {"k1": 5}}, "is leave_one_out: leave them out"),
     "distractors without cameras": ({"evaluation.distractors": "junk"}, "is leave_one_out: leave them out"),
-    "relative storage": ({"storage": "here/and/there"}, "storage 'here/and/there' is a relative path"),
+    "folder of images": ({"data.source": os.path.dirname(__file__)}, f"is no prepared dataset: prepare the images in it with `python -m pipeline.prepare folder {os.path.dirname(__file__)}`"),
+    "relative storage without datasets": ({"storage": "here/and/there", "data.source": "birds"}, f"there is no dataset 'birds' in {os.getcwd()}/here/and/there/data"),
     "too many threads": ({"runtime.cpus_per_worker": 4 * (os.cpu_count() or 1) + 1}, "threads requested (runtime.workers × cpus_per_worker)"),
     "too many workers": ({"runtime.workers": 500, "runtime.cpus_per_worker": 2}, "1000 threads requested"),
     "GPUs": ({"runtime.gpus_per_worker": torch.cuda.device_count() + 1, "precision": "float32"}, "GPUs requested"),
@@ -88,6 +90,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_when_there_is_room(
     assert_one_error(outcome, 1, "No space left on device")
     assert "kept" in outcome[2] and "run the same command again" in outcome[2]
     assert run(name=name, length="2 epochs", checkpoint={"every": "2 steps"})[0] == 0
+    Folder(base.root / "runs" / name).remove()  # other tests share the storage
 
 
 @pytest.mark.parametrize("what", ["below a file", "missing bucket"])
@@ -101,9 +104,12 @@ def test_unwritable_storage(what: str, run: Train, base: Base, request: pytest.F
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"method.optimizer.lr": 0.5}, "run {run} exists with another config (method.optimizer.lr: 0.003 -> 0.5): choose another --set name=..., or start over with --fresh"),
+        ({"method.optimizer.lr": 0.5}, "run {run} exists with another config (method.optimizer.lr: 0.003 -> 0.5): replace it with --fresh, or give this one another name (name=auto makes one); as a run of its own: python -m pipeline.train "),
         ({"seed": 4, "data.transforms.flip": 1.0, "precision": "float32"}, "data.transforms.flip: 0.5 -> 1.0; precision: float64 -> float32; seed: 3 -> 4"),
         ({"data.source": "{other}"}, "data.source: "),
+        ({"seed": 4, "model.backbone": "test_resnett"}, "did you mean 'test_resnet'"),  # what is wrong in itself goes first
+        ({"seed": 4, "data.source": "birds"}, "there is no dataset 'birds' in "),
+        ({"seed": 4, "data.validation_fold": 9}, "data.validation_fold is 9, the dataset has the folds 0 to 3"),
         ({"length": "1 epochs"}, "has length 2 epochs, got 1 epochs: length may only grow, in the same unit"),
         ({"length": "900 steps"}, "length may only grow, in the same unit"),
     ],
@@ -115,6 +121,21 @@ def test_a_run_does_not_become_another(
     changes = {k: v.format(other=store.folder.uri) if isinstance(v, str) else v for k, v in changes.items()}
     assert_one_error(run(**{k.replace(".", "__"): v for k, v in changes.items()}), 2, says.format(run=base.run))
     assert base.files() == before
+
+
+def test_the_command_that_is_told_trains_it_as_a_run_of_its_own(run: Train, base: Base) -> None:
+    _, _, err = run(seed=4, length="1 steps", evaluation__test=False)
+    command = shlex.split(err.strip().rpartition("as a run of its own: ")[2])
+    assert command[:3] == ["python", "-m", "pipeline.train"] and command[-1] == "name=done-test_False-seed_4"
+    before = contents(Path(base.run.uri))
+    assert train.main(command[3:]) == 0
+    assert contents(Path(base.run.uri)) == before
+    Folder(base.root / "runs" / "done-test_False-seed_4").remove()  # other tests share the storage
+
+
+def test_relative_storage_is_refused_on_a_cluster(run: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert_one_error(run(storage="here"), 2, "storage 'here' is a relative path, which every node of a cluster")
 
 
 @pytest.fixture

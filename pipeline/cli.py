@@ -1,0 +1,60 @@
+"""`raydml COMMAND ...`: every command by one name; `raydml COMMAND --help` shows its arguments.
+
+`raydml train ...` is `python -m pipeline.train ...`, and so on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from pipeline.errors import did_you_mean
+
+PROG = "raydml"
+COMMANDS = {  # name: module, purpose
+    "train": ("pipeline.train", "one run, from a dataset to a report"),
+    "prepare": ("pipeline.prepare", "write a dataset as a store"),
+    "evaluate": ("pipeline.evaluate", "exact retrieval metrics of a run or of arrays; embeddings of a run's images"),
+    "report": ("pipeline.report", "write report.html of a finished run"),
+    "list": ("pipeline.show_list", "names of presets, runs, datasets, methods, losses, miners or backbones"),
+    "config": ("pipeline.show_config", "a recipe with all keys, values and meanings; the JSON Schema of recipes"),
+    "compare": ("pipeline.compare", "settings, figures and protocols of several runs, side by side"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    commands = "\n".join(f"  {name:<10}{purpose}" for name, (_, purpose) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=f"{PROG} [--help] [--version] COMMAND ...",
+        description=__doc__,
+        epilog=f"commands:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below, before its arguments")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: that of the command; 2 for an unknown command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        module = importlib.import_module(COMMANDS[arguments[0]][0])  # only this one: the others would cost time
+        return int(module.main(arguments[1:], prog=f"{PROG} {arguments[0]}"))
+    parser = build_parser()
+    options, _ = parser.parse_known_args(arguments)
+    if options.command is not None:
+        parser.error(f"unknown command {options.command!r}: {did_you_mean(options.command, COMMANDS)}")
+    parser.parse_args(arguments)  # tells unknown options
+    if not options.version:
+        parser.error(f"expected a command: {', '.join(COMMANDS)}")
+    from importlib.metadata import version
+
+    print(f"{PROG} {version('raydml')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
