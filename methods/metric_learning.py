@@ -131,6 +131,11 @@ def _part(place: str, value: Any, kind: str, derived: Mapping[str, int]) -> Any:
 def _lookup(key: str, name: str, classes: Mapping[str, type]) -> type:
     if plugins.is_import_string(name):
         return plugins.load(name, key, nn.Module)
+    if name == "CrossBatchMemory":
+        raise ValueError(
+            "CrossBatchMemory is no loss of its own: name the loss that it wraps, and set method.memory to the number of past "
+            "embeddings"
+        )
     if name not in classes:
         raise ValueError(f"{key} {name!r} is unknown{_hint(name, set(classes))}")
     return classes[name]
@@ -149,7 +154,7 @@ def _accepted(cls: type) -> set[str]:
 
 
 def _hint(name: str, names: set[str]) -> str:
-    close_matches = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    close_matches = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     return f": did you mean {close_matches[0]!r}?" if close_matches else f", known: {sorted(names)}"
 
 

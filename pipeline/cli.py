@@ -1,12 +1,15 @@
 """`raydml COMMAND ...`: every command by one name; `raydml COMMAND --help` shows its arguments.
 
-`raydml train ...` is `python -m pipeline.train ...`, and so on.
+`raydml train ...` is `python -m pipeline.train ...`, and so on. Completion of commands, options and names in bash or zsh:
+eval "$(register-python-argcomplete raydml)"
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
+import os
 import sys
 
 from pipeline.errors import did_you_mean
@@ -40,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: that of the command; 2 for an unknown command."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     if arguments and arguments[0] in COMMANDS:
         module = importlib.import_module(COMMANDS[arguments[0]][0])  # only this one: the others would cost time
         return int(module.main(arguments[1:], prog=f"{PROG} {arguments[0]}"))
@@ -50,10 +55,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.parse_args(arguments)  # tells unknown options
     if not options.version:
         parser.error(f"expected a command: {', '.join(COMMANDS)}")
-    from importlib.metadata import version
-
-    print(f"{PROG} {version('raydml')}")
+    print(f"{PROG} {importlib.metadata.version('raydml')}")
     return 0
+
+
+def complete() -> None:
+    """Answers a shell that completes the command line of its environment, and ends the process."""
+    import argcomplete
+
+    parser = argparse.ArgumentParser(prog=PROG)
+    parser.add_argument("--version", action="store_true")
+    commands = parser.add_subparsers()
+    line = os.environ.get("COMP_LINE", "").split()
+    for name, (module, purpose) in COMMANDS.items():
+        if name in line:
+            whole = importlib.import_module(module).build_parser(f"{PROG} {name}")
+            commands.add_parser(name, help=purpose, parents=[whole], add_help=False)
+        else:  # its module would cost time
+            commands.add_parser(name, help=purpose)
+    argcomplete.autocomplete(parser)
 
 
 if __name__ == "__main__":

@@ -182,8 +182,8 @@ def _method_config(values: Mapping[str, Any]) -> type[BaseModel]:
     section = values.get("method", {})
     name = section.get("name", "baseline") if isinstance(section, Mapping) else section
     try:
-        return method_class(name if isinstance(name, str) else "baseline").Config
-    except (KeyError, ValueError):  # said by the validation
+        return method_class(str(name)).Config
+    except ValueError:  # told as a problem of its own
         return METHODS["baseline"].Config
 
 

@@ -4,7 +4,13 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
-console = Console(stderr=True)
+# Paths and names are printed as they are: "[red] shoes" is no colour, "[/x]" no closing tag, ":cat:" no picture.
+console = Console(stderr=True, markup=False, emoji=False)
+
+
+def say(line: str) -> None:
+    """Prints one line of text as it is: not coloured, and not wrapped at the terminal's width."""
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:

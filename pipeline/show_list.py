@@ -30,11 +30,17 @@ def presets(storage: Folder) -> Rows:
 
 def runs(storage: Folder) -> Rows:
     """Runs below the storage: state, method, dataset, figures on the test classes."""
-    from pipeline.runs.records import list_runs
+    from pipeline.runs.records import read_run, run_names
 
-    return [
-        (r.name, r.state, r.setting("method.name"), r.setting("data.source"), r.headline) for r in list_runs(storage)
-    ]
+    rows: Rows = []
+    for name in run_names(storage):
+        try:
+            run = read_run(storage / "runs" / name)
+        except UserError as error:
+            rows.append((name, str(error)))
+        else:
+            rows.append((name, run.state, run.setting("method.name"), run.setting("data.source"), run.headline))
+    return rows
 
 
 def datasets(storage: Folder) -> Rows:

@@ -27,6 +27,7 @@ from jaxtyping import Int64
 
 from pipeline.data.store import Store
 from pipeline.errors import RunError
+from pipeline.storage import disk_full_as_error
 
 _PREFETCH_SHARDS = 4  # read at once while a copy is made
 _FORMAT = 2  # version of a copy's layout; part of its file name, so that copies of other versions are left alone
@@ -127,7 +128,11 @@ def _write(store: Store, path: Path, split: str) -> None:
         )
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        with (
+            disk_full_as_error(path, new_bytes),
+            pa.OSFile(str(unfinished), "wb") as sink,
+            pa.ipc.new_file(sink, _SCHEMA) as writer,
+        ):
             for table in _tables(store, split):
                 images = table["image"].cast(pa.large_binary()).combine_chunks()
                 crc = pa.array([zlib.crc32(image.as_buffer()) for image in images], pa.uint32())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 MAX_PIXELS = 100_000_000  # largest image that a store accepts; 300 MB once decoded
+OWN_SOURCES = ("folder", "csv")  # kinds of datasets whose protocol is ours to choose
 SPLITS = ("train", "test", "query", "gallery")
 Kind = Literal["distractor", "junk"]
 DISTRACTOR = -1  # label of gallery images that are of no class: to retrieve one is wrong
@@ -30,6 +31,9 @@ class Entry:
         camera: Number of the camera that took it.
         frame: Its number in the tracklet.
         kind: "distractor" or "junk" for test images of no class.
+        held_out: The training class was set aside for validation by who made the dataset: fold 0
+            holds exactly these.
+        path: What the store records of its origin (None: `source`).
     """
 
     source: str
@@ -41,6 +45,28 @@ class Entry:
     camera: int | None = None
     frame: int | None = None
     kind: Kind | None = None
+    held_out: bool = False
+    path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """The images of a dataset that is yet to be read.
+
+    Attributes:
+        entries: One for each image.
+        notes: Sentences on what was merged, left out or understood, for the user.
+        left_out: Source, class and reason of each file that was found to be no image of the dataset,
+            for `rejected.csv`.
+        protocol: One of `pipeline.data.store.PROTOCOLS`; None: by the splits.
+        splits_given: The dataset came with its splits; otherwise its classes were halved here.
+    """
+
+    entries: list[Entry]
+    notes: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str, str], ...] = ()
+    protocol: str | None = None
+    splits_given: bool = True
 
 
 def by_hash(names: Iterable[str]) -> list[str]:

@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipeline.data.entries import MAX_PIXELS
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DARK = "16 bits, of which at most 13 are filled"
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation: how the pixels are turned for display
 
 
 def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
@@ -32,10 +43,11 @@ def normalise(
     max_side: int | None = None,
     box: tuple[float, float, float, float] | None = None,
     max_pixels: int = MAX_PIXELS,
+    remarks: list[str] | None = None,
 ) -> bytes:
     """Bytes of a plain RGB or grey JPEG, or of an RGB PNG: the input itself where it is such a JPEG, else re-encoded.
 
-    Transparency is composited on white, EXIF orientation applied, 16 bits cut to 8, other colour
+    Transparency is composited on white, EXIF orientation applied (broken EXIF ignored), 16 bits cut to 8, other colour
     spaces and formats converted (to PNG where the source is lossless, to JPEG of quality 95 else),
     and a longer side than `max_side` reduced. A PNG is always written anew: on one that is damaged
     in places, torchvision's decoder ends the process.
@@ -48,6 +60,7 @@ def normalise(
         max_pixels: Upper bound for the decoded width × height, in place of Pillow's own limit. A
             larger JPEG is accepted where `max_side` is given (and no box): it is decoded at a half,
             a quarter or an eighth of its size, which must not be larger.
+        remarks: DARK is appended for an image of 16 bits whose brightest value fills at most 13.
 
     Raises:
         Exception: The bytes are not an image that can be decoded whole; decoders have no common
@@ -67,12 +80,16 @@ def normalise(
         keep = image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == (width, height)
         if box is not None:
             image, keep = _crop_to_box(image, box), False
+    deep = image.mode.startswith("I;16") or (data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips at 255
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no known range: convert them to 8 bits")
-    if image.getexif().get(0x0112, 1) != 1:
-        image, keep = ImageOps.exif_transpose(image), False
+    if remarks is not None and deep and _brightest(image) < 32:
+        remarks.append(DARK)
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        image, keep = image.transpose(turn), False
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -88,6 +105,21 @@ def normalise(
     else:
         image.convert("RGB").save(out, "PNG")
     return out.getvalue()
+
+
+def _brightest(image: Image.Image) -> int:
+    """The largest value of the colours of an image of 8 bits a channel; of transparency nothing."""
+    extrema = image.convert("RGB").getextrema()
+    return max(int(high) for _, high in extrema)  # type: ignore[misc]  # pairs for an image of several channels
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1, as it is, where the metadata is missing or broken."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # whatever a damaged block of metadata makes Pillow raise: the pixels are good
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 @contextlib.contextmanager

@@ -199,7 +199,7 @@ def read_entries(dataset: DatasetFormat, index: FileIndex, partial: bool) -> tup
         if source is None:
             missing.append(entry.source)
         else:
-            entries.append(replace(entry, source=source))
+            entries.append(replace(entry, source=source, path=entry.source))
     num_listed = len(entries) + len(missing)
     problems = [f"{len(missing):,} of {num_listed:,} listed images are missing"] if missing else []
     for splits, expected in dataset.counts.items():

@@ -1,9 +1,13 @@
 """The Parquet store of a dataset: shards of encoded images sorted by split and class, a catalogue, and a manifest.
 
     manifest.json       format, fingerprint, counts, folds, shards with checksums; written last: without it there is no store
-    catalog.parquet     sample_id, label, class_name, split, fold of every image, without pixels
-    shards/*.parquet    sample_id, label, class_name, split, image (bytes of a plain JPEG or PNG)
+    catalog.parquet     sample_id, label, class_name, split, fold, source (path or URI of its origin) of every image
+    shards/*.parquet    sample_id, label, class_name, split, source, image (bytes of a plain JPEG or PNG)
     rejected.csv        source, class, reason of every image that could not be read
+    copies.csv          copy_group, source, class, split of images whose files are the same, byte by byte; if there are any
+
+Stores of earlier versions have no column source. The fingerprint does not depend on it: the same
+images, prepared elsewhere, have the same one.
 
 Sample ids follow the order of the entries; a rejected image leaves a gap. Validation folds divide
 the training classes (groups stay whole) and are the same for everyone who uses the store.
@@ -51,6 +55,7 @@ CATALOG = pa.schema(
         ("fold", pa.int64()),
     ]
 )
+SOURCE = pa.field("source", pa.string())
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,10 @@ class Store:
         data = folder.read("catalog.parquet")
         if hashlib.sha256(data).hexdigest() != self.manifest["catalog"]["sha256"]:
             raise UserError(f"{folder}/catalog.parquet does not match its checksum: prepare the dataset again")
-        catalog = pq.read_table(io.BytesIO(data), read_dictionary=["split"])  # few texts, many rows
+        names = pq.read_schema(io.BytesIO(data)).names
+        columns = [name for name in names if name != SOURCE.name]  # the longest texts, rarely needed
+        catalog = pq.read_table(io.BytesIO(data), columns=columns, read_dictionary=["split"])  # few texts, many rows
+        self._has_sources = SOURCE.name in names
         self.sample_id = np.asarray(catalog["sample_id"])
         self.label = np.asarray(catalog["label"])
         self.fold = np.asarray(catalog["fold"])
@@ -150,6 +158,18 @@ class Store:
     def class_name_of(self) -> dict[int, str]:
         labels, rows = np.unique(self.label, return_index=True)
         return dict(zip(labels.tolist(), self._names.take(pa.array(rows)).to_pylist(), strict=True))
+
+    def sources(self, ids: Int64[np.ndarray, " images"]) -> list[str] | None:
+        """Paths or URIs that images were read from, by sample id; None in stores of earlier versions."""
+        if not self._has_sources:
+            return None
+        return list(self._sources.take(pa.array(np.searchsorted(self.sample_id, ids))).to_pylist())
+
+    @functools.cached_property
+    def _sources(self) -> pa.ChunkedArray:
+        """The column, read when it is first needed: as many bytes an image as its path is long."""
+        data = self.folder.read("catalog.parquet")
+        return pq.read_table(io.BytesIO(data), columns=[SOURCE.name])[SOURCE.name]
 
     def select(self, splits: Iterable[str], fold: int | None = None, without_fold: int | None = None) -> Samples:
         """Images of some splits: of one validation fold only, or of all but one. O(images of the store)."""

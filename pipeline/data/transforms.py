@@ -17,6 +17,7 @@ from torch import Tensor
 
 from methods import plugins
 from methods.config import BaseConfig
+from pipeline.data.thin_images import is_thin, resized_centre, resized_on_white
 from pipeline.errors import RunError
 
 
@@ -75,6 +76,16 @@ class TransformConfig(BaseConfig):
         return self
 
 
+def _torchvision() -> tuple[Any, Any]:
+    """torchvision's functions on images and its enumeration of interpolations.
+
+    Imported at the first image: torchvision loads torch._dynamo, 2 CPU-s, and every config imports this module.
+    """
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    return functional, InterpolationMode
+
+
 def _own_pixels(name: str, image: Tensor, size: int, *random: np.random.Generator) -> Tensor:
     """What a user's function makes of an image.
 
@@ -95,16 +106,6 @@ def _own_pixels(name: str, image: Tensor, size: int, *random: np.random.Generato
     return pixels
 
 
-def _torchvision() -> tuple[Any, Any]:
-    """torchvision's functions on images and its enumeration of interpolations.
-
-    Imported at the first image: torchvision loads torch._dynamo, 2 CPU-s, and every config imports this module.
-    """
-    from torchvision.transforms.v2 import InterpolationMode, functional
-
-    return functional, InterpolationMode
-
-
 def evaluation_pixels(image: UInt8[Tensor, "3 h w"], config: TransformConfig) -> UInt8[Tensor, "3 size size"]:
     """Resize and centre crop, without randomness; or the user's own function."""
     if config.evaluation is not None:
@@ -113,6 +114,8 @@ def evaluation_pixels(image: UInt8[Tensor, "3 h w"], config: TransformConfig) ->
     size = [config.size, config.size]
     if config.squash or (image.shape[-1] == image.shape[-2] and config.resize in (None, config.size)):
         return F.resize(image, size, interpolation=mode.BICUBIC, antialias=True)
+    if is_thin(*image.shape[-2:]):
+        return resized_centre(image, config.resize or config.size, config.size)
     image = F.resize(image, [config.resize or config.size], interpolation=mode.BICUBIC, antialias=True)
     return F.center_crop(image, size)
 
@@ -127,10 +130,13 @@ def training_pixels(
     if config.rotate:
         angle = float(random.uniform(-config.rotate, config.rotate))
         image = F.rotate(image, angle, interpolation=mode.BILINEAR, fill=255)
-    if config.pad:
-        image = F.pad(image, [round(config.pad * max(image.shape[-2:]))], fill=255)
-    top, left, height, width = _crop(image.shape[-2], image.shape[-1], config, random)
-    image = F.resized_crop(image, top, left, height, width, [config.size, config.size], antialias=True)
+    pad = round(config.pad * max(image.shape[-2:]))
+    top, left, height, width = _crop(image.shape[-2] + 2 * pad, image.shape[-1] + 2 * pad, config, random)
+    if pad and is_thin(*image.shape[-2:]):
+        image = resized_on_white(image, top - pad, left - pad, height, width, config.size)
+    else:
+        image = F.pad(image, [pad], fill=255) if pad else image
+        image = F.resized_crop(image, top, left, height, width, [config.size, config.size], antialias=True)
     if random.random() < config.flip:
         image = F.horizontal_flip(image)
     if config.jitter:

@@ -56,7 +56,7 @@ def run_on_ray(
     else:
         records = dataset.map_batches(functools.partial(_run_block, function=function), **options)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("images"),

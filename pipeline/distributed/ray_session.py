@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline import ROOT, own_packages
-from pipeline.errors import UserError
+from pipeline.errors import UserError, joined_lines
 from pipeline.storage import Folder
 
 # Ray Train polls its workers this often; `report` waits for a poll.
 POLL_S = "0.3"
 OBJECT_STORE_BYTES = 1 << 30
+CONNECT_TIMEOUT_S = 20
 
 
 def on_cluster() -> bool:
@@ -29,7 +32,7 @@ def ray_session(cpus: int) -> Iterator[Any]:
     """Connects to the cluster of RAY_ADDRESS, or starts Ray here with `cpus` logical CPUs; disconnects or stops at the end.
 
     Raises:
-        UserError: The cluster cannot be reached.
+        UserError: The cluster cannot be reached, or asks for a token.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_S)
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other busy program nearly stop a run
@@ -45,11 +48,12 @@ def ray_session(cpus: int) -> Iterator[Any]:
         yield ray
         return
     if on_cluster():
+        check_address(os.environ["RAY_ADDRESS"])
         try:
             ray.init(**common, **_plugin_folders())
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
-                f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be reached: {error}"
+                f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be reached: {joined_lines(error)}"
             ) from error
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that waits for spot nodes to end
@@ -65,15 +69,56 @@ def ray_session(cpus: int) -> Iterator[Any]:
         ray.shutdown()
 
 
+def check_address(address: str) -> None:
+    """Checks RAY_ADDRESS before Ray is started, which would write log lines for 20 s and then not tell the reason.
+
+    Raises:
+        UserError: It is an address for `ray job submit`; the cluster asks for a token, or does not
+            answer.
+    """
+    if address.startswith(("http://", "https://")):
+        host = address.split("://")[1].split("/")[0].split(":")[0]
+        raise UserError(
+            f"RAY_ADDRESS={address} is the address that `ray job submit --working-dir . -- python -m pipeline...` takes; to "
+            f"start the command itself on the cluster, set RAY_ADDRESS={host}:6379; to start it here, unset RAY_ADDRESS"
+        )
+    if re.fullmatch(r"[\w.-]+:\d+", address) is None or os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    import grpc
+
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    with grpc.insecure_channel(address) as channel:
+        get_cluster_id = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            metadata = [("authorization", f"Bearer {token}")] if token else None
+            get_cluster_id(b"", timeout=CONNECT_TIMEOUT_S, wait_for_ready=True, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED and not _token_file():
+                wrong = "another token than that of RAY_AUTH_TOKEN" if token else "a token"
+                raise UserError(
+                    f"the Ray cluster at RAY_ADDRESS={address} asks for {wrong}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+                    "RAY_AUTH_TOKEN_PATH) to the token that the cluster was started with"
+                ) from error
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise UserError(
+                    f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: no answer within {CONNECT_TIMEOUT_S} s"
+                ) from error
+
+
+def _token_file() -> bool:
+    """Whether Ray reads a token from a file, which it then sends by itself."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    return os.environ.get("RAY_AUTH_MODE") == "token" and not os.environ.get("RAY_AUTH_TOKEN") and os.path.exists(path)
+
+
 def _plugin_folders() -> dict[str, Any]:
     """Tells the workers of a cluster the folders of the user's modules; those in the job's working directory relative to it."""
-    from methods import plugins  # here: methods import PyTorch
-
+    plugins = sys.modules.get("methods.plugins")  # not imported: the methods, and with them PyTorch, come with it
+    if plugins is None or not plugins.loaded:
+        return {}
     folders = plugins.folders()
     here = os.getcwd()
     relative = [os.path.relpath(f, here) if f == here or f.startswith(here + os.sep) else f for f in folders]
-    if not plugins.loaded:
-        return {}
     return {"runtime_env": {"env_vars": {plugins.FOLDERS: os.pathsep.join(relative)}}}
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline.config import Config, RerankingConfig
+from pipeline.data.entries import JUNK
 from pipeline.data.store import Samples, Store
 from pipeline.metric_names import metric_keys
 
@@ -106,8 +107,10 @@ def test_task(config: Config, store: Store) -> RetrievalTask | None:
     if not len(both):
         return None
     is_query = np.isin(both.ids, store.sample_id[store.split == "query"])
-    queries, gallery = (both.subset(m) for m in (is_query, ~is_query))
-    return _reid(config, queries, both) if store.protocol == "reid" else RetrievalTask(queries, gallery)
+    queries = both.subset(is_query)
+    if store.protocol == "reid":
+        return _reid(config, queries, both)
+    return RetrievalTask(queries, both.subset(~is_query & (both.labels != JUNK)))
 
 
 def _reid(config: Config, queries: Samples, gallery: Samples) -> RetrievalTask:

@@ -3,7 +3,7 @@
     embeddings.json     run, checkpoint, weights, dataset and splits; number of rows, dimensions and files ("parts");
                         "complete" once all files are written
     part-*.parquet      named by their first row: sample_id, label, class_name, split (for tracklets also track, camera,
-                        frame), embedding [D]
+                        frame), source (path or URI of the image's origin, where the store has it), embedding [D]
 
 Each file is computed by one process and written whole; the same command continues after an
 interruption and keeps the files that are there. Memory is that of one file and of the catalogue,
@@ -81,6 +81,8 @@ class EmbedTask:
         }
         extra_columns = {"track": store.track, "camera": store.camera, "frame": store.frame}
         columns |= {name: pa.array(values[rows]) for name, values in extra_columns.items() if values is not None}
+        sources = store.sources(store.sample_id[rows])
+        columns |= {} if sources is None else {"source": pa.array(sources)}
         columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
         sink = io.BytesIO()
         pq.write_table(pa.table(columns), sink, write_page_checksum=True)

@@ -25,6 +25,11 @@ PROTOCOL = (
     "seed",
 )
 PLACES = ("name", "storage")  # keys in which every two runs may differ
+MEASURED_BY = (
+    "evaluation.distractors",
+    "evaluation.reranking",
+    "evaluation.distance",
+)  # keys that change what a figure is
 
 
 @dataclass(frozen=True)
@@ -88,25 +93,27 @@ def read_run(folder: Folder) -> RunRecord:
     """
     try:
         config = dict(_flatten(yaml.safe_load(folder.read(CONFIG))))
-    except (yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{folder}/{CONFIG} is not a config: restore it") from error
+        name = str(config["name"])
+    except (yaml.YAMLError, AttributeError, KeyError) as error:
+        raise UserError(f"{folder}/{CONFIG} is not the config of a run: restore it, or remove the folder") from error
     steps = [step for name in folder.names("checkpoints") if (step := step_of(name)) is not None]
     dataset = folder.read_json(DATASET)["fingerprint"] if folder.exists(DATASET) else None
     summary = folder.read_json(SUMMARY) if folder.exists(SUMMARY) else {}
-    return RunRecord(str(config["name"]), config, dataset, max(steps, default=0), summary)
+    return RunRecord(name, config, dataset, max(steps, default=0), summary)
 
 
-def list_runs(storage: Folder) -> list[RunRecord]:
-    """All runs below a storage root, by name."""
+def run_names(storage: Folder) -> list[str]:
+    """Names of all runs below a storage root."""
     runs = storage / "runs"
-    return [read_run(runs / name) for name in runs.names() if (runs / name).exists(CONFIG)]
+    return [name for name in runs.names() if (runs / name).exists(CONFIG)]
 
 
 def comparison(runs: Sequence[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
     """Tables of two or more runs by title, a column a run after the name of each row.
 
     Settings are those that differ, a key that a run does not have is "-". The protocol says under which conditions figures
-    were measured; where runs differ in dataset or profile, a row says so, as their figures cannot be compared.
+    were measured; where runs differ in the dataset, the profile or a key that changes what a figure is, a row says so, as
+    their figures cannot be compared.
     """
     header = ("", *(run.name for run in runs))
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in PLACES)
@@ -123,16 +130,15 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, list[tuple[str, ...]]]:
         ],
         "protocol": [header, *protocol],
     }
-    differing = [what for what, values in (
-        ("dataset", {run.dataset for run in runs}),
-        ("protocol", {run.setting("protocol") for run in runs}),
-    ) if len(values) > 1]  # fmt: skip
+    values: dict[str, list[Any]] = {
+        "dataset": [run.dataset for run in runs],
+        "protocol": [run.setting("protocol") for run in runs],
+        **{key: [run.setting(key) for run in runs if key in run.config] for key in MEASURED_BY},
+    }
+    differing = [what for what, of_runs in values.items() if len(set(of_runs)) > 1]
     if differing:
-        tables["protocol"].append(
-            (
-                f"The {' and the '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}: these figures cannot be compared.",
-            )
-        )
+        verb = "differs" if len(differing) == 1 else "differ"
+        tables["protocol"].append((f"The {' and the '.join(differing)} {verb}: these figures cannot be compared.",))
     return tables
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -244,29 +245,42 @@ def _gallery(groups: Groups, store: Store) -> str:
     shown = _shown(groups)
     labels = store.label[np.searchsorted(store.sample_id, shown)]
     label_of = dict(zip(shown.tolist(), labels.tolist(), strict=True))
+    file_of = _files(shown, store)
     for name, group in groups.items():
-        rows = "".join(_row(retrieved, label_of, store.class_name_of) for retrieved in group)
+        rows = "".join(_row(retrieved, label_of, store.class_name_of, file_of) for retrieved in group)
         content += f'<div class="group" id="{name}">\n<h3>{GROUPS[name]}</h3>\n{rows}</div>\n'
     return f'<section id="gallery">\n<h2>What queries find</h2>\n{content}</section>'
 
 
-def _row(retrieved: RetrievedNeighbours, label_of: Mapping[int, int], name_of: Mapping[int, str]) -> str:
+def _files(shown: Int64[np.ndarray, " images"], store: Store) -> dict[int, str]:
+    """The file of each image below the folder that they share; empty for stores that do not know it."""
+    paths = store.sources(shown) or []
+    shared = os.path.commonprefix(paths).rpartition("/")[0]
+    names = [path.removeprefix(f"{shared}/") for path in paths]
+    return dict(zip(shown.tolist(), names, strict=True)) if names else {}
+
+
+def _row(
+    retrieved: RetrievedNeighbours, label_of: Mapping[int, int], name_of: Mapping[int, str], file_of: Mapping[int, str]
+) -> str:
     """A query with its neighbours, framed green where their class is the query's, else red."""
     query_label = label_of[retrieved.query]
     neighbours = ""
     for sample in retrieved.neighbours[retrieved.neighbours >= 0].tolist():
         name = escape(name_of[label_of[sample]])
+        hint = f"{name} ({escape(file_of[sample])})" if sample in file_of else name
         right = label_of[sample] == query_label
         verdict = "right" if right else "wrong"
         neighbours += (
-            f'<figure class="neighbour {verdict}" data-sample="{sample}" title="{name}">'
+            f'<figure class="neighbour {verdict}" data-sample="{sample}" title="{hint}">'
             f'<span class="thumb s{sample}" role="img" aria-label="{verdict}: {name}"></span>'
             f'<span class="mark" aria-hidden="true">{"✓" if right else "✗"}</span>'
             f"{'' if right else f'<figcaption>{name}</figcaption>'}</figure>\n"
         )
     name = escape(name_of[query_label])
+    hint = f"{name} ({escape(file_of[retrieved.query])})" if retrieved.query in file_of else name
     return (
-        f'<div class="row">\n<figure class="query" data-sample="{retrieved.query}" title="{name}">'
+        f'<div class="row">\n<figure class="query" data-sample="{retrieved.query}" title="{hint}">'
         f'<span class="thumb s{retrieved.query}" role="img" aria-label="query: {name}"></span>'
         f'<figcaption><span class="name">{name}</span>'
         f"<small>AP@R {retrieved.average_precision:.2f}, R = {retrieved.relevant:,}</small></figcaption></figure>\n"

@@ -27,9 +27,9 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -47,7 +47,7 @@ class Display:
 
     def __call__(self, state: dict[str, Any]) -> None:
         for message in state["messages"]:
-            self.console.print(message, highlight=False)
+            self.console.print(message, highlight=False, soft_wrap=True)
         progress = state["progress"]
         if not progress:
             return
@@ -62,7 +62,7 @@ class Display:
         now = time.monotonic()
         changed = phase != self.phase
         if self.bar.disable and (changed or (note and now - self.printed > LINE_EVERY_S)):
-            self.console.print(f"{phase} {note}".strip(), highlight=False)
+            self.console.print(f"{phase} {note}".strip(), highlight=False, soft_wrap=True)
             self.printed = now
         self.phase = phase
 
@@ -105,7 +105,7 @@ def metrics_table(metrics: dict[str, Any], before: dict[str, Any] | None = None)
 
 def show_summary(folder: Folder) -> None:
     summary = folder.read_json(SUMMARY)
-    out = Console()
+    out = Console(markup=False, emoji=False)
     out.print(f"{summary['name']}: retrieval on classes never seen in training", highlight=False, soft_wrap=True)
     out.print(summary_table(summary))
     out.print(

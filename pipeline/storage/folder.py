@@ -7,18 +7,27 @@ at all.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import os
 import posixpath
 import shutil
 import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from pipeline.errors import RunError, UserError, one_line
+
+_NO_ROOM = {
+    errno.ENOSPC: "there is no space left on the disk",
+    errno.EDQUOT: "your share of the disk is used up",
+    errno.EFBIG: "it is larger than a file may be here",
+}
 
 
 class Folder:
@@ -71,7 +80,7 @@ class Folder:
         """Names of the entries of a subfolder, sorted; empty if there is none."""
         try:
             return sorted(posixpath.basename(p.rstrip("/")) for p in self.fs.ls(self.path(name), detail=False))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def find(self) -> list[str]:
@@ -118,21 +127,37 @@ class Folder:
         return open(self.path(name), "rb") if self.is_local else _Ranges(self, name, size)
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file whole: a reader sees the old one or the new one, never a part."""
-        target = self.path(name)
+        """Writes a file whole: a reader sees the old one or the new one, never a part.
+
+        Raises:
+            RunError: The disk is full; the old file, if any, is still there.
+        """
+        self.write_together({name: data})
+
+    def write_together(self, files: Mapping[str, bytes]) -> None:
+        """Writes some files whole, in order; a local disk that is too full for one of them gets none.
+
+        Raises:
+            RunError: The disk is full; the old files are still there.
+        """
         if not self.is_local:
-            self.fs.pipe_file(target, data)
+            for name, data in files.items():
+                self.fs.pipe_file(self.path(name), data)
             return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        unfinished = f"{target}.{uuid.uuid4().hex}.part"
+        unfinished = {self.path(name): f"{self.path(name)}.{uuid.uuid4().hex}.part" for name in files}
         try:
-            with open(unfinished, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, target)
+            for (target, part), data in zip(unfinished.items(), files.values(), strict=True):
+                with disk_full_as_error(target, len(data)):
+                    os.makedirs(os.path.dirname(target), exist_ok=True)
+                    with open(part, "wb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+            for target, part in unfinished.items():
+                os.replace(part, target)
         finally:
-            Path(unfinished).unlink(missing_ok=True)
+            for part in unfinished.values():
+                Path(part).unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any:
         try:
@@ -162,6 +187,20 @@ class Folder:
             self.remove(probe)
         except Exception as error:  # every file system has its own errors for "not allowed"
             raise UserError(f"storage {self.uri!r} is not writable ({one_line(error)})") from error
+
+
+@contextlib.contextmanager
+def disk_full_as_error(path: str | os.PathLike[str], num_bytes: int) -> Iterator[None]:
+    """A block that writes a file: no room for it becomes a RunError of one line, which says where and how much."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise RunError(
+            f"{path} ({num_bytes / 1e6:,.1f} MB) cannot be written: {_NO_ROOM[error.errno]} ({os.strerror(error.errno)}); "
+            "make room, or write elsewhere"
+        ) from error
 
 
 class _Ranges(io.RawIOBase):

@@ -44,6 +44,8 @@ def check_run(config: Config, store: Store) -> None:
     """
     folds = len(store.manifest["folds"])
     fold = config.data.validation_fold
+    if "train" not in store.manifest["splits"]:
+        raise UserError(f"{store.folder} has no training images: it is a dataset to be measured on only")
     if fold is not None and fold >= folds:
         raise UserError(f"data.validation_fold is {fold}, the dataset has the folds 0 to {folds - 1}")
     samples = store.select(["train"], without_fold=fold)

@@ -30,6 +30,7 @@ from pipeline.training.loop import Worker
 
 Show = Callable[[dict[str, Any]], None]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+STOPPING = "stopping: saving a checkpoint ..."
 STOP_TIMEOUT_S = 120  # after a stop request; the driver then ends, and with it the workers
 
 
@@ -38,7 +39,7 @@ def under_torchrun() -> bool:
 
 
 class StopSignals:
-    """Turns SIGTERM and Ctrl-C into a stop request; the second Ctrl-C interrupts at once.
+    """Turns SIGTERM and Ctrl-C into a stop request, and says so at once; the second Ctrl-C interrupts at once.
 
     Attributes:
         received: Number of the first signal, or None.
@@ -62,6 +63,10 @@ class StopSignals:
     def _handle(self, number: int, _: object) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.received is None and os.environ.get("RANK", "0") == "0":
+            # Not through the console: a signal may come while that is writing, and its streams cannot be entered twice.
+            at_line_start = b"\r\x1b[2K" if os.isatty(2) else b""  # over the progress bar, which is drawn again below
+            os.write(2, at_line_start + STOPPING.encode() + b"\n")
         self.received = number
         self.on_stop()
 

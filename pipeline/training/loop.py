@@ -21,6 +21,7 @@ from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy
+from pipeline.errors import RunError
 from pipeline.evaluation.build import build_embedder, build_network
 from pipeline.mining.transport import Transport
 from pipeline.runs.checkpoint import Checkpoints, TrainingState
@@ -82,7 +83,8 @@ class Worker:
         )  # fmt: skip
         self.measurements = Measurements(
             config, self.store, self.embedder, self.trunk, self.method, self.checkpoints,
-            save=self._save, load_best=self._load_best, publish=self._publish, report=report,
+            save=self._save, load_best=self._load_best, publish=self._publish,
+            say=status.add_message, report=report,
         )  # fmt: skip
         self.tracker: Tracker | None = None
 
@@ -102,7 +104,9 @@ class Worker:
             if not stopped and not self.progress.finished:
                 self.measurements.final(self.progress, self.tracker)
         except BaseException:
-            with contextlib.suppress(OSError):  # on a full disk the log fails too: the first error is the one to tell
+            with contextlib.suppress(
+                OSError, RunError
+            ):  # on a full disk the log fails too: the first error is the one to tell
                 self._close()
             raise
         self._close()

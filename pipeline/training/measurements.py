@@ -15,6 +15,7 @@ from pipeline.data.store import Store
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
 from pipeline.evaluation.tasks import RetrievalTask, test_task, validation_task
+from pipeline.metric_names import COUNTS
 from pipeline.model.trunk import Trunk
 from pipeline.runs.checkpoint import Checkpoints, TrainingState
 from pipeline.runs.run_folder import NEIGHBOURS, SUMMARY, read_changes
@@ -34,6 +35,7 @@ class Measurements:
         save: Saves a checkpoint below "checkpoints" or "best".
         load_best: Loads the best weights into trunk and method.
         publish: Publishes the present phase.
+        say: Shows a line to the user.
         report: Called with the metrics of each validation, if given.
     """
 
@@ -49,6 +51,7 @@ class Measurements:
         save: Callable[[str], None],
         load_best: Callable[[], None],
         publish: Callable[[dict[str, Any]], None],
+        say: Callable[[str], None],
         report: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.config = config
@@ -60,6 +63,7 @@ class Measurements:
         self.save = save
         self.load_best = load_best
         self.publish = publish
+        self.say = say
         self.report = report
         self.validation = validation_task(config, store)
 
@@ -86,7 +90,10 @@ class Measurements:
         metrics = evaluate(self.validation, self.embedder, self.trunk, self.method, recall_at).metrics
         if tracker is not None:
             tracker.log(progress.step, "validation", {"epoch": round(clock.epoch, 4), **metrics})
-        if progress.best_step < 0 or metrics[name] > progress.best_metrics[name]:
+        is_best = progress.best_step < 0 or metrics[name] > progress.best_metrics[name]
+        if self.embedder.ranks.rank == 0:
+            self.say(_validation_line(progress.step, clock.epoch, metrics, name, is_best))
+        if is_best:
             progress.best_step = progress.step
             progress.best_metrics = metrics
             self.save("best")
@@ -132,3 +139,10 @@ class Measurements:
             relevant=result.retrieval.num_relevant,
         )  # fmt: skip
         self.checkpoints.run.write(NEIGHBOURS, buffer.getvalue())
+
+
+def _validation_line(step: int, epoch: float, metrics: dict[str, float], chooses: str, is_best: bool) -> str:
+    """One line of a validation's result: first the metric that chooses the best checkpoint."""
+    names = [chooses, *(name for name in metrics if name != chooses and name not in COUNTS)]
+    values = ", ".join(f"{name} {metrics[name]:.2f}" for name in names)
+    return f"validation at step {step:,} (epoch {epoch:.2f}): {values}{'  * best so far' if is_best else ''}"

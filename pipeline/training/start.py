@@ -104,6 +104,11 @@ def _check_input(config: Config) -> Store | None:
     if _must_prepare(config):
         return None
     store = Store(emoji_store(config.root) if config.data.source == "emoji" else _dataset_folder(config))
+    if config.data.source == "emoji" and store.manifest.get("source", "emoji") != "emoji":
+        raise UserError(
+            f"{store.folder} is not the built-in demo but was prepared from {store.manifest.get('origin', 'other images')}: "
+            "move it to a folder of another name and set data.source to that"
+        )
     store.check_shards()
     check_run(config, store)
     return store

@@ -86,7 +86,7 @@ def test_embeddings_are_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: 
 def test_prepare_is_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: Path) -> None:
     write_images(tmp_path / "images", {f"class{i}": 2 + i % 3 for i in range(10)}, seed=1)
     (tmp_path / "images" / "class3" / "broken.png").write_bytes(b"no image")
-    entries = own_images.folder(str(tmp_path / "images"))
+    entries = own_images.folder(str(tmp_path / "images")).entries
     options: dict[str, Any] = {"images_per_shard": 6, "max_rejected": 0.1}
     here = prepare.prepare("x", entries, Folder(tmp_path / "here"), run_serially, **options)
     there = prepare.prepare("x", entries, Folder(tmp_path / "there"), map_on_ray, **options)

@@ -9,7 +9,7 @@
     presets.json                the resolved config of every preset
     about.json                  which program, and which libraries, recorded all that
 
-Only commands are used (`main` of pipeline.prepare, train, evaluate), since modules move. Paths below the folder in which it
+Only commands are used (`main` of pipeline.prepare, train, evaluate) and recipes, since modules move. Paths below the folder in which it
 was recorded read "/recorded". A later program adds a recording of its own beside this one where it changes a format.
 """
 
@@ -34,10 +34,10 @@ from PIL import Image
 
 import tests.compat.backbone  # noqa: F401  registers the network
 from pipeline import evaluate, prepare, train
+from pipeline.recipes import load_config, preset_names
 
 RECORDED = Path(__file__).with_name("recorded")
 ROOT = "/recorded"  # stands for the folder of storage and stores in every text file
-PRESETS = Path(train.__file__).with_name("presets")
 KILLED_AT = 7  # training steps, of which each is saved: in the middle of the second epoch, of 4 to 6 steps
 TEXT = (".yaml", ".json", ".jsonl", ".csv", ".html")
 CASES: dict[str, dict[str, Any]] = {
@@ -207,16 +207,7 @@ def record_finished(root: Path, target: Path) -> None:
 
 def resolved_presets() -> dict[str, Any]:
     """The config with which the command would start, by preset."""
-    found: dict[str, Any] = {}
-    start = train.run
-    for path in sorted(PRESETS.rglob("[!_]*.yaml")):  # a base of presets begins with "_"
-        name = str(path.relative_to(PRESETS).with_suffix(""))
-        train.run = lambda config, fresh, name=name: found.update({name: config.model_dump(mode="json")})
-        try:
-            assert train.main([name]) == 0
-        finally:
-            train.run = start
-    return found
+    return {name: load_config(name).model_dump(mode="json") for name in preset_names()}
 
 
 def keep(source: Path, target: Path, root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,7 @@ from pipeline import cli, train
 from pipeline.config import to_yaml
 from pipeline.recipes import load_config, preset_names, read_recipe
 from pipeline.storage import Folder
+from tests.conftest import write_images
 from tests.pipeline.conftest import Base
 from tests.pipeline.test_startup import imported
 
@@ -130,6 +132,16 @@ def test_list_runs_and_datasets(raydml: Raydml, base: Base, tmp_path: Path, monk
     splits = base.store.manifest["splits"]
     shown = "; ".join(f"{s}: {splits[s]['images']:,} images of {splits[s]['classes']:,} classes" for s in splits)
     assert raydml("list", "datasets") == (0, f"birds  {shown}\n", "")
+
+
+def test_a_damaged_run_does_not_hide_the_others(raydml: Raydml, base: Base, tmp_path: Path) -> None:
+    good, damaged = variant(base, tmp_path), Folder(tmp_path) / "runs" / "damaged"
+    damaged.write("config.yaml", b"half: [")
+    out = raydml("list", "runs", "--storage", tmp_path)[1].splitlines()
+    assert out[0].startswith(f"damaged  {damaged}/config.yaml is not the config of a run") and out[1].startswith(
+        "other"
+    )
+    assert good.exists("config.yaml")
 
 
 def test_list_of_nothing(raydml: Raydml, tmp_path: Path) -> None:
@@ -267,6 +279,15 @@ def test_figures_of_other_data_cannot_be_compared(raydml: Raydml, base: Base, tm
     assert "The dataset differs: these figures cannot be compared." in out
 
 
+def test_figures_of_another_kind_cannot_be_compared(raydml: Raydml, base: Base, tmp_path: Path) -> None:
+    other = variant(base, tmp_path)
+    config = yaml.safe_load(other.read("config.yaml"))
+    config["evaluation"]["distractors"] = "junk"
+    other.write("config.yaml", yaml.safe_dump(config).encode())
+    out = raydml("compare", base.run, other)[1]
+    assert "The evaluation.distractors differs: these figures cannot be compared." in out
+
+
 def test_refused_comparisons(raydml: Raydml, base: Base) -> None:
     for arguments, says in (
         ([base.run], "got one run"),
@@ -274,3 +295,61 @@ def test_refused_comparisons(raydml: Raydml, base: Base) -> None:
     ):
         status, out, err = raydml("compare", *arguments)
         assert status == 2 and says in err and not out
+
+
+# ---- completion, and folders that hide the product -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("raydml pre", {"prepare "}),
+        ("raydml list ba", {"backbones "}),
+        ("raydml evaluate --rec", {"--recall-at "}),
+        ("raydml --vers", {"--version "}),
+    ],
+)
+def test_completion(line: str, expected: set[str], tmp_path: Path) -> None:
+    """As the shell's function of argcomplete asks: an answer on file descriptor 8 (here: a file)."""
+    answer = tmp_path / "answer"
+    environment = os.environ | {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line)),
+                                "_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_COMP_WORDBREAKS": " \n"}  # fmt: skip
+    subprocess.run([sys.executable, "-c", "from pipeline.cli import main; main()"], env=environment, check=True)
+    assert set(answer.read_text().split("\n")) == expected
+
+
+@pytest.mark.parametrize("name", ["methods.py", "pipeline.py"])
+def test_a_module_of_the_users_folder_does_not_hide_the_product(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("raise RuntimeError('the module of the user')\n")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pipeline.cli import main; sys.exit(main())"
+    program = tmp_path / "bin" / "raydml"  # as pip writes a console script: its own folder comes first on the path
+    program.parent.mkdir()
+    program.write_text(code)
+    command = [sys.executable, str(program), "list", "methods"]
+    assert "osm_caa" in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    if name == "methods.py":  # `python -m` puts the working folder before everything else
+        command = [sys.executable, "-m", "pipeline.show_list", "methods"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert "osm_caa" in done.stdout
+
+
+def prepared_on_ray(folder: Path, home: Path) -> str:
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; from pipeline.cli import main; sys.exit(main())"
+    program = home / "raydml.py"
+    program.write_text(code)
+    environment = os.environ | {"RAYDML_HOME": str(home)}
+    command = [sys.executable, str(program), "prepare", "folder", "images", "--cpus", "1"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.cluster
+def test_a_module_of_the_users_folder_does_not_hide_the_product_from_ray(tmp_path: Path) -> None:
+    project, home = tmp_path / "project", tmp_path / "home"
+    write_images(project / "images", {f"c{i}": 3 for i in range(12)}, 0)
+    home.mkdir()
+    for name in ("methods.py", "pipeline.py"):
+        (project / name).write_text("raise SystemExit('the module of the user')\n")
+    assert "images (" in prepared_on_ray(project, home)

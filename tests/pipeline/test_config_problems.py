@@ -71,6 +71,7 @@ def test_every_alias_stands_for_keys_that_exist() -> None:
         ("evaluation.reranking=[1]", "evaluation.reranking: got [1], expected keys and values"),
         ("method.loss_args=3", "method.loss_args: got 3, expected keys and values"),
         ("data.transforms.crop_scale=0.5", "data.transforms.crop_scale: got 0.5, expected a list"),
+        ("method.loss=CrossBatchMemory", "name the loss that it wraps, and set method.memory"),
         ("length=xepochs", "length: got 'xepochs': 'x' is not a number"),
     ],
 )

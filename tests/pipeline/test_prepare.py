@@ -144,7 +144,9 @@ def test_tracklets_distractors_and_junk(cli: Cli, tmp_path: Path) -> None:
     for label, row in zip(both.labels, rows, strict=True):
         assert (names[row] == both.class_names[label]) if label >= 0 else (label == store.label[row])
     shard = store.shard_table(store.manifest["shards"][-1])
-    assert shard.column_names == ["sample_id", "label", "class_name", "split", "track", "camera", "frame", "image"]
+    assert shard.column_names == [
+        "sample_id", "label", "class_name", "split", "track", "camera", "frame", "source", "image",
+    ]  # fmt: skip
     train_only = store.select(["train"], without_fold=0)
     assert (
         train_only.tracks is not None and len(train_only.tracks) == len(train_only) and (train_only.labels >= 0).all()

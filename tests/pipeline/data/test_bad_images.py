@@ -37,8 +37,8 @@ BAD: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
     "corrupt.png": (lambda i: flipped(encoded(i, "PNG")), ""),
     "truncated.jpg": (lambda i: encoded(i, "JPEG")[:-300], "truncated"),
     "truncated.png": (lambda i: encoded(i, "PNG")[:-300], ""),
-    "empty.jpg": (lambda i: b"", "cannot identify"),
-    "text.jpg": (lambda i: b"<html>404</html>", "cannot identify"),
+    "empty.jpg": (lambda i: b"", "the file is empty (0 bytes)"),
+    "text.jpg": (lambda i: b"<html>404</html>", "a web page (HTML), not an image"),
     "huge.jpg": (lambda i: wide(6000, "JPEG"), "20000 × 6000 pixels, more than --max-pixels 100,000,000"),
     "huge.png": (lambda i: wide(6000, "PNG"), "20000 × 6000 pixels, more than --max-pixels 100,000,000"),
 }
@@ -76,7 +76,7 @@ def check_mixed(cli: Cli, tmp_path: Path, number: int, every: int) -> None:
     reasons = rejected(store.folder)
     assert Counter(name[6:] for name in reasons) == Counter({kind: counts[kind] for kind in BAD})
     for name, reason in reasons.items():
-        assert BAD[name[6:]][1] in reason and len(reason.split(": ", 1)[1]) > 5
+        assert BAD[name[6:]][1] in reason and "0x" not in reason and "BytesIO" not in reason
     assert len(store.sample_id) == number - bad and store.manifest["rejected"] == bad
     assert f"rejected: {bad:,} images" in said
 

@@ -13,11 +13,20 @@ from typing import Any
 
 import pytest
 
+from pipeline.data import own_images
 from pipeline.data.entries import SPLITS, Entry, by_hash, split_classes
-from pipeline.data.own_images import emoji, folder, table
+from pipeline.data.own_images import emoji
 from pipeline.data.write_store import plan_shards
 from pipeline.errors import UserError
 from pipeline.storage import Folder
+
+
+def folder(root: str) -> list[Entry]:
+    return own_images.folder(root).entries
+
+
+def table(path: str) -> list[Entry]:
+    return own_images.table(path).entries
 
 
 def halves(names: set[str]) -> tuple[set[str], set[str]]:
@@ -77,7 +86,10 @@ def folder_of_classes(request: pytest.FixtureRequest) -> Folder:
         (None, "does not exist"),
         ([], "no image in"),
         (["stray.png"], r"stray\.png: expected images as .*/CLASS/IMAGE"),
-        (["a/b/c.png"], r"a/b/c\.png: expected images as"),
+        (["photos.zip"], r"unpack photos\.zip first"),
+        (["list.csv"], r"pipeline\.prepare csv .*/list\.csv"),
+        (["train/1.png", "test/2.png"], r"/test holds images without class folders"),
+        (["train/a/1.png", "test/b/1.png", "more/1.png"], r"split folders 'test', 'train' and beside them 'more'"),
     ],
 )
 def test_folder_refuses(files: list[str] | None, says: str, tmp_path: Path) -> None:
@@ -137,22 +149,34 @@ def test_csv_in_object_storage(bucket: str) -> None:
     [
         ("", r"has the columns \[\], expected path,label or path,label,split"),
         ("path\na\n", r"has the columns \['path'\]"),
-        ("path,class\na,b\n", r"has the columns \['path', 'class'\]"),
-        ("path,label,fold\na,b,1\n", r"has the columns"),
+        ("path,kind\na,b\n", r"has the columns \['path', 'kind'\].*--columns path=NAME label=NAME"),
+        ("path,class,category\na,b,c\n", "the label may be in class or category: choose with --columns label=NAME"),
+        ("path,path,label\na,a,c\n", "two columns 'path'"),
+        ("path;label\na;b\n", "separates its columns by semicolons, expected commas: add --separator semicolon"),
+        ("path\tlabel\na\tb\n", "separates its columns by tabs, expected commas: add --separator tab"),
+        ("a/1.jpg,cat\na/2.jpg,dog\n", r"its first line, 'a/1\.jpg,cat', looks like an image"),
+        ('path,label\na,x\nb,"6in pipe\nc,y\n', "line 3: a quote is not closed"),
+        ('path,label\na,"x\nb,y\nc,"z\n', "line 2: a quote"),
+        ("path,label\na,x\nb,y\n./a,z\n", r"line 4: .*/a has two labels, 'z' and in line 2 'x'"),
+        ("path,label\nC:\\img\\a.jpg,x\n", "line 2: .*is a path of Windows"),
+        ("path,label,is_query,is_gallery\na,x,0,0\n", "line 2: the image is neither query nor gallery"),
+        ("path,label,is_query,is_gallery\na,x,maybe,0\n", "line 2: is_query is 'maybe', expected 1 or 0"),
+        ("path,label,frame\na,x,one\n", "line 2: frame is 'one', expected a whole number"),
+        ("path,label,camera\na,x,\n", "line 2"),
         ("path,label\n", "has a header but no rows"),
         ("path,label\na,x\nb\n", "line 3"),
         ("path,label\na,x\n,x\n", "line 3"),
         ("path,label\na, b.jpg,x\n", "line 2"),  # a comma in a path that is not quoted
         (
-            "path,label,split\na,x,train\nb,y,valid\n",
-            r"line 3: got \['b', 'y', 'valid'\].*'train', 'test', 'query', 'gallery'",
+            "path,label,split\na,x,train\nb,y,dev\n",
+            r"line 3: got \['b', 'y', 'dev'\].*train, .*test, .*query, .*gallery",
         ),
         ("path,label,split\na,x,train\nb,y,\n", "line 3"),
         (
             "path,label,split\na,x,train\nb,x,test\nc,y,test\n",
-            r"1 classes are in train and in a test split \(first: 'x'\)",
+            r"1 class is in train and in a test split \(first: 'x'\)",
         ),
-        ("path,label,split\na,x,train\nb,x,gallery\nc,y,query\n", "1 classes are in train and in a test split"),
+        ("path,label,split\na,x,train\nb,x,gallery\nc,y,query\n", "1 class is in train and in a test split"),
         ("path,label,split\na,x,train\nb,y,query\n", "query and gallery together"),
         ("path,label,split\na,x,train\nb,y,gallery\nc,y,query\nd,z,test\n", "query and gallery together"),
     ],

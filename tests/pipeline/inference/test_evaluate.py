@@ -327,6 +327,7 @@ def test_embeddings_of_a_split(
     wanted = np.flatnonzero(np.isin(store.split, splits))
     assert rows["sample_id"] == store.sample_id[wanted].tolist() and rows["label"] == store.label[wanted].tolist()
     assert rows["class_name"] == [store.class_name_of[label] for label in rows["label"]]
+    assert rows["source"] == store.sources(store.sample_id[wanted]) and all(Path(p).is_file() for p in rows["source"])
     assert rows["split"] == store.split[wanted].tolist() and len(set(rows["split"])) == len(splits)
     assert rows["found"]["parts"] == -(-len(wanted) // 7) > 1
     embedder, trunk, method = trained_model.load_run(base.run.uri, "last").load(store, torch.device("cpu"))

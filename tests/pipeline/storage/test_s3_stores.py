@@ -49,7 +49,9 @@ def test_prepare(place: Folder, proxy: Proxy, tmp_path: Path, monkeypatch: pytes
         (place / "images").write(f"{name}/{Path(path).name}", Path(path).read_bytes())
 
     def prepare(images: str, target: Folder) -> Store:
-        return write_store("x", own_images.folder(images), target, run_serially, num_folds=2, images_per_shard=4)
+        return write_store(
+            "x", own_images.folder(images).entries, target, run_serially, num_folds=2, images_per_shard=4
+        )
 
     expected = prepare(str(tmp_path / "images"), Folder(tmp_path / "store"))
     for kind, method, key in (

@@ -148,14 +148,15 @@ def test_torchrun_and_devices(make_config: Callable[..., Config], monkeypatch: p
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(number: int) -> None:
+def test_a_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(number: int, capfd: pytest.CaptureFixture) -> None:
     asked: list[int] = []
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with pytest.raises(KeyboardInterrupt), StopSignals(lambda: asked.append(1)) as signals:
         signal.raise_signal(number)
         assert signals.received == number and asked == [1]
+        assert capfd.readouterr().err == "stopping: saving a checkpoint ...\n"
         signal.raise_signal(signal.SIGTERM)  # a second SIGTERM only repeats the request
-        assert len(asked) == 2
+        assert len(asked) == 2 and not capfd.readouterr().err
         signal.raise_signal(signal.SIGINT)
     assert {s: signal.getsignal(s) for s in before} == before, "handlers are put back"
 

@@ -56,7 +56,7 @@ def test_a_finished_run_shows_its_summary_again_without_training(
     modified = {p: p.stat().st_mtime_ns for p in Path(base.run.path()).rglob("*") if p.is_file()}
     monkeypatch.setattr(start, "run_in_process", lambda *_: pytest.fail("it was started again"))
     status, out, err = run()
-    assert status == 0 and not err
+    assert status == 0 and err == "done: loading PyTorch ...\n"
     final = base.run.read_json("summary.json")["final"]
     assert (
         "done: retrieval on classes never seen in training" in out
@@ -65,6 +65,19 @@ def test_a_finished_run_shows_its_summary_again_without_training(
     )
     assert f"report: {base.run}/report.html" in out
     assert base.files() == before and all(p.stat().st_mtime_ns == at for p, at in modified.items())
+
+
+def test_each_validation_is_one_line_and_the_best_is_marked(run: Train, base: Base) -> None:
+    status, _, err = run(name="told", length="3 epochs")
+    assert status == 0
+    lines = [line for line in err.splitlines() if line.startswith("validation at step ")]
+    logged = [line for line in read_metrics(Folder(base.root / "runs" / "told")) if line["kind"] == "validation"]
+    best = -1.0
+    for line, metrics in zip(lines, logged, strict=True):
+        first = f"validation at step {metrics['step']} (epoch {metrics['epoch']:.2f}): map@r {metrics['map@r']:.2f}, recall@1 "
+        assert line.startswith(first) and line.endswith("  * best so far") == (metrics["map@r"] > best)
+        best = max(best, metrics["map@r"])
+    shutil.rmtree(base.root / "runs" / "told")
 
 
 def test_single_images_are_announced(run: Train, base: Base) -> None:
