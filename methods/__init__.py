@@ -29,7 +29,9 @@ def method_class(name: str) -> type[Method]:
         return METHODS[name]
     if plugins.is_import_string(name):
         return plugins.load(name, "method", Method)
-    point = plugins.method_entry_points()[name]
+    point = plugins.method_entry_points().get(name)
+    if point is None:
+        raise ValueError(f"there is no method {name!r}")
     return plugins.load(point.value, f"method {name!r}, the entry point", Method)
 
 

@@ -17,6 +17,7 @@ from methods import METHODS, Batch, Method, MethodConfig
 from methods.optim import OptimizerConfig, build_optimizer
 from methods.plans import Plan
 from pipeline.config import Config, build_config
+from pipeline.testing.tiny import tiny_values
 
 
 class TwoOptimizersConfig(MethodConfig):
@@ -135,47 +136,6 @@ def registered() -> Iterator[None]:
     finally:
         for name in STUBS:
             del METHODS[name]
-
-
-def tiny_values(root: str, store: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A run of seconds, as a recipe: in this process, one thread, float64, batches of 4 × 3 images of 24×24.
-
-    Args:
-        root: storage.
-        store: URI of the dataset.
-        changes: values by dotted key, "method.optimizer.lr": 0.1.
-    """
-    values: dict[str, Any] = {
-        "name": "tiny",
-        "storage": root,
-        "seed": 3,
-        "length": "3 epochs",
-        "precision": "float64",
-        "data": {"source": store, "validation_fold": 0, "transforms": {"size": 24, "jitter": 0.2, "rotate": 20}},
-        "model": {"backbone": "test_efficientnet", "weights": "none", "batch_norm": "sync"},
-        "method": {
-            "name": "baseline",
-            "classes_per_batch": 4,
-            "samples_per_class": 3,
-            "embedding_dim": 8,
-            "optimizer": {"name": "adamw", "lr": 3e-3, "eps": 1e-6},
-        },
-        "evaluation": {"batch_size": 16, "recall_at": [1, 2]},
-        "cache": {"folder": f"{root}/cache"},
-        "runtime": {
-            "workers": 0,
-            "cpus_per_worker": 1,
-            "loader": "in_process",
-            "log_every": 1,
-        },
-    }
-    for key, value in (changes or {}).items():
-        *parents, last = key.split(".")
-        inner = values
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = value
-    return values
 
 
 def tiny_config(root: str, store: str, changes: Mapping[str, Any] | None = None) -> Config:

@@ -32,10 +32,9 @@ from pipeline.inference.trained_model import TrainedModel
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.storage import Folder
+from pipeline.testing.tiny import tiny_values, write_images, write_tiny_store
 from pipeline.training.launch import run_in_process, run_on_ray
 from pipeline.training.parts import image_source
-from tests.conftest import write_images, write_tiny_store
-from tests.stubs import tiny_values
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FLOORS = [  # from the top; rooms of one floor do not import each other
+    {"testing"},
     {"cli"},
     {"train", "evaluate", "report", "prepare", "show_list", "show_config", "compare"},
     {"training", "inference"},

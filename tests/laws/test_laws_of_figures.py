@@ -21,8 +21,9 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.evaluation.evaluate_task import evaluate
 from pipeline.evaluation.tasks import RetrievalTask
 from pipeline.storage import Folder
+from pipeline.testing.watched_run import FixedRanks, Seen, make_worker, state
 from pipeline.training.parts import image_source
-from tests.laws.test_laws import METHOD_CASES, SHARES, ZERO_GRADIENT, FixedRanks, Seen, case, check, make_worker, state
+from tests.laws.test_laws import METHOD_CASES, SHARES, ZERO_GRADIENT, case, check
 from tests.pool import Pool
 
 pytestmark = pytest.mark.cluster

@@ -26,11 +26,12 @@ from pipeline.distributed.run_status import RunStatus
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
-from tests.conftest import write_tiny_store
+from pipeline.testing.tiny import tiny_values, write_tiny_store
+from pipeline.testing.watched_run import Seen, make_worker, state
 from tests.laws.runs import METHODS_TRIED, Reference, Run, kill_after_lines, kill_often, same, side_by_side
-from tests.laws.test_laws import Seen, check, make_worker, state, zero_gradient
+from tests.laws.test_laws import check, zero_gradient
 from tests.pool import Pool, Program
-from tests.stubs import registered, tiny_values
+from tests.stubs import registered
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]

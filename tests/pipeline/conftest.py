@@ -22,10 +22,9 @@ from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_serially
 from pipeline.storage import Folder
 from pipeline.storage.s3 import S3
-from tests.conftest import write_tiny_store
+from pipeline.testing.tiny import tiny_values, write_tiny_store
 from tests.pipeline import shipped
 from tests.s3 import s3_server
-from tests.stubs import tiny_values
 
 
 @pytest.fixture(scope="session")

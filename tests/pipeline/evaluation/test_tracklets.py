@@ -33,12 +33,12 @@ from pipeline.evaluation.tasks import test_task as task_of
 from pipeline.evaluation.tracklets import pool_tracks
 from pipeline.model.trunk import build_trunk
 from pipeline.storage import Folder
-from tests.conftest import write_images
-from tests.laws.test_laws import FixedRanks
+from pipeline.testing.tiny import tiny_values, write_images
+from pipeline.testing.watched_run import FixedRanks
 from tests.pipeline import shipped
 from tests.pipeline.conftest import Cli
 from tests.pool import Pool
-from tests.stubs import tiny_config, tiny_values
+from tests.stubs import tiny_config
 
 FRAMES = (2, 5, 3, 4)  # of a person's four tracklets, by cameras 1, 2, 1, 2
 

@@ -171,3 +171,21 @@ def test_methods_of_installed_packages(own: str, tmp_path: Path) -> None:
         build_config({"method": {"name": "broken_one"}})
     with pytest.raises(UserError, match=r"did you mean 'mine_installed'"):
         build_config({"method": {"name": "mine_instaled"}})
+
+
+@pytest.mark.parametrize(
+    "method", ['{name: baseline, loss: "mine:PairLoss", loss_args: {scale: 8}}', '{name: "mine:Pairs", scale: 8}']
+)
+def test_the_example_of_the_documentation_trains(
+    method: str, own: str, base: Base, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "tutorials" / "own-code.md").read_text()
+    assert f"`method: {method}`" in page
+    (tmp_path / "mine.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    values = yaml.safe_load(method) | {"classes_per_batch": 4, "samples_per_class": 3, "embedding_dim": 8}
+    recipe = tmp_path / "mine.yaml"
+    name = f"mine-{values['name'].partition(':')[0]}"
+    recipe.write_text(Path(base.recipe({"name": name, "length": "2 steps", "method": values})).read_text())
+    assert train.main([str(recipe)]) == 0, capsys.readouterr().err
+    sys.modules.pop("mine", None)

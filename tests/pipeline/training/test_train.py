@@ -22,7 +22,7 @@ from pipeline.distributed.jobs import run_serially
 from pipeline.runs.run_folder import read_changes
 from pipeline.runs.tracking import Tracker
 from pipeline.storage import Folder
-from tests.conftest import write_images, write_tiny_store
+from pipeline.testing.tiny import write_images, write_tiny_store
 from tests.pipeline.conftest import Base, contents
 from tests.pipeline.training.conftest import Train, assert_one_error
 
