@@ -1,11 +1,13 @@
 """`python -m pipeline.evaluate RUN | EMBEDDINGS.npy LABELS.npy [...]`: exact retrieval metrics.
 
-    python -m pipeline.evaluate emoji                          the run of that name (or its folder), on the test classes
+    python -m pipeline.evaluate emoji                          the run of that name (or its folder): the test classes, or the
+                                                               validation fold while it is not finished
+    python -m pipeline.evaluate emoji --data birds             the run on the test images of another prepared dataset
     python -m pipeline.evaluate emoji --embed-to FOLDER        its embeddings, as Parquet files (see `pipeline.inference.embed`)
     python -m pipeline.evaluate x.npy y.npy                    leave-one-out over [N, D] embeddings and [N] labels
     python -m pipeline.evaluate x.npy y.npy --gallery g.npy h.npy   queries against another set
 
-Rows are compared by cosine; neighbours are exact (float64, ties by row).
+Neighbours are exact (float64, ties by row).
 """
 
 from __future__ import annotations
@@ -15,19 +17,40 @@ import io
 import json
 import os
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.entries import SPLITS
 from pipeline.errors import RunError, UserError, one_line
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
-    from pipeline.data.store import Store
-    from pipeline.inference.trained_model import TrainedModel
+    from pipeline.evaluation.reid import ReidRetrieval
+    from pipeline.evaluation.retrieval import Distance, Retrieval
 
 PROG = "python -m pipeline.evaluate"
 SPLITS_OF = {"test": ("test", "query", "gallery"), "train": ("train",), "all": SPLITS}  # by --split, for --embed-to
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is printed and written.
+
+    Attributes:
+        metrics: In percent, by name.
+        retrieval: Results of every query.
+        labels, names: Number of each query's class, and the classes' names.
+        lines: Text above the table and below it.
+        partial: A sentence for each thing that the dataset lacks.
+    """
+
+    metrics: dict[str, Any]
+    retrieval: Retrieval | ReidRetrieval
+    labels: np.ndarray
+    names: list[str]
+    lines: tuple[list[str], list[str]] = ([], [])
+    partial: tuple[str, ...] = ()
 
 
 def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
@@ -42,11 +65,25 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser.add_argument(
         "--split",
         choices=("validation", *SPLITS_OF),
-        default="test",
-        help="with a run: measure test or validation classes; with --embed-to: embed test, train or all images",
+        help="with a run: measure test or validation classes (default: test; validation if the run is not finished); with "
+        "--embed-to: embed test, train or all images (default: test)",
     )
     parser.add_argument(
         "--checkpoint", help="with a run: best, last, or a step (default: the run's evaluation.checkpoint)"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="DATASET",
+        help="with a run: measure the test images of another dataset, a name below STORAGE/data or the folder or s3:// URI "
+        "of a store",
+    )
+    parser.add_argument(
+        "--distance",
+        choices=("cosine", "euclidean"),
+        help="what nearest means (default: the run's evaluation.distance; cosine for arrays)",
+    )
+    parser.add_argument(
+        "--per-class", metavar="PATH.csv", help="write the figures of every class into this file, worst first"
     )
     parser.add_argument("--clustering", action="store_true", help="measure NMI and AMI as well")
     parser.add_argument(
@@ -74,10 +111,15 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
         if options.embed_to:
             _embed(options)
             return 0
-        metrics, partial = _measure_run(options) if len(options.inputs) == 1 else (_measure_arrays(options), ())
+        figures = _measure_run(options) if len(options.inputs) == 1 else _measure_arrays(options)
         if options.json:
-            notes = {"partial": list(partial)} if partial else {}
-            _write(options.json, json.dumps(metrics | notes, indent=1).encode())
+            notes = {"partial": list(figures.partial)} if figures.partial else {}
+            _write(options.json, json.dumps(figures.metrics | notes, indent=1).encode())
+        if options.per_class:
+            from pipeline.evaluation.per_class import as_csv, per_class
+
+            recall_at = [int(key.partition("@")[2]) for key in figures.metrics if key.startswith(("recall@", "cmc@"))]
+            _write(options.per_class, as_csv(per_class(figures.retrieval, figures.labels, figures.names, recall_at)))
     except (UserError, RunError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -89,8 +131,12 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     from pipeline.runs.terminal import metrics_table
 
     out = Console(markup=False, emoji=False)
-    out.print(" ".join(options.inputs), highlight=False, soft_wrap=True)
-    out.print(metrics_table(metrics))
+    above, below = figures.lines
+    for line in (" ".join(options.inputs), *above):
+        out.print(line, highlight=False, soft_wrap=True)
+    out.print(metrics_table(figures.metrics))
+    for line in below:
+        out.print(line, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -102,105 +148,86 @@ def _write(path: str, data: bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _measure_arrays(options: argparse.Namespace) -> dict[str, Any]:
+def _measure_arrays(options: argparse.Namespace) -> Figures:
     """Metrics of arrays in files."""
     if len(options.inputs) != 2:
         raise UserError(f"got {len(options.inputs)} inputs, expected one run, or embeddings and labels")
-    if options.checkpoint or options.save or options.split != "test" or options.workers is not None:
-        raise UserError("--checkpoint, --save, --split and --workers go with a run, not with arrays")
-    from pipeline.evaluation.retrieval import retrieve  # here and below: each kind of evaluation imports what it needs
+    if options.checkpoint or options.save or options.split or options.data or options.workers is not None:
+        raise UserError("--checkpoint, --save, --split, --data and --workers go with a run, not with arrays")
+    # here and below: each kind of evaluation imports what it needs
+    from pipeline.evaluation.array_files import label_numbers, read_embeddings, read_labels
+    from pipeline.evaluation.retrieval import retrieve
 
-    embeddings, labels = _read_arrays(*options.inputs)
-    gallery, gallery_labels = _read_arrays(*options.gallery) if options.gallery else (None, None)
-    if gallery is not None and gallery.shape[1] != embeddings.shape[1]:
-        raise UserError(f"queries have {embeddings.shape[1]} dimensions, the gallery has {gallery.shape[1]}")
+    pairs = [options.inputs, *([options.gallery] if options.gallery else [])]
+    embeddings = [read_embeddings(path) for path, _ in pairs]
+    labels, names = label_numbers(
+        [read_labels(labels, len(x), path) for x, (path, labels) in zip(embeddings, pairs, strict=True)]
+    )
+    gallery, gallery_labels = (embeddings[1], labels[1]) if options.gallery else (None, None)
+    if gallery is not None and gallery.shape[1] != embeddings[0].shape[1]:
+        raise UserError(f"queries have {embeddings[0].shape[1]} dimensions, the gallery has {gallery.shape[1]}")
+    distance: Distance = options.distance or "cosine"
     try:
-        result = retrieve(embeddings, labels, gallery=gallery, gallery_labels=gallery_labels)
-        metrics = result.summary(options.recall_at or (1, 2, 4, 8))
+        result = retrieve(embeddings[0], labels[0], gallery=gallery, gallery_labels=gallery_labels, distance=distance)
+        metrics: dict[str, Any] = result.summary(options.recall_at or (1, 2, 4, 8))
         if options.clustering:
             from pipeline.evaluation.clustering import clustering
 
-            metrics |= clustering(embeddings, labels)
-        return metrics
+            metrics |= clustering(embeddings[0], labels[0])
     except ValueError as error:
         raise UserError(str(error)) from error
+    return Figures(metrics, result, labels[0].numpy(), names, ([], [f"distance: {distance}"]))
 
 
-def _read_arrays(embeddings: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings [N, D] and labels [N] from two .npy files.
-
-    Raises:
-        UserError: A file cannot be read, or has another shape or type.
-    """
-    import numpy as np
-    import torch
-
-    arrays = []
-    for path, dims, kinds in ((embeddings, 2, "f"), (labels, 1, "iu")):
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as a .npy array ({error})") from error
-        if array.ndim != dims or array.dtype.kind not in kinds:
-            expected = "floats [N, D]" if dims == 2 else "integers [N]"
-            raise UserError(f"{path} contains {array.dtype} {list(array.shape)}, expected {expected}")
-        arrays.append(array)
-    if len(arrays[0]) != len(arrays[1]):
-        raise UserError(f"{embeddings} has {len(arrays[0])} rows, {labels} has {len(arrays[1])}")
-    x = arrays[0] if arrays[0].dtype == np.float64 else arrays[0].astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(arrays[1].astype(np.int64))
-
-
-def _measure_run(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Metrics of a run's checkpoint on one of its splits, and a sentence for each thing that its dataset lacks."""
+def _measure_run(options: argparse.Namespace) -> Figures:
+    """Metrics of a run's checkpoint on one of its splits, or on another dataset."""
     if options.gallery:
         raise UserError("--gallery goes with arrays; a dataset has its own query and gallery splits")
-    if options.split not in ("test", "validation") or options.workers is not None:
+    if options.split not in (None, "test", "validation") or options.workers is not None:
         raise UserError(
             f"--workers and --split {options.split} go with --embed-to; without it, --split is test or validation"
         )
-    import numpy as np
-    import torch
+    if options.data and options.split == "validation":
+        raise UserError("--data measures the test images of a dataset: leave out --split validation")
+    from pipeline.inference.measure import measure
 
-    from pipeline.evaluation.evaluate_task import evaluate
-    from pipeline.evaluation.tasks import test_task, validation_task
-    from pipeline.inference.trained_model import load_run
+    found = measure(
+        options.inputs[0], options.checkpoint, options.split, data=options.data, distance=options.distance,
+        recall_at=options.recall_at, clustering=options.clustering, embeddings=bool(options.save),
+    )  # fmt: skip
+    queries = found.result.queries
+    _tell_partial(found.partial)
+    if found.embeddings is not None:
+        import numpy as np
 
-    trained = load_run(options.inputs[0], options.checkpoint)
-    config = trained.config
-    store = _open_store(trained)
-    task = validation_task(config, store) if options.split == "validation" else test_task(config, store)
-    if task is None:
-        raise UserError(f"the run has no {options.split} images to evaluate")
-    gpu = torch.cuda.is_available() and config.runtime.gpus_per_worker
-    torch.set_num_threads(os.cpu_count() or 1)
-    embedder, trunk, method = trained.load(store, torch.device("cuda" if gpu else "cpu"))
-    if options.save:
-        embeddings = embedder(task.queries.ids, trunk, method).cpu().numpy()
-        for name, array in (("embeddings", embeddings), ("labels", task.queries.labels)):
+        for name, array in (("embeddings", found.embeddings.cpu().numpy()), ("labels", found.query_labels)):
             buffer = io.BytesIO()
             np.save(buffer, array)
             _write(f"{options.save}.{name}.npy", buffer.getvalue())
-    recall_at = options.recall_at or config.evaluation.recall_at
-    return evaluate(task, embedder, trunk, method, recall_at, options.clustering).metrics, tuple(store.partial)
+    return Figures(
+        found.result.metrics, found.result.retrieval, queries.labels, list(queries.class_names),
+        ([found.title, *found.notes], [f"protocol: {found.protocol}"]), found.partial,
+    )  # fmt: skip
 
 
-def _open_store(trained: TrainedModel) -> Store:
-    """Opens the dataset of a run; prints what it lacks."""
-    store = trained.store()
-    if store.partial:
+def _tell_partial(partial: tuple[str, ...]) -> None:
+    """Prints what a dataset lacks."""
+    if partial:
         from rich.console import Console
 
         Console(stderr=True, markup=False, emoji=False).print(
-            f"partial dataset: {'; '.join(store.partial)}", highlight=False, soft_wrap=True
+            f"partial dataset: {'; '.join(partial)}", highlight=False, soft_wrap=True
         )
-    return store
 
 
 def _embed(options: argparse.Namespace) -> None:
     """Writes the embeddings of a run's images into files; measures nothing."""
-    if len(options.inputs) != 1 or options.gallery or options.save or options.recall_at or options.clustering:
-        raise UserError("--embed-to goes with one run, and neither --gallery, --save, --recall-at nor --clustering")
+    measuring = (options.gallery, options.save, options.recall_at, options.clustering, options.data, options.per_class)
+    if len(options.inputs) != 1 or any(measuring) or options.distance:
+        raise UserError(
+            "--embed-to goes with one run, and neither --gallery, --save, --recall-at, --data, --per-class, --distance nor "
+            "--clustering"
+        )
     if options.workers is not None and options.workers < 0:
         raise UserError(f"--workers is {options.workers}, expected 0 (this process) or more")
     import torch
@@ -214,8 +241,8 @@ def _embed(options: argparse.Namespace) -> None:
         raise UserError(
             "--split validation is a part of the training images: embed --split train, and select rows by their label"
         )
-    splits = SPLITS_OF[options.split]
-    _open_store(trained)
+    splits = SPLITS_OF[options.split or "test"]
+    _tell_partial(tuple(trained.store().partial))
     cores = os.cpu_count() or 1
     if options.workers == 0:
         torch.set_num_threads(cores)

@@ -13,23 +13,28 @@ from pipeline.evaluation.embedder import Embedder
 from pipeline.model.trunk import Trunk, build_trunk
 
 
-def build_method(config: Config, features: int, samples: Samples) -> Method:
-    """The configured method on the CPU, for the classes of the training samples.
+def num_classes(samples: Samples) -> int:
+    """Number of classes of a training set, whose labels are 0, 1, ..."""
+    return int(samples.labels.max()) + 1
+
+
+def build_method(config: Config, features: int, classes: int) -> Method:
+    """The configured method on the CPU.
 
     Args:
         config: The run's configuration.
         features: Width F of the trunk's pooled features.
-        samples: The training set.
+        classes: Number of training classes.
     """
-    return method_class(config.method.name)(config.method, features, int(samples.labels.max()) + 1)
+    return method_class(config.method.name)(config.method, features, classes)
 
 
-def build_network(config: Config, samples: Samples, device: torch.device) -> tuple[Trunk, Method]:
+def build_network(config: Config, classes: int, device: torch.device) -> tuple[Trunk, Method]:
     """Trunk and method in the run's precision, with the same initial weights on every rank.
 
     Args:
         config: The run's configuration.
-        samples: The training set.
+        classes: Number of training classes.
         device: Device of the weights.
 
     Raises:
@@ -38,7 +43,7 @@ def build_network(config: Config, samples: Samples, device: torch.device) -> tup
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         trunk = build_trunk(config.model, config.data.transforms.size)
-        method = build_method(config, trunk.features, samples)
+        method = build_method(config, trunk.features, classes)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     return trunk.to(device, dtype), method.to(device, dtype)
 

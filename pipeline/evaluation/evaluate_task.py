@@ -31,12 +31,14 @@ class EvaluationResult:
         metrics: In percent, by name; numbers of queries as counts.
         retrieval: Ranks and neighbours of the queries.
         queries, gallery: The images; tracklets are represented by their first frames.
+        unit_length: All embeddings have length one, but for rounding: both distances then rank alike.
     """
 
     metrics: dict[str, float]
     retrieval: Retrieval | ReidRetrieval
     queries: Samples
     gallery: Samples
+    unit_length: bool
 
 
 def evaluate(
@@ -74,6 +76,7 @@ def evaluate(
                 gallery=None if task.gallery is None else gallery_embeddings,
                 gallery_labels=None if task.gallery is None else torch.from_numpy(gallery.labels),
                 queries=ranks.slice(len(labels)),
+                distance=task.distance,
             )
             retrieval = Retrieval.concatenate(ranks.collect(local_retrieval))
         metrics: dict[str, Any] = retrieval.summary(recall_at)
@@ -82,7 +85,8 @@ def evaluate(
             metrics |= ranks.broadcast(clustering(query_embeddings, labels) if ranks.rank == 0 else None)
     except ValueError as error:  # mostly embeddings that are not finite
         raise RunError(f"the embeddings cannot be measured: {error}") from error
-    return EvaluationResult(metrics, retrieval, queries, gallery)
+    lengths = torch.cat([query_embeddings, gallery_embeddings]).norm(dim=1)
+    return EvaluationResult(metrics, retrieval, queries, gallery, bool(((lengths - 1).abs() < 1e-5).all()))
 
 
 def _embeddings(
@@ -132,5 +136,7 @@ def _match(
             neighbours=KNearestAndFarthest.concatenate(ranks.collect(local_neighbours)),
         )
     local_queries = ranks.slice(len(query_embeddings))
-    local_retrieval = match(*reid_sets, distractors=task.distractors, reranking=reranking, part=local_queries)
+    local_retrieval = match(
+        *reid_sets, distractors=task.distractors, reranking=reranking, part=local_queries, distance=task.distance
+    )
     return ReidRetrieval.concatenate(ranks.collect(local_retrieval))

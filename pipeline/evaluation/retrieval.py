@@ -1,4 +1,4 @@
-"""Exact retrieval metrics: Recall@k, MAP@R and R-Precision, by cosine similarity.
+"""Exact retrieval metrics: Recall@k, MAP@R and R-Precision, by cosine similarity or Euclidean distance.
 
 Distinctive:
 
@@ -14,6 +14,8 @@ query with R relevant gallery rows:
 
     R-Precision = hits among the R nearest / R            MAP@R = 1/R * sum_{i <= R} precision(i) * [i-th is relevant]
 
+By Euclidean distance every pair is compared in float64: see `exact_euclidean`.
+
 Embeddings that collapsed to (nearly) one point, of which float32 can order nothing, cost about 20 times the usual time.
 """
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,9 +34,11 @@ from torch import Tensor
 from pipeline.neighbours import kernels
 from pipeline.neighbours.candidates import Search, close_rows, given_up, multiply_on_device
 from pipeline.neighbours.exact_cosine import Concatenable, ExactCosine, NormedRows, run_blocks, slices
+from pipeline.neighbours.exact_euclidean import ExactEuclidean
 from pipeline.neighbours.kernels import Candidates, Mask, compiled
 
 PAIR_COST = 32  # comparing one pair exactly costs about as much as 32 elements of the exact matrix product
+Distance = Literal["cosine", "euclidean"]
 _CLASS_QUERIES, _CLASS_ROWS = 64, 2048  # of a tile in which the nearest positives are looked for
 
 
@@ -89,29 +94,31 @@ def retrieve(
     gallery_labels: Int[Tensor, " num_gallery"] | None = None,
     queries: slice | None = None,
     keep: int = 10,
+    distance: Distance = "cosine",
     memory_bytes: int = 64 * 2**20,
 ) -> Retrieval:
-    """Rank the gallery for each query by cosine similarity, exactly.
+    """Rank the gallery for each query by cosine similarity or Euclidean distance, exactly.
 
     Without a gallery every row is a query against all the others; it is left out by its index, so that its duplicates
     count. Time: a float32 matrix product Q x N x D, half of it without a gallery, and two passes over its values. Memory: a
     float32 copy of the rows and about `memory_bytes`. Embeddings on an accelerator are multiplied there.
 
     Args:
-        embeddings: float32 or float64, of any length but zero; float64 is compared as float64.
+        embeddings: float32 or float64, by cosine of any length but zero; float64 is compared as float64.
         labels: Class of each embedding.
         gallery: Rows to search instead of the embeddings themselves.
         gallery_labels: Class of each gallery row.
         queries: Range of rows of `embeddings` to do, for one rank's share; default all.
         keep: Neighbours to return for each query.
+        distance: "cosine", or "euclidean", which takes about ten times as long.
         memory_bytes: Size of the temporary blocks. It changes time, never the result.
 
     Raises:
-        ValueError: Wrong dtype or shape; a row of length zero or with a NaN or infinity; nothing to search.
+        ValueError: Wrong dtype or shape; a row with a NaN or infinity, or (by cosine) of length zero; nothing to search.
     """
     if keep < 1:
         raise ValueError(f"got keep={keep}: expected at least 1")
-    ranking = _Ranking(embeddings, labels, gallery, gallery_labels, queries, keep, memory_bytes)
+    ranking = _Ranking(embeddings, labels, gallery, gallery_labels, queries, keep, distance, memory_bytes)
     ranking.run()
     return ranking.result
 
@@ -127,17 +134,20 @@ class _Ranking:
 
     def __init__(
         self, embeddings: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None,
-        queries: slice | None, keep: int, memory_bytes: int,
+        queries: slice | None, keep: int, distance: Distance, memory_bytes: int,
     ) -> None:  # fmt: skip
         if (gallery is None) != (gallery_labels is None):
             raise ValueError("got only one of gallery and gallery_labels: give both or neither")
         self.keep, self.memory_bytes, self.leave_one_out = keep, memory_bytes, gallery is None
-        rows = target = labelled_rows(embeddings, labels, "embeddings")
+        lengths = distance == "cosine"
+        rows = target = labelled_rows(embeddings, labels, "embeddings", lengths)
         if gallery is not None and gallery_labels is not None:
-            target = labelled_rows(gallery, gallery_labels, "gallery")
+            target = labelled_rows(gallery, gallery_labels, "gallery", lengths)
         if self.leave_one_out and len(rows) == 1:
             raise ValueError("got 1 embedding: expected a row to find besides the query")
         self.cosine, self.device = ExactCosine(rows, target), embeddings.device
+        other = embeddings if gallery is None else gallery
+        self.exact = self.cosine if lengths else ExactEuclidean.of(embeddings, other)
         wanted = labels.cpu().numpy()
         searched = wanted if gallery_labels is None else gallery_labels.cpu().numpy()
         classes, self.gallery_classes, sizes = np.unique(searched, return_inverse=True, return_counts=True)
@@ -159,6 +169,9 @@ class _Ranking:
         )
 
     def run(self) -> None:
+        if isinstance(self.exact, ExactEuclidean):
+            self._rank_exactly(np.arange(len(self.asked)))
+            return
         rows = self._on_device(self.cosine.gallery.unit32(self.row_order, copy=False))
         queries = rows
         if not self.leave_one_out:
@@ -258,12 +271,12 @@ class _Ranking:
         return np.where(self.num_relevant[part] > 0, first_hit, -1)
 
     def _rank_exactly(self, undecided: np.ndarray) -> None:
-        """Results of some queries by the exact similarities to the whole gallery: 3 float64 matrix products."""
+        """Results of some queries by the exact similarities to the whole gallery."""
         size = max(1, self.memory_bytes // torch.get_num_threads() // (24 * len(self.cosine.gallery)))
 
         def rank(part: slice) -> None:
             some = undecided[part]
-            similarity = self.cosine.block(self.asked[some])
+            similarity = self.exact.block(self.asked[some])
             if self.leave_one_out:
                 similarity[np.arange(len(some)), self.asked[some]] = -np.inf
             depth = int(self.depth[some].max())
@@ -291,9 +304,9 @@ def on_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def labelled_rows(embeddings: Tensor, labels: Tensor, name: str) -> NormedRows:
-    """The embeddings as rows to compare; there has to be one label a row."""
-    vectors = NormedRows.of(embeddings, name)
+def labelled_rows(embeddings: Tensor, labels: Tensor, name: str, lengths: bool = True) -> NormedRows:
+    """The embeddings as rows to compare; there has to be one label a row; without `lengths` a row may be zero."""
+    vectors = NormedRows.of(embeddings, name, lengths)
     if labels.shape != (len(vectors),):
         raise ValueError(f"got {name} {tuple(embeddings.shape)} with labels {tuple(labels.shape)}: expected one a row")
     return vectors

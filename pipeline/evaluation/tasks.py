@@ -34,7 +34,8 @@ class RetrievalTask:
             query's camera are junk, and so are rows of the label JUNK. The gallery may contain the
             queries.
         distractors: With reid, whether rows of the label DISTRACTOR count as wrong or as junk.
-        reranking: With reid, settings of k-reciprocal re-ranking; None: ranks by cosine.
+        reranking: With reid, settings of k-reciprocal re-ranking (of cosines); None: ranks by the distance.
+        distance: What nearest means.
     """
 
     queries: Samples
@@ -42,6 +43,7 @@ class RetrievalTask:
     reid: bool = False
     distractors: Literal["wrong", "junk"] = "wrong"
     reranking: RerankingConfig | None = None
+    distance: Literal["cosine", "euclidean"] = "cosine"
 
     def check(self, cluster: bool) -> None:
         """Checks that the task can be measured, before any image is embedded.
@@ -76,6 +78,13 @@ class RetrievalTask:
             positive = "person seen by another camera" if self.reid else "image of its class"
             raise ValueError(f"none of the {len(queries)} queries has another {positive} to find")
         classes = np.count_nonzero(sizes)
+        searched = queries.labels if gallery is None else gallery.labels[gallery.labels != JUNK]
+        if classes == 1 and (searched == queries.labels[0]).all():
+            raise ValueError(
+                "all images are of one class, so that every answer is right and nothing can be "
+                "chosen: prepare the dataset with more classes or with fewer folds (--folds), or for validation set "
+                "data.validation_fold to null and evaluation.checkpoint to last"
+            )
         if cluster and not 2 <= classes < len(queries):
             raise ValueError(
                 f"a clustering needs at least 2 classes and fewer classes than queries, there are {classes} and "
@@ -95,14 +104,14 @@ def validation_task(config: Config, store: Store) -> RetrievalTask | None:
     if fold is None:
         return None
     samples = store.select(["train"], fold=fold)
-    return _reid(config, samples, samples) if store.protocol == "reid" else RetrievalTask(samples)
+    return _reid(config, samples, samples) if store.protocol == "reid" else _retrieval(config, samples)
 
 
 def test_task(config: Config, store: Store) -> RetrievalTask | None:
     """The task of the store's protocol (query to gallery, re-identification, leave-one-out); None without test images."""
     if store.protocol == "leave_one_out":
         samples = store.select(["test"])
-        return RetrievalTask(samples) if len(samples) else None
+        return _retrieval(config, samples) if len(samples) else None
     both = store.select(["query", "gallery"])  # one numbering of classes for both sides
     if not len(both):
         return None
@@ -110,9 +119,13 @@ def test_task(config: Config, store: Store) -> RetrievalTask | None:
     queries = both.subset(is_query)
     if store.protocol == "reid":
         return _reid(config, queries, both)
-    return RetrievalTask(queries, both.subset(~is_query & (both.labels != JUNK)))
+    return _retrieval(config, queries, both.subset(~is_query & (both.labels != JUNK)))
+
+
+def _retrieval(config: Config, queries: Samples, gallery: Samples | None = None) -> RetrievalTask:
+    return RetrievalTask(queries, gallery, distance=config.evaluation.distance)
 
 
 def _reid(config: Config, queries: Samples, gallery: Samples) -> RetrievalTask:
     e = config.evaluation
-    return RetrievalTask(queries, gallery, True, e.distractors, e.reranking)
+    return RetrievalTask(queries, gallery, True, e.distractors, e.reranking, e.distance)

@@ -1,6 +1,6 @@
 """Embeddings of any number of images as Parquet files: `python -m pipeline.evaluate RUN --embed-to PATH`.
 
-    embeddings.json     run, checkpoint, weights, dataset and splits; number of rows, dimensions and files ("parts");
+    _embeddings.json    run, checkpoint, weights, dataset and splits; number of rows, dimensions and files ("parts");
                         "complete" once all files are written
     part-*.parquet      named by their first row: sample_id, label, class_name, split (for tracklets also track, camera,
                         frame), source (path or URI of the image's origin, where the store has it), embedding [D]
@@ -36,7 +36,8 @@ from pipeline.runs.run_folder import checkpoint_folder
 from pipeline.storage import Folder
 
 ROWS_PER_FILE = 2048  # images in a file
-_MANIFEST = "embeddings.json"
+_MANIFEST = "_embeddings.json"  # readers of Parquet folders pass over names that begin so
+_EARLIER_MANIFEST = "embeddings.json"  # of folders begun by earlier versions
 
 
 class EmbedTask:
@@ -118,12 +119,13 @@ def embed(trained: TrainedModel, splits: Sequence[str], target: Folder, workers:
         "rows": total,
         "parts": -(-total // ROWS_PER_FILE),
     }
-    earlier = target.read_json(_MANIFEST) if target.exists(_MANIFEST) else None
+    name = _EARLIER_MANIFEST if target.exists(_EARLIER_MANIFEST) else _MANIFEST
+    earlier = target.read_json(name) if target.exists(name) else None
     if earlier is None:
         if target.names():
             raise UserError(f"{target} is not empty, and contains no embeddings: choose another folder")
         target.check_writable()
-        target.write_json(_MANIFEST, manifest | {"complete": False})
+        target.write_json(name, manifest | {"complete": False})
     elif {k: earlier.get(k) for k in manifest} != manifest:
         raise UserError(
             f"{target} contains embeddings of {earlier.get('run')}, {earlier.get('checkpoint')}, splits "
@@ -145,7 +147,7 @@ def embed(trained: TrainedModel, splits: Sequence[str], target: Folder, workers:
         deque(run_serially(work, missing), maxlen=0)
     manifest["dim"] = pq.read_schema(target.open(_file_name(files[0]))).field("embedding").type.list_size
     manifest["complete"] = True
-    target.write_json(_MANIFEST, manifest)
+    target.write_json(name, manifest)
     return manifest
 
 

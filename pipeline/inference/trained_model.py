@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluation.build import build_embedder, build_network
+from pipeline.evaluation.build import build_embedder, build_network, num_classes
 from pipeline.evaluation.embedder import Embedder
 from pipeline.model.trunk import Trunk
 from pipeline.runs.checkpoint import Checkpoints
@@ -56,12 +56,25 @@ class TrainedModel:
         checksums = self.run.read_json(f"{checkpoint_folder(self.kind, self.step)}/{CHECKPOINT}")["sha256"]
         return {name: checksums[name] for name in ("trunk.safetensors", "method.safetensors")}
 
+    def _num_classes(self) -> int:
+        """Number of training classes: recorded, or (in runs of earlier versions) counted in the training dataset."""
+        recorded = self.run.read_json(DATASET).get("classes")
+        if recorded is not None:
+            return int(recorded)
+        try:
+            store = self.store()
+        except UserError as error:
+            raise UserError(
+                f"run {self.run} does not record its number of training classes, as it was started by an earlier version, and "
+                f"its training dataset cannot be opened to count them: {error}"
+            ) from error
+        return num_classes(store.select(["train"], without_fold=self.config.data.validation_fold))
+
     def load(self, store: Store, device: torch.device) -> tuple[Embedder, Trunk, Method]:
-        """The network with the checkpoint's weights, and an embedder for this process."""
+        """The network with the checkpoint's weights, and an embedder of a store's images for this process."""
         config = self.config
         untrained = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
-        samples = store.select(["train"], without_fold=config.data.validation_fold)
-        trunk, method = build_network(untrained, samples, device)
+        trunk, method = build_network(untrained, self._num_classes(), device)
         Checkpoints(self.run).load(self.kind, self.step, trunk, method)
         return build_embedder(config, store, device, Ranks(), "in_process", 1), trunk, method
 
@@ -93,7 +106,9 @@ def _checkpoint(name: str, checkpoints: Checkpoints) -> tuple[str, int]:
         raise UserError(f"{checkpoints.run} has no checkpoint yet")
     if name == "best":
         if latest.best_step not in best:
-            raise UserError(f"{checkpoints.run} has no best checkpoint: nothing was validated yet")
+            raise UserError(
+                f"{checkpoints.run} has no best checkpoint: nothing was validated yet (--checkpoint last takes the newest one)"
+            )
         return "best", latest.best_step
     if name == "last":
         return "checkpoints", steps[-1]

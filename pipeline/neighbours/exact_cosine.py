@@ -42,11 +42,11 @@ class NormedRows:
     norms: Float64[np.ndarray, " rows"]
 
     @staticmethod
-    def of(embeddings: Tensor, name: str) -> NormedRows:
+    def of(embeddings: Tensor, name: str, lengths: bool = True) -> NormedRows:
         """Checks and measures float32 or float64 rows [rows, dim]; `name` is what an error calls them.
 
         Raises:
-            ValueError: Wrong dtype or shape; a row of length zero or with a NaN or infinity.
+            ValueError: Wrong dtype or shape; unless `lengths` do not matter, a row of length zero or with a NaN or infinity.
         """
         if embeddings.dtype not in (torch.float32, torch.float64) or embeddings.ndim != 2 or not embeddings.numel():
             got = f"got {name} {embeddings.dtype} {tuple(embeddings.shape)}"
@@ -57,7 +57,7 @@ class NormedRows:
         np.sqrt(norms, out=norms)
         # Beyond these lengths the squares leave the range of float64. A NaN fails both comparisons.
         bad = np.flatnonzero(~((norms > 1e-150) & (norms < 1e150)))
-        if len(bad):
+        if len(bad) and lengths:
             raise ValueError(f"{len(bad)} of {len(rows)} {name} rows are zero or not finite, the first is row {bad[0]}")
         return NormedRows(rows, norms)
 

@@ -21,6 +21,7 @@ PROTOCOL = (
     "trained_on",
     "checkpoint",
     "test_pixels",
+    "distance",
     "embedding_dim",
     "seed",
 )

@@ -46,6 +46,7 @@ def protocol(config: Config, store: Store) -> dict[str, Any]:
         "batch_norm": config.model.batch_norm,
         "embedding_dim": config.method.embedding_dim,
         "test_pixels": pixels,
+        **({"distance": config.evaluation.distance} if config.evaluation.distance != "cosine" else {}),
         "batch": f"{config.method.classes_per_batch} x {config.method.samples_per_class}",
         "length": str(config.length),
         "precision": config.precision,

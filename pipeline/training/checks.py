@@ -16,7 +16,7 @@ from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, on_cluster
 from pipeline.errors import NameTakenError, UserError
-from pipeline.evaluation.build import build_method
+from pipeline.evaluation.build import build_method, num_classes
 from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, DATASET, read_config
@@ -53,7 +53,7 @@ def check_run(config: Config, store: Store) -> None:
         raise UserError(f"{store.folder} has no training images")
     if config.protocol == "paper" and not (store.split != "train").any():
         raise UserError("the paper protocol chooses on test classes, but the dataset has none")
-    method = build_method(config, 8, samples)
+    method = build_method(config, 8, num_classes(samples))
     if not method.plan_is_stored:
         try:
             method.plan(0, _PlanContext(samples, config.seed))  # type: ignore[abstract]

@@ -22,7 +22,7 @@ from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy
 from pipeline.errors import RunError
-from pipeline.evaluation.build import build_embedder, build_network
+from pipeline.evaluation.build import build_embedder, build_network, num_classes
 from pipeline.mining.transport import Transport
 from pipeline.runs.checkpoint import Checkpoints, TrainingState
 from pipeline.runs.run_folder import run_folder
@@ -67,7 +67,7 @@ class Worker:
         self.embedder = build_embedder(
             config, self.store, device, ranks, config.runtime.loader, config.runtime.loader_cpus
         )
-        self.trunk, self.method = build_network(config, self.samples, device)
+        self.trunk, self.method = build_network(config, num_classes(self.samples), device)
         self.run = run_folder(config)
         self.checkpoints = Checkpoints(self.run, config.checkpoint.keep)
         self.mining = build_mining(config, len(self.samples), servers, ranks, device)

@@ -17,6 +17,7 @@ from pipeline.data.store import Store
 from pipeline.distributed import jobs
 from pipeline.distributed.ray_session import on_cluster, ray_session
 from pipeline.errors import UserError, did_you_mean
+from pipeline.evaluation.build import num_classes
 from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.report_page import write_report
@@ -166,7 +167,12 @@ def _record(config: Config, folder: Folder, store: Store, changes: list[str]) ->
         lines = [*read_changes(folder), {"step": latest.step if latest else 0, "changes": changes}]
         folder.write(CHANGES, "".join(json.dumps(line) + "\n" for line in lines).encode())
     folder.write(CONFIG, to_yaml(config).encode())
-    record: dict[str, Any] = {"fingerprint": store.fingerprint, "dataset": store.folder.uri}
+    samples = store.select(["train"], without_fold=config.data.validation_fold)
+    record: dict[str, Any] = {
+        "fingerprint": store.fingerprint,
+        "dataset": store.folder.uri,
+        "classes": num_classes(samples),
+    }
     if plugins.loaded:
         record["plugin_folders"] = plugins.folders()  # for commands that read the run from another folder
     folder.write_json(DATASET, record)

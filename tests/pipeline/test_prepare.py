@@ -209,7 +209,7 @@ def test_evaluation_says_that_the_dataset_is_partial(
     assert "partial dataset: train: 1 of 2 images" in capsys.readouterr().err
     assert json.loads((tmp_path / "metrics.json").read_text())["partial"] == ["train: 1 of 2 images"]
     assert evaluate.main([partial_run.uri, "--embed-to", str(tmp_path / "out"), "--workers", "0"]) == 0
-    assert Folder(tmp_path / "out").read_json("embeddings.json")["partial"] == ["train: 1 of 2 images"]
+    assert Folder(tmp_path / "out").read_json("_embeddings.json")["partial"] == ["train: 1 of 2 images"]
 
 
 def test_training_says_that_the_dataset_is_partial(partial_run: Folder, capsys: pytest.CaptureFixture) -> None:

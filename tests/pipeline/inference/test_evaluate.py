@@ -100,7 +100,7 @@ def test_arrays_with_a_gallery(measure: Evaluate, tmp_path: Path) -> None:
 def test_arrays_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (x, y), *_ = arrays(tmp_path, 20, 0, "q")
     (tmp_path / "text.npy").write_text("1,2")
-    saved = {"ints": np.ones((20, 3), int), "short": np.zeros(19, int), "floats": np.zeros(20), "narrow": np.ones((20, 4), np.float32),
+    saved = {"ints": np.ones((20, 3), int), "short": np.zeros(19, int), "floats": np.full(20, 0.5), "narrow": np.ones((20, 4), np.float32),
              "nan": np.full((20, 5), np.nan, np.float32), "alone": np.arange(20), "object": np.array([{}] * 20)}  # fmt: skip
     for name, array in saved.items():
         np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
@@ -112,7 +112,7 @@ def test_arrays_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) 
         ([x, p["object"]], "object.npy cannot be read as a .npy array"),
         ([p["ints"], y], "contains int64 [20, 3], expected floats [N, D]"),
         ([y, x], "contains int64 [20], expected floats [N, D]"),
-        ([x, p["floats"]], "contains float64 [20], expected integers [N]"),
+        ([x, p["floats"]], "row 0 is 0.5, no whole number"),
         ([x, p["short"]], "has 20 rows"),
         ([x, y, "--gallery", p["narrow"], y], "queries have 5 dimensions, the gallery has 4"),
         ([p["nan"], y], "20 of 20 embeddings rows are zero or not finite"),
@@ -302,7 +302,7 @@ def test_queries_and_gallery_are_refined_together(
 
 def embedded(target: Folder) -> dict[str, Any]:
     """All parts as one table; the files are whole."""
-    found = target.read_json("embeddings.json")
+    found = target.read_json("_embeddings.json")
     files = [io.BytesIO(target.read(name)) for name in target.names() if name.startswith("part-")]
     assert found["complete"] and len(files) == found["parts"]
     table = pa.concat_tables([pq.read_table(f, page_checksum_verification=True) for f in files])
@@ -352,7 +352,7 @@ def test_embedding_is_continued(base: Base, tmp_path: Path, monkeypatch: Any) ->
     with monkeypatch.context() as patched:
         patched.setattr(embed.EmbedTask, "__call__", dies)
         assert evaluate.main(arguments) == 130
-    assert not json.loads((tmp_path / "out" / "embeddings.json").read_text())["complete"]
+    assert not json.loads((tmp_path / "out" / "_embeddings.json").read_text())["complete"]
     first = (tmp_path / "out" / "part-000000000.parquet").stat()
     assert evaluate.main(arguments) == 0
     rows = embedded(Folder(tmp_path / "out"))
@@ -360,7 +360,7 @@ def test_embedding_is_continued(base: Base, tmp_path: Path, monkeypatch: Any) ->
     assert (tmp_path / "out" / "part-000000000.parquet").stat().st_mtime_ns == first.st_mtime_ns
     before = contents(tmp_path / "out")
     assert evaluate.main(arguments) == 0 and contents(tmp_path / "out") == before
-    manifest = tmp_path / "out" / "embeddings.json"
+    manifest = tmp_path / "out" / "_embeddings.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"complete": False}))
     assert evaluate.main(arguments) == 0 and contents(tmp_path / "out") == before  # killed before the last word
 
@@ -390,8 +390,8 @@ def test_embeddings_of_another_network_of_the_same_name_are_refused(
     target = Folder(tmp_path / "out")
     arguments: list[str | Path] = [run.uri, "--embed-to", target.uri, "--workers", "0", "--checkpoint", "last"]
     assert evaluate.main([str(a) for a in arguments]) == 0
-    manifest = target.read_json("embeddings.json")
-    target.write_json("embeddings.json", manifest | {"complete": complete})
+    manifest = target.read_json("_embeddings.json")
+    target.write_json("_embeddings.json", manifest | {"complete": complete})
     name = f"{manifest['checkpoint']}/checkpoint.json"
     record = run.read_json(name)
     record["sha256"]["trunk.safetensors"] = hashlib.sha256(b"another").hexdigest()

@@ -45,7 +45,11 @@ def test_what_a_run_leaves(base: Base) -> None:
     ]
     config = build_config(yaml.safe_load(base.run.read("config.yaml")))
     assert config.runtime.cpus_per_worker == 1 and config.storage == str(base.root)
-    assert base.run.read_json("run.json") == {"fingerprint": base.store.fingerprint, "dataset": base.store.folder.uri}
+    assert base.run.read_json("run.json") == {
+        "fingerprint": base.store.fingerprint,
+        "dataset": base.store.folder.uri,
+        "classes": len({int(v) for v in base.store.label[(base.store.split == "train") & (base.store.fold != 0)]}),
+    }
     assert base.run.exists("report.html") and base.run.names("tensorboard")
 
 

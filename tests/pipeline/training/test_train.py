@@ -274,7 +274,9 @@ def test_images_that_cannot_be_measured_are_told_before_training(run: Train, tmp
         "none of the 4 queries has another image of its class": lambda i: (
             "train" if i < 18 else "test" if i % 3 == 0 else None
         ),
-        "a clustering needs at least 2 classes": lambda i: "train" if i < 18 else "test" if i < 21 else None,
+        "all images are of one class, so that every answer is right": lambda i: (
+            "train" if i < 18 else "test" if i < 21 else None
+        ),
     }
     for number, (says, split_of) in enumerate(splits.items()):
         entries = [Entry(path, name, split_of(i)) for i, (path, name) in enumerate(images) if split_of(i)]

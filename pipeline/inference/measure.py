@@ -1,0 +1,149 @@
+"""A checkpoint of a run, measured: on its own dataset or on another one, with what the figures are of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pipeline.config import Config
+from pipeline.data.store import Store
+from pipeline.errors import UserError
+from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
+from pipeline.evaluation.tasks import RetrievalTask, test_task, validation_task
+from pipeline.inference.trained_model import TrainedModel, load_run
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.summary import protocol
+from pipeline.storage import Folder, home
+
+_PROTOCOL = ("profile", "trained_on", "checkpoint", "backbone", "weights", "embedding_dim", "test_pixels", "seed")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A checkpoint's figures and what they are of.
+
+    Attributes:
+        result: The figures.
+        embeddings: Embeddings of the query images, if they were asked for.
+        query_labels: Classes of the query images.
+        title: What was measured: images, dataset, checkpoint.
+        notes: What a reader of the figures has to know, one line each.
+        protocol: The conditions, one line.
+        partial: A sentence for each thing that the dataset lacks.
+    """
+
+    result: EvaluationResult
+    embeddings: torch.Tensor | None
+    query_labels: np.ndarray
+    title: str
+    notes: tuple[str, ...]
+    protocol: str
+    partial: tuple[str, ...]
+
+
+def measure(
+    name: str,
+    checkpoint: str | None = None,
+    split: Literal["test", "validation"] | None = None,
+    *,
+    data: str | None = None,
+    distance: Literal["cosine", "euclidean"] | None = None,
+    recall_at: Sequence[int] | None = None,
+    clustering: bool = False,
+    embeddings: bool = False,
+) -> Measurement:
+    """Measures a checkpoint of a run.
+
+    Args:
+        name: The run, as `load_run` takes it.
+        checkpoint: As `load_run` takes it.
+        split: Test or validation classes; None: the test classes if the run is finished or `data` is given, else the
+            validation fold.
+        data: Name, folder or URI of another dataset, whose test images are measured.
+        distance: None: the run's.
+        recall_at: None: the run's.
+        clustering: Measure NMI and AMI as well.
+        embeddings: Return the embeddings of the queries as well.
+
+    Raises:
+        UserError: There is no such run, checkpoint or dataset, or it has no such images.
+        RunError: The embeddings cannot be measured.
+    """
+    trained = load_run(name, checkpoint)
+    config = trained.config
+    if distance is not None:
+        evaluation = type(config.evaluation).model_validate(config.evaluation.model_dump() | {"distance": distance})
+        config = config.model_copy(update={"evaluation": evaluation})
+    latest = Checkpoints(trained.run).latest()
+    notes = []
+    if split is None and data is None and latest is not None and not latest.finished:
+        split = "validation"
+        if not config.validates:
+            raise UserError(
+                f"run {trained.run} is not finished and has no validation fold: --split test measures its test classes"
+            )
+        notes.append(
+            "the run is not finished: its validation classes are measured; --split test measures the test classes"
+        )
+    store = trained.store() if data is None else Store(_dataset(data, config))
+    if data is not None and store.fingerprint != trained.fingerprint:
+        notes.append(
+            "another dataset than the run's: whether the run was trained on some of these classes is not known"
+        )
+    task, what = _task(config, store, split or "test")
+    gpu = torch.cuda.is_available() and config.runtime.gpus_per_worker
+    torch.set_num_threads(os.cpu_count() or 1)
+    embedder, trunk, method = trained.load(store, torch.device("cuda" if gpu else "cpu"))
+    queries = embedder(task.queries.ids, trunk, method) if embeddings else None
+    result = evaluate(task, embedder, trunk, method, recall_at or config.evaluation.recall_at, clustering)
+    if task.distance == "euclidean" and result.unit_length:
+        notes.append("all embeddings have length one: Euclidean distance ranks them as cosine does")
+    return Measurement(
+        result, queries, task.queries.labels, f"{what} of {store.title}, {_checkpoint(trained)}", tuple(notes), _protocol(config, store, trained),
+        tuple(store.partial),
+    )  # fmt: skip
+
+
+def _dataset(data: str, config: Config) -> Folder:
+    """The store that is named."""
+    if "/" in data or data.startswith(("~", ".")):
+        return Folder(data)
+    places = [Folder(root) / "data" / data for root in dict.fromkeys((config.root, home()))]
+    for folder in places:
+        if folder.exists("manifest.json"):
+            return folder
+    raise UserError(
+        f"there is no dataset {data!r} in {' or '.join(str(p).rpartition('/')[0] for p in places)}: prepare it with "
+        "`raydml prepare`, or give the folder or s3:// URI of a store"
+    )
+
+
+def _task(config: Config, store: Store, split: Literal["test", "validation"]) -> tuple[RetrievalTask, str]:
+    """The task, and what is measured in words."""
+    if split == "test":
+        task, what = test_task(config, store), "test classes"
+    else:
+        task = validation_task(config, store)
+        what = f"validation fold {config.data.validation_fold} of the training classes"
+        if config.protocol == "paper":
+            what = "test classes (which the paper protocol chooses on)"
+    if task is None:
+        raise UserError(f"the run has no {split} images to evaluate in {store.folder}")
+    return task, what
+
+
+def _checkpoint(trained: TrainedModel) -> str:
+    return f"{'best checkpoint' if trained.kind == 'best' else 'checkpoint'} of step {trained.step:,}"
+
+
+def _protocol(config: Config, store: Store, trained: TrainedModel) -> str:
+    values: dict[str, Any] = protocol(config, store)
+    if trained.kind != "best":
+        values["checkpoint"] = f"step {trained.step}"
+    parts = [f"{key} {values[key]}" for key in _PROTOCOL]
+    return ", ".join([*parts, f"distance {config.evaluation.distance}"])
