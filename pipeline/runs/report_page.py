@@ -255,7 +255,7 @@ def _gallery(groups: Groups, store: Store) -> str:
 def _files(shown: Int64[np.ndarray, " images"], store: Store) -> dict[int, str]:
     """The file of each image below the folder that they share; empty for stores that do not know it."""
     paths = store.sources(shown) or []
-    shared = os.path.commonprefix(paths).rpartition("/")[0]
+    shared = os.path.commonprefix(paths).rpartition("/")[0]  # noqa: RUF071  # cut at a slash; URIs as well
     names = [path.removeprefix(f"{shared}/") for path in paths]
     return dict(zip(shown.tolist(), names, strict=True)) if names else {}
 
