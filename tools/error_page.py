@@ -150,9 +150,7 @@ def page() -> str:
     try:
         with tempfile.TemporaryDirectory() as folder:
             place = Place(Path(folder).resolve())
-            with _without_ray():
-                lines = list(_lines(place))
-            return HEADER + "\n".join(lines) + "\n" + DURING
+            return HEADER + "\n".join(_lines(place)) + "\n" + DURING
     finally:
         os.chdir(here)
         os.environ.clear()
@@ -173,7 +171,8 @@ def _without_ray() -> Iterator[None]:
 
 def _lines(place: Place) -> Iterator[str]:
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        assert cli.main(["prepare", "folder", "photos"]) == 0
+        with _without_ray():
+            assert cli.main(["prepare", "folder", "photos"]) == 0
         settings = [word for setting in shlex.split(SMALL) for word in ("--set", setting)]
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             assert cli.main(["config", *settings]) == 0
