@@ -118,7 +118,8 @@ class Store:
             raise UserError(f"{folder}/catalog.parquet does not match its checksum: prepare the dataset again")
         names = pq.read_schema(io.BytesIO(data)).names
         columns = [name for name in names if name != SOURCE.name]  # the longest texts, rarely needed
-        catalog = pq.read_table(io.BytesIO(data), columns=columns, read_dictionary=["split"])  # few texts, many rows
+        # few texts, many rows; read in this thread
+        catalog = pq.ParquetFile(io.BytesIO(data), read_dictionary=["split"]).read(columns, use_threads=False)
         self._has_sources = SOURCE.name in names
         self.sample_id = np.asarray(catalog["sample_id"])
         self.label = np.asarray(catalog["label"])
