@@ -108,7 +108,6 @@ SECTIONS: dict[str, list[str]] = {
         "raydml train birds.yaml --set model.weights=weights.pth",
     ],
     "Machines and storage": [
-        "raydml train birds.yaml --set runtime.gpus_per_worker=8",
         "raydml train birds.yaml --set storage=/proc/raydml",
         "RAY_ADDRESS=http://10.0.0.5:8265 raydml prepare folder photos --to again",
     ],

@@ -110,12 +110,12 @@ class RowGroupReader:
             with self.store.folder.open(name, record["bytes"]) as source:
                 with self.lock:
                     footer = self.metadata.pop(shard, None)
-                file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
+                file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=False)
                 with self.lock:
                     self.metadata[shard] = file.metadata
                     while len(self.metadata) > _MAX_FOOTERS:
                         self.metadata.popitem(last=False)
-                return file.read_row_group(group, columns=["image"])["image"]
+                return file.read_row_group(group, columns=["image"], use_threads=False)["image"]
         except (OSError, pa.ArrowException) as error:
             raise RunError(
                 f"shard {self.store.folder}/{name} cannot be read ({error}): copy or prepare it again"

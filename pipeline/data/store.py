@@ -28,8 +28,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +86,15 @@ class Samples:
         return Samples(self.ids[mask], self.labels[mask], self.class_names, tracks, cameras, frames)
 
 
+def read_table(data: bytes, columns: Sequence[str] | None = None, texts: Sequence[str] = ()) -> pa.Table:
+    """A Parquet file's columns, read in the caller's thread; `texts` are columns of few different texts.
+
+    Arrow's threads hold Python objects: one that outlives the interpreter's last line aborts the process at its end.
+    """
+    file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(texts) or None, pre_buffer=False)
+    return file.read(None if columns is None else list(columns), use_threads=False)
+
+
 class Store:
     """An opened store.
 
@@ -116,10 +124,9 @@ class Store:
         data = folder.read("catalog.parquet")
         if hashlib.sha256(data).hexdigest() != self.manifest["catalog"]["sha256"]:
             raise UserError(f"{folder}/catalog.parquet does not match its checksum: prepare the dataset again")
-        names = pq.read_schema(io.BytesIO(data)).names
+        names = pq.read_schema(pa.BufferReader(data)).names
         columns = [name for name in names if name != SOURCE.name]  # the longest texts, rarely needed
-        # few texts, many rows; read in this thread
-        catalog = pq.ParquetFile(io.BytesIO(data), read_dictionary=["split"]).read(columns, use_threads=False)
+        catalog = read_table(data, columns, texts=["split"])  # few texts, many rows
         self._has_sources = SOURCE.name in names
         self.sample_id = np.asarray(catalog["sample_id"])
         self.label = np.asarray(catalog["label"])
@@ -170,7 +177,7 @@ class Store:
     def _sources(self) -> pa.ChunkedArray:
         """The column, read when it is first needed: as many bytes an image as its path is long."""
         data = self.folder.read("catalog.parquet")
-        return pq.read_table(io.BytesIO(data), columns=[SOURCE.name])[SOURCE.name]
+        return read_table(data, [SOURCE.name])[SOURCE.name]
 
     def select(self, splits: Iterable[str], fold: int | None = None, without_fold: int | None = None) -> Samples:
         """Images of some splits: of one validation fold only, or of all but one. O(images of the store)."""
@@ -202,4 +209,4 @@ class Store:
                 f"shard {self.folder}/{record['file']} is damaged (checksum differs from the manifest's): "
                 "copy it again or prepare the dataset again"
             )
-        return pq.read_table(io.BytesIO(data))
+        return read_table(data)

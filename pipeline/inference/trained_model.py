@@ -58,7 +58,7 @@ class TrainedModel:
 
     def _num_classes(self) -> int:
         """Number of training classes: recorded, or (in runs of earlier versions) counted in the training dataset."""
-        recorded = self.run.read_json(DATASET).get("classes")
+        recorded = self.run.read_json(DATASET).get("classes") if self.run.exists(DATASET) else None
         if recorded is not None:
             return int(recorded)
         try:

@@ -21,7 +21,7 @@ from pipeline import cli, train
 from pipeline.config import to_yaml
 from pipeline.recipes import load_config, preset_names, read_recipe
 from pipeline.storage import Folder
-from tests.conftest import write_images
+from pipeline.testing.tiny import write_images
 from tests.pipeline.conftest import Base
 from tests.pipeline.test_startup import imported
 

@@ -21,7 +21,7 @@ from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError
 from pipeline.storage import Folder
-from tests.conftest import write_images
+from pipeline.testing.tiny import write_images
 
 pytestmark = pytest.mark.usefixtures("fresh_readers")
 

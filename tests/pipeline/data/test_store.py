@@ -24,7 +24,7 @@ from pipeline.data.write_store import plan_shards, write_store
 from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder
-from tests.conftest import write_images
+from pipeline.testing.tiny import write_images
 
 
 @pytest.fixture

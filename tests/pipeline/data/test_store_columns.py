@@ -14,7 +14,7 @@ from pipeline.data.write_store import plan_shards, write_store
 from pipeline.distributed.jobs import run_serially
 from pipeline.errors import UserError
 from pipeline.storage import Folder
-from tests.conftest import write_images
+from pipeline.testing.tiny import write_images
 
 
 def tracked(root: Path) -> list[Entry]:

@@ -15,7 +15,7 @@ from pipeline.data.store import Store
 from pipeline.data.write_store import plan_shards
 from pipeline.errors import UserError
 from pipeline.storage import Folder
-from tests.conftest import write_images
+from pipeline.testing.tiny import write_images
 from tests.pipeline.conftest import Cli
 
 

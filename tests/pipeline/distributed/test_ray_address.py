@@ -13,7 +13,7 @@ from pipeline import prepare
 from pipeline.distributed import ray_session
 from pipeline.distributed.ray_session import check_address
 from pipeline.errors import UserError
-from tests.conftest import write_images
+from pipeline.testing.tiny import write_images
 
 TOKEN = "right"
 

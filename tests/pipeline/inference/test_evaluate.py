@@ -31,7 +31,7 @@ from pipeline.inference import embed, trained_model
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
-from tests.conftest import write_images
+from pipeline.testing.tiny import write_images
 from tests.pipeline.conftest import Base, contents
 from tests.stubs import tiny_config, tiny_values
 

@@ -20,7 +20,7 @@ from pipeline.evaluation.tasks import test_task as task_of
 from pipeline.inference import trained_model
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.storage import Folder
-from tests.conftest import write_tiny_store
+from pipeline.testing.tiny import write_tiny_store
 from tests.pipeline.conftest import Base
 from tests.pipeline.inference.test_evaluate import Evaluate, arrays, measure, quiet, refused
 

@@ -17,7 +17,7 @@ from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError
 from pipeline.storage import Folder, disk_full_as_error
-from tests.conftest import write_images
+from pipeline.testing.tiny import write_images
 
 
 @pytest.fixture
