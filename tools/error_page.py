@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from methods.plugins import FOLDERS
 from pipeline import cli, prepare
 from pipeline.distributed.jobs import run_serially
 
@@ -145,7 +146,8 @@ def page() -> str:
     """The page's text."""
     here = os.getcwd()
     before = dict(os.environ)
-    os.environ.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", FOLDERS):  # folders of modules that commands before have named in this process
+        os.environ.pop(name, None)
     try:
         with tempfile.TemporaryDirectory() as folder:
             place = Place(Path(folder).resolve())
