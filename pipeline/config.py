@@ -111,7 +111,7 @@ class EvaluationConfig(BaseConfig):
     )
     distance: Literal["cosine", "euclidean"] = Field(
         "cosine",
-        description="distance that ranks final embeddings; euclidean takes about ten times as long, and ranks as cosine does "
+        description="distance that ranks final embeddings; euclidean takes some 30 times the CPU time, and ranks as cosine does "
         "where a method's embeddings have length one; mining while training is not changed",
     )
     distractors: Literal["wrong", "junk"] = Field(

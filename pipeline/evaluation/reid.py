@@ -147,7 +147,7 @@ def match(
         reranking: Ranks by its distance instead of the cosine; made from the same rows.
         part: Range of queries to rank, one rank's share; default all.
         keep: Neighbours to return for each query.
-        distance: "cosine", or "euclidean", which takes about ten times as long.
+        distance: "cosine", or "euclidean", which takes some 30 times the CPU time.
         memory_bytes: Size of the temporary blocks. It changes time, never the result.
 
     Raises:

@@ -1,6 +1,6 @@
 """Euclidean distance to the same bits in every order: each pair is added up in float64 from its two rows alone.
 
-About D / 4 ns a pair on one thread, some ten times the time of `exact_cosine`, whose float32 proposals have no bound here.
+About 0.8 D ns a pair on one thread, some 30 times `exact_cosine`, whose float32 proposals have no bound here.
 """
 
 from __future__ import annotations
