@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "baseline/emoji"
 AUTO = "auto"  # the value of `name` that is replaced by a name made from the settings
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command with a recipe takes: `recipe`, and `--set` as `overrides`."""
+    parser.add_argument("recipe", nargs="?", help="YAML file or preset name (default: the built-in demo)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="sets a key of the recipe, e.g. seed=1; may be repeated",
+    )
 
 
 def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -11,7 +11,7 @@ import json
 import sys
 
 from pipeline.errors import UserError, one_line
-from pipeline.recipes import read_recipe
+from pipeline.recipes import add_recipe_arguments, read_recipe
 
 PROG = "python -m pipeline.show_config"
 
@@ -20,15 +20,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", nargs="?", help="YAML file or preset name (default: the built-in demo)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="sets a key of the recipe, e.g. seed=1; may be repeated",
-    )
+    add_recipe_arguments(parser)
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of recipes instead")
     return parser
 

@@ -45,13 +45,13 @@ def runs(storage: Folder) -> Rows:
 
 def datasets(storage: Folder) -> Rows:
     """Prepared datasets below the storage: images and classes of their splits."""
-    folder = storage / "data"
+    from pipeline.data.find_store import MANIFEST, dataset_names
+
     rows: Rows = []
-    for name in folder.names():
-        if (folder / name).exists("manifest.json"):
-            splits = (folder / name).read_json("manifest.json")["splits"]
-            counts = (f"{s}: {c['images']:,} images of {c['classes']:,} classes" for s, c in splits.items())
-            rows.append((name, "; ".join(counts)))
+    for name in dataset_names(storage):
+        splits = (storage / "data" / name).read_json(MANIFEST)["splits"]
+        counts = (f"{s}: {c['images']:,} images of {c['classes']:,} classes" for s, c in splits.items())
+        rows.append((name, "; ".join(counts)))
     return rows
 
 

@@ -12,7 +12,7 @@ import shlex
 import sys
 
 from pipeline.errors import NameTakenError, RunError, UserError, one_line
-from pipeline.recipes import read_recipe, resolve
+from pipeline.recipes import add_recipe_arguments, read_recipe, resolve
 
 PROG = "python -m pipeline.train"
 
@@ -21,15 +21,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", nargs="?", help="YAML file or preset name (default: the built-in demo)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="sets a key of the recipe, e.g. seed=1; may be repeated",
-    )
+    add_recipe_arguments(parser)
     parser.add_argument("--fresh", action="store_true", help="remove an earlier run of this name and start over")
     return parser
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Config
+from pipeline.data.find_store import find_store
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
@@ -18,7 +19,7 @@ from pipeline.evaluation.tasks import RetrievalTask, test_task, validation_task
 from pipeline.inference.trained_model import TrainedModel, load_run
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.summary import protocol
-from pipeline.storage import Folder, home
+from pipeline.storage import home
 
 _PROTOCOL = ("profile", "trained_on", "checkpoint", "backbone", "weights", "embedding_dim", "test_pixels", "seed")
 
@@ -90,7 +91,7 @@ def measure(
         notes.append(
             "the run is not finished: its validation classes are measured; --split test measures the test classes"
         )
-    store = trained.store() if data is None else Store(_dataset(data, config))
+    store = trained.store() if data is None else Store(find_store(data, list(dict.fromkeys((config.root, home())))))
     if data is not None and store.fingerprint != trained.fingerprint:
         notes.append(
             "another dataset than the run's: whether the run was trained on some of these classes is not known"
@@ -107,20 +108,6 @@ def measure(
         result, queries, task.queries.labels, f"{what} of {store.title}, {_checkpoint(trained)}", tuple(notes), _protocol(config, store, trained),
         tuple(store.partial),
     )  # fmt: skip
-
-
-def _dataset(data: str, config: Config) -> Folder:
-    """The store that is named."""
-    if "/" in data or data.startswith(("~", ".")):
-        return Folder(data)
-    places = [Folder(root) / "data" / data for root in dict.fromkeys((config.root, home()))]
-    for folder in places:
-        if folder.exists("manifest.json"):
-            return folder
-    raise UserError(
-        f"there is no dataset {data!r} in {' or '.join(str(p).rpartition('/')[0] for p in places)}: prepare it with "
-        "`raydml prepare`, or give the folder or s3:// URI of a store"
-    )
 
 
 def _task(config: Config, store: Store, split: Literal["test", "validation"]) -> tuple[RetrievalTask, str]:

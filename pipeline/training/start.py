@@ -11,12 +11,12 @@ from methods import plugins
 from pipeline.config import Config, to_yaml
 from pipeline.console import console
 from pipeline.data import own_images
-from pipeline.data.layouts import LAYOUTS
+from pipeline.data.find_store import find_store
 from pipeline.data.prepare_store import emoji_store, prepare
 from pipeline.data.store import Store
 from pipeline.distributed import jobs
 from pipeline.distributed.ray_session import on_cluster, ray_session
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError
 from pipeline.evaluation.build import num_classes
 from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
@@ -104,7 +104,9 @@ def _check_input(config: Config) -> Store | None:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     if _must_prepare(config):
         return None
-    store = Store(emoji_store(config.root) if config.data.source == "emoji" else _dataset_folder(config))
+    store = Store(
+        emoji_store(config.root) if config.data.source == "emoji" else find_store(config.data.source, [config.root])
+    )
     if config.data.source == "emoji" and store.manifest.get("source", "emoji") != "emoji":
         raise UserError(
             f"{store.folder} is not the built-in demo but was prepared from {store.manifest.get('origin', 'other images')}: "
@@ -127,35 +129,6 @@ def _prepare_demo(config: Config) -> Store:
     store = Store(emoji_store(config.root))
     check_run(config, store)
     return store
-
-
-def _dataset_folder(config: Config) -> Folder:
-    """Folder of the store that data.source names.
-
-    Raises:
-        UserError: There is none; the message says how to prepare it.
-    """
-    source, datasets = config.data.source, Folder(config.root) / "data"
-    is_name = "/" not in source and not source.startswith(("~", "."))
-    folder = datasets / source if is_name else Folder(source)
-    if folder.exists("manifest.json"):
-        return folder
-    images = Folder(source)
-    if images.is_local and os.path.isdir(images.uri) and not is_name:
-        raise UserError(
-            f"data.source {source!r} is no prepared dataset: prepare the images in it with "
-            f"`python -m pipeline.prepare folder {images.uri}`, and set data.source to {os.path.basename(images.uri)}"
-        )
-    names = [name for name in datasets.names() if (datasets / name).exists("manifest.json")] if is_name else []
-    command = f"{source} --from PATH" if source in LAYOUTS else "folder PATH"
-    similar = did_you_mean(source, names, otherwise="prepared are") if names else ""
-    missing = (
-        f"there is no dataset {source!r} in {datasets}" if is_name else f"there is no prepared dataset in {images}"
-    )
-    raise UserError(
-        f"{missing}{f' ({similar})' if similar else ''}: prepare it with `python -m pipeline.prepare {command}`, or set data.source to "
-        "the folder or s3:// URI of a store"
-    )
 
 
 def _record(config: Config, folder: Folder, store: Store, changes: list[str]) -> None:

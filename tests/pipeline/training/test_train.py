@@ -284,3 +284,12 @@ def test_images_that_cannot_be_measured_are_told_before_training(run: Train, tmp
         outcome = run(name="new", data__source=made.folder.uri, method__classes_per_batch=2)
         assert_one_error(outcome, 2, f"test classes of {made.folder}: {says}")
     assert not (base.root / "runs" / "new").exists() or not contents(base.root / "runs" / "new")
+
+
+def test_a_validation_fold_of_one_class_chooses_nothing(run: Train, tmp_path: Path, base: Base) -> None:
+    entries = [
+        Entry(path, name, "train") for path, name in write_images(tmp_path, {f"c{i}": 3 for i in range(4)}, seed=0)
+    ]
+    made = write_store("x", entries, Folder(tmp_path / "store"), run_serially, num_folds=4)
+    outcome = run(name="new", data__source=made.folder.uri, method__classes_per_batch=2, evaluation__clustering=False)
+    assert_one_error(outcome, 2, f"validation classes of {made.folder}: all images are of one class")
