@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -103,7 +103,7 @@ def fetch(
 
 def load(
     source: ImageSource, requests: Iterable[LoadRequest], engine: str, loader_cpus: int = 1
-) -> Iterator[UInt8[Tensor, "images 3 size size"]]:
+) -> Generator[UInt8[Tensor, "images 3 size size"], None, None]:
     """Pixels of every request, in order. Requests are taken when needed: memory does not grow with their number.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -85,8 +86,9 @@ class Embedder:
             LoadRequest(ids[i : min(i + self.batch_size, local.stop)])
             for i in range(local.start, local.stop, self.batch_size)
         ]
-        for pixels in load(self.source, requests, self.engine, self.loader_cpus):
-            yield self._embed(pixels.to(self.device), trunk, method)
+        with contextlib.closing(load(self.source, requests, self.engine, self.loader_cpus)) as pixel_stream:
+            for pixels in pixel_stream:
+                yield self._embed(pixels.to(self.device), trunk, method)
 
     def _embed(self, pixels: Tensor, trunk: Trunk, method: Method | None) -> Tensor:
         features = trunk_features(trunk, pixels, self.precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 
 from torch import Tensor
@@ -81,7 +81,7 @@ class PlannedBatches:
             epoch += 1
         return plans
 
-    def pixels(self, plans: list[tuple[int, Plan]], progress: TrainingState) -> Iterator[Tensor]:
+    def pixels(self, plans: list[tuple[int, Plan]], progress: TrainingState) -> Generator[Tensor, None, None]:
         """Pixels of this rank's slots for the steps to come, uint8 [slots, 3, S, S] each."""
         length = self.length
         max_steps = max(0, round(length.value) - progress.step) if length.unit == "steps" else None

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from methods.base import MethodError
 from methods.config import Clock, Length
@@ -143,7 +144,10 @@ class Worker:
     def _train_segment(self) -> bool:
         """Trains on the plans that can be made now, through one loader; returns True after a stop request."""
         plans = self.batches.plans_ahead(self.progress)
-        pixel_stream = self.batches.pixels(plans, self.progress)
+        with contextlib.closing(self.batches.pixels(plans, self.progress)) as pixel_stream:
+            return self._train_plans(plans, pixel_stream)
+
+    def _train_plans(self, plans: list[tuple[int, Plan]], pixel_stream: Iterator[Tensor]) -> bool:
         for epoch, plan in plans:
             if self.progress.step_in_epoch or not self.method.plan_is_stored:
                 self._start_epoch(epoch)

@@ -260,6 +260,10 @@ def test_a_long_segment_is_served_by_several_pipelines(source: ImageSource, monk
     assert [len(part) for part in started] == [3, 3, 2]
 
 
+def loader_threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith("loader")}
+
+
 def test_an_error_while_fetching_comes_out_where_it_belongs(
     source: ImageSource, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,20 +275,23 @@ def test_an_error_while_fetching_comes_out_where_it_belongs(
         return fetch(source, item)
 
     monkeypatch.setattr(loader, "fetch", failing)
+    earlier = loader_threads()  # an abandoned stream of another test may still hold one
     stream = load(source, wanted, "in_process")
     assert [len(next(stream)) for _ in range(3)] == [len(i.ids) for i in wanted[:3]]
     with pytest.raises(RunError, match="shard x is damaged"):
         next(stream)
-    assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
+    assert loader_threads() <= earlier
 
 
 def test_closing_early_stops_the_thread(source: ImageSource, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[LoadRequest] = []
     monkeypatch.setattr(loader, "fetch", lambda s, item, _: (fetched.append(item), fetch(s, item))[1])
+    earlier = loader_threads()
     stream = load(source, items(store), "in_process")
     next(stream)
+    assert loader_threads() > earlier, "a thread of its own"
     stream.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
+    assert loader_threads() <= earlier
     assert 1 <= len(fetched) <= 1 + PREFETCH, "no more was fetched than the look-ahead"
 
 

@@ -1,0 +1,184 @@
+"""The folder of a sweep: its configuration, one record a trial, and the answer.
+
+sweep.yaml        the resolved sweep
+starts            number of the newest start of the sweep's command
+trials/00007.json one record a trial, the only state that a sweep continues from
+ensembles.json    figures of the concatenated embeddings of each method's final runs
+leaderboard.csv   a row a method and figure
+sweep.html        the page
+tune/             Ray Tune's own files of the present start; never read back
+
+No module here imports PyTorch: the records can be shown while the sweep runs, from any machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pipeline.errors import RunError, UserError
+from pipeline.storage import Folder, home
+
+SWEEP = "sweep.yaml"
+STARTS = "starts"
+TRIALS = "trials"
+ENSEMBLES = "ensembles.json"
+LEADERBOARD = "leaderboard.csv"
+PAGE = "sweep.html"
+
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass
+class RunProgress:
+    """One run of a trial, as far as it has come.
+
+    Attributes:
+        name: Name of the run; its folder lies below STORAGE/runs.
+        fold: Fold of the training classes that it validates on; None: trained on all of them.
+        seed: The run's seed.
+        state: "running" also before its start; "stopped": ended by the scheduler, can be continued.
+        images: Images trained on.
+        seconds: Time in training steps, all starts together.
+        curve: One entry a validation: step, epoch, images, seconds, and the metrics in percent.
+        best: The metrics of the best validation; empty before the first. Under the paper protocol these are of the test classes.
+        last: The metrics of the last validation.
+        test: The metrics on the test classes; empty where they were not measured.
+    """
+
+    name: str
+    fold: int | None
+    seed: int
+    state: State = "running"
+    images: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    test: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class TrialRecord:
+    """One trial: a setting of one method, trained once for each fold and seed.
+
+    Attributes:
+        number: Number of the trial, from 0; also the order in which settings were drawn.
+        stage: "search": chosen between by validation; "final": the chosen setting, trained again.
+        method: Label of the method in the sweep's file.
+        values: The drawn setting, by dotted key of the recipe.
+        given: The setting was given in the sweep's file (`points`), not drawn.
+        state: "stopped": ended early by the scheduler.
+        runs: Its runs, in the order in which they are trained.
+        score: Mean over its runs of the best value of the sweep's metric; None before every run has one.
+        starts: How often it was started.
+        retried: One line a start after the first: why.
+        error: Why it failed.
+        started_at, ended_at: Seconds since 1970; ended_at is 0 while it runs.
+        busy_s: Wall time in which it held its resources, all starts together.
+        workers, cpus, gpus: Workers, and CPUs and GPUs that it held altogether.
+        history: Population-based training: each change of the setting, {"images", "values", "copied_from"}.
+    """
+
+    number: int
+    stage: Literal["search", "final"]
+    method: str
+    values: dict[str, Any]
+    given: bool = False
+    state: State = "running"
+    runs: list[RunProgress] = field(default_factory=list)
+    score: float | None = None
+    starts: int = 0
+    retried: list[str] = field(default_factory=list)
+    error: str | None = None
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    busy_s: float = 0.0
+    workers: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """Images trained on, over all its runs."""
+        return sum(run.images for run in self.runs)
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.gpus * self.busy_s / 3600
+
+
+class SweepFolder:
+    """The records of one sweep.
+
+    Args:
+        folder: STORAGE/sweeps/NAME.
+        start: Number of this start; 0 for readers.
+    """
+
+    def __init__(self, folder: Folder, start: int = 0) -> None:
+        self.folder = folder
+        self.start = start
+
+    def acquire(self) -> None:
+        """Becomes the writer of the folder: an older process that still runs stops before it writes again."""
+        self.start = self._current() + 1
+        self.folder.write_json(STARTS, self.start)
+
+    def _current(self) -> int:
+        return int(self.folder.read_json(STARTS)) if self.folder.exists(STARTS) else 0
+
+    def read(self) -> list[TrialRecord]:
+        """All records, by number.
+
+        Raises:
+            UserError: A record is damaged.
+        """
+        records = []
+        for name in self.folder.names(TRIALS):
+            if not name.endswith(".json"):
+                continue
+            values = self.folder.read_json(f"{TRIALS}/{name}")
+            try:
+                runs = [RunProgress(**run) for run in values.pop("runs")]
+                records.append(TrialRecord(**values, runs=runs))
+            except (TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    f"{self.folder}/{TRIALS}/{name} is not the record of a trial ({error}): restore it, or remove it to "
+                    "train this trial again"
+                ) from error
+        return sorted(records, key=lambda record: record.number)
+
+    def write(self, record: TrialRecord) -> None:
+        """Writes one record.
+
+        Raises:
+            RunError: Another start of the sweep has taken over.
+        """
+        current = self._current()
+        if current != self.start:
+            raise RunError(
+                f"another process (start {current}) now runs the sweep {self.folder}: stopping this one (start {self.start})"
+            )
+        self.folder.write_json(f"{TRIALS}/{record.number:05d}.json", asdict(record))
+
+
+def sweep_folder(storage: str, name: str) -> Folder:
+    """The folder of a sweep below a storage root."""
+    return Folder(storage or home()) / "sweeps" / name
+
+
+def find_sweep(name: str) -> Folder:
+    """The folder of a sweep that has been started.
+
+    Args:
+        name: The sweep's folder, URI, or name below the default storage.
+
+    Raises:
+        UserError: There is no such sweep.
+    """
+    for folder in (Folder(name), sweep_folder("", name)):
+        if folder.exists(SWEEP):
+            return folder
+    raise UserError(f"{name!r} is neither a sweep's folder nor a sweep in {home()}/sweeps (no {SWEEP})")
