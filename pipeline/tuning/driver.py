@@ -7,6 +7,7 @@ what a sweep continues from, are ours: `search` and the records of `sweep_folder
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -53,6 +54,7 @@ _TUNE_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # Tune's own state is not read back
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # told in one line
 }
 
 
@@ -156,7 +158,9 @@ class SweepRun:
 
         def fit() -> None:
             try:
-                self._tuner(stores, trainable, flag, recorder, lambda: stop.is_set() or recorder.error is not None).fit()
+                self._tuner(
+                    stores, trainable, flag, recorder, lambda: stop.is_set() or recorder.error is not None
+                ).fit()
             except BaseException as error:
                 errors.append(error)
 
@@ -184,6 +188,7 @@ class SweepRun:
     def _tuner(
         self, stores: dict[str, str], trainable: type[Trial], flag: Any, recorder: Recorder, stop: Callable[[], bool]
     ) -> tune.Tuner:
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what happens is told by the recorder
         os.environ.update(_TUNE_ENVIRONMENT, TUNE_MAX_PENDING_TRIALS_PG=str(self.at_once))
         parameters = {"sweep": self.sweep.model_dump(mode="json"), "stores": stores, "stop_flag": flag}
         bundles = {label: tune.PlacementGroupFactory([trial.bundle]) for label, trial in self.trials.items()}
@@ -309,7 +314,9 @@ class Recorder(_NotSaved, tune.Callback):
         self._write(record)
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        self._end(self.record_of(trial), "failed", f"lost {trial.num_failures} times, the last time: {failure_of(trial)}")
+        self._end(
+            self.record_of(trial), "failed", f"lost {trial.num_failures} times, the last time: {failure_of(trial)}"
+        )
 
     def _end(self, record: TrialRecord, state: Any, error: str | None = None, diverged: bool = False) -> None:
         record.state, record.error, record.diverged, record.ended_at = state, error, diverged, time.time()
@@ -427,4 +434,3 @@ def ensembles(sweep: SweepConfig, records: Sequence[TrialRecord]) -> Iterator[tu
         else:
             groups = [(None, [run.name for record in finals for run in record.runs])]
         yield from ((label, seed, names) for seed, names in groups if len(names) > 1)
-

@@ -107,4 +107,3 @@ def curve(record: TrialRecord, metric: str) -> list[tuple[float, float]]:
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-

@@ -205,7 +205,7 @@ class TrialRunner:
 
     def _train(self) -> None:
         try:
-            store = Store(self.store_uri)
+            store = Store(Folder(self.store_uri))
             for self.current, config in enumerate(self.configs):
                 self._one(config, store)
                 if self.stop_requested.is_set():
@@ -271,6 +271,7 @@ class TrialRunner:
 def train_run(config: Config, store: Store, runner: TrialRunner) -> None:
     """Trains one run: in this thread with one worker, else with Ray Train."""
     if config.runtime.workers > 1:
+
         def show(state: dict[str, Any]) -> None:
             for point in state["validations"]:
                 runner.add_validation(point)
