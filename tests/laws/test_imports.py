@@ -10,6 +10,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
     {"testing"},
     {"cli"},
     {"train", "evaluate", "report", "prepare", "show_list", "show_config", "compare"},
+    {"tuning"},
     {"training", "inference"},
     {"evaluation"},
     {"mining", "model"},
