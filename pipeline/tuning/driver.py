@@ -29,7 +29,7 @@ from pipeline.inference.ensemble import measure_ensemble
 from pipeline.storage import Folder
 from pipeline.training.launch import StopSignals
 from pipeline.training.start import must_prepare, prepare_demo
-from pipeline.tuning.answer import Answer, write_answer
+from pipeline.tuning.answer import Answer
 from pipeline.tuning.resources import TrialResources, local_cpus, trial_resources, trials_here, trials_on_cluster
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.schedulers import MethodSchedulers
@@ -47,6 +47,7 @@ from pipeline.tuning.sweep_folder import (
     write_state,
 )
 from pipeline.tuning.trial import StopFlag, Trial
+from pipeline.tuning.write_answer import write_answer
 
 HEARTBEAT_S = 5.0
 _TUNE_ENVIRONMENT = {
@@ -73,13 +74,16 @@ class SweepResult:
     signal: int | None = None
 
 
-def run_sweep(sweep: SweepConfig, again: Sequence[int] = (), trainable: type[Trial] = Trial) -> SweepResult:
+def run_sweep(
+    sweep: SweepConfig, again: Sequence[int] = (), trainable: type[Trial] = Trial, fresh: bool = False
+) -> SweepResult:
     """Starts or continues a sweep.
 
     Args:
         sweep: The sweep.
         again: Numbers of trials that were stopped early and are continued to their full length.
         trainable: The class of the trials' processes.
+        fresh: Remove an earlier sweep of this name, its runs too.
 
     Raises:
         UserError: The input is bad; found before the first trial.
@@ -90,6 +94,8 @@ def run_sweep(sweep: SweepConfig, again: Sequence[int] = (), trainable: type[Tri
     folder = sweep_folder(sweep.storage, sweep.name)
     folder.check_writable()
     sweep_records = SweepFolder(folder)
+    if fresh:
+        remove_sweep(sweep, folder)
     records = sweep_records.read()
     if folder.exists(SWEEP):
         for change in check_same_sweep(read_sweep(folder), sweep):
@@ -151,7 +157,7 @@ class SweepRun:
         Raises:
             RunError: Another process has taken over the sweep, or Ray Tune failed.
         """
-        flag = ray.remote(num_cpus=0)(StopFlag).remote()
+        flag: Any = ray.remote(num_cpus=0)(StopFlag).remote()  # type: ignore[attr-defined]  # of the options' overload
         stop = threading.Event()
         recorder = Recorder(self)
         errors: list[BaseException] = []
@@ -375,6 +381,15 @@ def with_place(sweep: SweepConfig) -> SweepConfig:
             "absolute path that all nodes mount, or s3://..."
         )
     return sweep.model_copy(update={"storage": Folder(root).uri})
+
+
+def remove_sweep(sweep: SweepConfig, folder: Folder) -> None:
+    """Removes a sweep's folder and the runs of its trials."""
+    runs = Folder(sweep.root) / "runs"
+    for record in SweepFolder(folder).read():
+        for run in record.runs:
+            runs.remove(run.name)
+    folder.remove()
 
 
 def check_again(records: Sequence[TrialRecord], again: Sequence[int]) -> None:

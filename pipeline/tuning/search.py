@@ -163,7 +163,9 @@ class Search:
     def _next_final(self) -> TrialRecord | None:
         """The record of the next final trial, if one is to be started."""
         final = self.sweep.final
-        for label in self.sweep.methods if final is not None else ():
+        if final is None:
+            return None
+        for label in self.sweep.methods:
             best = self.chosen(label)
             if best is None:
                 continue

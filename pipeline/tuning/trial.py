@@ -61,7 +61,9 @@ class StopFlag:
 class Trial(tune.Trainable):
     """Trains the runs of one trial after another; `step` returns at each validation and at the end."""
 
-    def setup(self, config: dict[str, Any], sweep: dict[str, Any], stores: dict[str, str], stop_flag: Any) -> None:
+    def setup(  # type: ignore[override]  # Ray Tune passes what `tune.with_parameters` is given
+        self, config: dict[str, Any], sweep: dict[str, Any], stores: dict[str, str], stop_flag: Any
+    ) -> None:
         """Starts the first trial of this process.
 
         Args:
@@ -206,7 +208,8 @@ class TrialRunner:
     def _train(self) -> None:
         try:
             store = Store(Folder(self.store_uri))
-            for self.current, config in enumerate(self.configs):
+            for i, config in enumerate(self.configs):
+                self.current = i
                 self._one(config, store)
                 if self.stop_requested.is_set():
                     return
