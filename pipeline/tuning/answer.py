@@ -6,6 +6,7 @@ those of its final runs; where the sweep has none, those that chose its setting.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
