@@ -113,7 +113,8 @@ def check_input(config: Config) -> Store | None:
             "move it to a folder of another name and set data.source to that"
         )
     store.check_shards()
-    check_run(config, store)
+    for line in check_run(config, store).notes:
+        console.print(line)
     return store
 
 
@@ -127,7 +128,8 @@ def prepare_demo(config: Config) -> Store:
         raise UserError("the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun")
     prepare("emoji", own_images.emoji(), emoji_store(config.root), jobs.run_on_ray, source="emoji")
     store = Store(emoji_store(config.root))
-    check_run(config, store)
+    for line in check_run(config, store).notes:
+        console.print(line)
     return store
 
 

@@ -30,13 +30,14 @@ from pipeline.training.launch import StopSignals
 from pipeline.training.start import must_prepare, prepare_demo
 from pipeline.tuning.answer import Answer
 from pipeline.tuning.ensembles import missing_ensembles, write_ensembles
+from pipeline.tuning.checks import check_sweep
 from pipeline.tuning.resources import TrialResources, local_cpus, trial_resources, trials_here, trials_on_cluster
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.schedulers import MethodSchedulers
 from pipeline.tuning.search import Search
 from pipeline.tuning.space import Space
 from pipeline.tuning.sweep_config import SweepConfig
-from pipeline.tuning.sweep_file import check_same_sweep, check_sweep, dump_sweep, read_sweep
+from pipeline.tuning.sweep_file import check_same_sweep, dump_sweep, read_sweep
 from pipeline.tuning.sweep_folder import (
     SWEEP,
     SweepFolder,

@@ -45,6 +45,8 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
         keys, value = parse_override(override)
         depth = next((i + 1 for i in (0, 2) if len(keys) > i + 1 and keys[i] in _BY_KEY), len(keys))
         values = assigned(values, [([*keys[:depth], ".".join(keys[depth:])] if depth < len(keys) else keys, value)])
+    if str(values.get("protocol")).lower() == "paper":
+        values.setdefault("final", None)  # every trial measures the test classes itself
     if isinstance(values.get("metric"), str):
         values["metric"] = metric_key(values["metric"])
     sweep = build_sweep(_with_flat_spaces(values))
@@ -250,14 +252,3 @@ def _explain(problem: dict[str, Any], values: Mapping[str, Any]) -> str:
         return f"methods.{location[1]}: {inner}"
     return explain(problem, values, SweepConfig)
 
-
-def check_sweep(sweep: SweepConfig) -> dict[str, Any]:
-    from pipeline.data.find_store import find_store
-    from pipeline.data.prepare_store import emoji_store
-    from pipeline.data.store import Store
-
-    out = {}
-    for label in sweep.methods:
-        src = method_values(sweep, label)["data"]["source"]
-        out[label] = Store(emoji_store(sweep.root) if src == "emoji" else find_store(src, [sweep.root]))
-    return out
