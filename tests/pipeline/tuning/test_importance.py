@@ -45,7 +45,7 @@ def trials(count: int, method: str = "a", state: State = "finished", dims: Any =
 
 def test_the_key_that_decides_has_the_largest_share() -> None:
     found = importance(make_sweep(), trials(40), "a")
-    assert list(found.shares)[0] == LR and found.shares[LR] > 0.7
+    assert next(iter(found.shares)) == LR and found.shares[LR] > 0.7
     assert set(found.shares) == {LR, DIM, KIND}  # no constant
     assert sum(found.shares.values()) == pytest.approx(1)
     assert found.trials == 40 and found.left_out == [WARMUP] and not found.reason
