@@ -29,8 +29,8 @@ from pipeline.training.checks import check_machine
 from pipeline.training.launch import StopSignals
 from pipeline.training.start import must_prepare, prepare_demo
 from pipeline.tuning.answer import Answer
-from pipeline.tuning.ensembles import missing_ensembles, write_ensembles
 from pipeline.tuning.checks import check_sweep
+from pipeline.tuning.ensembles import missing_ensembles, write_ensembles
 from pipeline.tuning.resources import TrialResources, local_cpus, trial_resources, trials_here, trials_on_cluster
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.schedulers import MethodSchedulers

@@ -251,4 +251,3 @@ def _explain(problem: dict[str, Any], values: Mapping[str, Any]) -> str:
         )
         return f"methods.{location[1]}: {inner}"
     return explain(problem, values, SweepConfig)
-
