@@ -19,7 +19,7 @@ from methods.config import BaseConfig, Length
 from pipeline.config_problems import explain
 from pipeline.data.transforms import TransformConfig
 from pipeline.errors import UserError, did_you_mean
-from pipeline.metric_names import metric_keys
+from pipeline.metric_names import metric_key, metric_keys
 from pipeline.storage import home
 
 BN_INCEPTION = "bn_inception"
@@ -129,7 +129,7 @@ class EvaluationConfig(BaseConfig):
     @classmethod
     def _metric(cls, value: Any) -> Any:
         """Accepts other letters, and R@1 for recall@1."""
-        return re.sub(r"^r@(?=\d)", "recall@", value.strip().lower()) if isinstance(value, str) else value
+        return metric_key(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:

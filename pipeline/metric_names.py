@@ -6,6 +6,7 @@ recall@2, ...
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -47,6 +48,11 @@ def metric_keys(task: Task, recall_at: Sequence[int]) -> list[str]:
     """Keys of a task's metrics, with those of a family for every K of `recall_at`."""
     keys = [metric.key for metric in METRICS if metric.task == task]
     return [name for key in keys for name in ([f"{key}{k}" for k in recall_at] if key.endswith("@") else [key])]
+
+
+def metric_key(name: str) -> str:
+    """The key of a metric that is written in other letters, or as R@1 for recall@1."""
+    return re.sub(r"^r@(?=\d)", "recall@", name.strip().lower())
 
 
 def metric_title(key: str) -> str:

@@ -82,17 +82,30 @@ def read_recipe(recipe: str | None = None, overrides: Sequence[str] = ()) -> dic
         UserError: The recipe does not exist or is not YAML, or an override is not "a.b=c".
     """
     values = _preset(DEFAULT_PRESET) if recipe is None else recipe_values(recipe)
-    assignments = [_assignment(override) for override in overrides]
-    # first: another method drops the recipe's method section, another loss its arguments
-    for keys, value in assignments:
-        values = _merge(values, _nested(keys, value)) if _has_arguments(values, keys) else values
-    for keys, value in assignments:
-        _assign(values, keys, value)
-    return values
+    return assigned(values, [parse_override(override) for override in overrides])
 
 
-def _assignment(override: str) -> tuple[list[str], Any]:
-    """Keys and value of "a.b=c"."""
+def assigned(values: Mapping[str, Any], assignments: Sequence[tuple[Sequence[str], Any]]) -> dict[str, Any]:
+    """The values with some keys set, in any order: another method drops the method section, another loss its arguments.
+
+    Args:
+        values: A recipe's values.
+        assignments: Parts of each dotted key, and its value.
+    """
+    out = dict(values)
+    for keys, value in assignments:  # first: what is dropped may be set anew
+        out = merged(out, _nested(keys, value)) if _has_arguments(out, keys) else out
+    for keys, value in assignments:
+        _assign(out, keys, value)
+    return out
+
+
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """Keys and value of "a.b=c".
+
+    Raises:
+        UserError: There is no key or no value, or the value is not YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override!r}: expected KEY=VALUE, for example --set method.optimizer.lr=1e-4")
@@ -132,7 +145,7 @@ def recipe_values(recipe: str) -> dict[str, Any]:
         )
     if not os.path.isfile(recipe):
         raise UserError(_missing(recipe))
-    return _built_upon(_yaml(Path(recipe)), [recipe])
+    return _built_upon(read_yaml(Path(recipe)), [recipe])
 
 
 def _missing(recipe: str) -> str:
@@ -153,7 +166,7 @@ def _missing(recipe: str) -> str:
 
 def _named_preset(recipe: str) -> str | None:
     """The preset that a file builds on."""
-    name = _yaml(Path(recipe)).get("preset")
+    name = read_yaml(Path(recipe)).get("preset")
     return None if name is None else str(name)
 
 
@@ -164,8 +177,13 @@ def preset_names() -> list[str]:
 
 def preset_title(name: str) -> str:
     """The first sentence of the comment that a preset's file begins with; "" if it begins with none."""
+    return title_of(PRESETS / f"{name}.yaml")
+
+
+def title_of(path: Path) -> str:
+    """The first sentence of the comment that a YAML file begins with; "" if it begins with none."""
     comment: list[str] = []
-    for line in (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         comment.append(line.removeprefix("#").strip())
@@ -183,15 +201,20 @@ def _preset(name: str, above: Sequence[str] = ()) -> dict[str, Any]:
     if name not in (_preset_files() if above else preset_names()):
         hint = did_you_mean(name, preset_names(), kind="the preset ", otherwise="presets:")
         raise UserError(f"preset {name!r} does not exist; {hint}")
-    return _built_upon(_yaml(PRESETS / f"{name}.yaml"), [*above, name])
+    return _built_upon(read_yaml(PRESETS / f"{name}.yaml"), [*above, name])
 
 
 def _built_upon(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The values merged onto the preset that they name, if any; `names` are the files on the way to them."""
-    return _merge(_preset(str(values.pop("preset")), names), values) if "preset" in values else values
+    return merged(_preset(str(values.pop("preset")), names), values) if "preset" in values else values
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, example: str = f"`preset: {DEFAULT_PRESET}` to build on one") -> dict[str, Any]:
+    """The keys and values of a YAML file; `example` is shown where it is empty.
+
+    Raises:
+        UserError: The file cannot be read, is not YAML, or has no keys and values.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -199,9 +222,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if values is None:
-        raise UserError(
-            f"{path} is empty: write keys and values, for example `preset: {DEFAULT_PRESET}` to build on one"
-        )
+        raise UserError(f"{path} is empty: write keys and values, for example {example}")
     if not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else f"a single value ({values!r:.40})"
         raise UserError(f"{path} contains {kind}, expected keys and values such as `seed: 1`")
@@ -211,7 +232,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """The base with the keys of `top`.
 
     Sections are merged; arguments (`loss_args`) are one value, and another method name drops the
@@ -227,7 +248,7 @@ def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(old, Mapping) or not isinstance(value, Mapping) or key.endswith("_args"):
             continue
         if key != "method" or value.get("name", old.get("name")) == old.get("name"):
-            out[key] = _merge(dict(old), value)
+            out[key] = merged(dict(old), value)
     return out | {key: top[key] for key in top if key not in out}
 
 
@@ -257,8 +278,14 @@ def _scalar(text: str, override: str) -> Any:
 
 
 def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    for key in keys[:-1]:
+    for i, key in enumerate(keys[:-1]):
         inner = values.get(key)
+        if isinstance(inner, str) and keys[0] == key == "method":
+            inner = {"name": inner}
+        if not isinstance(inner, Mapping) and inner is not None and str(inner).lower() not in ("none", "null"):
+            raise UserError(
+                f"{'.'.join(keys)} cannot be set: {'.'.join(keys[: i + 1])} is {inner!r}, expected keys and values"
+            )
         values[key] = inner = dict(inner) if isinstance(inner, Mapping) else {}
         values = inner
     values[keys[-1]] = value

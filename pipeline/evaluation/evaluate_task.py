@@ -13,7 +13,7 @@ from torch import Tensor
 from methods import Method
 from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks
-from pipeline.errors import RunError
+from pipeline.errors import DivergedError
 from pipeline.evaluation.clustering import clustering
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.reid import ReidRetrieval, ReidSet, match
@@ -59,7 +59,7 @@ def evaluate(
         cluster: Measure NMI and AMI as well (k-means over the queries' embeddings).
 
     Raises:
-        RunError: Embeddings are zero or not finite, or no query has a positive.
+        DivergedError: Embeddings are zero or not finite, or no query has a positive.
     """
     try:
         embedded = embed_task(task, embedder, trunk, method)
@@ -120,7 +120,7 @@ def measure_embeddings(
         cluster: Measure NMI and AMI as well (k-means over the queries' embeddings).
 
     Raises:
-        RunError: Embeddings are zero or not finite, or no query has a positive.
+        DivergedError: Embeddings are zero or not finite, or no query has a positive.
     """
     queries, gallery = embedded.queries, embedded.gallery
     query_embeddings, gallery_embeddings = embedded.rows[embedded.query_rows], embedded.rows[embedded.gallery_rows]
@@ -149,8 +149,8 @@ def measure_embeddings(
     return EvaluationResult(metrics, retrieval, queries, gallery, bool(((lengths - 1).abs() < 1e-5).all()))
 
 
-def _unmeasurable(error: ValueError) -> RunError:
-    return RunError(f"the embeddings cannot be measured: {error}")
+def _unmeasurable(error: ValueError) -> DivergedError:
+    return DivergedError(f"the embeddings cannot be measured: {error}")
 
 
 def _match(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
-from pipeline.errors import RunError, UserError
+from pipeline.errors import DivergedError, UserError
 from pipeline.evaluation.evaluate_task import EvaluationResult, TaskEmbeddings, embed_task, measure_embeddings
 from pipeline.evaluation.tasks import RetrievalTask, test_task
 from pipeline.inference.trained_model import TrainedModel, load_run
@@ -60,7 +60,7 @@ def measure_ensemble(
         runs, checkpoint, recall_at, clustering, threads: As `measure_runs` takes them.
 
     Raises:
-        UserError, RunError: As `measure_runs`.
+        UserError, DivergedError: As `measure_runs`.
     """
     return measure_runs(
         runs, checkpoint=checkpoint, recall_at=recall_at, clustering=clustering, threads=threads, own=False
@@ -90,7 +90,7 @@ def measure_runs(
 
     Raises:
         UserError: A run is not finished, or the runs cannot be measured together.
-        RunError: Embeddings cannot be measured.
+        DivergedError: Embeddings cannot be measured.
     """
     models = [load_run(run.uri, checkpoint) for run in runs]
     _check(models)
@@ -123,7 +123,7 @@ def concatenated(parts: list[Tensor]) -> Tensor:
     """Embeddings [N, D_1], [N, D_2], ... as float64 [N, D_1 + D_2 + ...], each of length one; empties the list.
 
     Raises:
-        RunError: A row is zero or not finite, and has no direction.
+        DivergedError: A row is zero or not finite, and has no direction.
     """
     out = torch.empty(len(parts[0]), sum(part.shape[1] for part in parts), dtype=torch.float64)
     start, num = 0, len(parts)
@@ -132,7 +132,7 @@ def concatenated(parts: list[Tensor]) -> Tensor:
         lengths = part.norm(dim=1, keepdim=True)
         bad = int((~((lengths > 0) & lengths.isfinite())).sum())
         if bad:
-            raise RunError(
+            raise DivergedError(
                 f"the embeddings cannot be measured: {bad} of {len(part)} rows of run {num - len(parts)} are zero or not finite"
             )
         out[:, start : start + part.shape[1]] = part / (lengths * math.sqrt(num))
@@ -146,7 +146,7 @@ def _embed(model: TrainedModel, store: Store, task: RetrievalTask) -> TaskEmbedd
     try:
         return embed_task(task, embedder, trunk, method)
     except ValueError as error:
-        raise RunError(f"the embeddings of {model.run} cannot be measured: {error}") from error
+        raise DivergedError(f"the embeddings of {model.run} cannot be measured: {error}") from error
 
 
 def _check(models: Sequence[TrainedModel]) -> None:

@@ -37,6 +37,7 @@ class Measurements:
         load_best: Loads the best weights into trunk and method.
         publish: Publishes the present phase.
         say: Shows a line to the user.
+        tell: Tells the driver the metrics of a validation, with step, epoch and images.
         report: Called with the metrics of each validation, if given.
     """
 
@@ -53,6 +54,7 @@ class Measurements:
         load_best: Callable[[], None],
         publish: Callable[[dict[str, Any]], None],
         say: Callable[[str], None],
+        tell: Callable[[dict[str, Any]], None],
         report: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.config = config
@@ -65,6 +67,7 @@ class Measurements:
         self.load_best = load_best
         self.publish = publish
         self.say = say
+        self.tell = tell
         self.report = report
         self.validation = validation_task(config, store)
 
@@ -101,9 +104,10 @@ class Measurements:
         self.publish({"phase": "validating"})
         recall_at = self.config.evaluation.recall_at
         name = self.config.evaluation.metric
+        position = {"epoch": round(clock.epoch, 4), "images": progress.images}
         metrics = evaluate(self.validation, self.embedder, self.trunk, self.method, recall_at).metrics
         if tracker is not None:
-            tracker.log(progress.step, "validation", {"epoch": round(clock.epoch, 4), **metrics})
+            tracker.log(progress.step, "validation", {**position, **metrics})
         is_best = progress.best_step < 0 or metrics[name] > progress.best_metrics[name]
         if self.embedder.ranks.rank == 0:
             self.say(_validation_line(progress.step, clock.epoch, metrics, name, is_best))
@@ -111,6 +115,8 @@ class Measurements:
             progress.best_step = progress.step
             progress.best_metrics = metrics
             self.save("best")
+        if self.embedder.ranks.rank == 0:
+            self.tell({"step": progress.step, **position, **metrics})
         if self.report is not None:
             self.report({"step": progress.step, "epoch": clock.epoch, **metrics})
         return metrics

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline import evaluate, train
 from pipeline.data.store import Store
-from pipeline.errors import RunError
+from pipeline.errors import DivergedError
 from pipeline.inference.ensemble import concatenated, measure_ensemble
 from pipeline.inference.trained_model import load_run
 from pipeline.storage import Folder
@@ -84,7 +84,7 @@ def test_rows_have_length_one_and_their_cosine_is_the_mean(base: Base) -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(20, dtype=torch.float64))
     torch.testing.assert_close(rows @ rows.T, sum(unit @ unit.T for unit in units) / 2)
     parts[1][4] = 0
-    with pytest.raises(RunError, match="1 of 20 rows of run 2 are zero or not finite"):
+    with pytest.raises(DivergedError, match="1 of 20 rows of run 2 are zero or not finite"):
         concatenated([*parts])
 
 

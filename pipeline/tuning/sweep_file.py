@@ -1,0 +1,253 @@
+"""Sweep files: YAML and `--set a.b=c`, checked; the resolved sweep in the sweep's folder; and what may change between starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from methods.config import Length
+from pipeline import ROOT
+from pipeline.config import Config, changed_keys, name_for
+from pipeline.config_problems import explain
+from pipeline.errors import UserError, close_names, did_you_mean
+from pipeline.metric_names import metric_key
+from pipeline.recipes import assigned, merged, parse_override, preset_names, read_yaml, recipe_values, title_of
+from pipeline.storage import Folder
+from pipeline.tuning.space import flat_space
+from pipeline.tuning.sweep_config import MethodEntry, SweepConfig
+from pipeline.tuning.sweep_folder import SWEEP
+
+SHIPPED = Path(ROOT) / "tune_configs"  # of a checkout, and of an installed package too
+EXAMPLE = "`methods: {margin: {recipe: baseline/emoji}}`"
+_BY_KEY = ("settings", "space")  # sections whose own keys are dotted
+_MAY_CHANGE = ("storage", "budget", "trials_at_once", "retries", "final")
+
+
+def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Reads a sweep file and applies overrides.
+
+    Args:
+        path: A YAML file, or the name of a shipped one ("emoji_quick").
+        overrides: "a.b=c" each; c is read as YAML. What follows `settings.` or `space.` is one dotted key of the recipe.
+
+    Raises:
+        UserError: One line a problem, naming the key, what was got and what was expected.
+    """
+    file = find_sweep_file(path)
+    values = read_yaml(file, EXAMPLE)
+    values = _with_flat_spaces({"name": file.stem} | values)
+    for override in overrides:
+        keys, value = parse_override(override)
+        depth = next((i + 1 for i in (0, 2) if len(keys) > i + 1 and keys[i] in _BY_KEY), len(keys))
+        values = assigned(values, [([*keys[:depth], ".".join(keys[depth:])] if depth < len(keys) else keys, value)])
+    if str(values.get("protocol")).lower() == "paper":
+        values.setdefault("final", None)  # every trial measures the test classes itself
+    if isinstance(values.get("metric"), str):
+        values["metric"] = metric_key(values["metric"])
+    sweep = build_sweep(_with_flat_spaces(values))
+    methods = {label: _with_absolute_recipe(entry, file.parent) for label, entry in sweep.methods.items()}
+    return sweep.model_copy(update={"methods": methods})
+
+
+def build_sweep(values: Mapping[str, Any]) -> SweepConfig:
+    """Validates a mapping.
+
+    Raises:
+        UserError: One line a problem.
+    """
+    try:
+        return SweepConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(dict(problem), values) for problem in error.errors())) from None
+
+
+def find_sweep_file(path: str) -> Path:
+    """The file that a path, or the name of a shipped sweep file, stands for.
+
+    Raises:
+        UserError: There is none.
+    """
+    if os.path.isfile(path):
+        return Path(path).resolve()
+    name = path.removeprefix("tune_configs/").removesuffix(".yaml").removesuffix(".yml")
+    names = sweep_file_names()
+    if name in names:
+        return SHIPPED / f"{name}.yaml"
+    folder = Path(path).parent
+    there = [str(found) for pattern in ("*.yaml", "*.yml") for found in sorted(folder.glob(pattern))]
+    if os.path.isdir(path):
+        raise UserError(f"sweep {path!r} is a folder, expected a YAML file")
+    if close_names(path, there):
+        raise UserError(f"there is no sweep file {path!r}: {did_you_mean(path, there)}")
+    raise UserError(
+        f"sweep {path!r} is neither a file nor shipped with the program; {did_you_mean(name, names, otherwise='shipped are')}"
+    )
+
+
+def sweep_file_names() -> list[str]:
+    """Names of the shipped sweep files."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def sweep_file_title(name: str) -> str:
+    """The first sentence of a shipped sweep file's comment."""
+    return title_of(SHIPPED / f"{name}.yaml")
+
+
+def dump_sweep(sweep: SweepConfig) -> str:
+    """The resolved sweep as YAML; `read_sweep` reads it back equal."""
+    return yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_sweep(folder: Folder) -> SweepConfig:
+    """The sweep that a folder belongs to, as it was last started.
+
+    Raises:
+        UserError: This version does not accept it.
+    """
+    try:
+        return build_sweep(yaml.safe_load(folder.read(SWEEP)))
+    except (UserError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}/{SWEEP} was written by another version or changed by hand, this one does not accept it ({error}): "
+            "start the sweep under another name"
+        ) from None
+
+
+def method_values(sweep: SweepConfig, label: str) -> dict[str, Any]:
+    """The recipe's values of one method, with the sweep's settings and then its own; not yet checked.
+
+    Nested settings are merged as a file onto its preset, then dotted ones are set as by `--set`.
+
+    Raises:
+        UserError: There is no such recipe.
+    """
+    entry = sweep.methods[label]
+    try:
+        values = recipe_values(entry.recipe)
+    except UserError as error:
+        raise UserError(f"methods.{label}.recipe: {error}") from None
+    return with_settings(with_settings(values, sweep.settings), entry.settings)
+
+
+def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values with further keys, dotted or nested."""
+    values = merged(dict(values), {key: value for key, value in settings.items() if "." not in key})
+    return assigned(values, [(key.split("."), value) for key, value in settings.items() if "." in key])
+
+
+def check_same_sweep(old: SweepConfig, new: SweepConfig) -> list[str]:
+    """Compares with the sweep that a folder was started with; returns what has changed and may.
+
+    A sweep may grow: its budget and length, further methods and points, other final runs; and it may run elsewhere, with other
+    `runtime` keys.
+
+    Raises:
+        UserError: Anything else differs, or it would become shorter.
+    """
+    allowed, forbidden = _changes(old, new)
+    if forbidden:
+        lines = [f"{key}: {before} -> {after}" for key, (before, after) in forbidden.items()]
+        name = name_for(new.name, {key: after for key, (_, after) in forbidden.items()})
+        raise UserError(
+            f"the name {new.name} belongs to a sweep of other settings ({'; '.join(lines[:4])}{' ...' if len(lines) > 4 else ''}): "
+            f"give this one another name, for example --set name={name}"
+        )
+    return [f"{key}: {before} -> {after}" for key, (before, after) in allowed.items()]
+
+
+_Changes = dict[str, tuple[Any, Any]]
+
+
+def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
+    """Old and new value of each key that has changed: of those that may, and of the others."""
+    allowed: _Changes = {}
+    forbidden: _Changes = {}
+    methods = {"methods", "settings", "space", "name"}
+    before, after = (sweep.model_dump(mode="json", exclude=methods) for sweep in (old, new))
+    for key, values in changed_keys(before, after, runtime=False).items():
+        (allowed if key.split(".")[0] in _MAY_CHANGE else forbidden)[key] = values
+    for label in [*old.methods, *(label for label in new.methods if label not in old.methods)]:
+        if label not in new.methods:
+            forbidden[f"methods.{label}"] = ("compared", "left out")
+        elif label not in old.methods:
+            allowed[f"methods.{label}"] = ("left out", "compared")
+        else:
+            _method_changes(old, new, label, allowed, forbidden)
+    return allowed, forbidden
+
+
+def _method_changes(old: SweepConfig, new: SweepConfig, label: str, allowed: _Changes, forbidden: _Changes) -> None:
+    before, after = old.methods[label], new.methods[label]
+    where = f"methods.{label}"
+    are_files = os.path.isabs(before.recipe) and os.path.isabs(
+        after.recipe
+    )  # which may lie elsewhere, on another machine
+    if before.recipe != after.recipe and not (
+        are_files and os.path.basename(before.recipe) == os.path.basename(after.recipe)
+    ):
+        forbidden[f"{where}.recipe"] = (before.recipe, after.recipe)
+        return
+    moved = old.model_copy(update={"methods": {label: before.model_copy(update={"recipe": after.recipe})}})
+    values = method_values(moved, label), method_values(new, label)
+    for is_runtime, out in ((False, forbidden), (True, allowed)):
+        out |= {
+            f"{where}.settings.{k}": v for k, v in changed_keys(*values, runtime=is_runtime).items() if k != "length"
+        }
+    lengths = [Length.model_validate(v.get("length", Config.model_fields["length"].default)) for v in values]
+    if lengths[0] != lengths[1]:
+        grows = lengths[0].unit == lengths[1].unit and lengths[1].value > lengths[0].value
+        (allowed if grows else forbidden)[f"{where}.settings.length"] = (str(lengths[0]), str(lengths[1]))
+    spaces = old.space | before.space, new.space | after.space
+    for key in dict.fromkeys([*spaces[0], *spaces[1]]):
+        if spaces[0].get(key) != spaces[1].get(key) or (key in spaces[0]) != (key in spaces[1]):
+            forbidden[f"{where}.space.{key}"] = (spaces[0].get(key), spaces[1].get(key))
+    if before.points != after.points:
+        grows = after.points[: len(before.points)] == before.points
+        (allowed if grows else forbidden)[f"{where}.points"] = (len(before.points), len(after.points))
+
+
+def _with_flat_spaces(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the keys of all spaces dotted, so that `--set` and a method's own space replace whole distributions."""
+    out = dict(values)
+    if isinstance(out.get("space"), Mapping):
+        out["space"] = flat_space(out["space"], "space")
+    if isinstance(out.get("methods"), Mapping):
+        out["methods"] = dict(out["methods"])
+        for label, entry in out["methods"].items():
+            if isinstance(entry, Mapping) and isinstance(entry.get("space"), Mapping):
+                out["methods"][label] = {**entry, "space": flat_space(entry["space"], f"methods.{label}.space")}
+    return out
+
+
+def _with_absolute_recipe(entry: MethodEntry, folder: Path) -> MethodEntry:
+    """The entry with the path of its recipe made absolute, from the sweep file's folder on."""
+    if entry.recipe in preset_names():
+        return entry
+    path = folder / os.path.expanduser(entry.recipe)
+    is_file = path.is_file() or entry.recipe.endswith((".yaml", ".yml"))
+    return entry.model_copy(update={"recipe": str(path.resolve())}) if is_file else entry
+
+
+def _explain(problem: dict[str, Any], values: Mapping[str, Any]) -> str:
+    """One line for one pydantic problem; a key of a recipe that stands among the sweep's own is told where it belongs."""
+    location = [str(part) for part in problem["loc"]]
+    in_method = location[0] == "methods" and len(location) > 2
+    if problem["type"] == "extra_forbidden" and len(location) == (3 if in_method else 1):
+        key = location[-1].split(".")[0]
+        known = MethodEntry.model_fields if in_method else SweepConfig.model_fields
+        if key in Config.model_fields and not close_names(location[-1], known):
+            place = ".".join([*location[:-1], "settings"])
+            return f"unknown key {'.'.join(location)!r}: keys of the recipe stand below {place}"
+    if in_method:
+        entry: Any = values["methods"][location[1]]
+        inner = explain(
+            {**problem, "loc": problem["loc"][2:]}, entry if isinstance(entry, Mapping) else {}, MethodEntry
+        )
+        return f"methods.{location[1]}: {inner}"
+    return explain(problem, values, SweepConfig)
