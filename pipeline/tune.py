@@ -57,8 +57,10 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
             dry_run(sweep, options.images_per_second)
             return 0
         from pipeline.tuning.driver import run_sweep
+        from pipeline.tuning.leaderboard import show_answer
 
         result = run_sweep(sweep, options.lengthen, fresh=options.fresh)
+        show_answer(result.answer)
     except UserError as error:
         return _fail(error, 2)
     except RunError as error:

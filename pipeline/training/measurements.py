@@ -21,6 +21,7 @@ from pipeline.runs.checkpoint import Checkpoints, TrainingState
 from pipeline.runs.run_folder import NEIGHBOURS, SUMMARY, read_changes
 from pipeline.runs.summary import summarise
 from pipeline.runs.tracking import Tracker
+from pipeline.training.frozen_figures import frozen_figures
 
 
 class Measurements:
@@ -74,14 +75,27 @@ class Measurements:
         """Evaluates the pretrained trunk's pooled features on the test classes: the reference for the gain of training."""
         task = self._test_task()
         if task is not None:
-            self.publish({"phase": "evaluating the frozen trunk"})
-            result = evaluate(task, self.embedder, self.trunk, None, self.config.evaluation.recall_at)
-            progress.frozen = result.metrics
+            progress.frozen = self._frozen_metrics(task)
             if tracker is not None:
-                tracker.log(0, "frozen", result.metrics)
+                tracker.log(0, "frozen", progress.frozen)
         else:
             progress.frozen = {"queries": 0.0}
         self.save("checkpoints")
+
+    def _frozen_metrics(self, task: RetrievalTask) -> dict[str, float]:
+        """The figures of an earlier run with the same network and images, or computed and kept for later ones."""
+        ranks = self.embedder.ranks
+        shared = frozen_figures(self.config, self.store, self.embedder, self.trunk) if ranks.rank == 0 else None
+        kept, line = shared.read() if shared else (None, "")
+        if line:
+            self.say(line)
+        metrics: dict[str, float] | None = ranks.broadcast(kept)
+        if metrics is None:
+            self.publish({"phase": "evaluating the frozen trunk"})
+            metrics = evaluate(task, self.embedder, self.trunk, None, self.config.evaluation.recall_at).metrics
+            if shared and (line := shared.write(metrics)):
+                self.say(line)
+        return metrics
 
     def validate(self, clock: Clock, progress: TrainingState, tracker: Tracker | None) -> dict[str, float] | None:
         """Evaluates the validation task, if there is one, and saves the weights if they are the best so far."""

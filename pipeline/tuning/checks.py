@@ -35,7 +35,7 @@ DECIDED = {
     "evaluation.test": "the test classes are measured by the final runs, see final",
     "evaluation.checkpoint": "the best one by validation is measured, or the last one where all classes are trained on",
 }
-PACKAGES = {"tpe": "optuna", "random": "optuna", "qmc": "optuna", "gp": "optuna", "cma_es": "cmaes"}
+PACKAGES = {"tpe": "optuna", "random": "optuna", "gp": "optuna"}
 
 
 @dataclass(frozen=True)

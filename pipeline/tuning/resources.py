@@ -105,4 +105,3 @@ def _bundles(node: Mapping[str, float], bundle: Mapping[str, float]) -> int:
 def local_cpus(at_once: int, trials: Iterable[TrialResources]) -> int:
     """Logical CPUs of a Ray that is started here."""
     return at_once * int(max(trial.total["CPU"] for trial in trials))
-

@@ -79,15 +79,17 @@ class MethodSchedulers(FIFOScheduler):
 def build_scheduler(config: SchedulerConfig) -> TrialScheduler:
     """The scheduler of one method."""
     grace = 100 * config.grace
+    common: dict[str, Any] = {"time_attr": TIME, "metric": SCORE, "mode": "max", "grace_period": grace}
     if config.name == "asha" and grace < END:
         return AsyncHyperBandScheduler(
-            time_attr=TIME, metric=SCORE, mode="max", max_t=END, grace_period=grace, reduction_factor=config.reduction,
+            max_t=END,  # type: ignore[arg-type]  # any number
+            reduction_factor=config.reduction,
             stop_last_trials=False,
-        )  # fmt: skip
-    if config.name == "median":
-        return MedianStoppingRule(
-            time_attr=TIME, metric=SCORE, mode="max", grace_period=grace, min_samples_required=3, min_time_slice=NEVER
+            **common,
         )
+    if config.name == "median":
+        # It must not pause trials to give others their turn: they would keep what they hold.
+        return MedianStoppingRule(min_samples_required=3, min_time_slice=NEVER, **common)  # type: ignore[arg-type]
     return FIFOScheduler()
 
 
@@ -107,4 +109,3 @@ def curve(record: TrialRecord, metric: str) -> list[tuple[float, float]]:
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-

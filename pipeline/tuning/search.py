@@ -116,9 +116,9 @@ class Search:
 
     def _new(self, label: str) -> Task:
         earlier = self.trials_of(label)
-        place, points = len(earlier), self.sweep.methods[label].points
-        values = self.setting(label, place, earlier)
-        record = TrialRecord(self._next_number(), "search", label, values, given=place < len(points))
+        point = self._next_point(label, earlier)
+        values = self._draw(label, earlier) if point is None else point
+        record = TrialRecord(self._next_number(), "search", label, values, given=point is not None)
         self._add(record)
         return Task(record)
 
@@ -129,17 +129,20 @@ class Search:
         self.records.append(record)
         self.by_number[record.number] = record
 
-    def setting(self, label: str, place: int, earlier: Sequence[TrialRecord]) -> dict[str, Any]:
-        """The setting of a method's trial at a place in the order of its trials."""
+    def _next_point(self, label: str, earlier: Sequence[TrialRecord]) -> dict[str, Any] | None:
+        """The first given setting that has not been tried, if any is left."""
+        tried = [record.values for record in earlier if record.given]
         points = self.sweep.methods[label].points
-        if place < len(points):
-            return self.spaces[label].check_point(points[place], f"methods.{label}.points")
+        settings = (self.spaces[label].check_point(p, f"methods.{label}.points") for p in points)
+        return next((values for values in settings if values not in tried), None)
+
+    def _draw(self, label: str, earlier: Sequence[TrialRecord]) -> dict[str, Any]:
+        place = sum(not record.given for record in earlier)
         if self.sweep.searcher.name == "grid":
-            return self._grid(label)[place - len(points)]
+            return self._grid(label)[place]
         seed = np.random.SeedSequence([self.sweep.searcher.seed, zlib.crc32(label.encode()), place])
-        return draw(
-            self.spaces[label], self.sweep.searcher, self.sweep.metric, earlier, int(seed.generate_state(1)[0])
-        )
+        sampler_seed = int(seed.generate_state(1)[0])
+        return draw(self.spaces[label], self.sweep.searcher, self.sweep.metric, earlier, sampler_seed)
 
     def _grid(self, label: str) -> list[dict[str, Any]]:
         if label not in self._grids:
@@ -160,7 +163,9 @@ class Search:
     def _next_final(self) -> TrialRecord | None:
         """The record of the next final trial, if one is to be started."""
         final = self.sweep.final
-        for label in self.sweep.methods if final is not None else ():
+        if final is None:
+            return None
+        for label in self.sweep.methods:
             best = self.chosen(label)
             if best is None:
                 continue

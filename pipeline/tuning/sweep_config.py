@@ -28,9 +28,8 @@ class MethodEntry(BaseConfig):
 class SearcherConfig(BaseConfig):
     """Draws the settings; every method has a search of its own."""
 
-    name: Literal["grid", "random", "tpe", "gp", "cma_es", "qmc"] = Field(
-        "tpe",
-        description="grid: every combination | random | Optuna's TPE, Gaussian process, CMA-ES, quasi-Monte Carlo",
+    name: Literal["grid", "random", "tpe", "gp"] = Field(
+        "tpe", description="grid: every combination | random | Optuna's TPE | Optuna's Gaussian process"
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the drawn settings")
     startup_trials: int = Field(

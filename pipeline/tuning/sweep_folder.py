@@ -13,6 +13,7 @@ No module here imports PyTorch: the records can be shown while the sweep runs, f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -121,7 +122,8 @@ def best_trial(records: Iterable[TrialRecord], method: str) -> TrialRecord | Non
 
     A trial that was stopped early is chosen only where no trial was trained to its full length.
     """
-    scored = [r for r in records if r.stage == "search" and r.method == method and r.score is not None]
+    own = [r for r in records if r.stage == "search" and r.method == method and r.state != "failed"]
+    scored = [record for record in own if record.score is not None and math.isfinite(record.score)]
     full = [record for record in scored if record.state == "finished"]
     return max(full or scored, key=lambda record: (record.score or 0.0, -record.number), default=None)
 
@@ -207,3 +209,7 @@ def find_sweep(name: str) -> Folder:
         if folder.exists(SWEEP):
             return folder
     raise UserError(f"{name!r} is neither a sweep's folder nor a sweep in {home()}/sweeps (no {SWEEP})")
+
+
+def write_state(folder: Folder, state: str, message: str = "") -> None:
+    """Writes whether the sweep runs, and a sign of life."""

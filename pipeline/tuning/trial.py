@@ -61,7 +61,9 @@ class StopFlag:
 class Trial(tune.Trainable):
     """Trains the runs of one trial after another; `step` returns at each validation and at the end."""
 
-    def setup(self, config: dict[str, Any], sweep: dict[str, Any], stores: dict[str, str], stop_flag: Any) -> None:
+    def setup(  # type: ignore[override]  # Ray Tune passes what `tune.with_parameters` is given
+        self, config: dict[str, Any], sweep: dict[str, Any], stores: dict[str, str], stop_flag: Any
+    ) -> None:
         """Starts the first trial of this process.
 
         Args:
@@ -205,8 +207,9 @@ class TrialRunner:
 
     def _train(self) -> None:
         try:
-            store = Store(self.store_uri)
-            for self.current, config in enumerate(self.configs):
+            store = Store(Folder(self.store_uri))
+            for i, config in enumerate(self.configs):
+                self.current = i
                 self._one(config, store)
                 if self.stop_requested.is_set():
                     return
@@ -271,6 +274,7 @@ class TrialRunner:
 def train_run(config: Config, store: Store, runner: TrialRunner) -> None:
     """Trains one run: in this thread with one worker, else with Ray Train."""
     if config.runtime.workers > 1:
+
         def show(state: dict[str, Any]) -> None:
             for point in state["validations"]:
                 runner.add_validation(point)

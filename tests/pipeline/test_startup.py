@@ -11,7 +11,7 @@ import pytest
 
 HEAVY = {
     "torch", "torchvision", "torch._dynamo", "ray", "timm", "faiss", "scipy", "sklearn", "numba", "matplotlib", "pandas",
-    "pytorch_metric_learning", "tensorboardX",
+    "pytorch_metric_learning", "tensorboardX", "optuna", "plotly",
 }  # fmt: skip
 COMMANDS = ["train", "prepare", "evaluate", "report"]
 
@@ -79,6 +79,7 @@ def test_evaluation_of_arrays_imports_what_it_needs(tmp_path: Path) -> None:
         ("pipeline.config", HEAVY - {"torch"}),  # of every command and worker
         ("pipeline.training.loop", {"matplotlib", "sklearn", "pandas", "pytorch_metric_learning"}),  # of a worker
         ("pipeline.training.start", {"matplotlib", "sklearn", "pandas", "pytorch_metric_learning"}),  # of the driver
+        ("pipeline.tuning.write_answer", HEAVY),  # of commands that show a sweep, and of its driver
         ("pipeline.data.write_store", HEAVY),  # of a task that prepares images
         ("pipeline.inference.embed", {"matplotlib", "sklearn", "pytorch_metric_learning"}),  # of a task that embeds
     ],
