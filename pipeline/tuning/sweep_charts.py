@@ -26,6 +26,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SHADES = (0.12, 0.2, 0.32, 0.5, 0.8)  # opacity of a trial's line, from the worst fifth to the best
 NOT_USED = -0.12  # height of keys that a setting does not have
 MAX_TITLE = 26  # characters of a key below its axis
+MAX_NAME = 40  # characters of a method's name beside an axis
 
 
 class Axis(NamedTuple):
@@ -93,8 +94,8 @@ def _colour(number: int, opacity: float = 1.0) -> str:
 def label(record: TrialRecord, metric: str) -> str:
     """The hover label of a trial."""
     score = "no score" if record.score is None else f"{metric_title(metric)} {record.score:.2f} %"
-    lines = [f"<b>trial {record.number}</b>, {escape(record.method)}, {record.state}", score]
-    lines += [f"{escape(key)} = {escape(show_value(value))}" for key, value in record.values.items()]
+    lines = [f"<b>trial {record.number}</b>, {_text(record.method)}, {record.state}", score]
+    lines += [f"{_text(key)} = {_text(show_value(value))}" for key, value in record.values.items()]
     return "<br>".join(lines)
 
 
@@ -111,15 +112,15 @@ def intervals(answer: Answer) -> Figure:
         traces.append(_seed_dots(dots, numbers[kind]))
         traces.append(
             {
-                "type": "scatter", "mode": "markers", "name": escape(TITLES[kind]), "showlegend": len(kinds) > 1,
+                "type": "scatter", "mode": "markers", "name": _text(TITLES[kind]), "showlegend": len(kinds) > 1,
                 "x": [_short(e.mean) for _, _, e in found], "y": [i + shift for i, _, _ in found],
                 "error_x": _bars([(e.mean, e.low, e.high) for _, _, e in found]),
                 "marker": {"size": 9, "color": _colour(numbers[kind]), "symbol": SYMBOLS[numbers[kind]]},
-                "text": [f"<b>{escape(row.method)}</b><br>{_ends(e.mean, e.low, e.high)}<br>{e.seeds} seeds" for _, row, e in found],
+                "text": [f"<b>{_text(row.method)}</b><br>{_ends(e.mean, e.low, e.high)}<br>{e.seeds} seeds" for _, row, e in found],
                 "hovertemplate": "%{text}<extra></extra>",
             }
         )  # fmt: skip
-    names = [escape(row.method) for row in rows]
+    names = [_name(row.method) for row in rows]
     return _by_method(traces, names, f"{metric_title(answer.metric)}, %, {TITLES[answer.kind]}")
 
 
@@ -137,13 +138,13 @@ def differences(answer: Answer) -> Figure | None:
             "symbol": ["circle" if c.within_noise is False else "circle-open" for _, c in found],
         },
         "text": [
-            f"<b>{escape(row.method)}</b> minus {escape(c.reference)}<br>{_ends(*c.difference[:3])} points<br>{answer.verdict(row)}"
+            f"<b>{_text(row.method)}</b> minus {_text(c.reference)}<br>{_ends(*c.difference[:3])} points<br>{answer.verdict(row)}"
             + ("" if c.p is None else f", p = {c.p:.3g} (Holm)")
             for row, c in found
         ],
     }  # fmt: skip
-    names = [escape(row.method) for row, _ in found]
-    figure = _by_method([trace], names, f"difference from {escape(answer.rows[0].method)}, points")
+    names = [_name(row.method) for row, _ in found]
+    figure = _by_method([trace], names, f"difference from {_text(answer.rows[0].method)}, points")
     figure["layout"]["shapes"] = [
         {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"width": 1.5, "color": "INK"}}
     ]
@@ -175,7 +176,7 @@ def curves(answer: Answer, records: Sequence[TrialRecord]) -> Figure | None:
             traces.append(
                 {
                     "type": "scatter", "mode": "lines+markers", "lines": lines, "legendgroup": str(number), "connectgaps": False,
-                    "name": escape(method), "showlegend": has_legend,
+                    "name": _text(method), "showlegend": has_legend,
                     "line": {"width": width, "color": _colour(number), "dash": DASHES[number // len(COLOURS) % len(DASHES)]},
                     "marker": {"size": 5 if is_chosen else 3, "color": _colour(number)}, "opacity": opacity,
                     "hovertemplate": "%{text}<br>here: %{y:.2f} % after %{x:,} images<extra></extra>",
@@ -223,7 +224,7 @@ def parallel(answer: Answer, method: str, axes: Sequence[Axis], trials: Sequence
                     "hovertemplate": "%{text}<extra></extra>",
                 }
             )  # fmt: skip
-    titles = [_key_title(axis.key) for axis in axes] + [escape(metric_title(answer.metric)) + ", %"]
+    titles = [_key_title(axis.key) for axis in axes] + [_text(metric_title(answer.metric)) + ", %"]
     layout = {
         "height": 400, "hovermode": "closest", "margin": {"t": 30, "r": 60},
         "annotations": list(_marks([*axes, last])),
@@ -242,7 +243,7 @@ def _marks(axes: Sequence[Axis]) -> Iterable[Figure]:
             marks = [(0.0, show_value(axis.low)), (1.0, show_value(axis.high))]
         for height, text in marks:
             yield {
-                "x": i, "y": height, "text": escape(text[:MAX_TITLE]), "showarrow": False, "xanchor": "left", "yanchor": "bottom",
+                "x": i, "y": height, "text": _text(text[:MAX_TITLE]), "showarrow": False, "xanchor": "left", "yanchor": "bottom",
                 "xshift": 4, "font": {"size": 10},
             }  # fmt: skip
 
@@ -262,11 +263,11 @@ def slice_of(answer: Answer, method: str, axis: Axis, trials: Sequence[TrialReco
         "hovertemplate": "%{text}<extra></extra>",
     }  # fmt: skip
     if axis.choices:
-        trace["x"] = [escape(text) for text in trace["x"]]
+        trace["x"] = [_text(text) for text in trace["x"]]
         scale: Figure = {
             "type": "category",
             "categoryorder": "array",
-            "categoryarray": [escape(c) for c in axis.choices],
+            "categoryarray": [_text(c) for c in axis.choices],
         }
     else:
         scale = _log_scale(axis) if axis.log else {"type": "linear", "nticks": 6}
@@ -329,7 +330,16 @@ def _ends(mean: float, low: float | None, high: float | None) -> str:
 def _key_title(key: str) -> str:
     """The end of a key, as much as fits."""
     text = key.removeprefix("method.")
-    return escape(text if len(text) <= MAX_TITLE else "…" + text[-MAX_TITLE + 1 :])
+    return _text(text if len(text) <= MAX_TITLE else "…" + text[-MAX_TITLE + 1 :])
+
+
+def _name(method: str) -> str:
+    return _text(method if len(method) <= MAX_NAME else method[: MAX_NAME - 1] + "…")
+
+
+def _text(text: str) -> str:
+    """A text in which plotly sees no tags; quotes stay, as plotly does not decode them."""
+    return escape(text, quote=False)
 
 
 def _short(value: float | None, digits: int = 3) -> float:

@@ -52,7 +52,7 @@ def cell(text: str, value: Any = None, kind: str = "") -> str:
     return f"<td{sort}{style}>{text}</td>"
 
 
-def number(value: float | None, text: str = "", small: str = "") -> str:
+def number(value: int | float | None, text: str = "", small: str = "") -> str:
     """A cell of a number; "–", which comes last in any order, where there is none."""
     if value is None:
         return '<td data-value="">–</td>'
