@@ -239,6 +239,10 @@ class Method(nn.Module):
         c = self.config
         return class_balanced(context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch)
 
+    def epoch_shape(self, context: Context) -> tuple[int, int] | None:
+        """Steps of the first epoch and slots of a step, before training; None if they are not known from labels and seed."""
+        return None if self.plan_is_stored else self.plan(0, context).ids.shape
+
     def optimizers(self, trunk: nn.Module) -> dict[str, Optimizer]:
         """The optimizers by name, over the trunk's and the method's parameters; made once, before training."""
         method_parameters = {

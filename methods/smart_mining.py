@@ -38,7 +38,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -198,6 +198,22 @@ class Controller:
         self.history = list(zip(values[4::2], values[5::2], strict=True))
 
 
+def _anchors(
+    labels: Int64[np.ndarray, " samples"], sizes: Int64[np.ndarray, " classes"]
+) -> Int64[np.ndarray, " anchors"]:
+    """The samples with another of their class.
+
+    Raises:
+        ValueError: There are none, or there is a single class.
+    """
+    anchors = np.flatnonzero(sizes[labels] > 1)
+    if len(anchors) == 0 or len(np.flatnonzero(sizes)) < 2:
+        raise ValueError(
+            "triplets need at least two classes, and a class with at least two images: prepare more images"
+        )
+    return anchors
+
+
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 
@@ -222,16 +238,19 @@ class SmartMining(Method):
         self.list_statistics = state[:3].tolist()
         self.controller.load(state[3:].double())
 
+    def epoch_shape(self, context: Context) -> tuple[int, int]:
+        """As that of any epoch's plan, which is mined for."""
+        c = self.config
+        anchors = len(_anchors(context.labels, np.bincount(context.labels)))
+        triplets = min(anchors, c.anchors or anchors) * c.triplets_per_anchor
+        return -(-triplets // c.triplets_per_batch), 3 * c.triplets_per_batch
+
     def plan(self, epoch: int, context: Context) -> Plan:
         """Triplets of all anchors in random order: slots of anchors, of positives, of negatives, with their kind."""
         c = self.config
         classes = ClassIndex(context.labels, (context.seed, epoch, Stream.SMART_MINING_TRIPLETS))
         random = np.random.default_rng([context.seed, epoch, Stream.SMART_MINING_ORDER])
-        anchors = np.flatnonzero(classes.sizes[classes.labels] > 1)
-        if len(anchors) == 0 or len(np.flatnonzero(classes.sizes)) < 2:
-            raise ValueError(
-                "triplets need at least two classes, and a class with at least two images: prepare more images"
-            )
+        anchors = _anchors(classes.labels, classes.sizes)
         if c.anchors is not None:
             anchors = np.sort(random.permutation(anchors)[: c.anchors])
         random_triplets = classes.random_triplets(

@@ -18,6 +18,7 @@ PROG = "raydml"
 COMMANDS = {  # name: module, purpose
     "train": ("pipeline.train", "one run, from a dataset to a report"),
     "prepare": ("pipeline.prepare", "write a dataset as a store"),
+    "tune": ("pipeline.tune", "a search over methods and hyper-parameters, and its answer"),
     "evaluate": ("pipeline.evaluate", "exact retrieval metrics of a run or of arrays; embeddings of a run's images"),
     "report": ("pipeline.report", "write report.html of a finished run"),
     "list": ("pipeline.show_list", "names of presets, runs, datasets, methods, losses, miners or backbones"),

@@ -28,6 +28,10 @@ class RunError(Exception):
     """A run that cannot go on (a loss that is not finite, a damaged shard): restarting it would fail again."""
 
 
+class DivergedError(RunError):
+    """A run whose loss, gradients, weights or embeddings are not finite: it cannot go on with its settings."""
+
+
 def one_line(error: BaseException) -> str:
     """An error's message, its lines joined by blanks, after the name of its class unless that is UserError or RunError.
 

@@ -156,6 +156,22 @@ def cluster_maximum(ray: Any) -> dict[str, float]:
     return {k: float(v) for k, v in ray.cluster_resources().items()}
 
 
+def node_groups(ray: Any) -> list[tuple[dict[str, float], int]]:
+    """Resources of a node and the largest number of such nodes, for each kind of node that an autoscaler may start.
+
+    A cluster without autoscaling has one such entry for each node that is alive.
+    """
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    if config is not None and config.node_group_configs:
+        return [
+            ({k: float(v) for k, v in group.resources.items()}, max(0, int(group.max_count)))
+            for group in config.node_group_configs
+        ]
+    return [({k: float(v) for k, v in node["Resources"].items()}, 1) for node in ray.nodes() if node["Alive"]]
+
+
 def _path_exists_on(ray: Any, node: str, path: str) -> bool:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

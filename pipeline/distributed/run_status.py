@@ -1,4 +1,4 @@
-"""The status of a run, shared by driver and workers: progress and messages to the driver, a stop request to the workers.
+"""The status of a run, shared by driver and workers: progress, messages and validations to the driver, a stop request to the workers.
 
 One object with plain methods. In one process it is used directly; with Ray Train it is an actor of the driver, and
 `RunStatusProxy` calls it without making a training step wait.
@@ -10,15 +10,19 @@ import contextlib
 import time
 from typing import Any
 
+from pipeline.errors import DivergedError, RunError
+
 
 class RunStatus:
-    """Latest progress, messages in order, a stop request, and the error that ended the run."""
+    """Latest progress, messages and validations in order, a stop request, and the error that ended the run."""
 
     def __init__(self) -> None:
         self.progress: dict[str, Any] = {}
         self.messages: list[str] = []
+        self.validations: list[dict[str, Any]] = []
         self._stop_requested = False
         self.error: str | None = None
+        self.diverged = False
 
     def publish(self, progress: dict[str, Any]) -> None:
         self.progress = progress
@@ -26,9 +30,20 @@ class RunStatus:
     def add_message(self, text: str) -> None:
         self.messages.append(text)
 
-    def fail(self, error: str) -> None:
+    def add_validation(self, point: dict[str, Any]) -> None:
+        """Adds the metrics of a validation, with step, epoch and images."""
+        self.validations.append(point)
+
+    def fail(self, error: str, diverged: bool = False) -> None:
         """Records the error that ends the run; the first one is kept."""
-        self.error = self.error or error
+        if self.error is None:
+            self.error, self.diverged = error, diverged
+
+    def failure(self) -> RunError | None:
+        """The error that ends the run, if there is one."""
+        if self.error is None:
+            return None
+        return DivergedError(self.error) if self.diverged else RunError(self.error)
 
     def stop(self) -> None:
         self._stop_requested = True
@@ -39,9 +54,14 @@ class RunStatus:
     def error_message(self) -> str | None:
         return self.error
 
-    def read(self, seen: int = 0) -> dict[str, Any]:
-        """Progress, the messages after the first `seen`, and the error, for the driver to show."""
-        return {"progress": self.progress, "messages": self.messages[seen:], "error": self.error}
+    def read(self, messages: int = 0, validations: int = 0) -> dict[str, Any]:
+        """Progress, what came after the first `messages` and `validations`, and the error, for the driver to show."""
+        return {
+            "progress": self.progress,
+            "messages": self.messages[messages:],
+            "validations": self.validations[validations:],
+            "error": self.error,
+        }
 
 
 class RunStatusProxy:
@@ -69,11 +89,14 @@ class RunStatusProxy:
     def add_message(self, text: str) -> None:
         self.actor.add_message.remote(text)
 
-    def fail(self, error: str) -> None:
+    def add_validation(self, point: dict[str, Any]) -> None:
+        self.actor.add_validation.remote(point)
+
+    def fail(self, error: str, diverged: bool = False) -> None:
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError):  # the driver may be gone; its absence ends us anyway
-            ray.get(self.actor.fail.remote(error))
+            ray.get(self.actor.fail.remote(error, diverged))
 
     def stop_requested(self) -> bool:
         """True once an answer of the actor has been yes; asks again without waiting."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from methods import Method
 from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks
-from pipeline.errors import RunError
+from pipeline.errors import DivergedError
 from pipeline.evaluation.clustering import clustering
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.reid import ReidRetrieval, ReidSet, match
@@ -59,7 +59,7 @@ def evaluate(
         cluster: Measure NMI and AMI as well (k-means over the queries' embeddings).
 
     Raises:
-        RunError: Embeddings are zero or not finite, or no query has a positive.
+        DivergedError: Embeddings are zero or not finite, or no query has a positive.
     """
     ranks = embedder.ranks
     try:
@@ -84,7 +84,7 @@ def evaluate(
             labels = torch.from_numpy(queries.labels)
             metrics |= ranks.broadcast(clustering(query_embeddings, labels) if ranks.rank == 0 else None)
     except ValueError as error:  # mostly embeddings that are not finite
-        raise RunError(f"the embeddings cannot be measured: {error}") from error
+        raise DivergedError(f"the embeddings cannot be measured: {error}") from error
     lengths = torch.cat([query_embeddings, gallery_embeddings]).norm(dim=1)
     return EvaluationResult(metrics, retrieval, queries, gallery, bool(((lengths - 1).abs() < 1e-5).all()))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Curve = Float64[np.ndarray, "2 points"]  # steps and values
 
-NOT_CURVES = ("step", "epoch", *COUNTS)
+NOT_CURVES = ("step", "epoch", "images", *COUNTS)
 FEW_POINTS = 40  # a curve of fewer points shows each of them
 
 INK = "#010203"  # stands for the page's text colour in a chart, whatever the reader's colour scheme

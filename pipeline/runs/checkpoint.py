@@ -30,7 +30,7 @@ from torch import nn
 
 from methods.optim import Optimizer
 from methods.plans import Plan
-from pipeline.errors import RunError, UserError, joined_lines, one_line
+from pipeline.errors import DivergedError, RunError, UserError, joined_lines, one_line
 from pipeline.runs.run_folder import CHECKPOINT, INCARNATION, checkpoint_folder, step_of
 from pipeline.storage import Folder
 
@@ -117,7 +117,7 @@ class Checkpoints:
         tensors = {**trunk.state_dict(), **{f"method.{n}": t for n, t in method.state_dict().items()}}
         bad = [n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
         if bad:
-            raise RunError(
+            raise DivergedError(
                 f"{len(bad)} of {len(tensors)} tensors are not finite at step {progress.step} (first: {bad[0]}): the "
                 "previous checkpoint is kept. Lower the learning rate, or clip gradients"
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,6 @@ import numpy as np
 from methods import Context
 from methods.config import Clock
 from pipeline.config import Config, RuntimeConfig, changed_keys, differences, name_for
-from pipeline.console import console
 from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
@@ -36,7 +37,20 @@ class _PlanContext(Context):
         self.clock = Clock()
 
 
-def check_run(config: Config, store: Store) -> None:
+@dataclass(frozen=True)
+class CheckedRun:
+    """What the checks of a run have found.
+
+    Attributes:
+        epoch_shape: Steps of an epoch and images of a step; None if they are only known when it begins.
+        notes: Lines for the user.
+    """
+
+    epoch_shape: tuple[int, int] | None
+    notes: tuple[str, ...]
+
+
+def check_run(config: Config, store: Store) -> CheckedRun:
     """Checks that the dataset fits the config: folds, classes, images.
 
     Raises:
@@ -54,23 +68,34 @@ def check_run(config: Config, store: Store) -> None:
     if config.protocol == "paper" and not (store.split != "train").any():
         raise UserError("the paper protocol chooses on test classes, but the dataset has none")
     method = build_method(config, 8, num_classes(samples))
-    if not method.plan_is_stored:
-        try:
-            method.plan(0, _PlanContext(samples, config.seed))  # type: ignore[abstract]
-        except ValueError as error:
-            raise UserError(f"method: {error}") from error
+    try:
+        epoch_shape = method.epoch_shape(_PlanContext(samples, config.seed))  # type: ignore[abstract]
+    except ValueError as error:
+        raise UserError(f"method: {error}") from error
+    _check_evaluation(config, store)
+    return CheckedRun(epoch_shape, tuple(_notes(config, store, samples)))
+
+
+def _notes(config: Config, store: Store, samples: Samples) -> Iterator[str]:
+    """What is worth knowing of a dataset before a run."""
     single_image_classes = np.flatnonzero(np.bincount(samples.labels) == 1)
     if len(single_image_classes):
         example = samples.class_names[single_image_classes[0]]
-        console.print(
-            f"{len(single_image_classes):,} training classes have one image each (first: {example}): used as negatives only"
-        )
+        yield f"{len(single_image_classes):,} training classes have one image each (first: {example}): used as negatives only"
     num_bytes = split_bytes(store, "train")
     if num_bytes > config.cache.max_bytes:
-        console.print(
+        yield (
             f"the training split has {num_bytes / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: "
             "images are read from the store in every epoch"
         )
+
+
+def _check_evaluation(config: Config, store: Store) -> None:
+    """Checks that the configured metrics can be measured on the dataset.
+
+    Raises:
+        UserError: they cannot.
+    """
     evaluation = config.evaluation
     if store.protocol != "reid" and (evaluation.reranking is not None or evaluation.distractors != "wrong"):
         raise UserError(

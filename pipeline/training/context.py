@@ -20,7 +20,7 @@ from methods.plans import Plan
 from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks, gather
 from pipeline.distributed.seeding import seeded_generator
-from pipeline.errors import RunError
+from pipeline.errors import DivergedError, RunError
 from pipeline.evaluation.embedder import Embedder, trunk_features
 from pipeline.mining.method_view import MethodMining
 from pipeline.model.forward_mode import Outputs
@@ -183,7 +183,7 @@ class RunContext:
 
     def _check_finite(self, loss: Tensor) -> None:
         if self.ranks.any(not bool(torch.isfinite(loss.detach()).all()), self.device):
-            raise RunError(
+            raise DivergedError(
                 f"the loss is not finite at step {self.clock.step} ({float(loss.detach())} on rank {self.ranks.rank}): no update "
                 "was applied and the last checkpoint is intact. Lower the learning rate or inspect these samples: "
                 f"{self._sample_ids_of_step()}"
@@ -208,7 +208,7 @@ class RunContext:
         self.optimizers[optimizer].inner.zero_grad(set_to_none=True)
 
     def _check_gradients(self, optimizer: str) -> None:
-        """Raises RunError on all ranks if a gradient is not finite on one; one pass over the gradients."""
+        """Raises DivergedError on all ranks if a gradient is not finite on one; one pass over the gradients."""
         groups = self.optimizers[optimizer].inner.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         # A sum is the cheapest pass that nothing infinite gets through; a sum that overflows is looked at again.
@@ -219,7 +219,7 @@ class RunContext:
             id(p): f"{part}.{n}" for part in ("trunk", "method") for n, p in getattr(self, part).named_parameters()
         }
         where = f"{names[id(bad[0])]}, and {len(bad) - 1} more of {len(parameters)}" if bad else "on another rank"
-        raise RunError(
+        raise DivergedError(
             f"the loss is finite at step {self.clock.step}, but its gradient is not ({where}): this update was not applied "
             "and the last checkpoint is intact. A distance of zero between two equal images, or the square root of zero, has "
             f"no gradient: inspect these samples: {self._sample_ids_of_step()}"

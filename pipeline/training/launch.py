@@ -23,7 +23,7 @@ import torch.distributed as dist
 from pipeline.config import Config, build_config
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import DivergedError, RunError, UserError, one_line
 from pipeline.mining.actor import RayTransport, start_servers
 from pipeline.storage import Folder
 from pipeline.training.loop import Worker
@@ -107,15 +107,16 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
 
 
 @contextlib.contextmanager
-def status_display(read: Callable[[int], dict[str, Any]], show: Show, every_s: float = 0.3) -> Iterator[None]:
+def status_display(read: Callable[[int, int], dict[str, Any]], show: Show, every_s: float = 0.3) -> Iterator[None]:
     """Shows a run's status from a thread while the block runs, and a last time at its end."""
     done = threading.Event()
-    messages_shown = 0
+    messages_shown = validations_shown = 0
 
     def show_once() -> None:
-        nonlocal messages_shown
-        state = read(messages_shown)
+        nonlocal messages_shown, validations_shown
+        state = read(messages_shown, validations_shown)
         messages_shown += len(state["messages"])
+        validations_shown += len(state["validations"])
         show(state)
 
     def show_repeatedly() -> None:
@@ -132,8 +133,17 @@ def status_display(read: Callable[[int], dict[str, Any]], show: Show, every_s: f
         show_once()
 
 
-def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | None:
+def run_on_ray(
+    config: Config, store_uri: str, show: Show, ray: Any, stop_requested: threading.Event | None = None
+) -> int | None:
     """Trains with Ray Train; returns the signal that stopped the run, if any.
+
+    Args:
+        config: The resolved configuration.
+        store_uri: The dataset.
+        show: Called with the status a few times a second.
+        ray: The ray module, connected to a cluster.
+        stop_requested: Set by another thread to stop the run as a signal does.
 
     Raises:
         RunError: A worker failed more often than `runtime.max_failures`, or the run cannot go on.
@@ -147,10 +157,7 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
     resources = {"CPU": float(runtime.cpus_per_worker or 1)}
     if runtime.gpus_per_worker:
         resources["GPU"] = runtime.gpus_per_worker
-    servers: list[Any] = []
-    if config.method.mining is not None:
-        mining = config.mining
-        servers = start_servers(ray, config.name, mining.shards, mining.cpus, mining.gpus, mining.resource)
+    servers = mining_servers(config, ray)
     loop_config = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
     ray_folder = Folder(config.root) / "ray"
     trainer = TorchTrainer(
@@ -183,18 +190,28 @@ def run_on_ray(config: Config, store_uri: str, show: Show, ray: Any) -> int | No
         stop_times.append(time.monotonic())
         actor.stop.remote()
 
-    with StopSignals(stop) as signals, status_display(lambda seen: ray.get(actor.read.remote(seen)), show):
+    with StopSignals(stop) as signals, status_display(lambda *seen: ray.get(actor.read.remote(*seen)), show):
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
+            if stop_requested is not None and stop_requested.is_set() and not stop_times:
+                stop()
             if stop_times and time.monotonic() - stop_times[0] > STOP_TIMEOUT_S:
                 raise RunError(f"the workers did not stop within {STOP_TIMEOUT_S} s; the newest checkpoint is kept")
-    error = ray.get(actor.error_message.remote())
+    error = ray.get(actor.failure.remote())
     if error is not None:
-        raise RunError(error)
+        raise error
     if fit_errors:
         raise RunError(f"training failed: {root_cause(fit_errors[0])}")
     return signals.received
+
+
+def mining_servers(config: Config, ray: Any) -> list[Any]:
+    """Starts the mining servers that the run's method needs; they end with this process."""
+    mining = config.mining
+    if config.method.mining is None:
+        return []
+    return start_servers(ray, config.name, mining.shards, mining.cpus, mining.gpus, mining.resource)
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -214,7 +231,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         device = ray.train.torch.get_device()
         Worker(config, loop_config["store"], ranks, device, status, report=ray.train.report, servers=servers)()
     except (RunError, UserError) as error:
-        status.fail(one_line(error))  # a restart would fail again: end instead, and let the other ranks see it
+        # a restart would fail again: end instead, and let the other ranks see it
+        status.fail(one_line(error), isinstance(error, DivergedError))
         if dist.is_initialized():
             dist.destroy_process_group()
     except Exception as error:

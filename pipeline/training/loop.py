@@ -85,7 +85,7 @@ class Worker:
         self.measurements = Measurements(
             config, self.store, self.embedder, self.trunk, self.method, self.checkpoints,
             save=self._save, load_best=self._load_best, publish=self._publish,
-            say=status.add_message, report=report,
+            say=status.add_message, tell=status.add_validation, report=report,
         )  # fmt: skip
         self.tracker: Tracker | None = None
 

@@ -21,6 +21,7 @@ from pipeline.runs.checkpoint import Checkpoints, TrainingState
 from pipeline.runs.run_folder import NEIGHBOURS, SUMMARY, read_changes
 from pipeline.runs.summary import summarise
 from pipeline.runs.tracking import Tracker
+from pipeline.training.frozen_figures import frozen_figures
 
 
 class Measurements:
@@ -36,6 +37,7 @@ class Measurements:
         load_best: Loads the best weights into trunk and method.
         publish: Publishes the present phase.
         say: Shows a line to the user.
+        tell: Tells the driver the metrics of a validation, with step, epoch and images.
         report: Called with the metrics of each validation, if given.
     """
 
@@ -52,6 +54,7 @@ class Measurements:
         load_best: Callable[[], None],
         publish: Callable[[dict[str, Any]], None],
         say: Callable[[str], None],
+        tell: Callable[[dict[str, Any]], None],
         report: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.config = config
@@ -64,6 +67,7 @@ class Measurements:
         self.load_best = load_best
         self.publish = publish
         self.say = say
+        self.tell = tell
         self.report = report
         self.validation = validation_task(config, store)
 
@@ -71,14 +75,27 @@ class Measurements:
         """Evaluates the pretrained trunk's pooled features on the test classes: the reference for the gain of training."""
         task = self._test_task()
         if task is not None:
-            self.publish({"phase": "evaluating the frozen trunk"})
-            result = evaluate(task, self.embedder, self.trunk, None, self.config.evaluation.recall_at)
-            progress.frozen = result.metrics
+            progress.frozen = self._frozen_metrics(task)
             if tracker is not None:
-                tracker.log(0, "frozen", result.metrics)
+                tracker.log(0, "frozen", progress.frozen)
         else:
             progress.frozen = {"queries": 0.0}
         self.save("checkpoints")
+
+    def _frozen_metrics(self, task: RetrievalTask) -> dict[str, float]:
+        """The figures of an earlier run with the same network and images, or computed and kept for later ones."""
+        ranks = self.embedder.ranks
+        shared = frozen_figures(self.config, self.store, self.embedder, self.trunk) if ranks.rank == 0 else None
+        kept, line = shared.read() if shared else (None, "")
+        if line:
+            self.say(line)
+        metrics: dict[str, float] | None = ranks.broadcast(kept)
+        if metrics is None:
+            self.publish({"phase": "evaluating the frozen trunk"})
+            metrics = evaluate(task, self.embedder, self.trunk, None, self.config.evaluation.recall_at).metrics
+            if shared and (line := shared.write(metrics)):
+                self.say(line)
+        return metrics
 
     def validate(self, clock: Clock, progress: TrainingState, tracker: Tracker | None) -> dict[str, float] | None:
         """Evaluates the validation task, if there is one, and saves the weights if they are the best so far."""
@@ -87,9 +104,10 @@ class Measurements:
         self.publish({"phase": "validating"})
         recall_at = self.config.evaluation.recall_at
         name = self.config.evaluation.metric
+        position = {"epoch": round(clock.epoch, 4), "images": progress.images}
         metrics = evaluate(self.validation, self.embedder, self.trunk, self.method, recall_at).metrics
         if tracker is not None:
-            tracker.log(progress.step, "validation", {"epoch": round(clock.epoch, 4), **metrics})
+            tracker.log(progress.step, "validation", {**position, **metrics})
         is_best = progress.best_step < 0 or metrics[name] > progress.best_metrics[name]
         if self.embedder.ranks.rank == 0:
             self.say(_validation_line(progress.step, clock.epoch, metrics, name, is_best))
@@ -97,6 +115,8 @@ class Measurements:
             progress.best_step = progress.step
             progress.best_metrics = metrics
             self.save("best")
+        if self.embedder.ranks.rank == 0:
+            self.tell({"step": progress.step, **position, **metrics})
         if self.report is not None:
             self.report({"step": progress.step, "epoch": clock.epoch, **metrics})
         return metrics

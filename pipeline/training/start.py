@@ -60,39 +60,39 @@ def run(config: Config, fresh: bool = False) -> int | None:
     try:
         changes = [] if fresh else runtime_changes(config, folder)
     except UserError:
-        _check_input(config)  # what is wrong in itself is told before what differs from the earlier run
+        check_input(config)  # what is wrong in itself is told before what differs from the earlier run
         raise
-    if not fresh and _finished(config, folder) and not changes and folder.exists(REPORT):
+    if not fresh and is_finished(config, folder) and not changes and folder.exists(REPORT):
         show_summary(folder)
         return None
-    store = _check_input(config)
+    store = check_input(config)
     with ExitStack() as stack:
         ray: Any = None
-        if not under_torchrun() and (config.runtime.workers or config.runtime.loader == "ray" or _must_prepare(config)):
+        if not under_torchrun() and (config.runtime.workers or config.runtime.loader == "ray" or must_prepare(config)):
             console.print(f"starting Ray {'on the cluster' if on_cluster() else 'on this machine'} ...")
             ray = stack.enter_context(ray_session(needed_cpus(config)))
             check_cluster(config, ray)
         if store is None:
-            store = _prepare_demo(config)
+            store = prepare_demo(config)
         if not fresh:
             check_dataset(folder, store)
         if is_rank0:
             if fresh:  # only after all checks
                 folder.remove()
-            _record(config, folder, store, changes)
+            record(config, folder, store, changes)
         with Display(console) as display:
             uri = store.folder.uri
             if config.runtime.workers and not under_torchrun():
                 signal = run_on_ray(config, uri, display, ray)
             else:
                 signal = run_in_process(config, uri, display)
-    if is_rank0 and _finished(config, folder):
+    if is_rank0 and is_finished(config, folder):
         write_report(folder, store)
         show_summary(folder)
     return signal
 
 
-def _check_input(config: Config) -> Store | None:
+def check_input(config: Config) -> Store | None:
     """Checks backbone, weights and dataset before Ray starts; returns the dataset, or None if the demo is to be prepared.
 
     Raises:
@@ -102,7 +102,7 @@ def _check_input(config: Config) -> Store | None:
     note = build_trunk(config.model, config.data.transforms.size).weights_note
     if note:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
-    if _must_prepare(config):
+    if must_prepare(config):
         return None
     store = Store(
         emoji_store(config.root) if config.data.source == "emoji" else find_store(config.data.source, [config.root])
@@ -113,25 +113,27 @@ def _check_input(config: Config) -> Store | None:
             "move it to a folder of another name and set data.source to that"
         )
     store.check_shards()
-    check_run(config, store)
+    for line in check_run(config, store).notes:
+        console.print(line)
     return store
 
 
-def _must_prepare(config: Config) -> bool:
+def must_prepare(config: Config) -> bool:
     return config.data.source == "emoji" and not emoji_store(config.root).exists("manifest.json")
 
 
-def _prepare_demo(config: Config) -> Store:
+def prepare_demo(config: Config) -> Store:
     """Prepares the built-in demo, once."""
     if under_torchrun():
         raise UserError("the emoji are not prepared yet: run `python -m pipeline.prepare emoji` before torchrun")
     prepare("emoji", own_images.emoji(), emoji_store(config.root), jobs.run_on_ray, source="emoji")
     store = Store(emoji_store(config.root))
-    check_run(config, store)
+    for line in check_run(config, store).notes:
+        console.print(line)
     return store
 
 
-def _record(config: Config, folder: Folder, store: Store, changes: list[str]) -> None:
+def record(config: Config, folder: Folder, store: Store, changes: list[str]) -> None:
     """Writes config.yaml and run.json; changes of runtime keys are printed and added to changes.jsonl."""
     if changes:
         for change in changes:
@@ -151,7 +153,7 @@ def _record(config: Config, folder: Folder, store: Store, changes: list[str]) ->
     folder.write_json(DATASET, record)
 
 
-def _finished(config: Config, folder: Folder) -> bool:
+def is_finished(config: Config, folder: Folder) -> bool:
     """True if the run has reached the configured length; an earlier start may have finished a shorter one."""
     if not folder.exists(SUMMARY):
         return False

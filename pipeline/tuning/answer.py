@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.metric_names import COUNTS, metric_title
 from pipeline.tuning.statistics import FEW_SEEDS, Comparison, Estimate, best_method, compare_with_best, estimate
-from pipeline.tuning.sweep_folder import RunProgress, TrialRecord
+from pipeline.tuning.sweep_folder import RunProgress, TrialRecord, best_trial
 
 if (
     TYPE_CHECKING
@@ -136,19 +136,6 @@ class _Chosen(NamedTuple):
     earlier: int  # final records of a setting that is no longer the chosen one
 
 
-def chosen_trial(records: Iterable[TrialRecord], method: str) -> TrialRecord | None:
-    """The search trial of a method with the highest score, the first of equals; failed ones are not chosen."""
-    scored = [
-        record
-        for record in records
-        if record.stage == "search"
-        and record.method == method
-        and record.state != "failed"
-        and _is_number(record.score)
-    ]
-    return max(scored, key=lambda record: (record.score or 0.0, -record.number), default=None)
-
-
 def answer(sweep: SweepConfig, records: Sequence[TrialRecord], ensembles: Mapping[str, Any]) -> Answer:
     """The answer of a sweep, also of one that runs or has just begun.
 
@@ -173,12 +160,8 @@ def answer(sweep: SweepConfig, records: Sequence[TrialRecord], ensembles: Mappin
     return result
 
 
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def _choose(records: Sequence[TrialRecord], method: str) -> _Chosen:
-    trial = chosen_trial(records, method)
+    trial = best_trial(records, method)
     finals = [record for record in records if record.stage == "final" and record.method == method]
     current = [record for record in finals if trial is None or record.values == trial.values]
     return _Chosen(trial, current, len(finals) - len(current))

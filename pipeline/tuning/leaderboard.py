@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -78,6 +79,15 @@ def _ends(found: Estimate) -> dict[str, Any]:
 def terminal_tables(answer: Answer) -> list[Table]:
     """Leaderboard, chosen settings and budget, each at most 100 columns wide."""
     return [_leaderboard(answer), _settings(answer), _budget(answer)]
+
+
+def show_answer(answer: Answer) -> None:
+    """Prints the tables, and what weakens the comparison."""
+    out = Console(markup=False, emoji=False)
+    for table in terminal_tables(answer):
+        out.print(table)
+    for line in [*answer.warnings, *answer.notes]:
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def short_estimate(found: Estimate | None, signed: bool = False) -> str:

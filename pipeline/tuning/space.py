@@ -157,6 +157,11 @@ class Space:
         """The keys that are searched, those of branches too; without constants."""
         return list(dict.fromkeys(key for key, item in _walk(self.items) if not isinstance(item, Constant)))
 
+    @property
+    def all_keys(self) -> list[str]:
+        """The keys that are searched, and the constants."""
+        return list(dict.fromkeys(key for key, _ in _walk(self.items)))
+
     def draw(self, trial: Trial) -> dict[str, Any]:
         """Draws a setting by an Optuna trial: value by dotted key, constants and the keys of chosen branches included."""
         return _draw(self.items, trial)
@@ -206,7 +211,7 @@ class Space:
         Raises:
             UserError: One line: a key is unknown, missing or inactive, or a value lies outside of its distribution.
         """
-        known = list(dict.fromkeys(key for key, _ in _walk(self.items)))
+        known = self.all_keys
         given = _flat_point(values, known)
         out: dict[str, Any] = {}
         for key, item in _active(self.items, given):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from methods.config import BaseConfig, Length
+from pipeline.storage import home
 
 Settings = dict[str, Any]  # keys of a recipe, dotted or nested
 
@@ -27,13 +28,12 @@ class MethodEntry(BaseConfig):
 class SearcherConfig(BaseConfig):
     """Draws the settings; every method has a search of its own."""
 
-    name: Literal["grid", "random", "tpe", "gp", "cma_es", "qmc"] = Field(
-        "tpe",
-        description="grid: every combination | random | Optuna's TPE, Gaussian process, CMA-ES, quasi-Monte Carlo",
+    name: Literal["grid", "random", "tpe", "gp"] = Field(
+        "tpe", description="grid: every combination | random | Optuna's TPE | Optuna's Gaussian process"
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the drawn settings")
     startup_trials: int = Field(
-        10, ge=1, description="trials of a method drawn at random before the sampler models them (tpe, gp, cma_es)"
+        10, ge=1, description="trials of a method drawn at random before the sampler models them (tpe, gp)"
     )
 
 
@@ -113,3 +113,8 @@ class SweepConfig(BaseConfig):
     final: FinalConfig | None = Field(
         FinalConfig(), description="measurement of the chosen settings; none: the test classes are not measured"
     )
+
+    @property
+    def root(self) -> str:
+        """Folder of datasets, runs and sweeps, with the default filled in."""
+        return self.storage or home()

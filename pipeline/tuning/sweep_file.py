@@ -45,6 +45,8 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
         keys, value = parse_override(override)
         depth = next((i + 1 for i in (0, 2) if len(keys) > i + 1 and keys[i] in _BY_KEY), len(keys))
         values = assigned(values, [([*keys[:depth], ".".join(keys[depth:])] if depth < len(keys) else keys, value)])
+    if str(values.get("protocol")).lower() == "paper":
+        values.setdefault("final", None)  # every trial measures the test classes itself
     if isinstance(values.get("metric"), str):
         values["metric"] = metric_key(values["metric"])
     sweep = build_sweep(_with_flat_spaces(values))

@@ -13,6 +13,8 @@ No module here imports PyTorch: the records can be shown while the sweep runs, f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -40,7 +42,7 @@ class RunProgress:
         state: "running" also before its start; "stopped": ended by the scheduler, can be continued.
         images: Images trained on.
         seconds: Time in training steps, all starts together.
-        curve: One entry a validation: step, epoch, images, seconds, and the metrics in percent.
+        curve: One entry a validation: step, epoch, images, done (share of the run's length), and the metrics in percent.
         best: The metrics of the best validation; empty before the first. Under the paper protocol these are of the test classes.
         last: The metrics of the last validation.
         test: The metrics on the test classes; empty where they were not measured.
@@ -68,12 +70,15 @@ class TrialRecord:
         method: Label of the method in the sweep's file.
         values: The drawn setting, by dotted key of the recipe.
         given: The setting was given in the sweep's file (`points`), not drawn.
+        seed: Final runs: their seed.
+        length: Final runs on all classes: their length, as a recipe writes it; None: that of the recipe.
         state: "stopped": ended early by the scheduler.
         runs: Its runs, in the order in which they are trained.
         score: Mean over its runs of the best value of the sweep's metric; None before every run has one.
         starts: How often it was started.
         retried: One line a start after the first: why.
         error: Why it failed.
+        diverged: It failed because its runs cannot go on with this setting (a loss that is not finite); not tried again.
         started_at, ended_at: Seconds since 1970; ended_at is 0 while it runs.
         busy_s: Wall time in which it held its resources, all starts together.
         workers, cpus, gpus: Workers, and CPUs and GPUs that it held altogether.
@@ -85,12 +90,15 @@ class TrialRecord:
     method: str
     values: dict[str, Any]
     given: bool = False
+    seed: int | None = None
+    length: str | None = None
     state: State = "running"
     runs: list[RunProgress] = field(default_factory=list)
     score: float | None = None
     starts: int = 0
     retried: list[str] = field(default_factory=list)
     error: str | None = None
+    diverged: bool = False
     started_at: float = 0.0
     ended_at: float = 0.0
     busy_s: float = 0.0
@@ -107,6 +115,25 @@ class TrialRecord:
     @property
     def gpu_hours(self) -> float:
         return self.gpus * self.busy_s / 3600
+
+
+def best_trial(records: Iterable[TrialRecord], method: str) -> TrialRecord | None:
+    """The search trial of a method with the highest score, the earliest of equals; None if none has a score.
+
+    A trial that was stopped early is chosen only where no trial was trained to its full length.
+    """
+    own = [r for r in records if r.stage == "search" and r.method == method and r.state != "failed"]
+    scored = [record for record in own if record.score is not None and math.isfinite(record.score)]
+    full = [record for record in scored if record.state == "finished"]
+    return max(full or scored, key=lambda record: (record.score or 0.0, -record.number), default=None)
+
+
+def final_trials(records: Sequence[TrialRecord], method: str) -> list[TrialRecord]:
+    """The final trials of a method's chosen setting, by seed; those of a setting that was chosen before are left out."""
+    best = best_trial(records, method)
+    finals = [r for r in records if r.stage == "final" and r.method == method]
+    chosen = {r.seed: r for r in finals if best is not None and r.values == best.values}
+    return sorted(chosen.values(), key=lambda record: record.seed or 0)
 
 
 class SweepFolder:
@@ -182,3 +209,7 @@ def find_sweep(name: str) -> Folder:
         if folder.exists(SWEEP):
             return folder
     raise UserError(f"{name!r} is neither a sweep's folder nor a sweep in {home()}/sweeps (no {SWEEP})")
+
+
+def write_state(folder: Folder, state: str, message: str = "") -> None:
+    """Writes whether the sweep runs, and a sign of life."""

@@ -49,7 +49,7 @@ def ranges(draw: Any) -> dict[str, Any]:
         out = {kind: [low, low + step * draw(st.integers(1, (high - low) // step))], "step": step}
     if kind == "uniform" and draw(st.booleans()):
         step = draw(st.sampled_from([0.1, 0.25, 1, 3]))
-        out = {kind: [1, 1 + step * draw(st.integers(1, 12))], "step": step}
+        out = {kind: [1, round(1 + step * draw(st.integers(1, 12)), 6)], "step": step}
     return out
 
 

@@ -1,0 +1,2 @@
+def measure_ensemble(runs):
+    return {}

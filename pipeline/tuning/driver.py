@@ -1,0 +1,279 @@
+"""Runs a sweep: checks, trials through Ray Tune, final runs, and the answer.
+
+Ray Tune places the trials, restarts those whose process or node was lost, and asks the schedulers. Which trial comes next, and
+what a sweep continues from, are ours: `search` and the records of `sweep_folder`. Tune's own files are never read back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray import tune
+
+from pipeline.config import Config
+from pipeline.console import console
+from pipeline.data.store import Store
+from pipeline.distributed.ray_session import check_visible, on_cluster, ray_session
+from pipeline.errors import RunError, UserError
+from pipeline.storage import Folder
+from pipeline.training.checks import check_machine
+from pipeline.training.launch import StopSignals
+from pipeline.training.start import must_prepare, prepare_demo
+from pipeline.tuning.answer import Answer
+from pipeline.tuning.checks import check_sweep
+from pipeline.tuning.ensembles import missing_ensembles, write_ensembles
+from pipeline.tuning.resources import TrialResources, local_cpus, trial_resources, trials_here, trials_on_cluster
+from pipeline.tuning.run_configs import run_configs
+from pipeline.tuning.schedulers import MethodSchedulers
+from pipeline.tuning.search import Search
+from pipeline.tuning.space import Space
+from pipeline.tuning.sweep_config import SweepConfig
+from pipeline.tuning.sweep_file import check_same_sweep, dump_sweep, read_sweep
+from pipeline.tuning.sweep_folder import (
+    SWEEP,
+    SweepFolder,
+    TrialRecord,
+    sweep_folder,
+    write_state,
+)
+from pipeline.tuning.trial import StopFlag, Trial
+from pipeline.tuning.tune_parts import Recorder, StopWhen, SweepSearcher
+from pipeline.tuning.write_answer import write_answer
+
+HEARTBEAT_S = 5.0
+_TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs write their own logs
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # Tune's own state is not read back
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # told in one line
+}
+
+
+@dataclass
+class SweepResult:
+    """The end of a sweep's command.
+
+    Attributes:
+        answer: The figures, as far as they are known.
+        records: All trials.
+        signal: Number of the signal that stopped it, or None.
+    """
+
+    answer: Answer
+    records: list[TrialRecord]
+    signal: int | None = None
+
+    @property
+    def failed(self) -> list[TrialRecord]:
+        """Trials whose process was lost too often, or that could not be started; the same command tries them again."""
+        return [record for record in self.records if record.state == "failed" and not record.diverged]
+
+
+def run_sweep(
+    sweep: SweepConfig, again: Sequence[int] = (), trainable: type[Trial] = Trial, fresh: bool = False
+) -> SweepResult:
+    """Starts or continues a sweep.
+
+    Args:
+        sweep: The sweep.
+        again: Numbers of trials that were stopped early and are continued to their full length.
+        trainable: The class of the trials' processes.
+        fresh: Remove an earlier sweep of this name, its runs too.
+
+    Raises:
+        UserError: The input is bad; found before the first trial.
+        RunError: Another process has taken over the sweep.
+    """
+    sweep = with_place(sweep)
+    stores = check_sweep(sweep)
+    folder = sweep_folder(sweep.storage, sweep.name)
+    folder.check_writable()
+    sweep_records = SweepFolder(folder)
+    if fresh:
+        remove_sweep(sweep, folder)
+    records = sweep_records.read()
+    if folder.exists(SWEEP):
+        for change in check_same_sweep(read_sweep(folder), sweep):
+            console.print(f"changed: {change}", highlight=False)
+    check_again(records, again)
+    search = Search(sweep, records, again)
+    signal = None
+    if not search.finished() or missing_ensembles(sweep, folder, records):
+        signal = train(sweep, sweep_records, search, stores, trainable)
+    result = SweepResult(write_answer(sweep_records, sweep, records), records, signal)
+    write_state(folder, "running" if signal else "failed" if result.failed else "finished")
+    return result
+
+
+def train(
+    sweep: SweepConfig, folder: SweepFolder, search: Search, stores: dict[str, Store], trainable: type[Trial]
+) -> int | None:
+    """Trains what a sweep still wants; returns the signal that stopped it, if any."""
+    configs = example_configs(sweep)
+    for warning in {line for config in configs.values() for line in check_machine(config)}:
+        console.print(warning)
+    trials = {label: trial_resources(config) for label, config in configs.items()}
+    at_once = sweep.trials_at_once or trials_here(trials.values())
+    console.print(f"starting Ray {'on the cluster' if on_cluster() else 'on this machine'} ...")
+    with ray_session(local_cpus(at_once, trials.values())):
+        if on_cluster():
+            check_visible(ray, Folder(sweep.root), "storage")
+            at_once = min(trials_on_cluster(ray, trials.values()), sweep.trials_at_once or sys.maxsize)
+        if any(must_prepare(config) for config in configs.values()):
+            prepare_demo(next(config for config in configs.values() if must_prepare(config)))
+            stores = check_sweep(sweep)
+        folder.acquire()
+        folder.folder.write(SWEEP, dump_sweep(sweep).encode())
+        console.print(f"{at_once} {'trials' if at_once > 1 else 'trial'} at once, {next(iter(trials.values()))} each")
+        run = SweepRun(sweep, folder, search, at_once, trials)
+        run.train({label: store.folder.uri for label, store in stores.items()}, trainable)
+        if run.signal is None:
+            write_ensembles(sweep, folder.folder, search.records, trials)
+    return run.signal
+
+
+@dataclass
+class SweepRun:
+    """One start of a sweep.
+
+    Attributes:
+        sweep, folder, search: The sweep, its records, and what comes next.
+        at_once: Largest number of trials at once.
+        trials: Resources of a trial of each method.
+        signal: Number of the signal that stopped it.
+    """
+
+    sweep: SweepConfig
+    folder: SweepFolder
+    search: Search
+    at_once: int
+    trials: dict[str, TrialResources]
+    signal: int | None = None
+
+    def train(self, stores: dict[str, str], trainable: type[Trial]) -> None:
+        """Trains all trials that are wanted, or until a signal.
+
+        Raises:
+            RunError: Another process has taken over the sweep, or Ray Tune failed.
+        """
+        flag: Any = ray.remote(num_cpus=0)(StopFlag).remote()  # type: ignore[attr-defined]  # of the options' overload
+        stop = threading.Event()
+        recorder = Recorder(self.folder, self.search, self.sweep.metric, self.trials)
+        errors: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                self._tuner(
+                    stores, trainable, flag, recorder, lambda: stop.is_set() or recorder.error is not None
+                ).fit()
+            except BaseException as error:
+                errors.append(error)
+
+        def on_stop() -> None:
+            stop.set()
+            flag.set.remote()
+
+        thread = threading.Thread(target=fit, daemon=True, name="tune")
+        with StopSignals(on_stop) as signals:
+            thread.start()
+            written = 0.0
+            while thread.is_alive():
+                thread.join(0.2)
+                if recorder.error is not None and not stop.is_set():
+                    on_stop()
+                if time.monotonic() - written > HEARTBEAT_S:
+                    written = time.monotonic()
+                    write_state(self.folder.folder, "running", recorder.overview())
+        self.signal = signals.received
+        if recorder.error is not None:
+            raise recorder.error
+        if errors:
+            raise RunError(f"Ray Tune failed: {errors[0]}") from errors[0]
+
+    def _tuner(
+        self, stores: dict[str, str], trainable: type[Trial], flag: Any, recorder: Recorder, stop: Callable[[], bool]
+    ) -> tune.Tuner:
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what happens is told by the recorder
+        os.environ.update(_TUNE_ENVIRONMENT, TUNE_MAX_PENDING_TRIALS_PG=str(self.at_once))
+        parameters = {"sweep": self.sweep.model_dump(mode="json"), "stores": stores, "stop_flag": flag}
+        bundles = {label: tune.PlacementGroupFactory([trial.bundle]) for label, trial in self.trials.items()}
+        place = self.folder.folder / "tune"
+        return tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(trainable, **parameters), lambda config: bundles[config["method"]]
+            ),
+            param_space={"method": next(iter(bundles))},
+            tune_config=tune.TuneConfig(
+                num_samples=-1,
+                search_alg=SweepSearcher(self.search, self.at_once),
+                scheduler=MethodSchedulers(self.sweep, self.search.records),
+                reuse_actors=all(trial.in_process for trial in self.trials.values()),
+            ),
+            run_config=tune.RunConfig(
+                name=f"start-{self.folder.start}",
+                storage_path=place.path(),
+                storage_filesystem=None if place.is_local else PyFileSystem(FSSpecHandler(place.fs)),
+                failure_config=tune.FailureConfig(max_failures=self.sweep.retries),
+                stop=StopWhen(stop),
+                callbacks=[recorder],
+                verbose=0,
+            ),
+        )
+
+
+def with_place(sweep: SweepConfig) -> SweepConfig:
+    """The sweep with an absolute storage.
+
+    Raises:
+        UserError: On a cluster, the storage is a relative path.
+    """
+    root = sweep.root
+    if on_cluster() and not (os.path.isabs(os.path.expanduser(root)) or "://" in root):
+        raise UserError(
+            f"storage {root!r} is a relative path, which every node of a cluster would look for in another folder: give an "
+            "absolute path that all nodes mount, or s3://..."
+        )
+    return sweep.model_copy(update={"storage": Folder(root).uri})
+
+
+def remove_sweep(sweep: SweepConfig, folder: Folder) -> None:
+    """Removes a sweep's folder and the runs of its trials."""
+    runs = Folder(sweep.root) / "runs"
+    for record in SweepFolder(folder).read():
+        for run in record.runs:
+            runs.remove(run.name)
+    folder.remove()
+
+
+def check_again(records: Sequence[TrialRecord], again: Sequence[int]) -> None:
+    """Checks the numbers of the trials that are to be continued.
+
+    Raises:
+        UserError: There is no such trial, or it has reached its full length.
+    """
+    states = {record.number: record.state for record in records}
+    for number in again:
+        if states.get(number) != "stopped":
+            stopped = [str(n) for n, state in states.items() if state == "stopped"]
+            what = f"is {states[number]}" if number in states else "does not exist"
+            raise UserError(
+                f"trial {number} {what}, expected one that was stopped early: {', '.join(stopped) or 'there is none'}"
+            )
+
+
+def example_configs(sweep: SweepConfig) -> dict[str, Config]:
+    """The configuration of one run of each method, for its resources and dataset."""
+    return {
+        label: run_configs(sweep, label, Space({**sweep.space, **entry.space}).corners()[0], 0, "search")[0]
+        for label, entry in sweep.methods.items()
+    }

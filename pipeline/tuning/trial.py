@@ -1,0 +1,331 @@
+"""A trial: the process that Ray Tune starts for it, in which its runs are trained one after another.
+
+With one worker the process is the worker, and it is used again for the next trial: PyTorch, the network's code and its weights
+are then loaded already. With several workers it holds no CPU and starts Ray Train, as `pipeline.train` does.
+
+Training waits at each validation until Ray Tune has decided whether the trial goes on, so a stopped trial does not train on. A
+trial is ended by a request, never by killing it: its runs write a checkpoint and can be continued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from pipeline.config import Config
+from pipeline.data.store import Store
+from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.run_status import RunStatus
+from pipeline.errors import DivergedError, RunError, UserError, one_line
+from pipeline.mining.actor import RayTransport
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.run_folder import SUMMARY, run_folder
+from pipeline.runs.tracking import read_metrics
+from pipeline.storage import Folder
+from pipeline.training.checks import check_dataset, runtime_changes
+from pipeline.training.launch import device_of, mining_servers, no_space_error, run_on_ray
+from pipeline.training.loop import Worker
+from pipeline.training.start import is_finished, record
+from pipeline.tuning.run_configs import run_configs
+from pipeline.tuning.schedulers import SCORE, TIME, curve
+from pipeline.tuning.sweep_config import SweepConfig
+from pipeline.tuning.sweep_folder import RunProgress, TrialRecord
+
+STOP_TIMEOUT_S = 120.0
+ASK_EVERY_S = 1.0
+
+
+class StopFlag:
+    """Set when the whole sweep is to stop; an actor, so that trials see it while they train."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+class Trial(tune.Trainable):
+    """Trains the runs of one trial after another; `step` returns at each validation and at the end."""
+
+    def setup(  # type: ignore[override]  # Ray Tune passes what `tune.with_parameters` is given
+        self, config: dict[str, Any], sweep: dict[str, Any], stores: dict[str, str], stop_flag: Any
+    ) -> None:
+        """Starts the first trial of this process.
+
+        Args:
+            config: What `search.trial_config` makes of a trial.
+            sweep: The sweep's configuration.
+            stores: Address of the dataset of each method.
+            stop_flag: Handle of the actor of class `StopFlag` that is set when the whole sweep is to stop.
+        """
+        self.sweep = SweepConfig.model_validate(sweep)
+        self.stores = stores
+        self.stop_flag = stop_flag
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Ends the trial of this process and starts another."""
+        self._end()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self._end()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the runs write their own checkpoints."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing, see `save_checkpoint`."""
+
+    def step(self) -> dict[str, Any]:
+        """Trains to the next validation, or to the end of the trial.
+
+        Returns:
+            The share of the trial's length in percent, its score so far, the state of its runs, and whether it is over.
+        """
+        runner = self.runner
+        runner.go_on(lambda: bool(ray.get(self.stop_flag.is_set.remote())))
+        return {
+            TIME: runner.progress,
+            SCORE: runner.score,
+            "runs": [asdict(run) for run in runner.runs],
+            "error": runner.error,
+            "diverged": runner.diverged,
+            "ended": runner.ended,
+            "done": runner.ended or runner.stop_requested.is_set(),
+        }
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        label = config["method"]
+        configs = run_configs(
+            self.sweep, label, config["values"], config["number"], config["stage"],
+            length=config["length"], seed=config["seed"],
+        )  # fmt: skip
+        self.runner = TrialRunner(configs, self.stores[label], self.sweep.metric, self.run_one)
+        self.runner.start()
+
+    def _end(self) -> None:
+        self.runner.stop()
+        gc.collect()
+
+    def run_one(self, config: Config, store: Store, runner: TrialRunner) -> None:
+        """Trains one run to its end or to a stop request; replaced where the trials' own work is to be left out."""
+        train_run(config, store, runner)
+
+
+class TrialRunner:
+    """Trains the runs of a trial in a thread that waits at each validation.
+
+    Args:
+        configs: The configuration of each run.
+        store_uri: The dataset.
+        metric: The metric that the sweep chooses by.
+        run_one: Trains one run to its end or to a stop request.
+    """
+
+    def __init__(
+        self,
+        configs: list[Config],
+        store_uri: str,
+        metric: str,
+        run_one: Callable[[Config, Store, TrialRunner], None],
+    ) -> None:
+        self.configs = configs
+        self.store_uri = store_uri
+        self.metric = metric
+        self.run_one = run_one
+        self.runs = [RunProgress(c.name, c.data.validation_fold, c.seed) for c in configs]
+        self.current = 0
+        self.ended = False
+        self.error: str | None = None
+        self.diverged = False
+        self.failure: BaseException | None = None
+        self.stop_requested = threading.Event()
+        self._reached: queue.Queue[None] = queue.Queue()  # the thread has reached a validation, or its end
+        self._allowed: queue.Queue[None] = queue.Queue()  # it may go on
+        self._waiting = False
+        self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
+
+    # ---- called by Ray Tune's thread -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def go_on(self, stop_requested: Callable[[], bool]) -> None:
+        """Lets the thread train to the next validation of the trial, or to its end; asks once a second whether it is to stop.
+
+        Raises:
+            Exception: An error that a restart may heal (a lost mining server, a network that does not answer).
+        """
+        if self._waiting:
+            self._waiting = False
+            self._allowed.put(None)
+        while True:
+            try:
+                self._reached.get(timeout=ASK_EVERY_S)
+                break
+            except queue.Empty:
+                if not self.stop_requested.is_set() and stop_requested():
+                    self.stop_requested.set()
+        if self.failure is not None:
+            raise self.failure
+
+    def stop(self) -> None:
+        """Asks the run to save a checkpoint and to end, and waits for that."""
+        self.stop_requested.set()
+        self._allowed.put(None)
+        self._thread.join(STOP_TIMEOUT_S)
+
+    @property
+    def progress(self) -> float:
+        """Percent of the trial's length."""
+        done = [run.curve[-1]["done"] if run.curve else 0.0 for run in self.runs]
+        return 100.0 if self.ended and self.error is None else 100 * sum(done) / len(done)
+
+    @property
+    def score(self) -> float | None:
+        """Mean of the best values of the runs that have begun."""
+        points = curve(TrialRecord(0, "search", "", {}, runs=self.runs), self.metric)
+        return points[-1][1] if points else None
+
+    # ---- called by the thread --------------------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        try:
+            store = Store(Folder(self.store_uri))
+            for i, config in enumerate(self.configs):
+                self.current = i
+                self._one(config, store)
+                if self.stop_requested.is_set():
+                    return
+            self.ended = True
+        except (RunError, UserError) as error:  # a restart would fail again
+            self.error, self.ended, self.diverged = one_line(error), True, isinstance(error, DivergedError)
+        except BaseException as error:
+            traceback.print_exc()  # into the log of this process
+            self.failure = error
+        finally:
+            self._reached.put(None)
+
+    def _one(self, config: Config, store: Store) -> None:
+        """Starts or continues one run, unless it has ended before."""
+        folder, run = run_folder(config), self.runs[self.current]
+        changes = runtime_changes(config, folder)
+        if not is_finished(config, folder):
+            check_dataset(folder, store)
+            record(config, folder, store, changes)
+            latest = Checkpoints(folder).latest()
+            if latest is not None:
+                run.curve = recorded_curve(config, folder, latest.step)
+                run.seconds = latest.seconds
+            self._measure(run)
+            self.run_one(config, store, self)
+        if is_finished(config, folder):
+            self._take_result(config, run)
+
+    def add_validation(self, point: dict[str, Any]) -> None:
+        """Adds a validation of the present run, and waits until the trial may go on."""
+        run = self.runs[self.current]
+        run.curve.append({**point, "done": fraction_done(self.configs[self.current], point)})
+        self._measure(run)
+        if run.curve[-1]["done"] < 1:  # the last one counts when the run has ended
+            self.hold()
+
+    def hold(self) -> None:
+        """Waits until the trial may go on."""
+        if self.stop_requested.is_set():
+            return
+        self._waiting = True
+        self._reached.put(None)
+        self._allowed.get()
+
+    def _measure(self, run: RunProgress) -> None:
+        if run.curve:
+            run.last = _metrics(run.curve[-1])
+            run.best = _metrics(max(run.curve, key=lambda point: (point[self.metric], -point["step"])))
+            run.images = run.curve[-1]["images"]
+
+    def _take_result(self, config: Config, run: RunProgress) -> None:
+        folder = run_folder(config)
+        summary = folder.read_json(SUMMARY)
+        run.curve = recorded_curve(config, folder, summary["step"])
+        self._measure(run)
+        run.state, run.test = "finished", summary["final"]
+        run.images, run.seconds = summary["images"], summary["seconds"]
+        if self.current + 1 < len(self.configs):
+            self.hold()
+
+
+def train_run(config: Config, store: Store, runner: TrialRunner) -> None:
+    """Trains one run: in this thread with one worker, else with Ray Train."""
+    if config.runtime.workers > 1:
+
+        def show(state: dict[str, Any]) -> None:
+            for point in state["validations"]:
+                runner.add_validation(point)
+
+        run_on_ray(config, store.folder.uri, show, ray, runner.stop_requested)
+        return
+    torch.set_num_threads(config.runtime.cpus_per_worker or 1)
+    servers = mining_servers(config, ray)
+    status = _TrialStatus(runner)
+    try:
+        transports = [RayTransport(server) for server in servers]
+        Worker(config, store.folder.uri, Ranks(), device_of(config), status, servers=transports)()
+    except OSError as error:
+        raise no_space_error(error) from error
+    finally:
+        for server in servers:
+            with contextlib.suppress(Exception):  # dead already
+                ray.kill(server)
+
+
+class _TrialStatus(RunStatus):
+    """The status of a run whose worker is a thread of this process: waits at each validation."""
+
+    def __init__(self, runner: TrialRunner) -> None:
+        super().__init__()
+        self.runner = runner
+
+    def add_validation(self, point: dict[str, Any]) -> None:
+        self.runner.add_validation(point)
+
+    def stop_requested(self) -> bool:
+        return self.runner.stop_requested.is_set()
+
+
+def fraction_done(config: Config, point: Mapping[str, Any]) -> float:
+    """Share of the run's length at a validation, 0 to 1."""
+    length = config.length
+    return min(1.0, (point["step"] if length.unit == "steps" else point["epoch"]) / length.value + 1e-9)
+
+
+def recorded_curve(config: Config, folder: Folder, step: int) -> list[dict[str, Any]]:
+    """The validations that a run has logged, up to a step."""
+    points = [line for line in read_metrics(folder) if line["kind"] == "validation" and line["step"] <= step]
+    for point in points:
+        del point["kind"]
+        point["done"] = fraction_done(config, point)
+    return points
+
+
+_POSITION = ("step", "epoch", "images", "done")
+
+
+def _metrics(point: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in point.items() if name not in _POSITION}
