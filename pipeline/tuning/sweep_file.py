@@ -25,7 +25,7 @@ from pipeline.tuning.sweep_folder import SWEEP
 SHIPPED = Path(ROOT) / "tune_configs"  # of a checkout, and of an installed package too
 EXAMPLE = "`methods: {margin: {recipe: baseline/emoji}}`"
 _BY_KEY = ("settings", "space")  # sections whose own keys are dotted
-_MAY_CHANGE = ("storage", "budget", "trials_at_once", "retries", "final")
+MAY_CHANGE = ("storage", "budget", "trials_at_once", "retries", "final")
 
 
 def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -171,7 +171,7 @@ def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
     methods = {"methods", "settings", "space", "name"}
     before, after = (sweep.model_dump(mode="json", exclude=methods) for sweep in (old, new))
     for key, values in changed_keys(before, after, runtime=False).items():
-        (allowed if key.split(".")[0] in _MAY_CHANGE else forbidden)[key] = values
+        (allowed if key.split(".")[0] in MAY_CHANGE else forbidden)[key] = values
     for label in [*old.methods, *(label for label in new.methods if label not in old.methods)]:
         if label not in new.methods:
             forbidden[f"methods.{label}"] = ("compared", "left out")
