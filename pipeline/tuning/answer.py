@@ -275,7 +275,7 @@ def _notes(sweep: SweepConfig, result: Answer) -> list[str]:
             + f": figures are {title} on validation classes, which also chose the settings, so they are too high."
         ]
     notes.append(
-        "Brackets: 95 % Student t interval over seeds. Differences from the best method: paired by seed, Student t, p "
+        "Intervals: 95 % Student t interval over seeds. Differences from the best method: paired by seed, Student t, p "
         "corrected by Holm for the number of comparisons."
     )
     if result.running:
