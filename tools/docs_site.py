@@ -35,8 +35,9 @@ sys.path.insert(0, str(ROOT))  # this tree, whatever is installed
 from methods import METHODS, MethodConfig  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from pipeline.recipes import preset_names  # noqa: E402
+from pipeline.tuning.shipped import sweep_file_names, sweep_file_title  # noqa: E402
 from pipeline.tuning.sweep_config import MethodEntry, SweepConfig  # noqa: E402
-from pipeline.tuning.sweep_file import MAY_CHANGE, sweep_file_names, sweep_file_title  # noqa: E402
+from pipeline.tuning.sweep_file import MAY_CHANGE  # noqa: E402
 
 MODULES = ROOT / "docs" / "reference" / "modules.yaml"
 MARKER = re.compile(r"<!-- (config|presets|sweep): (\w+) -->")
@@ -185,6 +186,8 @@ def default(field: FieldInfo) -> str:
         return "required"
     if value is None:
         return "null"
+    if isinstance(value, BaseModel) and not is_length(type(value)):
+        return "see below"
     if isinstance(value, tuple):
         value = [str(v) if isinstance(v, BaseModel) else round(v, 3) if isinstance(v, float) else v for v in value]
     return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value != "" else ""
