@@ -11,21 +11,20 @@ import yaml
 from pydantic import ValidationError
 
 from methods.config import Length
-from pipeline import ROOT
 from pipeline.config import Config, changed_keys, name_for
 from pipeline.config_problems import explain
-from pipeline.errors import UserError, close_names, did_you_mean
+from pipeline.errors import UserError, close_names
 from pipeline.metric_names import metric_key
-from pipeline.recipes import assigned, merged, parse_override, preset_names, read_yaml, recipe_values, title_of
+from pipeline.recipes import assigned, merged, parse_override, preset_names, read_yaml, recipe_values
 from pipeline.storage import Folder
+from pipeline.tuning.shipped import find_sweep_file
 from pipeline.tuning.space import flat_space
 from pipeline.tuning.sweep_config import MethodEntry, SweepConfig
 from pipeline.tuning.sweep_folder import SWEEP
 
-SHIPPED = Path(ROOT) / "tune_configs"  # of a checkout, and of an installed package too
 EXAMPLE = "`methods: {margin: {recipe: baseline/emoji}}`"
 _BY_KEY = ("settings", "space")  # sections whose own keys are dotted
-_MAY_CHANGE = ("storage", "budget", "trials_at_once", "retries", "final")
+MAY_CHANGE = ("storage", "budget", "trials_at_once", "retries", "final")
 
 
 def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -64,39 +63,6 @@ def build_sweep(values: Mapping[str, Any]) -> SweepConfig:
         return SweepConfig.model_validate(dict(values))
     except ValidationError as error:
         raise UserError("; ".join(_explain(dict(problem), values) for problem in error.errors())) from None
-
-
-def find_sweep_file(path: str) -> Path:
-    """The file that a path, or the name of a shipped sweep file, stands for.
-
-    Raises:
-        UserError: There is none.
-    """
-    if os.path.isfile(path):
-        return Path(path).resolve()
-    name = path.removeprefix("tune_configs/").removesuffix(".yaml").removesuffix(".yml")
-    names = sweep_file_names()
-    if name in names:
-        return SHIPPED / f"{name}.yaml"
-    folder = Path(path).parent
-    there = [str(found) for pattern in ("*.yaml", "*.yml") for found in sorted(folder.glob(pattern))]
-    if os.path.isdir(path):
-        raise UserError(f"sweep {path!r} is a folder, expected a YAML file")
-    if close_names(path, there):
-        raise UserError(f"there is no sweep file {path!r}: {did_you_mean(path, there)}")
-    raise UserError(
-        f"sweep {path!r} is neither a file nor shipped with the program; {did_you_mean(name, names, otherwise='shipped are')}"
-    )
-
-
-def sweep_file_names() -> list[str]:
-    """Names of the shipped sweep files."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-
-
-def sweep_file_title(name: str) -> str:
-    """The first sentence of a shipped sweep file's comment."""
-    return title_of(SHIPPED / f"{name}.yaml")
 
 
 def dump_sweep(sweep: SweepConfig) -> str:
@@ -171,7 +137,7 @@ def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
     methods = {"methods", "settings", "space", "name"}
     before, after = (sweep.model_dump(mode="json", exclude=methods) for sweep in (old, new))
     for key, values in changed_keys(before, after, runtime=False).items():
-        (allowed if key.split(".")[0] in _MAY_CHANGE else forbidden)[key] = values
+        (allowed if key.split(".")[0] in MAY_CHANGE else forbidden)[key] = values
     for label in [*old.methods, *(label for label in new.methods if label not in old.methods)]:
         if label not in new.methods:
             forbidden[f"methods.{label}"] = ("compared", "left out")
