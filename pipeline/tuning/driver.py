@@ -117,7 +117,7 @@ def run_sweep(
     if not search.finished() or missing_ensembles(sweep, folder, records):
         signal = train(sweep, sweep_records, search, stores, trainable)
     result = SweepResult(write_answer(sweep_records, sweep, records), records, signal)
-    write_state(folder, "running" if signal else "failed" if result.failed else "finished")
+    write_state(folder, "stopped" if signal else "failed" if result.failed else "finished")
     return result
 
 
