@@ -1,8 +1,10 @@
-"""`python -m pipeline.evaluate RUN | EMBEDDINGS.npy LABELS.npy [...]`: exact retrieval metrics.
+"""`python -m pipeline.evaluate RUN [RUN ...] | EMBEDDINGS.npy LABELS.npy [...]`: exact retrieval metrics.
 
     python -m pipeline.evaluate emoji                          the run of that name (or its folder): the test classes, or the
                                                                validation fold while it is not finished
     python -m pipeline.evaluate emoji --data birds             the run on the test images of another prepared dataset
+    python -m pipeline.evaluate seed0 seed1 seed2              the test classes with each run, and with their embeddings side by
+                                                               side ("concatenated")
     python -m pipeline.evaluate emoji --embed-to FOLDER        its embeddings, as Parquet files (see `pipeline.inference.embed`)
     python -m pipeline.evaluate x.npy y.npy                    leave-one-out over [N, D] embeddings and [N] labels
     python -m pipeline.evaluate x.npy y.npy --gallery g.npy h.npy   queries against another set
@@ -57,7 +59,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", metavar="RUN | EMBEDDINGS.npy LABELS.npy")
+    parser.add_argument("inputs", nargs="+", metavar="RUN [RUN ...] | EMBEDDINGS.npy LABELS.npy")
     parser.add_argument(
         "--gallery", nargs=2, metavar=("EMBEDDINGS", "LABELS"), help="search here instead of leave-one-out"
     )
@@ -111,6 +113,9 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
         if options.embed_to:
             _embed(options)
             return 0
+        if len(options.inputs) > 1 and not _are_arrays(options.inputs):
+            _measure_runs(options)
+            return 0
         figures = _measure_run(options) if len(options.inputs) == 1 else _measure_arrays(options)
         if options.json:
             notes = {"partial": list(figures.partial)} if figures.partial else {}
@@ -148,10 +153,15 @@ def _write(path: str, data: bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def _are_arrays(inputs: list[str]) -> bool:
+    """True if one of several inputs is a file; runs are folders or names."""
+    return any(os.path.isfile(path) or path.endswith((".npy", ".npz")) for path in inputs)
+
+
 def _measure_arrays(options: argparse.Namespace) -> Figures:
     """Metrics of arrays in files."""
     if len(options.inputs) != 2:
-        raise UserError(f"got {len(options.inputs)} inputs, expected one run, or embeddings and labels")
+        raise UserError(f"got {len(options.inputs)} inputs, expected runs, or embeddings and labels")
     if options.checkpoint or options.save or options.split or options.data or options.workers is not None:
         raise UserError("--checkpoint, --save, --split, --data and --workers go with a run, not with arrays")
     # here and below: each kind of evaluation imports what it needs
@@ -208,6 +218,36 @@ def _measure_run(options: argparse.Namespace) -> Figures:
         found.result.metrics, found.result.retrieval, queries.labels, list(queries.class_names),
         ([found.title, *found.notes], [f"protocol: {found.protocol}"]), found.partial,
     )  # fmt: skip
+
+
+def _measure_runs(options: argparse.Namespace) -> None:
+    """Prints the figures of several runs on the test classes, and of their concatenated embeddings."""
+    for option in ("gallery", "split", "data", "distance", "per_class", "save", "workers"):
+        if getattr(options, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')} goes with one run, got {len(options.inputs)}")
+    from pipeline.runs.records import find_run
+
+    folders = [find_run(name) for name in options.inputs]  # before PyTorch is loaded
+    from pipeline.console import aligned
+    from pipeline.inference.ensemble import measure_runs
+    from pipeline.metric_names import COUNTS
+
+    found = measure_runs(
+        folders, checkpoint=options.checkpoint, recall_at=options.recall_at, clustering=options.clustering
+    )
+    _tell_partial(tuple(found.store.partial))
+    concatenated = found.result.metrics
+    if options.json:
+        each = [{"run": model.run.uri, "metrics": own} for model, own in zip(found.models, found.own, strict=True)]
+        _write(options.json, json.dumps({"concatenated": concatenated, "runs": each}, indent=1).encode())
+    names = [name for name in concatenated if name not in COUNTS]
+    rows = [("%", *names, "checkpoint")]
+    for name, model, own in zip(options.inputs, found.models, found.own, strict=True):
+        rows.append((name, *(f"{own[key]:.2f}" for key in names), model.title))
+    rows.append(("concatenated", *(f"{concatenated[key]:.2f}" for key in names), ""))
+    print(f"test classes of {found.store.title}, {concatenated['queries']:,} queries")
+    print("\n".join(aligned(rows)))
+    print(f"distance {found.models[0].config.evaluation.distance}")
 
 
 def _tell_partial(partial: tuple[str, ...]) -> None:

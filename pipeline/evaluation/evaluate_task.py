@@ -61,38 +61,36 @@ def evaluate(
     Raises:
         DivergedError: Embeddings are zero or not finite, or no query has a positive.
     """
-    ranks = embedder.ranks
     try:
-        queries, gallery, query_embeddings, gallery_embeddings = _embeddings(task, embedder, trunk, method)
-        if task.reid:
-            retrieval: Retrieval | ReidRetrieval = _match(
-                task, queries, gallery, query_embeddings, gallery_embeddings, ranks
-            )
-        else:
-            labels = torch.from_numpy(queries.labels)
-            local_retrieval = retrieve(
-                query_embeddings,
-                labels,
-                gallery=None if task.gallery is None else gallery_embeddings,
-                gallery_labels=None if task.gallery is None else torch.from_numpy(gallery.labels),
-                queries=ranks.slice(len(labels)),
-                distance=task.distance,
-            )
-            retrieval = Retrieval.concatenate(ranks.collect(local_retrieval))
-        metrics: dict[str, Any] = retrieval.summary(recall_at)
-        if cluster:
-            labels = torch.from_numpy(queries.labels)
-            metrics |= ranks.broadcast(clustering(query_embeddings, labels) if ranks.rank == 0 else None)
-    except ValueError as error:  # mostly embeddings that are not finite
-        raise DivergedError(f"the embeddings cannot be measured: {error}") from error
-    lengths = torch.cat([query_embeddings, gallery_embeddings]).norm(dim=1)
-    return EvaluationResult(metrics, retrieval, queries, gallery, bool(((lengths - 1).abs() < 1e-5).all()))
+        embedded = embed_task(task, embedder, trunk, method)
+    except ValueError as error:  # a tracklet whose mean is zero or not finite
+        raise _unmeasurable(error) from error
+    return measure_embeddings(task, embedded, embedder.ranks, recall_at, cluster)
 
 
-def _embeddings(
-    task: RetrievalTask, embedder: Embedder, trunk: Trunk, method: Method | None
-) -> tuple[Samples, Samples, Tensor, Tensor]:
-    """Queries and gallery, and the embeddings of both; images in both are embedded once."""
+@dataclass(frozen=True)
+class TaskEmbeddings:
+    """Embeddings of a task's images or tracklets; those in both queries and gallery stand there once.
+
+    Attributes:
+        queries, gallery: What is searched, and among what; tracklets are represented by their first frames.
+        rows: Embeddings [N, D], in the order of sample ids or of tracklets.
+        query_rows, gallery_rows: Their rows.
+    """
+
+    queries: Samples
+    gallery: Samples
+    rows: Tensor
+    query_rows: Tensor
+    gallery_rows: Tensor
+
+
+def embed_task(task: RetrievalTask, embedder: Embedder, trunk: Trunk, method: Method | None) -> TaskEmbeddings:
+    """Embeds the images of a task, each once.
+
+    Raises:
+        ValueError: The mean of a tracklet is zero or not finite.
+    """
     sides = [task.queries, task.queries if task.gallery is None else task.gallery]
     ids, first = np.unique(np.concatenate([side.ids for side in sides]), return_index=True)
     if task.queries.tracks is None:
@@ -105,8 +103,54 @@ def _embeddings(
             embeddings = method.refine_embeddings(embeddings)
     queries, gallery = (retrieval_units(side) for side in sides)
     rows = (np.searchsorted(keys, side.ids if side.tracks is None else side.tracks) for side in (queries, gallery))
-    query_embeddings, gallery_embeddings = (embeddings[torch.from_numpy(r).to(embeddings.device)] for r in rows)
-    return queries, gallery, query_embeddings, gallery_embeddings
+    query_rows, gallery_rows = (torch.from_numpy(r).to(embeddings.device) for r in rows)
+    return TaskEmbeddings(queries, gallery, embeddings, query_rows, gallery_rows)
+
+
+def measure_embeddings(
+    task: RetrievalTask, embedded: TaskEmbeddings, ranks: Ranks, recall_at: Sequence[int], cluster: bool = False
+) -> EvaluationResult:
+    """Measures retrieval with the embeddings of a task's images, which every rank has.
+
+    Args:
+        task: Queries, gallery and protocol.
+        embedded: The embeddings.
+        ranks: The ranks that share the queries.
+        recall_at: Every K of Recall@K, or of CMC@K.
+        cluster: Measure NMI and AMI as well (k-means over the queries' embeddings).
+
+    Raises:
+        DivergedError: Embeddings are zero or not finite, or no query has a positive.
+    """
+    queries, gallery = embedded.queries, embedded.gallery
+    query_embeddings, gallery_embeddings = embedded.rows[embedded.query_rows], embedded.rows[embedded.gallery_rows]
+    labels = torch.from_numpy(queries.labels)
+    try:
+        if task.reid:
+            retrieval: Retrieval | ReidRetrieval = _match(
+                task, queries, gallery, query_embeddings, gallery_embeddings, ranks
+            )
+        else:
+            local_retrieval = retrieve(
+                query_embeddings,
+                labels,
+                gallery=None if task.gallery is None else gallery_embeddings,
+                gallery_labels=None if task.gallery is None else torch.from_numpy(gallery.labels),
+                queries=ranks.slice(len(labels)),
+                distance=task.distance,
+            )
+            retrieval = Retrieval.concatenate(ranks.collect(local_retrieval))
+        metrics: dict[str, Any] = retrieval.summary(recall_at)
+        if cluster:
+            metrics |= ranks.broadcast(clustering(query_embeddings, labels) if ranks.rank == 0 else None)
+    except ValueError as error:  # mostly embeddings that are not finite
+        raise _unmeasurable(error) from error
+    lengths = torch.cat([query_embeddings, gallery_embeddings]).norm(dim=1)
+    return EvaluationResult(metrics, retrieval, queries, gallery, bool(((lengths - 1).abs() < 1e-5).all()))
+
+
+def _unmeasurable(error: ValueError) -> DivergedError:
+    return DivergedError(f"the embeddings cannot be measured: {error}")
 
 
 def _match(

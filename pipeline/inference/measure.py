@@ -105,7 +105,7 @@ def measure(
     if task.distance == "euclidean" and result.unit_length:
         notes.append("all embeddings have length one: Euclidean distance ranks them as cosine does")
     return Measurement(
-        result, queries, task.queries.labels, f"{what} of {store.title}, {_checkpoint(trained)}", tuple(notes), _protocol(config, store, trained),
+        result, queries, task.queries.labels, f"{what} of {store.title}, {trained.title}", tuple(notes), _protocol(config, store, trained),
         tuple(store.partial),
     )  # fmt: skip
 
@@ -122,10 +122,6 @@ def _task(config: Config, store: Store, split: Literal["test", "validation"]) ->
     if task is None:
         raise UserError(f"the run has no {split} images to evaluate in {store.folder}")
     return task, what
-
-
-def _checkpoint(trained: TrainedModel) -> str:
-    return f"{'best checkpoint' if trained.kind == 'best' else 'checkpoint'} of step {trained.step:,}"
 
 
 def _protocol(config: Config, store: Store, trained: TrainedModel) -> str:

@@ -40,6 +40,11 @@ class TrainedModel:
     kind: str
     step: int
 
+    @property
+    def title(self) -> str:
+        """The checkpoint in words."""
+        return f"{'best checkpoint' if self.kind == 'best' else 'checkpoint'} of step {self.step:,}"
+
     def store(self) -> Store:
         """Opens the dataset.
 

@@ -194,6 +194,7 @@ class SweepRun:
                 if time.monotonic() - written > HEARTBEAT_S:
                     written = time.monotonic()
                     write_state(self.folder.folder, "running", recorder.overview())
+        ray.kill(flag)  # Ray Tune keeps a handle of it
         self.signal = signals.received
         if recorder.error is not None:
             raise recorder.error

@@ -81,6 +81,7 @@ class TrialRecord:
         diverged: It failed because its runs cannot go on with this setting (a loss that is not finite); not tried again.
         started_at, ended_at: Seconds since 1970; ended_at is 0 while it runs.
         busy_s: Wall time in which it held its resources, all starts together.
+        host, pid: Where its process ran last.
         workers, cpus, gpus: Workers, and CPUs and GPUs that it held altogether.
         history: Population-based training: each change of the setting, {"images", "values", "copied_from"}.
     """
@@ -102,6 +103,8 @@ class TrialRecord:
     started_at: float = 0.0
     ended_at: float = 0.0
     busy_s: float = 0.0
+    host: str = ""
+    pid: int = 0
     workers: int = 1
     cpus: float = 1.0
     gpus: float = 0.0

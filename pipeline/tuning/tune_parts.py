@@ -102,6 +102,7 @@ class Recorder(NotSaved, tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
         record = self.record_of(trial)
+        record.host, record.pid = result["hostname"], result["pid"]
         record.runs = [RunProgress(**run) for run in result["runs"]]
         bests = [run.best.get(self.metric) for run in record.runs]
         if all(best is not None for best in bests):
@@ -167,5 +168,5 @@ def failure_of(trial: TuneTrial) -> str:
     with contextlib.suppress(OSError, TypeError):
         with open(trial.error_file) as file:
             lines = [line.strip() for line in file if line.strip()]
-        return lines[-1][:300]
+        return lines[-1].split(" Worker exit type:")[0][:300]
     return "its process or node was lost"

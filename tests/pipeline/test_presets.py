@@ -37,7 +37,8 @@ def test_there_is_one_for_each_paper_dataset_and_backbone_and_for_emoji() -> Non
     mmsi = {f"mmsi/{d}_bninception" for d in ("cub", "cars", "sop")}
     mmsi |= {f"mmsi/{d}_bninception_contrastive" for d in ("cub", "cars")}
     smart = {f"smart_mining/{d}_googlenet{profile}" for d in ("cub", "cars") for profile in ("", "_modern")}
-    assert set(PAPERS) == gca | intra | osm | mmsi | smart
+    baseline = {f"baseline/{d}_bninception" for d in ("cub", "cars", "sop", "inshop")}
+    assert set(PAPERS) == gca | intra | osm | mmsi | smart | baseline
     assert {f"{method}/emoji" for method in METHODS} <= set(preset_names())
 
 

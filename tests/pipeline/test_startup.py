@@ -42,7 +42,9 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         ("prepare", ["emojy"], "invalid choice: 'emojy'"),
         ("prepare", ["emoji", "--folds", "1"], "--folds has to be at least 2"),
         ("evaluate", ["--split", "x", "run"], "invalid choice: 'x'"),
-        ("evaluate", ["a", "b", "c"], "got 3 inputs"),
+        ("evaluate", ["a.npy", "b", "c"], "got 3 inputs"),
+        ("evaluate", ["a", "b", "c"], "'a' is neither a run folder nor a run"),
+        ("evaluate", ["a", "b", "--save", "x"], "--save goes with one run, got 2"),
         ("report", [], "the following arguments are required"),
     ],
 )

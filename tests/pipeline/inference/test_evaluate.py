@@ -106,7 +106,7 @@ def test_arrays_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) 
         np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
     p = {name: tmp_path / f"{name}.npy" for name in [*saved, "text"]}
     for arguments, says in (
-        ([x, y, y], "got 3 inputs, expected one run, or embeddings and labels"),
+        ([x, y, y], "got 3 inputs, expected runs, or embeddings and labels"),
         ([tmp_path / "no.npy", y], "no.npy cannot be read as a .npy array"),
         ([p["text"], y], "text.npy cannot be read as a .npy array"),
         ([x, p["object"]], "object.npy cannot be read as a .npy array"),
