@@ -142,7 +142,7 @@ def _plot(name: str, caption: str, figure: charts.Figure, figures: dict[str, cha
     """A place for a chart, and the chart among `figures`."""
     figures[name] = figure
     return (
-        f'<figure class="chart">\n<figcaption>{escape(caption)}</figcaption>\n<div class="plot" id="{name}" role="img" '
+        f'<figure class="chart">\n<figcaption>{escape(caption)}</figcaption>\n<div class="chart-area" id="{name}" role="img" '
         f'aria-label="{escape(caption)}" style="height:{figure["layout"]["height"]}px"></div>\n</figure>\n'
     )
 
