@@ -44,6 +44,7 @@ from pipeline.tuning.sweep_folder import (
     SWEEP,
     SweepFolder,
     TrialRecord,
+    read_state,
     sweep_folder,
     write_state,
 )
@@ -112,12 +113,15 @@ def run_sweep(
         if record.state == "running" and record.runs:
             run = Folder(sweep.root) / "runs" / record.runs[0].name
             record.values = present_setting(run) or record.values  # it may have copied another's just before the end
-    search = Search(sweep, records, again)
+    state = read_state(folder)
+    search = Search(sweep, records, again, state.hours if state is not None else 0.0)
     signal = None
-    if not search.finished() or missing_ensembles(sweep, folder, records):
+    trained = not search.finished() or bool(missing_ensembles(sweep, folder, records))
+    if trained:
         signal = train(sweep, sweep_records, search, stores, trainable)
     result = SweepResult(write_answer(sweep_records, sweep, records), records, signal)
-    write_state(folder, "stopped" if signal else "failed" if result.failed else "finished")
+    hours = search.hours if trained else state.hours if state is not None else 0.0
+    write_state(folder, "stopped" if signal else "failed" if result.failed else "finished", hours=hours)
     return result
 
 
@@ -199,7 +203,7 @@ class SweepRun:
                     on_stop()
                 if time.monotonic() - written > HEARTBEAT_S:
                     written = time.monotonic()
-                    write_state(self.folder.folder, "running", recorder.overview())
+                    write_state(self.folder.folder, "running", recorder.overview(), self.search.hours)
         ray.kill(status)  # Ray Tune keeps a handle of it
         self.signal = signals.received
         if recorder.error is not None:
