@@ -67,6 +67,13 @@ def methods(sweep: Snapshot) -> Rows:
     return rows
 
 
+def best_of_each(sweep: Snapshot) -> str:
+    """Score of the best trial of each method: "map@r 31.00 triplet, 20.25 contrastive"."""
+    best = ((best_trial(sweep.records, label), label) for label in sweep.methods)
+    found = ", ".join(f"{record.score:.2f} {label}" for record, label in best if record is not None)
+    return f"{sweep.metric} {found}" if found else ""
+
+
 def running(sweep: Snapshot) -> Rows:
     """A row a running trial."""
     rows: Rows = [("trial", "method", "done", "images", sweep.metric, "log")]
