@@ -107,7 +107,7 @@ def _header(sweep: SweepConfig, records: Sequence[TrialRecord], answer: Answer) 
     warnings = "".join(f"<li>{escape(text)}</li>" for text in answer.warnings)
     paper = f'<p class="warning">{escape(answer.notes[0])}</p>' if answer.protocol == "paper" else ""
     images, hours = sum(record.images for record in records), sum(record.busy_s for record in records) / 3600
-    progress = f" In progress: {answer.running} running." if answer.running else ""
+    progress = f" Not finished: {answer.running} (running, or interrupted)." if answer.running else ""
     return f"""<header>
 <p class="eyebrow">raydml · deep metric learning · sweep</p>
 <h1>{escape(sweep.name)}</h1>
