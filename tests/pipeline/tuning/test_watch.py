@@ -233,7 +233,7 @@ def test_each_change_is_a_line(sweep: Sweep) -> None:
     assert then(running(1, "b", 40.0, 1000)) == ["trial 1 (b) goes on, map@r 40.00, 1,000 images"]
     assert then(final(2, "b", 0, [30.0])) == [
         "trial 2 (b, final, seed 0) is started: lr=0.001",
-        "trial 2 (b, final) is finished, 2,000 images",
+        "trial 2 (b, final, seed 0) is finished, 2,000 images",
     ]
     before = reader.read()
     write_state(sweep.folder, "running")
