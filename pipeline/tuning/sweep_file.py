@@ -49,7 +49,7 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
     if isinstance(values.get("metric"), str):
         values["metric"] = metric_key(values["metric"])
     sweep = build_sweep(_with_flat_spaces(values))
-    methods = {label: _with_absolute_recipe(entry, file.parent) for label, entry in sweep.methods.items()}
+    methods = {label: _with_recipe(label, entry, file.parent) for label, entry in sweep.methods.items()}
     return sweep.model_copy(update={"methods": methods})
 
 
@@ -89,15 +89,9 @@ def method_values(sweep: SweepConfig, label: str) -> dict[str, Any]:
     """The recipe's values of one method, with the sweep's settings and then its own; not yet checked.
 
     Nested settings are merged as a file onto its preset, then dotted ones are set as by `--set`.
-
-    Raises:
-        UserError: There is no such recipe.
     """
     entry = sweep.methods[label]
-    try:
-        values = recipe_values(entry.recipe)
-    except UserError as error:
-        raise UserError(f"methods.{label}.recipe: {error}") from None
+    values = recipe_values(entry.recipe) if entry.values is None else entry.values
     return with_settings(with_settings(values, sweep.settings), entry.settings)
 
 
@@ -151,16 +145,10 @@ def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
 def _method_changes(old: SweepConfig, new: SweepConfig, label: str, allowed: _Changes, forbidden: _Changes) -> None:
     before, after = old.methods[label], new.methods[label]
     where = f"methods.{label}"
-    are_files = os.path.isabs(before.recipe) and os.path.isabs(
-        after.recipe
-    )  # which may lie elsewhere, on another machine
-    if before.recipe != after.recipe and not (
-        are_files and os.path.basename(before.recipe) == os.path.basename(after.recipe)
-    ):
-        forbidden[f"{where}.recipe"] = (before.recipe, after.recipe)
+    if before.recipe != after.recipe and not (os.path.isabs(before.recipe) and os.path.isabs(after.recipe)):
+        forbidden[f"{where}.recipe"] = (before.recipe, after.recipe)  # files may lie elsewhere, on another machine
         return
-    moved = old.model_copy(update={"methods": {label: before.model_copy(update={"recipe": after.recipe})}})
-    values = method_values(moved, label), method_values(new, label)
+    values = method_values(old, label), method_values(new, label)
     for is_runtime, out in ((False, forbidden), (True, allowed)):
         out |= {
             f"{where}.settings.{k}": v for k, v in changed_keys(*values, runtime=is_runtime).items() if k != "length"
@@ -191,13 +179,18 @@ def _with_flat_spaces(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _with_absolute_recipe(entry: MethodEntry, folder: Path) -> MethodEntry:
-    """The entry with the path of its recipe made absolute, from the sweep file's folder on."""
-    if entry.recipe in preset_names():
-        return entry
-    path = folder / os.path.expanduser(entry.recipe)
-    is_file = path.is_file() or entry.recipe.endswith((".yaml", ".yml"))
-    return entry.model_copy(update={"recipe": str(path.resolve())}) if is_file else entry
+def _with_recipe(label: str, entry: MethodEntry, folder: Path) -> MethodEntry:
+    """The entry with the content of its recipe: the trials' nodes may not have the file, and it may change between two starts."""
+    if entry.values is not None:
+        raise UserError(f"methods.{label}.values is filled in by the program: name a recipe, and set keys in settings")
+    recipe = entry.recipe
+    path = folder / os.path.expanduser(recipe)
+    if recipe not in preset_names() and (path.is_file() or recipe.endswith((".yaml", ".yml"))):
+        recipe = str(path.resolve())
+    try:
+        return entry.model_copy(update={"recipe": recipe, "values": recipe_values(recipe)})
+    except UserError as error:
+        raise UserError(f"methods.{label}.recipe: {error}") from None
 
 
 def _explain(problem: dict[str, Any], values: Mapping[str, Any]) -> str:
