@@ -29,6 +29,7 @@ from pipeline.storage import Folder
 from pipeline.storage.s3 import S3
 from pipeline.training.launch import run_in_process
 from tests.browser import screenshot
+from tests.cluster.nodes import wait_for
 from tests.cluster.test_ray import silent, tensors
 from tests.s3 import Proxy, s3_server
 from tests.stubs import tiny_values
