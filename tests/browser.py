@@ -145,7 +145,7 @@ class Browser:
         element = f"document.querySelector({json.dumps(selector)})"
         self.value(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
         self.wait_for(
-            f"!{element}.matches('.plot') || ({element}.dataset.drawn && {element}.querySelector('.main-svg'))"
+            f"!{element}.matches('.chart-area') || ({element}.dataset.drawn && {element}.querySelector('.main-svg'))"
         )
 
     def box(self, selector: str) -> tuple[float, float, float, float]:

@@ -13,8 +13,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.metric_names import COUNTS, metric_title
-from pipeline.tuning.statistics import FEW_SEEDS, Comparison, Estimate, best_method, compare_with_best, estimate
-from pipeline.tuning.sweep_folder import RunProgress, TrialRecord, best_trial
+from pipeline.tuning.statistics import (
+    COMPARISON,
+    FEW_SEEDS,
+    INTERVAL,
+    Comparison,
+    Estimate,
+    best_method,
+    compare_with_best,
+    estimate,
+)
+from pipeline.tuning.sweep_folder import RunProgress, TrialRecord, best_trial, final_trials
 
 if (
     TYPE_CHECKING
@@ -90,7 +99,7 @@ class Answer:
         name, protocol, metric: Those of the sweep.
         kind: The kind of figures that the methods are compared by (a key of TITLES).
         rows: One a method, the best first, those without figures last.
-        running: Trials that run now.
+        running: Trials that run now, or were interrupted.
         notes: How it was measured and what has not been measured, a sentence each.
         warnings: What makes the comparison weaker than it looks, a sentence each.
     """
@@ -161,10 +170,9 @@ def answer(sweep: SweepConfig, records: Sequence[TrialRecord], ensembles: Mappin
 
 
 def _choose(records: Sequence[TrialRecord], method: str) -> _Chosen:
-    trial = best_trial(records, method)
-    finals = [record for record in records if record.stage == "final" and record.method == method]
-    current = [record for record in finals if trial is None or record.values == trial.values]
-    return _Chosen(trial, current, len(finals) - len(current))
+    finals = final_trials(records, method)
+    num_finals = sum(record.stage == "final" and record.method == method for record in records)
+    return _Chosen(best_trial(records, method), finals, num_finals - len(finals))
 
 
 def _row(
@@ -274,12 +282,14 @@ def _notes(sweep: SweepConfig, result: Answer) -> list[str]:
             + (" yet" if sweep.final is not None else " (final: null)")
             + f": figures are {title} on validation classes, which also chose the settings, so they are too high."
         ]
-    notes.append(
-        "Intervals: 95 % Student t interval over seeds. Differences from the best method: paired by seed, Student t, p "
-        "corrected by Holm for the number of comparisons."
-    )
+    if any(e.low is not None for row in result.rows if (e := row.estimate(result.kind, sweep.metric))):
+        notes.append(f"Intervals: {INTERVAL}.")
+    if any(row.comparison for row in result.rows):
+        notes.append(f"Differences from the best method: {COMPARISON}.")
     if result.running:
-        notes.append(f"In progress: {result.running} trial{'s run' if result.running > 1 else ' runs'}.")
+        notes.append(
+            f"Not finished: {result.running} trial{'s' if result.running > 1 else ''} (running, or interrupted)."
+        )
     return notes
 
 
@@ -312,9 +322,9 @@ def _seed_warnings(sweep: SweepConfig, result: Answer) -> list[str]:
         warnings.append(f"methods have different numbers of seeds: {told}")
     fewest = min(counts.values(), default=FEW_SEEDS)
     if fewest == 1:
-        warnings.append("one seed: no interval, and no difference can be called real")
+        warnings.append("one seed: no interval" + (", and no difference can be called real" if len(counts) > 1 else ""))
     elif fewest < FEW_SEEDS:
-        warnings.append(f"{fewest} seeds: wide intervals, compare methods with {FEW_SEEDS} or more")
+        warnings.append(f"{fewest} seeds: wide intervals, compare with {FEW_SEEDS} or more")
     close = [row.method for row in result.rows if row.comparison and row.comparison.within_noise]
     if close:
         best = result.rows[0].method

@@ -105,17 +105,17 @@ def _leaderboard(answer: Answer) -> Table:
     table = _table(f"{answer.name}: {metric_title(answer.metric)} in %, {answer.protocol} protocol", answer.rows)
     for kind in kinds:
         table.add_column(_short_title(kind), justify="right", max_width=18)
-    for name in ("seeds", "difference", "won", "verdict"):
+    compared = ("difference", "won", "verdict") if len(answer.rows) > 1 else ()
+    for name in ("seeds", *compared):
         table.add_column(name, justify="left" if name == "verdict" else "right")
     for row in answer.rows:
         found, comparison = row.estimate(answer.kind, answer.metric), row.comparison
         cells = [short_estimate(row.estimate(kind, answer.metric)) for kind in kinds]
         cells.append(str(found.seeds) if found else "0")
-        cells.append(short_estimate(comparison.difference, signed=True) if comparison else "–")
-        cells.append(f"{comparison.won:.0%}" if comparison else "–")
-        table.add_row(*map(Text, [row.method, *cells, answer.verdict(row)]))
-    table.caption = Text(f"[…]: {INTERVAL}; difference from the best: {COMPARISON}")
-    table.caption_justify = "left"
+        if compared:
+            cells.append(short_estimate(comparison.difference, signed=True) if comparison else "–")
+            cells += [f"{comparison.won:.0%}" if comparison else "–", answer.verdict(row)]
+        table.add_row(*map(Text, [row.method, *cells]))
     return table
 
 

@@ -67,39 +67,46 @@ function themed(layout) {
   };
 }
 
-// The line of the trial below the pointer, drawn over the others.
+// The line of the trial below the pointer, drawn over the others; plotly would draw the whole chart again for it.
 function highlight(element, figure, point) {
-  const line = (figure.data[point.curveNumber]?.lines || [])[lineOf(figure.data[point.curveNumber], point.pointNumber)];
-  const empty = { x: [[]], y: [[]] };
-  Plotly.restyle(element, line ? { x: [line[1]], y: [line[2]] } : empty, [figure.data.length]);
+  element.querySelector(".over")?.remove();
+  const line = figure.data[point?.curveNumber]?.lines?.[lineOf(figure.data[point.curveNumber], point.pointNumber)];
+  if (!line) return;
+  const { xaxis, yaxis } = point;
+  const over = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  over.setAttribute("class", "over");
+  over.style.cssText = `left:${xaxis._offset}px; top:${yaxis._offset}px; width:${xaxis._length}px; height:${yaxis._length}px`;
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
+  path.setAttribute("points", line[1].map((x, i) => `${xaxis.d2p(x)},${yaxis.d2p(line[2][i])}`).join(" "));
+  over.append(path);
+  element.querySelector(".hoverlayer").closest("svg").before(over); // below the label
 }
 
 function lineOf(trace, point) {
   let start = 0;
-  return (trace?.lines || []).findIndex((line) => point < (start += line[1].length + 1));
+  return (trace.lines || []).findIndex((line) => point < (start += line[1].length + 1));
 }
 
 function draw(element) {
   const figure = data.figures[element.id];
   const hasLines = figure.data.some((trace) => trace.lines);
-  const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
-  const over = { type: "scatter", mode: "lines", x: [], y: [], hoverinfo: "skip", showlegend: false, line: { color: ink, width: 3 } };
   const config = {
     displayModeBar: figure.layout.height > 300 ? "hover" : false,
     displaylogo: false,
     responsive: true,
     modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
   };
-  Plotly.react(element, [...figure.data.map(expanded), ...(hasLines ? [over] : [])], themed(figure.layout), config);
+  Plotly.react(element, figure.data.map(expanded), themed(figure.layout), config);
   if (hasLines && !element.dataset.drawn) {
     element.on("plotly_hover", (event) => highlight(element, figure, event.points[0]));
-    element.on("plotly_unhover", () => highlight(element, figure, {}));
+    element.on("plotly_unhover", () => highlight(element, figure, null));
+    element.on("plotly_relayout", () => highlight(element, figure, null));
   }
   element.dataset.drawn = "yes";
 }
 
 function drawAll() {
-  for (const element of document.querySelectorAll(".plot")) if (element.dataset.drawn || element.offsetParent) draw(element);
+  for (const element of document.querySelectorAll(".chart-area")) if (element.dataset.drawn || element.offsetParent) draw(element);
 }
 
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => sortBy(button));
@@ -115,7 +122,7 @@ const seen = new IntersectionObserver(
   },
   { rootMargin: "400px" },
 );
-for (const element of document.querySelectorAll(".plot")) seen.observe(element);
-const redraw = () => document.querySelectorAll(".plot[data-drawn]").forEach(draw);
+for (const element of document.querySelectorAll(".chart-area")) seen.observe(element);
+const redraw = () => document.querySelectorAll(".chart-area[data-drawn]").forEach(draw);
 dark.addEventListener("change", redraw);
 window.addEventListener("beforeprint", drawAll);

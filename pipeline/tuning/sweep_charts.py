@@ -26,6 +26,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SHADES = (0.12, 0.2, 0.32, 0.5, 0.8)  # opacity of a trial's line, from the worst fifth to the best
 NOT_USED = -0.12  # height of keys that a setting does not have
 MAX_TITLE = 26  # characters of a key below its axis
+MANY_POINTS = 2000  # curves of more points together have no markers: each is a node of the page
 MAX_NAME = 40  # characters of a method's name beside an axis
 
 
@@ -154,6 +155,7 @@ def differences(answer: Answer) -> Figure | None:
 def curves(answer: Answer, records: Sequence[TrialRecord]) -> Figure | None:
     """The validation metric of every run by the images that it has trained on; None if there is none."""
     numbers, traces = colour_of(answer), []
+    num_points = sum(len(run.curve) for record in records for run in record.runs)
     chosen = {row.trial for row in answer.rows}
     for method, number in numbers.items():
         own = [record for record in records if record.method == method]
@@ -172,10 +174,11 @@ def curves(answer: Answer, records: Sequence[TrialRecord]) -> Figure | None:
             if not lines:
                 continue
             has_legend = is_chosen or not any(record.number in chosen for record in own)
+            mode = "lines+markers" if is_chosen or num_points <= MANY_POINTS else "lines"
             width, opacity = (3.0, 1.0) if is_chosen else (1.0, max(0.25, min(0.7, 12 / len(lines))))
             traces.append(
                 {
-                    "type": "scatter", "mode": "lines+markers", "lines": lines, "legendgroup": str(number), "connectgaps": False,
+                    "type": "scatter", "mode": mode, "lines": lines, "legendgroup": str(number), "connectgaps": False,
                     "name": _text(method), "showlegend": has_legend,
                     "line": {"width": width, "color": _colour(number), "dash": DASHES[number // len(COLOURS) % len(DASHES)]},
                     "marker": {"size": 5 if is_chosen else 3, "color": _colour(number)}, "opacity": opacity,

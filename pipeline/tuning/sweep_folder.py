@@ -242,11 +242,12 @@ class SweepState:
     state: State
     heartbeat: float
     message: str = ""
+    hours: float = 0.0
 
 
-def write_state(folder: Folder, state: State, message: str = "") -> None:
+def write_state(folder: Folder, state: State, message: str = "", hours: float = 0.0) -> None:
     """Writes whether a sweep runs, and with it a sign of life."""
-    folder.write_json(STATE, asdict(SweepState(state, time.time(), message)))
+    folder.write_json(STATE, asdict(SweepState(state, time.time(), message, hours)))
 
 
 def read_state(folder: Folder) -> SweepState | None:

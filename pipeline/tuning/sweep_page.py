@@ -107,7 +107,7 @@ def _header(sweep: SweepConfig, records: Sequence[TrialRecord], answer: Answer) 
     warnings = "".join(f"<li>{escape(text)}</li>" for text in answer.warnings)
     paper = f'<p class="warning">{escape(answer.notes[0])}</p>' if answer.protocol == "paper" else ""
     images, hours = sum(record.images for record in records), sum(record.busy_s for record in records) / 3600
-    progress = f" In progress: {answer.running} running." if answer.running else ""
+    progress = f" Not finished: {answer.running} (running, or interrupted)." if answer.running else ""
     return f"""<header>
 <p class="eyebrow">raydml · deep metric learning · sweep</p>
 <h1>{escape(sweep.name)}</h1>
@@ -142,7 +142,7 @@ def _plot(name: str, caption: str, figure: charts.Figure, figures: dict[str, cha
     """A place for a chart, and the chart among `figures`."""
     figures[name] = figure
     return (
-        f'<figure class="chart">\n<figcaption>{escape(caption)}</figcaption>\n<div class="plot" id="{name}" role="img" '
+        f'<figure class="chart">\n<figcaption>{escape(caption)}</figcaption>\n<div class="chart-area" id="{name}" role="img" '
         f'aria-label="{escape(caption)}" style="height:{figure["layout"]["height"]}px"></div>\n</figure>\n'
     )
 

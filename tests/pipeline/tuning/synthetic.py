@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from pipeline.tuning.sweep_config import FinalConfig, SweepConfig
-from pipeline.tuning.sweep_folder import RunProgress, State, TrialRecord
+from pipeline.tuning.sweep_folder import RunProgress, State, TrialRecord, best_trial
 
 METRICS = ("recall@1", "map@r")
 
@@ -37,16 +37,9 @@ def final(
         name = f"made_up-{number:05d}-{f'fold{fold}' if folds else 'all'}-seed{seed}"
         test = {"map@r": value, "recall@1": value + 30, "queries": 70.0}
         runs.append(RunProgress(name, fold if folds else None, seed, "finished", 2000, 20.0, test=test))
+    values: dict[str, Any] = {"starts": 1, "busy_s": 72.0, "gpus": 1.0}
     return TrialRecord(
-        number,
-        "final",
-        method,
-        {"method.optimizer.lr": lr},
-        state="finished",
-        runs=runs,
-        starts=1,
-        busy_s=72.0,
-        gpus=1.0,
+        number, "final", method, {"method.optimizer.lr": lr}, seed=seed, state="finished", runs=runs, **values
     )
 
 
@@ -96,8 +89,8 @@ def large_sweep(
         records.append(record)
     records[3].state, records[3].error, records[3].score = "failed", "out of memory on rank 0", None
     for method in methods:
-        own = [record for record in records if record.method == method and record.score is not None]
-        chosen = max(own, key=lambda record: record.score or 0)
+        chosen = best_trial(records, method)
+        assert chosen is not None
         for seed in range(5):
             record = final(len(records), method, seed, [(chosen.score or 0) - 5 + rng.gauss(0, 0.5)])
             record.values = chosen.values

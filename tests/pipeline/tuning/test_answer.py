@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.storage import Folder
-from pipeline.tuning.answer import BEST, CONCATENATED, LAST, TEST, VALIDATION, Answer, answer, chosen_trial
+from pipeline.tuning.answer import BEST, CONCATENATED, LAST, TEST, VALIDATION, Answer, answer
 from pipeline.tuning.leaderboard import leaderboard_csv, terminal_tables
 from pipeline.tuning.statistics import estimate
 from pipeline.tuning.sweep_config import SweepConfig
@@ -119,25 +119,9 @@ def test_nothing_done_yet(protocol: str) -> None:
         assert {result.verdict(row) for row in result.rows} == {"not measured"}
         assert [line["mean"] for line in lines_of(result)] == ["", ""]
         assert "made_up" in printed(result)
-    assert any("1 trial runs" in note for note in result.notes)
+    assert any("Not finished: 1 trial (running" in note for note in result.notes)
     assert not any("no trial has a score" in warning for warning in result.warnings)  # it runs
     assert any("a: no trial has a score" in warning for warning in answer(sweep, [], {}).warnings)
-
-
-def test_the_chosen_trial() -> None:
-    records = [
-        search(0, "a", None),
-        search(1, "a", 40.0),
-        search(2, "a", 40.0),
-        search(3, "a", 90.0, state="failed"),
-        search(4, "b", 80.0),
-        search(5, "a", float("nan")),
-        final(6, "a", 0, [99.0]),
-    ]
-    assert chosen_trial(records, "a") is records[1]
-    assert chosen_trial(records, "c") is None
-    records[2].state, records[2].score = "stopped", 41.0  # a stopped trial can be the best
-    assert chosen_trial(records, "a") is records[2]
 
 
 def test_final_runs_of_an_earlier_setting_are_left_out_and_told() -> None:
@@ -195,9 +179,18 @@ def test_tables_fit_100_columns_and_print_names_as_they_are() -> None:
     )
     text = printed(result, width=200)
     assert max(map(len, text.splitlines())) <= 100
-    assert "Student t interval over seeds" in text and "Holm" in text
+    assert any("Student t interval over seeds" in note for note in result.notes)
+    assert any("Holm" in note for note in result.notes)
     assert "[red]" in text and "31.0 [28.5, 33.5]" in text
     assert printed(result, width=100).split() == text.split()  # nothing is cut or wrapped for want of room
+
+
+def test_one_method_is_compared_with_none() -> None:
+    result = answer(make_sweep(("a",)), [search(0, "a", 40.0)], {})
+    text = printed(result)
+    assert "40.0" in text and "difference" not in text and "verdict" not in text
+    assert "one seed: no interval" in result.warnings
+    assert not [note for note in result.notes if "Differences" in note or "Intervals" in note]
 
 
 def test_written_into_the_sweeps_folder(tmp_path: Path) -> None:

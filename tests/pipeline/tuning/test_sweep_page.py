@@ -152,7 +152,7 @@ def test_figures_are_plotlys(page: Page) -> None:
     assert {"intervals", "differences", "learning-curves", "parallel-0", "parallel-1", "slice-0-0"} <= set(
         charts["figures"]
     )
-    places = {attrs["id"] for tag, attrs in page.tags if attrs.get("class") == "plot"}
+    places = {attrs["id"] for tag, attrs in page.tags if attrs.get("class") == "chart-area"}
     assert places == set(charts["figures"])
     for figure in charts["figures"].values():
         traces = [{key: value for key, value in trace.items() if key not in OWN_KEYS} for trace in figure["data"]]
@@ -230,7 +230,7 @@ def test_tables_can_be_read_aloud(page: Page) -> None:
     assert all("scope" in attrs for tag, attrs in page.tags if tag == "th")
     counts = {tag: sum(t == tag for t, _ in page.tags) for tag in ("table", "caption")}
     assert counts["table"] == counts["caption"] == 6
-    assert all(attrs.get("aria-label") for _, attrs in page.tags if attrs.get("class") == "plot")
+    assert all(attrs.get("aria-label") for _, attrs in page.tags if attrs.get("class") == "chart-area")
 
 
 def test_few_trials_have_no_importance(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_browser_finds_no_fault(tmp_path: Path, state: str) -> None:
         sweep, records = hostile_sweep()
     write(tmp_path, sweep, records)
     with Browser(tmp_path / "sweep.html", tmp_path / "profile") as browser:
-        for name in browser.value("[...document.querySelectorAll('.plot')].map((e) => '#' + e.id)"):
+        for name in browser.value("[...document.querySelectorAll('.chart-area')].map((e) => '#' + e.id)"):
             browser.show(name)
         assert browser.value("typeof hacked") == "undefined" and browser.value("document.images.length") == 0
         assert browser.problems == []
@@ -300,6 +300,10 @@ def test_a_reader_sorts_filters_and_points_at_curves(folder: Path, page: Page, t
         assert re.search(
             r"trial \d+, (triplet|proxy_anchor).*MAP@R .*method.optimizer.lr = .*after .*images", browser.value(label)
         )
+
+        number = int(re.findall(r"trial (\d+)", browser.value(label))[0])
+        marked = browser.value("document.querySelector('#learning-curves .over polyline').points.length")
+        assert marked == len(large_sweep(150)[1][number].runs[0].curve)  # its whole line is drawn over the others
 
         assert browser.problems == []
         assert [url for url in browser.requests if not url.startswith("data:")] == [(folder / "sweep.html").as_uri()]
