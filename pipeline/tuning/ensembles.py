@@ -23,7 +23,8 @@ def write_ensembles(
         console.print(f"{label}: measuring the concatenated embeddings of {len(names)} runs", highlight=False)
         held = trials[label].worker
         task = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0))(measure_ensemble)
-        metrics = ray.get(task.remote([Folder(sweep.root) / "runs" / name for name in names]))
+        folders = [Folder(sweep.root) / "runs" / name for name in names]
+        metrics = ray.get(task.remote(folders, threads=int(held["CPU"])))
         known = read_ensembles(folder)
         others = [entry for entry in known.get(label, []) if entry["seed"] != seed]
         folder.write_json(ENSEMBLES, known | {label: [*others, {"seed": seed, "runs": names, "metrics": metrics}]})
