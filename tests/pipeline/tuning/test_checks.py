@@ -198,3 +198,18 @@ def test_one_setting_is_a_sweep_of_one_trial(make: Make, tmp_path: Path, store: 
     }
     check_sweep(make(methods=methods, space={}, budget={"trials": 1}))
     check_sweep(make(methods=methods, space={}, budget={}, searcher={"name": "grid"}))
+
+
+def test_validations_too_rare_for_the_scheduler_are_told(make: Make) -> None:
+    def notes(*overrides: str) -> str:
+        with console.capture() as captured:
+            check_sweep(make(*overrides))
+        return " ".join(captured.get().split())
+
+    rare = "methods.triplet is validated every 2 epochs of 3 epochs: scheduler asha acts no earlier"
+    assert (
+        rare in notes("settings.evaluation.every=2 epochs")
+        and "evaluation.every shorter than 25% of the length" in notes()
+    )
+    assert "is validated every" not in notes("scheduler.grace=0.34")
+    assert "is validated every" not in notes("scheduler.name=none")
