@@ -179,7 +179,7 @@ def test_the_state_of_a_sweep(sweep: Sweep) -> None:
     found = read_state(sweep.folder)
     assert found is not None and (found.state, found.message) == ("stopped", "by SIGTERM")
     assert abs(found.heartbeat - time.time()) < 5
-    assert set(sweep.folder.read_json(STATE)) == {"state", "heartbeat", "message"}
+    assert set(sweep.folder.read_json(STATE)) == {"state", "heartbeat", "message", "hours"}
     for damaged in (b"{}", b"[]", b"", b'{"state": "no", "heartbeat": 1}', b'{"state": "failed", "heartbeat": "x"}'):
         sweep.folder.write(STATE, damaged)
         with pytest.raises(UserError, match=STATE):
@@ -232,8 +232,8 @@ def test_each_change_is_a_line(sweep: Sweep) -> None:
     ]
     assert then(running(1, "b", 40.0, 1000)) == ["trial 1 (b) goes on, map@r 40.00, 1,000 images"]
     assert then(final(2, "b", 0, [30.0])) == [
-        "trial 2 (b, final) is started: lr=0.001",
-        "trial 2 (b, final) is finished, 2,000 images",
+        "trial 2 (b, final, seed 0) is started: lr=0.001",
+        "trial 2 (b, final, seed 0) is finished, 2,000 images",
     ]
     before = reader.read()
     write_state(sweep.folder, "running")
