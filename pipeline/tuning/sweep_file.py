@@ -104,11 +104,10 @@ def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 def check_same_sweep(old: SweepConfig, new: SweepConfig) -> list[str]:
     """Compares with the sweep that a folder was started with; returns what has changed and may.
 
-    A sweep may grow: its budget and length, further methods and points, other final runs; and it may run elsewhere, with other
-    `runtime` keys.
+    A sweep may grow: its budget, further methods, more final seeds; and it may run elsewhere, with other `runtime` keys.
 
     Raises:
-        UserError: Anything else differs, or it would become shorter.
+        UserError: Anything else differs: trials of different lengths or spaces could not be compared.
     """
     allowed, forbidden = _changes(old, new)
     if forbidden:
@@ -131,7 +130,7 @@ def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
     methods = {"methods", "settings", "space", "name"}
     before, after = (sweep.model_dump(mode="json", exclude=methods) for sweep in (old, new))
     for key, values in changed_keys(before, after, runtime=False).items():
-        (allowed if key.split(".")[0] in MAY_CHANGE else forbidden)[key] = values
+        (allowed if _may_change(key, old, new) else forbidden)[key] = values
     for label in [*old.methods, *(label for label in new.methods if label not in old.methods)]:
         if label not in new.methods:
             forbidden[f"methods.{label}"] = ("compared", "left out")
@@ -142,6 +141,13 @@ def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
     return allowed, forbidden
 
 
+def _may_change(key: str, old: SweepConfig, new: SweepConfig) -> bool:
+    """True if a key of the sweep's own may change; final runs that are there stay, so that only seeds may be added."""
+    if key.split(".")[0] != "final" or old.final is None or new.final is None:
+        return key.split(".")[0] in MAY_CHANGE
+    return key == "final.seeds" and set(old.final.seeds) <= set(new.final.seeds)
+
+
 def _method_changes(old: SweepConfig, new: SweepConfig, label: str, allowed: _Changes, forbidden: _Changes) -> None:
     before, after = old.methods[label], new.methods[label]
     where = f"methods.{label}"
@@ -149,21 +155,21 @@ def _method_changes(old: SweepConfig, new: SweepConfig, label: str, allowed: _Ch
         forbidden[f"{where}.recipe"] = (before.recipe, after.recipe)  # files may lie elsewhere, on another machine
         return
     values = method_values(old, label), method_values(new, label)
-    for is_runtime, out in ((False, forbidden), (True, allowed)):
-        out |= {
-            f"{where}.settings.{k}": v for k, v in changed_keys(*values, runtime=is_runtime).items() if k != "length"
-        }
+    allowed |= {
+        f"{where}.settings.{key}": value
+        for key, value in changed_keys(*values, runtime=True).items()
+        if key != "length"
+    }
+    forbidden |= {f"{where}.settings.{key}": value for key, value in changed_keys(*values, runtime=False).items()}
     lengths = [Length.model_validate(v.get("length", Config.model_fields["length"].default)) for v in values]
     if lengths[0] != lengths[1]:
-        grows = lengths[0].unit == lengths[1].unit and lengths[1].value > lengths[0].value
-        (allowed if grows else forbidden)[f"{where}.settings.length"] = (str(lengths[0]), str(lengths[1]))
+        forbidden[f"{where}.settings.length"] = (str(lengths[0]), str(lengths[1]))
     spaces = old.space | before.space, new.space | after.space
     for key in dict.fromkeys([*spaces[0], *spaces[1]]):
         if spaces[0].get(key) != spaces[1].get(key) or (key in spaces[0]) != (key in spaces[1]):
             forbidden[f"{where}.space.{key}"] = (spaces[0].get(key), spaces[1].get(key))
     if before.points != after.points:
-        grows = after.points[: len(before.points)] == before.points
-        (allowed if grows else forbidden)[f"{where}.points"] = (len(before.points), len(after.points))
+        forbidden[f"{where}.points"] = (before.points, after.points)
 
 
 def _with_flat_spaces(values: Mapping[str, Any]) -> dict[str, Any]:
