@@ -16,7 +16,8 @@ from pipeline.data.store import Store
 from pipeline.storage import Folder
 from pipeline.storage.s3 import S3
 from pipeline.tuning.sweep_folder import SweepFolder, read_state, sweep_folder
-from tests.cluster.test_ray_commands import ROOT, ending, head, wait_for  # noqa: F401  # two are fixtures
+from tests.cluster.nodes import wait_for
+from tests.cluster.test_ray_commands import ROOT
 from tests.cluster.test_sweep import WHOLE, figures, settings
 from tests.pipeline.tuning.sweeps import tiny_sweep
 from tests.s3 import s3_server
@@ -29,7 +30,7 @@ def test_a_submitted_sweep_is_stopped_and_continues_from_object_storage_on_anoth
     store: Store,
     tmp_path: Path,
     head: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with s3_server() as endpoint:
         access = {
