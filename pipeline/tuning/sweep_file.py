@@ -104,7 +104,7 @@ def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 def check_same_sweep(old: SweepConfig, new: SweepConfig) -> list[str]:
     """Compares with the sweep that a folder was started with; returns what has changed and may.
 
-    A sweep may grow: its budget, further methods, more final seeds; and it may run elsewhere, with other `runtime` keys.
+    A sweep may grow: its budget, further methods and points, more final seeds; and it may run elsewhere, with other `runtime` keys.
 
     Raises:
         UserError: Anything else differs: trials of different lengths or spaces could not be compared.
@@ -169,7 +169,8 @@ def _method_changes(old: SweepConfig, new: SweepConfig, label: str, allowed: _Ch
         if spaces[0].get(key) != spaces[1].get(key) or (key in spaces[0]) != (key in spaces[1]):
             forbidden[f"{where}.space.{key}"] = (spaces[0].get(key), spaces[1].get(key))
     if before.points != after.points:
-        forbidden[f"{where}.points"] = (before.points, after.points)
+        grows = all(point in after.points for point in before.points)
+        (allowed if grows else forbidden)[f"{where}.points"] = (before.points, after.points)
 
 
 def _with_flat_spaces(values: Mapping[str, Any]) -> dict[str, Any]:

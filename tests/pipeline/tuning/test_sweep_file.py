@@ -139,6 +139,7 @@ def changed(sweep: SweepConfig, tmp_path: Path, overrides: list[str]) -> list[st
 def test_a_sweep_may_grow(sweep: SweepConfig, tmp_path: Path) -> None:
     assert changed(sweep, tmp_path, []) == []
     assert changed(sweep, tmp_path, ["budget.trials=50"]) == ["budget.trials: None -> 50"]
+    assert len(changed(sweep, tmp_path, ["methods.similarity.points=[{method.optimizer.lr: 1e-3}]"])) == 1
     assert changed(sweep, tmp_path, ["final.seeds=[4, 3, 2, 1, 0, 7]"])[0].startswith(
         "final.seeds: [0, 1, 2, 3, 4] -> "
     )
