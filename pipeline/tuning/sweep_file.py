@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from methods import plugins
 from methods.config import Length
 from pipeline.config import Config, changed_keys, name_for
 from pipeline.config_problems import explain
@@ -42,13 +43,15 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
     values = _with_flat_spaces({"name": file.stem} | values)
     for override in overrides:
         keys, value = parse_override(override)
-        depth = next((i + 1 for i in (0, 2) if len(keys) > i + 1 and keys[i] in _BY_KEY), len(keys))
-        values = assigned(values, [([*keys[:depth], ".".join(keys[depth:])] if depth < len(keys) else keys, value)])
+        at = {"methods": 2, "final": 1}.get(keys[0], 0)
+        is_dotted = len(keys) > at + 1 and keys[at] in _BY_KEY
+        values = assigned(values, [([*keys[: at + 1], ".".join(keys[at + 1 :])] if is_dotted else keys, value)])
     if str(values.get("protocol")).lower() == "paper":
         values.setdefault("final", None)  # every trial measures the test classes itself
     if isinstance(values.get("metric"), str):
         values["metric"] = metric_key(values["metric"])
     sweep = build_sweep(_with_flat_spaces(values))
+    plugins.add_folder(file.parent)  # modules of the user's own may lie beside the sweep file
     methods = {label: _with_recipe(label, entry, file.parent) for label, entry in sweep.methods.items()}
     return sweep.model_copy(update={"methods": methods})
 
@@ -211,7 +214,7 @@ def _explain(problem: dict[str, Any], values: Mapping[str, Any]) -> str:
             place = ".".join([*location[:-1], "settings"])
             return f"unknown key {'.'.join(location)!r}: keys of the recipe stand below {place}"
     if in_method:
-        entry: Any = values["methods"][location[1]]
+        entry: Any = {str(label): entry for label, entry in values["methods"].items()}[location[1]]
         inner = explain(
             {**problem, "loc": problem["loc"][2:]}, entry if isinstance(entry, Mapping) else {}, MethodEntry
         )

@@ -77,6 +77,7 @@ def test_set_changes_keys_of_the_sweep_and_of_the_recipe(tmp_path: Path) -> None
             "space.method.optimizer.lr={log_uniform: [1e-5, 1e-4]}",
             "methods.similarity.space.method.embedding_dim=[8, 16]",
             "name=other",
+            "final.settings.method.loss_args.margin=0.2",
         ],
     )
     assert sweep.name == "other" and sweep.budget.trials == 5
@@ -85,6 +86,7 @@ def test_set_changes_keys_of_the_sweep_and_of_the_recipe(tmp_path: Path) -> None
     assert values["method"]["loss"] == "TripletMarginLoss" and "loss_args" not in values["method"]
     assert sweep.space == {"method.optimizer.lr": {"log_uniform": [1e-5, 1e-4]}}
     assert sweep.methods["similarity"].space == {"method.embedding_dim": [8, 16]}
+    assert sweep.final is not None and sweep.final.settings == {"method.loss_args.margin": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,8 @@ def test_set_changes_keys_of_the_sweep_and_of_the_recipe(tmp_path: Path) -> None
             {"methods": {"a": {"length": "x"}}},
             "unknown key 'methods.a.length': keys of the recipe stand below methods.a",
         ),
+        ({"methods": {1: {"recpe": "x"}}}, "methods.1: unknown key 'recpe': did you mean 'recipe'?"),
+        ({"methods": ["a"]}, "methods: got ['a'], expected keys and values"),
         ({"methods": {}}, "methods: got {}"),
         ({"methods": {"a": None}}, "methods.a: got None, expected keys and values"),
         ({"searcher": {"name": "bayes"}}, "searcher.name: got 'bayes'"),
