@@ -231,4 +231,4 @@ def test_code_of_a_users_own_lies_beside_the_sweep_file(
     assert "Mine takes no argument 'margn'" in refusal(
         make(own, "methods.contrastive.space={method.loss_args.margn: [0, 1]}")
     )
-    assert plugins.folders()[-1] == str(tmp_path), "the trials' processes look there too"
+    assert str(tmp_path) in plugins.folders(), "the trials' processes look there too"
