@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from pipeline.console import console
+from pipeline.errors import RunError, UserError
 from pipeline.inference.ensemble import measure_ensemble
 from pipeline.storage import Folder
 from pipeline.tuning.resources import TrialResources
@@ -23,7 +24,12 @@ def write_ensembles(
         console.print(f"{label}: measuring the concatenated embeddings of {len(names)} runs", highlight=False)
         held = trials[label].worker
         task = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0))(measure_ensemble)
-        metrics = ray.get(task.remote([Folder(sweep.root) / "runs" / name for name in names]))
+        try:
+            metrics = ray.get(task.remote([Folder(sweep.root) / "runs" / name for name in names]))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, (RunError, UserError)):
+                raise error.cause from None
+            raise
         known = read_ensembles(folder)
         others = [entry for entry in known.get(label, []) if entry["seed"] != seed]
         folder.write_json(ENSEMBLES, known | {label: [*others, {"seed": seed, "runs": names, "metrics": metrics}]})

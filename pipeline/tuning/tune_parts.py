@@ -76,6 +76,7 @@ class Recorder(NotSaved, tune.Callback):
 
     Attributes:
         error: Why nothing can be recorded any more.
+        ended: Number of trials that have ended in this start.
     """
 
     def __init__(self, folder: SweepFolder, search: Search, metric: str, trials: Mapping[str, TrialResources]) -> None:
@@ -84,6 +85,7 @@ class Recorder(NotSaved, tune.Callback):
         self.metric = metric
         self.trials = trials
         self.error: RunError | None = None
+        self.ended = 0
         self._since: dict[int, float] = {}  # when a trial's process started, by number
 
     def record_of(self, trial: TuneTrial) -> TrialRecord:
@@ -139,6 +141,7 @@ class Recorder(NotSaved, tune.Callback):
             run.state = state if run.state == "running" else run.state
         self._add_time(record)
         self._write(record)
+        self.ended += 1
         score = "" if record.score is None else f", {self.metric} {record.score:.2f}"
         stage = " final" if record.stage == "final" else ""
         self._say(
