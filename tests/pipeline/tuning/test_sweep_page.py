@@ -240,6 +240,16 @@ def test_few_trials_have_no_importance(tmp_path: Path) -> None:
     )
 
 
+def test_figures_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    """A run that diverges can leave them; JSON has no word for them."""
+    records = [search(0, "a", 40.0), search(1, "a", float("nan"), lr=2e-3), search(2, "a", 41.0, lr=5e-3)]
+    records[1].runs[0].curve = [{"images": 10, "map@r": 3.0}, {"images": 20, "map@r": float("nan")}]
+    page, _ = write(tmp_path, make_sweep(("a",)), records)
+    figures = page.charts["figures"]
+    assert figures["slice-0-0"]["data"][0]["trials"] == [0, 2]
+    assert figures["learning-curves"]["data"][0]["lines"] == [[1, [10], [3.0]]]
+
+
 def test_paper_protocol(tmp_path: Path) -> None:
     records = [search(0, "a", 40.0), search(1, "b", 42.0)]
     page, _ = write(tmp_path, make_sweep(protocol="paper", final=None), records)
