@@ -19,9 +19,13 @@ COMMANDS = {  # name: module, purpose
     "train": ("pipeline.train", "one run, from a dataset to a report"),
     "prepare": ("pipeline.prepare", "write a dataset as a store"),
     "tune": ("pipeline.tune", "a search over methods and hyper-parameters, and its answer"),
+    "watch": ("pipeline.watch", "a sweep while it runs, from another shell or machine"),
     "evaluate": ("pipeline.evaluate", "exact retrieval metrics of a run or of arrays; embeddings of a run's images"),
     "report": ("pipeline.report", "write report.html of a finished run"),
-    "list": ("pipeline.show_list", "names of presets, runs, datasets, methods, losses, miners or backbones"),
+    "list": (
+        "pipeline.show_list",
+        "names of presets, runs, sweeps, sweep files, datasets, methods, losses, miners or backbones",
+    ),
     "config": ("pipeline.show_config", "a recipe with all keys, values and meanings; the JSON Schema of recipes"),
     "compare": ("pipeline.compare", "settings, figures and protocols of several runs, side by side"),
 }

@@ -43,6 +43,32 @@ def runs(storage: Folder) -> Rows:
     return rows
 
 
+def sweeps(storage: Folder) -> Rows:
+    """Sweeps below the storage: state, methods, trials, and the best trial of each method."""
+    from pipeline.tuning.sweep_folder import sweep_folder, sweep_names
+    from pipeline.tuning.watch import SweepReader
+    from pipeline.tuning.watch_text import best_of_each, counts
+
+    rows: Rows = []
+    for name in sweep_names(storage):
+        try:
+            sweep = SweepReader(sweep_folder(storage.uri, name)).read()
+        except UserError as error:
+            rows.append((name, str(error)))
+        else:
+            state = "not started" if sweep.state is None else "silent" if sweep.silent_s else sweep.state.state
+            trials = f"{len(sweep.records):,} trials{counts(sweep.records)}"
+            rows.append((name, state, trials, best_of_each(sweep)))
+    return rows
+
+
+def tune_configs(storage: Folder) -> Rows:
+    """Sweep files that come with the program, with the title that each begins with."""
+    from pipeline.tuning.shipped import sweep_file_names, sweep_file_title
+
+    return [(name, sweep_file_title(name)) for name in sweep_file_names()]
+
+
 def datasets(storage: Folder) -> Rows:
     """Prepared datasets below the storage: images and classes of their splits."""
     from pipeline.data.find_store import MANIFEST, dataset_names
@@ -85,7 +111,7 @@ def backbones(storage: Folder) -> Rows:
 
 
 KINDS: dict[str, Callable[[Folder], Rows]] = {
-    f.__name__: f for f in (presets, runs, datasets, methods, losses, miners, backbones)
+    f.__name__: f for f in (presets, runs, sweeps, tune_configs, datasets, methods, losses, miners, backbones)
 }
 
 
@@ -101,7 +127,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     parser.add_argument("kind", choices=tuple(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="only names that match")
-    parser.add_argument("--storage", help="of runs and datasets (default: $RAYDML_HOME, else ~/raydml)")
+    parser.add_argument("--storage", help="of runs, sweeps and datasets (default: $RAYDML_HOME, else ~/raydml)")
     return parser
 
 

@@ -20,7 +20,17 @@ from pipeline.data.store import Store
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parent.parent
-CARRIED = ("pyproject.toml", "README.md", "LICENSE", "methods", "pipeline", "tests", "benchmarks", "tools")
+CARRIED = (
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "methods",
+    "pipeline",
+    "tune_configs",
+    "tests",
+    "benchmarks",
+    "tools",
+)
 TRAIN = """
 import sys, methods, pipeline
 print(methods.__file__, pipeline.__file__, sep="\\n", flush=True)
@@ -73,8 +83,10 @@ def install(wheel: Path, folder: Path) -> Path:
 def check_contents(wheel: Path) -> None:
     """What the packages need at run time is in the wheel, and nothing else of the tree."""
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"methods", "pipeline"}
-    wanted = [p for package in ("methods", "pipeline") for p in (ROOT / package).rglob("*") if p.is_file()]
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"methods", "pipeline", "tune_configs"}
+    wanted = [
+        p for package in ("methods", "pipeline", "tune_configs") for p in (ROOT / package).rglob("*") if p.is_file()
+    ]
     missing = {str(p.relative_to(ROOT)) for p in wanted if "__pycache__" not in p.parts} - names
     assert not missing, missing
     assert {"methods/py.typed", "pipeline/py.typed"} <= names

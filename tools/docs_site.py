@@ -4,6 +4,7 @@ A page may hold these markers, each on a line or in a sentence of its own:
 
     <!-- config: all -->        every key of a recipe, a section each; `shared`: those of all methods; NAME: those of a method
     <!-- presets: all -->       the names of all presets; NAME: those of a method
+    <!-- sweep: all -->         every key of a sweep file, a section each; `shipped`: the sweep files of the program
 
 The pages of the API reference are made from docs/reference/modules.yaml.
 """
@@ -34,9 +35,12 @@ sys.path.insert(0, str(ROOT))  # this tree, whatever is installed
 from methods import METHODS, MethodConfig  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from pipeline.recipes import preset_names  # noqa: E402
+from pipeline.tuning.shipped import sweep_file_names, sweep_file_title  # noqa: E402
+from pipeline.tuning.sweep_config import MethodEntry, SweepConfig  # noqa: E402
+from pipeline.tuning.sweep_file import MAY_CHANGE  # noqa: E402
 
 MODULES = ROOT / "docs" / "reference" / "modules.yaml"
-MARKER = re.compile(r"<!-- (config|presets): (\w+) -->")
+MARKER = re.compile(r"<!-- (config|presets|sweep): (\w+) -->")
 HEAD = "| key | values | default | meaning | may change |\n|---|---|---|---|---|\n"
 
 
@@ -50,7 +54,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Puts tables in the place of the markers."""
-    return MARKER.sub(lambda found: {"config": config_tables, "presets": preset_list}[found[1]](found[2]), markdown)
+    tables = {"config": config_tables, "presets": preset_list, "sweep": sweep_tables}
+    return MARKER.sub(lambda found: tables[found[1]](found[2]), markdown)
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -98,6 +103,22 @@ def config_tables(which: str) -> str:
         if section is not None and name not in ("method", "length"):
             title = (section.__doc__ or "").strip().splitlines()[0]
             mine = (key for key in keys(Config) if key.name.startswith(f"{name}."))
+            out.append(f"## {name}\n\n{title}\n\n{table(mine)}")
+    return "\n\n".join(out)
+
+
+def sweep_tables(which: str) -> str:
+    """Markdown tables of the keys of sweep files ("all"), or the list of the shipped ones."""
+    if which == "shipped":
+        return "\n".join(f"- `{name}`: {sweep_file_title(name)}" for name in sweep_file_names())
+    every = [Key(key.name, key.field, key.name.split(".")[0] in MAY_CHANGE) for key in keys(SweepConfig)]
+    out = ["## The sweep\n\n" + table(key for key in every if "." not in key.name)]
+    out.append("## methods\n\n" + table(keys(MethodEntry, "methods.LABEL.")))
+    for name, field in SweepConfig.model_fields.items():
+        section = inner_model(field.annotation)
+        if section is not None:
+            title = (section.__doc__ or "").strip().splitlines()[0]
+            mine = (key for key in every if key.name.startswith(f"{name}."))
             out.append(f"## {name}\n\n{title}\n\n{table(mine)}")
     return "\n\n".join(out)
 
@@ -165,6 +186,8 @@ def default(field: FieldInfo) -> str:
         return "required"
     if value is None:
         return "null"
+    if isinstance(value, BaseModel) and not is_length(type(value)):
+        return "see below"
     if isinstance(value, tuple):
         value = [str(v) if isinstance(v, BaseModel) else round(v, 3) if isinstance(v, float) else v for v in value]
     return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value != "" else ""

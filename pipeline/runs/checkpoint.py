@@ -206,8 +206,15 @@ class Checkpoints:
         trunk: nn.Module,
         method: nn.Module | None,
         optimizers: Mapping[str, Optimizer] | None = None,
+        saved_options: bool = True,
     ) -> Plan | None:
         """Puts a checkpoint's tensors into place; returns its stored plan.
+
+        Args:
+            kind, step: "checkpoints" or "best", and the step.
+            trunk, method, optimizers: What is loaded into.
+            saved_options: The optimizers' learning rates and other options are the saved ones too; False: they stay as
+                configured, for a checkpoint of a run with another setting.
 
         Raises:
             UserError: A file is damaged (named), or the tensors do not fit.
@@ -239,7 +246,10 @@ class Checkpoints:
                 f"{self.run}/{base} contains objects other than tensors ({one_line(error)}): remove {base}"
             ) from error
         for name, optimizer in optimizers.items():
+            options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.inner.param_groups]
             optimizer.inner.load_state_dict(state["optimizers"][name])
+            for group, configured in zip(optimizer.inner.param_groups, options, strict=True):
+                group.update({} if saved_options else configured)
         return plan
 
 

@@ -69,6 +69,9 @@ def step_of(name: str) -> int | None:
 
 
 def read_changes(run: Folder) -> list[dict[str, Any]]:
-    """Changes of runtime keys between starts of a run: {"step": ..., "changes": ["key: old -> new", ...]}."""
+    """Changes of runtime keys between starts of a run: {"step": ..., "changes": ["key: old -> new", ...]}.
+
+    Population-based training changes other keys too; such a line has "copied_from_trial".
+    """
     text = run.read(CHANGES).decode() if run.exists(CHANGES) else ""
     return [json.loads(line) for line in text.splitlines()]

@@ -60,7 +60,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json; metrics in percent, `seconds` spent in training steps."""
     changed_keys = {change.split(":")[0] for line in changes for change in line["changes"]}
-    affecting = sorted(changed_keys & set(RESULT_KEYS))
+    copied = {change.split(":")[0] for line in changes if "copied_from_trial" in line for change in line["changes"]}
+    affecting = sorted((changed_keys & set(RESULT_KEYS)) | copied)
     asynchronous = config.method.mining is not None and config.mining.consistency == "async"
     return {
         "name": config.name,

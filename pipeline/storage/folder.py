@@ -17,7 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -28,6 +28,25 @@ _NO_ROOM = {
     errno.EDQUOT: "your share of the disk is used up",
     errno.EFBIG: "it is larger than a file may be here",
 }
+
+
+class FileVersion(NamedTuple):
+    """A file as it was written once; another one after it was written again.
+
+    Attributes:
+        written: When, seconds since 1970; object storage knows whole seconds.
+        tag: Tells files apart that were written in the same second.
+    """
+
+    written: float
+    tag: str
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> FileVersion:
+        """The version in an entry of a listing by fsspec: of a local file, or of an object in object storage."""
+        if "mtime" in entry:
+            return cls(float(entry["mtime"]), str(entry["ino"]))
+        return cls(entry["LastModified"].timestamp(), str(entry["ETag"]))
 
 
 class Folder:
@@ -107,6 +126,14 @@ class Folder:
         except FileNotFoundError:
             return {}
         return {posixpath.basename(e["name"]): int(e["size"]) for e in entries if e["type"] == "file"}
+
+    def versions(self, name: str) -> dict[str, FileVersion]:
+        """When each file of a subfolder was written, by name, from one listing; empty if there is none."""
+        try:
+            entries = self.fs.ls(self.path(name), detail=True)
+        except FileNotFoundError:
+            return {}
+        return {posixpath.basename(e["name"]): FileVersion.of(e) for e in entries if e["type"] == "file"}
 
     def read(self, name: str) -> bytes:
         return bytes(self.fs.cat_file(self.path(name)))

@@ -26,7 +26,7 @@ from pipeline.errors import RunError
 from pipeline.evaluation.build import build_embedder, build_network, num_classes
 from pipeline.mining.transport import Transport
 from pipeline.runs.checkpoint import Checkpoints, TrainingState
-from pipeline.runs.run_folder import run_folder
+from pipeline.runs.run_folder import read_changes, run_folder
 from pipeline.runs.tracking import Tracker
 from pipeline.storage import Folder
 from pipeline.training.batches import PlannedBatches
@@ -133,8 +133,9 @@ class Worker:
             return
         step = steps[-1]
         self.progress = self.checkpoints.progress("checkpoints", step)
+        copied = any("copied_from_trial" in line and line["step"] == step for line in read_changes(self.run))
         self.batches.stored = self.checkpoints.load(
-            "checkpoints", step, self.trunk, self.method, self.context.optimizers
+            "checkpoints", step, self.trunk, self.method, self.context.optimizers, saved_options=not copied
         )
         if self.ranks.rank == 0 and step:
             self.status.add_message(f"resumed at step {step} (epoch {self.progress.epoch + 1})")

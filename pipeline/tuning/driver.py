@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.console import console
 from pipeline.data.store import Store
 from pipeline.distributed.ray_session import check_visible, on_cluster, ray_session
+from pipeline.distributed.run_status import RunStatus
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder
 from pipeline.training.checks import check_machine
@@ -31,6 +32,7 @@ from pipeline.training.start import must_prepare, prepare_demo
 from pipeline.tuning.answer import Answer
 from pipeline.tuning.checks import check_sweep
 from pipeline.tuning.ensembles import missing_ensembles, write_ensembles
+from pipeline.tuning.population import KEEP, present_setting
 from pipeline.tuning.resources import TrialResources, local_cpus, trial_resources, trials_here, trials_on_cluster
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.schedulers import MethodSchedulers
@@ -42,10 +44,11 @@ from pipeline.tuning.sweep_folder import (
     SWEEP,
     SweepFolder,
     TrialRecord,
+    read_state,
     sweep_folder,
     write_state,
 )
-from pipeline.tuning.trial import StopFlag, Trial
+from pipeline.tuning.trial import Trial
 from pipeline.tuning.tune_parts import Recorder, StopWhen, SweepSearcher
 from pipeline.tuning.write_answer import write_answer
 
@@ -106,12 +109,19 @@ def run_sweep(
         for change in check_same_sweep(read_sweep(folder), sweep):
             console.print(f"changed: {change}", highlight=False)
     check_again(records, again)
-    search = Search(sweep, records, again)
+    for record in records if sweep.scheduler.name == "pbt" else ():
+        if record.state == "running" and record.runs:
+            run = Folder(sweep.root) / "runs" / record.runs[0].name
+            record.values = present_setting(run) or record.values  # it may have copied another's just before the end
+    state = read_state(folder)
+    search = Search(sweep, records, again, state.hours if state is not None else 0.0)
     signal = None
-    if not search.finished() or missing_ensembles(sweep, folder, records):
+    trained = not search.finished() or bool(missing_ensembles(sweep, folder, records))
+    if trained:
         signal = train(sweep, sweep_records, search, stores, trainable)
     result = SweepResult(write_answer(sweep_records, sweep, records), records, signal)
-    write_state(folder, "running" if signal else "failed" if result.failed else "finished")
+    hours = search.hours if trained else state.hours if state is not None else 0.0
+    write_state(folder, "stopped" if signal else "failed" if result.failed else "finished", hours=hours)
     return result
 
 
@@ -166,7 +176,7 @@ class SweepRun:
         Raises:
             RunError: Another process has taken over the sweep, or Ray Tune failed.
         """
-        flag: Any = ray.remote(num_cpus=0)(StopFlag).remote()  # type: ignore[attr-defined]  # of the options' overload
+        status: Any = ray.remote(num_cpus=0)(RunStatus).remote()  # type: ignore[attr-defined]  # of the options' overload
         stop = threading.Event()
         recorder = Recorder(self.folder, self.search, self.sweep.metric, self.trials)
         errors: list[BaseException] = []
@@ -174,14 +184,14 @@ class SweepRun:
         def fit() -> None:
             try:
                 self._tuner(
-                    stores, trainable, flag, recorder, lambda: stop.is_set() or recorder.error is not None
+                    stores, trainable, status, recorder, lambda: stop.is_set() or recorder.error is not None
                 ).fit()
             except BaseException as error:
                 errors.append(error)
 
         def on_stop() -> None:
             stop.set()
-            flag.set.remote()
+            status.stop.remote()
 
         thread = threading.Thread(target=fit, daemon=True, name="tune")
         with StopSignals(on_stop) as signals:
@@ -193,8 +203,8 @@ class SweepRun:
                     on_stop()
                 if time.monotonic() - written > HEARTBEAT_S:
                     written = time.monotonic()
-                    write_state(self.folder.folder, "running", recorder.overview())
-        ray.kill(flag)  # Ray Tune keeps a handle of it
+                    write_state(self.folder.folder, "running", recorder.overview(), self.search.hours)
+        ray.kill(status)  # Ray Tune keeps a handle of it
         self.signal = signals.received
         if recorder.error is not None:
             raise recorder.error
@@ -202,13 +212,14 @@ class SweepRun:
             raise RunError(f"Ray Tune failed: {errors[0]}") from errors[0]
 
     def _tuner(
-        self, stores: dict[str, str], trainable: type[Trial], flag: Any, recorder: Recorder, stop: Callable[[], bool]
+        self, stores: dict[str, str], trainable: type[Trial], status: Any, recorder: Recorder, stop: Callable[[], bool]
     ) -> tune.Tuner:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what happens is told by the recorder
         os.environ.update(_TUNE_ENVIRONMENT, TUNE_MAX_PENDING_TRIALS_PG=str(self.at_once))
-        parameters = {"sweep": self.sweep.model_dump(mode="json"), "stores": stores, "stop_flag": flag}
+        parameters = {"sweep": self.sweep.model_dump(mode="json"), "stores": stores, "status": status}
         bundles = {label: tune.PlacementGroupFactory([trial.bundle]) for label, trial in self.trials.items()}
         place = self.folder.folder / "tune"
+        place.remove()  # of an earlier start
         return tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(trainable, **parameters), lambda config: bundles[config["method"]]
@@ -216,7 +227,9 @@ class SweepRun:
             param_space={"method": next(iter(bundles))},
             tune_config=tune.TuneConfig(
                 num_samples=-1,
-                search_alg=SweepSearcher(self.search, self.at_once),
+                search_alg=SweepSearcher(
+                    self.search, self.at_once if self.sweep.scheduler.name != "pbt" else sys.maxsize
+                ),
                 scheduler=MethodSchedulers(self.sweep, self.search.records),
                 reuse_actors=all(trial.in_process for trial in self.trials.values()),
             ),
@@ -225,6 +238,7 @@ class SweepRun:
                 storage_path=place.path(),
                 storage_filesystem=None if place.is_local else PyFileSystem(FSSpecHandler(place.fs)),
                 failure_config=tune.FailureConfig(max_failures=self.sweep.retries),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=KEEP),  # for population-based training alone
                 stop=StopWhen(stop),
                 callbacks=[recorder],
                 verbose=0,

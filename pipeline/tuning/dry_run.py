@@ -197,9 +197,9 @@ def _known_speed(sweep: SweepConfig, configs: dict[str, Config], stores: dict[st
 
 def _table(sweep: SweepConfig, plan: DryRun) -> Table:
     table = Table(title=f"sweep {sweep.name}, {sweep.protocol} protocol", title_justify="left")
-    for title in ("method", "stage"):
-        table.add_column(title)
-    for title in ("settings", "trials", "runs", "images a trial", "images"):
+    table.add_column("method", overflow="fold", min_width=min(24, max(len(label) for label in sweep.methods)))
+    table.add_column("stage")
+    for title in ("settings", "trials", "runs", "images/trial", "images"):
         table.add_column(title, justify="right")
     for work in plan.work:
         settings = "" if work.stage == "final" else "continuous" if work.settings is None else f"{work.settings:,}"

@@ -6,6 +6,7 @@ Time is the share of a trial's length in percent, which is the share of its imag
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,14 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from pipeline.tuning.sweep_config import SchedulerConfig, SweepConfig
+from pipeline.tuning.population import Population
+from pipeline.tuning.space import Space
+from pipeline.tuning.sweep_config import SweepConfig
 from pipeline.tuning.sweep_folder import TrialRecord
 
 TIME = "progress"  # percent of the trial's length
 SCORE = "score"
+LATEST = "latest"  # the metric at the last validation
 NEVER = float("inf")
 END = 99.9  # percent; nothing is decided at the end itself
 
@@ -44,10 +48,14 @@ class MethodSchedulers(FIFOScheduler):
 
     def __init__(self, sweep: SweepConfig, records: Sequence[TrialRecord]) -> None:
         super().__init__()
-        self.by_method = {label: build_scheduler(sweep.scheduler) for label in sweep.methods}
+        self.by_method = {label: build_scheduler(sweep, label) for label in sweep.methods}
         for record in records:
-            if record.stage == "search" and record.method in self.by_method:
+            if record.stage == "search" and record.method in self.by_method and not self.populations:
                 self._replay(self.by_method[record.method], record, sweep.metric)
+
+    @property
+    def populations(self) -> dict[str, Population]:
+        return {label: one for label, one in self.by_method.items() if isinstance(one, Population)}
 
     def _replay(self, scheduler: TrialScheduler, record: TrialRecord, metric: str) -> None:
         stand = _Stand(str(record.number))
@@ -59,7 +67,8 @@ class MethodSchedulers(FIFOScheduler):
         config = trial.config
         if not config["scheduled"]:
             return None
-        return self.by_method[config["method"]], _Stand(str(config["number"]))
+        scheduler = self.by_method[config["method"]]
+        return scheduler, trial if isinstance(scheduler, Population) else _Stand(str(config["number"]))
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         found = self._scheduler(trial)
@@ -70,14 +79,56 @@ class MethodSchedulers(FIFOScheduler):
         found = self._scheduler(trial)
         if found is None or result.get("done") or result.get(SCORE) is None:
             return TrialScheduler.CONTINUE
-        return found[0].on_trial_result(tune_controller, found[1], result)
+        scheduler, trial_or_stand = found
+        return scheduler.on_trial_result(self._view(tune_controller, trial), trial_or_stand, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        for label, population in self.populations.items():
+            if trial.config["scheduled"] and trial.config["method"] == label:
+                population.on_trial_complete(tune_controller, trial, result)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        for label, population in self.populations.items():
+            members: Any = _Members(tune_controller, label)
+            trial = population.choose_trial_to_run(members)
+            if trial is not None:
+                return trial
+        return super().choose_trial_to_run(tune_controller)
+
+    def _view(self, tune_controller: Any, trial: Trial) -> Any:
+        return _Members(tune_controller, trial.config["method"]) if self.populations else tune_controller
 
     def debug_string(self) -> str:
         return "; ".join(f"{label}: {scheduler.debug_string()}" for label, scheduler in self.by_method.items())
 
 
-def build_scheduler(config: SchedulerConfig) -> TrialScheduler:
+class _Members:
+    """Ray Tune's controller as one method's population sees it: with that method's trials alone."""
+
+    def __init__(self, controller: Any, method: str) -> None:
+        self._controller = controller
+        self._method = method
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._controller, name)
+
+    def get_trials(self) -> list[Trial]:
+        return self._own(self._controller.get_trials())
+
+    def get_live_trials(self) -> list[Trial]:
+        return self._own(self._controller.get_live_trials())
+
+    def _own(self, trials: Any) -> list[Trial]:
+        return [trial for trial in trials if trial.config["method"] == self._method and trial.config["scheduled"]]
+
+
+def build_scheduler(sweep: SweepConfig, label: str) -> TrialScheduler:
     """The scheduler of one method."""
+    config = sweep.scheduler
+    if config.name == "pbt":
+        space = Space({**sweep.space, **sweep.methods[label].space})
+        seed = zlib.crc32(f"{sweep.searcher.seed} {label}".encode())
+        return Population(space, TIME, LATEST, 100 * config.interval, config.quantile, seed)
     grace = 100 * config.grace
     common: dict[str, Any] = {"time_attr": TIME, "metric": SCORE, "mode": "max", "grace_period": grace}
     if config.name == "asha" and grace < END:

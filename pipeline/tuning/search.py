@@ -57,7 +57,7 @@ class Search:
         self.spaces = {label: Space({**sweep.space, **entry.space}) for label, entry in sweep.methods.items()}
         self._grids: dict[str, list[dict[str, Any]]] = {}
         self._started = time.monotonic()
-        self._spent_hours = spent_hours
+        self._earlier_hours = spent_hours
         self._queue = [
             Task(record, scheduled=record.stage == "search" and record.number not in again)
             for record in records
@@ -97,12 +97,16 @@ class Search:
         limits = [n for n in (self.sweep.budget.trials, None if grid is None else grid + points) if n is not None]
         return min(limits) if limits else None
 
+    @property
+    def hours(self) -> float:
+        """Wall time of all starts."""
+        return self._earlier_hours + (time.monotonic() - self._started) / 3600
+
     def spent(self) -> bool:
         """True if the budget of hours or GPU-hours is used up."""
         budget = self.sweep.budget
-        hours = self._spent_hours + (time.monotonic() - self._started) / 3600
         gpu_hours = sum(record.gpu_hours for record in self.records if record.stage == "search")
-        return (budget.hours is not None and hours >= budget.hours) or (
+        return (budget.hours is not None and self.hours >= budget.hours) or (
             budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours
         )
 

@@ -16,6 +16,9 @@ class MethodEntry(BaseConfig):
     """One of the methods that are compared."""
 
     recipe: str = Field("baseline/emoji", description="preset, or YAML file (relative to the sweep file)")
+    values: Settings | None = Field(
+        None, description="content of the recipe when the sweep was started; filled in by the program"
+    )
     settings: Settings = Field(default_factory=dict, description="keys of the recipe that are set for this method")
     space: Settings = Field(
         default_factory=dict, description="search space of this method, beside the sweep's: distribution by key"

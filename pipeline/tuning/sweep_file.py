@@ -11,21 +11,20 @@ import yaml
 from pydantic import ValidationError
 
 from methods.config import Length
-from pipeline import ROOT
 from pipeline.config import Config, changed_keys, name_for
 from pipeline.config_problems import explain
-from pipeline.errors import UserError, close_names, did_you_mean
+from pipeline.errors import UserError, close_names
 from pipeline.metric_names import metric_key
-from pipeline.recipes import assigned, merged, parse_override, preset_names, read_yaml, recipe_values, title_of
+from pipeline.recipes import assigned, merged, parse_override, preset_names, read_yaml, recipe_values
 from pipeline.storage import Folder
+from pipeline.tuning.shipped import find_sweep_file
 from pipeline.tuning.space import flat_space
 from pipeline.tuning.sweep_config import MethodEntry, SweepConfig
 from pipeline.tuning.sweep_folder import SWEEP
 
-SHIPPED = Path(ROOT) / "tune_configs"  # of a checkout, and of an installed package too
 EXAMPLE = "`methods: {margin: {recipe: baseline/emoji}}`"
 _BY_KEY = ("settings", "space")  # sections whose own keys are dotted
-_MAY_CHANGE = ("storage", "budget", "trials_at_once", "retries", "final")
+MAY_CHANGE = ("storage", "budget", "trials_at_once", "retries", "final")
 
 
 def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -50,7 +49,7 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
     if isinstance(values.get("metric"), str):
         values["metric"] = metric_key(values["metric"])
     sweep = build_sweep(_with_flat_spaces(values))
-    methods = {label: _with_absolute_recipe(entry, file.parent) for label, entry in sweep.methods.items()}
+    methods = {label: _with_recipe(label, entry, file.parent) for label, entry in sweep.methods.items()}
     return sweep.model_copy(update={"methods": methods})
 
 
@@ -64,39 +63,6 @@ def build_sweep(values: Mapping[str, Any]) -> SweepConfig:
         return SweepConfig.model_validate(dict(values))
     except ValidationError as error:
         raise UserError("; ".join(_explain(dict(problem), values) for problem in error.errors())) from None
-
-
-def find_sweep_file(path: str) -> Path:
-    """The file that a path, or the name of a shipped sweep file, stands for.
-
-    Raises:
-        UserError: There is none.
-    """
-    if os.path.isfile(path):
-        return Path(path).resolve()
-    name = path.removeprefix("tune_configs/").removesuffix(".yaml").removesuffix(".yml")
-    names = sweep_file_names()
-    if name in names:
-        return SHIPPED / f"{name}.yaml"
-    folder = Path(path).parent
-    there = [str(found) for pattern in ("*.yaml", "*.yml") for found in sorted(folder.glob(pattern))]
-    if os.path.isdir(path):
-        raise UserError(f"sweep {path!r} is a folder, expected a YAML file")
-    if close_names(path, there):
-        raise UserError(f"there is no sweep file {path!r}: {did_you_mean(path, there)}")
-    raise UserError(
-        f"sweep {path!r} is neither a file nor shipped with the program; {did_you_mean(name, names, otherwise='shipped are')}"
-    )
-
-
-def sweep_file_names() -> list[str]:
-    """Names of the shipped sweep files."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-
-
-def sweep_file_title(name: str) -> str:
-    """The first sentence of a shipped sweep file's comment."""
-    return title_of(SHIPPED / f"{name}.yaml")
 
 
 def dump_sweep(sweep: SweepConfig) -> str:
@@ -123,15 +89,9 @@ def method_values(sweep: SweepConfig, label: str) -> dict[str, Any]:
     """The recipe's values of one method, with the sweep's settings and then its own; not yet checked.
 
     Nested settings are merged as a file onto its preset, then dotted ones are set as by `--set`.
-
-    Raises:
-        UserError: There is no such recipe.
     """
     entry = sweep.methods[label]
-    try:
-        values = recipe_values(entry.recipe)
-    except UserError as error:
-        raise UserError(f"methods.{label}.recipe: {error}") from None
+    values = recipe_values(entry.recipe) if entry.values is None else entry.values
     return with_settings(with_settings(values, sweep.settings), entry.settings)
 
 
@@ -171,7 +131,7 @@ def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
     methods = {"methods", "settings", "space", "name"}
     before, after = (sweep.model_dump(mode="json", exclude=methods) for sweep in (old, new))
     for key, values in changed_keys(before, after, runtime=False).items():
-        (allowed if key.split(".")[0] in _MAY_CHANGE else forbidden)[key] = values
+        (allowed if key.split(".")[0] in MAY_CHANGE else forbidden)[key] = values
     for label in [*old.methods, *(label for label in new.methods if label not in old.methods)]:
         if label not in new.methods:
             forbidden[f"methods.{label}"] = ("compared", "left out")
@@ -185,16 +145,10 @@ def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
 def _method_changes(old: SweepConfig, new: SweepConfig, label: str, allowed: _Changes, forbidden: _Changes) -> None:
     before, after = old.methods[label], new.methods[label]
     where = f"methods.{label}"
-    are_files = os.path.isabs(before.recipe) and os.path.isabs(
-        after.recipe
-    )  # which may lie elsewhere, on another machine
-    if before.recipe != after.recipe and not (
-        are_files and os.path.basename(before.recipe) == os.path.basename(after.recipe)
-    ):
-        forbidden[f"{where}.recipe"] = (before.recipe, after.recipe)
+    if before.recipe != after.recipe and not (os.path.isabs(before.recipe) and os.path.isabs(after.recipe)):
+        forbidden[f"{where}.recipe"] = (before.recipe, after.recipe)  # files may lie elsewhere, on another machine
         return
-    moved = old.model_copy(update={"methods": {label: before.model_copy(update={"recipe": after.recipe})}})
-    values = method_values(moved, label), method_values(new, label)
+    values = method_values(old, label), method_values(new, label)
     for is_runtime, out in ((False, forbidden), (True, allowed)):
         out |= {
             f"{where}.settings.{k}": v for k, v in changed_keys(*values, runtime=is_runtime).items() if k != "length"
@@ -225,13 +179,18 @@ def _with_flat_spaces(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _with_absolute_recipe(entry: MethodEntry, folder: Path) -> MethodEntry:
-    """The entry with the path of its recipe made absolute, from the sweep file's folder on."""
-    if entry.recipe in preset_names():
-        return entry
-    path = folder / os.path.expanduser(entry.recipe)
-    is_file = path.is_file() or entry.recipe.endswith((".yaml", ".yml"))
-    return entry.model_copy(update={"recipe": str(path.resolve())}) if is_file else entry
+def _with_recipe(label: str, entry: MethodEntry, folder: Path) -> MethodEntry:
+    """The entry with the content of its recipe: the trials' nodes may not have the file, and it may change between two starts."""
+    if entry.values is not None:
+        raise UserError(f"methods.{label}.values is filled in by the program: name a recipe, and set keys in settings")
+    recipe = entry.recipe
+    path = folder / os.path.expanduser(recipe)
+    if recipe not in preset_names() and (path.is_file() or recipe.endswith((".yaml", ".yml"))):
+        recipe = str(path.resolve())
+    try:
+        return entry.model_copy(update={"recipe": recipe, "values": recipe_values(recipe)})
+    except UserError as error:
+        raise UserError(f"methods.{label}.recipe: {error}") from None
 
 
 def _explain(problem: dict[str, Any], values: Mapping[str, Any]) -> str:

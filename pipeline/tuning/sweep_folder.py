@@ -4,8 +4,10 @@ sweep.yaml        the resolved sweep
 starts            number of the newest start of the sweep's command
 trials/00007.json one record a trial, the only state that a sweep continues from
 ensembles.json    figures of the concatenated embeddings of each method's final runs
+state.json        whether the sweep runs, and the newest sign of life of its command
 leaderboard.csv   a row a method and figure
 sweep.html        the page
+tensorboard/      a TensorBoard run for each trial
 tune/             Ray Tune's own files of the present start; never read back
 
 No module here imports PyTorch: the records can be shown while the sweep runs, from any machine.
@@ -14,9 +16,10 @@ No module here imports PyTorch: the records can be shown while the sweep runs, f
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder, home
@@ -25,10 +28,12 @@ SWEEP = "sweep.yaml"
 STARTS = "starts"
 TRIALS = "trials"
 ENSEMBLES = "ensembles.json"
+STATE = "state.json"
 LEADERBOARD = "leaderboard.csv"
 PAGE = "sweep.html"
 
 State = Literal["running", "finished", "stopped", "failed"]
+STATES: tuple[State, ...] = get_args(State)
 
 
 @dataclass
@@ -165,20 +170,24 @@ class SweepFolder:
         Raises:
             UserError: A record is damaged.
         """
-        records = []
-        for name in self.folder.names(TRIALS):
-            if not name.endswith(".json"):
-                continue
-            values = self.folder.read_json(f"{TRIALS}/{name}")
-            try:
-                runs = [RunProgress(**run) for run in values.pop("runs")]
-                records.append(TrialRecord(**values, runs=runs))
-            except (TypeError, KeyError, AttributeError) as error:
-                raise UserError(
-                    f"{self.folder}/{TRIALS}/{name} is not the record of a trial ({error}): restore it, or remove it to "
-                    "train this trial again"
-                ) from error
-        return sorted(records, key=lambda record: record.number)
+        names = (name for name in self.folder.names(TRIALS) if name.endswith(".json"))
+        return sorted((self.read_one(name) for name in names), key=lambda record: record.number)
+
+    def read_one(self, name: str) -> TrialRecord:
+        """One record, by the name of its file.
+
+        Raises:
+            UserError: It is damaged.
+        """
+        values = self.folder.read_json(f"{TRIALS}/{name}")
+        try:
+            runs = [RunProgress(**run) for run in values.pop("runs")]
+            return TrialRecord(**values, runs=runs)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{self.folder}/{TRIALS}/{name} is not the record of a trial ({error}): restore it, or remove it to "
+                "train this trial again"
+            ) from error
 
     def write(self, record: TrialRecord) -> None:
         """Writes one record.
@@ -199,6 +208,12 @@ def sweep_folder(storage: str, name: str) -> Folder:
     return Folder(storage or home()) / "sweeps" / name
 
 
+def sweep_names(storage: Folder) -> list[str]:
+    """Names of all sweeps below a storage root."""
+    sweeps = storage / "sweeps"
+    return [name for name in sweeps.names() if (sweeps / name).exists(SWEEP)]
+
+
 def find_sweep(name: str) -> Folder:
     """The folder of a sweep that has been started.
 
@@ -214,5 +229,39 @@ def find_sweep(name: str) -> Folder:
     raise UserError(f"{name!r} is neither a sweep's folder nor a sweep in {home()}/sweeps (no {SWEEP})")
 
 
-def write_state(folder: Folder, state: str, message: str = "") -> None:
-    """Writes whether the sweep runs, and a sign of life."""
+@dataclass(frozen=True)
+class SweepState:
+    """Whether a sweep runs.
+
+    Attributes:
+        state: "stopped": by a signal; "failed": some trial failed.
+        heartbeat: When its command gave the newest sign of life, seconds since 1970.
+        message: What it said last.
+    """
+
+    state: State
+    heartbeat: float
+    message: str = ""
+    hours: float = 0.0
+
+
+def write_state(folder: Folder, state: State, message: str = "", hours: float = 0.0) -> None:
+    """Writes whether a sweep runs, and with it a sign of life."""
+    folder.write_json(STATE, asdict(SweepState(state, time.time(), message, hours)))
+
+
+def read_state(folder: Folder) -> SweepState | None:
+    """Whether a sweep runs; None before its first trial.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not folder.exists(STATE):
+        return None
+    try:
+        found = SweepState(**folder.read_json(STATE))
+        if found.state not in STATES or not isinstance(found.heartbeat, (int, float)):
+            raise ValueError(f"{found.state!r} at {found.heartbeat!r}")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}/{STATE} is not the state of a sweep ({error}): remove it") from error
+    return found

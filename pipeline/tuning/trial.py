@@ -36,8 +36,9 @@ from pipeline.training.checks import check_dataset, runtime_changes
 from pipeline.training.launch import device_of, mining_servers, no_space_error, run_on_ray
 from pipeline.training.loop import Worker
 from pipeline.training.start import is_finished, record
+from pipeline.tuning.population import adopt, copied_from, save_copy
 from pipeline.tuning.run_configs import run_configs
-from pipeline.tuning.schedulers import SCORE, TIME, curve
+from pipeline.tuning.schedulers import LATEST, SCORE, TIME, curve
 from pipeline.tuning.sweep_config import SweepConfig
 from pipeline.tuning.sweep_folder import RunProgress, TrialRecord
 
@@ -45,24 +46,11 @@ STOP_TIMEOUT_S = 120.0
 ASK_EVERY_S = 1.0
 
 
-class StopFlag:
-    """Set when the whole sweep is to stop; an actor, so that trials see it while they train."""
-
-    def __init__(self) -> None:
-        self._set = False
-
-    def set(self) -> None:
-        self._set = True
-
-    def is_set(self) -> bool:
-        return self._set
-
-
 class Trial(tune.Trainable):
     """Trains the runs of one trial after another; `step` returns at each validation and at the end."""
 
     def setup(  # type: ignore[override]  # Ray Tune passes what `tune.with_parameters` is given
-        self, config: dict[str, Any], sweep: dict[str, Any], stores: dict[str, str], stop_flag: Any
+        self, config: dict[str, Any], sweep: dict[str, Any], stores: dict[str, str], status: Any
     ) -> None:
         """Starts the first trial of this process.
 
@@ -70,11 +58,11 @@ class Trial(tune.Trainable):
             config: What `search.trial_config` makes of a trial.
             sweep: The sweep's configuration.
             stores: Address of the dataset of each method.
-            stop_flag: Handle of the actor of class `StopFlag` that is set when the whole sweep is to stop.
+            status: Handle of an actor of class `RunStatus`: its stop request is for all trials.
         """
         self.sweep = SweepConfig.model_validate(sweep)
         self.stores = stores
-        self.stop_flag = stop_flag
+        self.status = status
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -87,10 +75,15 @@ class Trial(tune.Trainable):
         self._end()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the runs write their own checkpoints."""
+        """Population-based training: a copy of the present run, for other trials; the next `step` goes on from it."""
+        self.runner.pause()
+        save_copy(run_folder(self.runner.configs[0]), self.config["number"], checkpoint_dir)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing, see `save_checkpoint`."""
+        """Population-based training: takes over the copy of another trial; its own is in its run already."""
+        if copied_from(checkpoint) != self.config["number"]:
+            config = self.runner.configs[0]
+            adopt(config, self.config["values"], run_folder(config), checkpoint)
 
     def step(self) -> dict[str, Any]:
         """Trains to the next validation, or to the end of the trial.
@@ -99,10 +92,11 @@ class Trial(tune.Trainable):
             The share of the trial's length in percent, its score so far, the state of its runs, and whether it is over.
         """
         runner = self.runner
-        runner.go_on(lambda: bool(ray.get(self.stop_flag.is_set.remote())))
+        runner.go_on(lambda: bool(ray.get(self.status.stop_requested.remote())))
         return {
             TIME: runner.progress,
             SCORE: runner.score,
+            LATEST: runner.latest,
             "runs": [asdict(run) for run in runner.runs],
             "error": runner.error,
             "diverged": runner.diverged,
@@ -117,7 +111,6 @@ class Trial(tune.Trainable):
             length=config["length"], seed=config["seed"],
         )  # fmt: skip
         self.runner = TrialRunner(configs, self.stores[label], self.sweep.metric, self.run_one)
-        self.runner.start()
 
     def _end(self) -> None:
         self.runner.stop()
@@ -159,12 +152,9 @@ class TrialRunner:
         self._reached: queue.Queue[None] = queue.Queue()  # the thread has reached a validation, or its end
         self._allowed: queue.Queue[None] = queue.Queue()  # it may go on
         self._waiting = False
-        self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
+        self._thread: threading.Thread | None = None
 
     # ---- called by Ray Tune's thread -----------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        self._thread.start()
 
     def go_on(self, stop_requested: Callable[[], bool]) -> None:
         """Lets the thread train to the next validation of the trial, or to its end; asks once a second whether it is to stop.
@@ -172,7 +162,10 @@ class TrialRunner:
         Raises:
             Exception: An error that a restart may heal (a lost mining server, a network that does not answer).
         """
-        if self._waiting:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
+            self._thread.start()
+        elif self._waiting:
             self._waiting = False
             self._allowed.put(None)
         while True:
@@ -188,8 +181,15 @@ class TrialRunner:
     def stop(self) -> None:
         """Asks the run to save a checkpoint and to end, and waits for that."""
         self.stop_requested.set()
-        self._allowed.put(None)
-        self._thread.join(STOP_TIMEOUT_S)
+        if self._thread is not None:
+            self._allowed.put(None)
+            self._thread.join(STOP_TIMEOUT_S)
+
+    def pause(self) -> None:
+        """Lets the run save a checkpoint and its thread end; `go_on` continues from it."""
+        self.stop()
+        self.stop_requested = threading.Event()
+        self._reached, self._allowed, self._thread, self._waiting = queue.Queue(), queue.Queue(), None, False
 
     @property
     def progress(self) -> float:
@@ -202,6 +202,12 @@ class TrialRunner:
         """Mean of the best values of the runs that have begun."""
         points = curve(TrialRecord(0, "search", "", {}, runs=self.runs), self.metric)
         return points[-1][1] if points else None
+
+    @property
+    def latest(self) -> float | None:
+        """Value of the sweep's metric at the last validation."""
+        run = self.runs[self.current]
+        return run.last.get(self.metric)
 
     # ---- called by the thread --------------------------------------------------------------------------------------------
 
@@ -226,7 +232,8 @@ class TrialRunner:
         """Starts or continues one run, unless it has ended before."""
         folder, run = run_folder(config), self.runs[self.current]
         changes = runtime_changes(config, folder)
-        if not is_finished(config, folder):
+        trained = not is_finished(config, folder)
+        if trained:
             check_dataset(folder, store)
             record(config, folder, store, changes)
             latest = Checkpoints(folder).latest()
@@ -237,6 +244,8 @@ class TrialRunner:
             self.run_one(config, store, self)
         if is_finished(config, folder):
             self._take_result(config, run)
+            if trained and self.current + 1 < len(self.configs):
+                self.hold()
 
     def add_validation(self, point: dict[str, Any]) -> None:
         """Adds a validation of the present run, and waits until the trial may go on."""
@@ -267,8 +276,6 @@ class TrialRunner:
         self._measure(run)
         run.state, run.test = "finished", summary["final"]
         run.images, run.seconds = summary["images"], summary["seconds"]
-        if self.current + 1 < len(self.configs):
-            self.hold()
 
 
 def train_run(config: Config, store: Store, runner: TrialRunner) -> None:

@@ -102,6 +102,10 @@ class Recorder(NotSaved, tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
         record = self.record_of(trial)
+        if trial.config["values"] != record.values:  # population-based training
+            change = {"images": record.images, "values": dict(trial.config["values"])}
+            record.history.append(change | {"copied_from": trial.config["copied_from"]})
+            record.values = dict(trial.config["values"])
         record.host, record.pid = result["hostname"], result["pid"]
         record.runs = [RunProgress(**run) for run in result["runs"]]
         bests = [run.best.get(self.metric) for run in record.runs]

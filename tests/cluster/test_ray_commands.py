@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from pipeline.storage import Folder
 from pipeline.storage.s3 import S3
 from pipeline.training.launch import run_in_process
 from tests.browser import screenshot
+from tests.cluster.nodes import wait_for
 from tests.cluster.test_ray import silent, tensors
 from tests.s3 import Proxy, s3_server
 from tests.stubs import tiny_values
@@ -50,13 +49,6 @@ def write_recipe(tmp_path: Path, store: Store, **changes: Any) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tiny_values(str(tmp_path), store.folder.uri, changes)))
     return path
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.05)
 
 
 def logged_steps(path: Path) -> int:
@@ -137,51 +129,6 @@ def test_workers_in_object_storage_with_faults(
         assert [name for name in bucket.find() if b"s3cr3t-of-test" in bucket.read(name)] == []
         proxy.close()
     S3.clear_instance_cache()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def ending() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Nodes that were told to end, which takes them half a minute: waited for when all else is done."""
-    nodes: list[subprocess.Popen[bytes]] = []
-    yield nodes
-    for node in nodes:
-        node.wait(timeout=90)
-
-
-@pytest.fixture
-def head(tmp_path: Path, ending: list[subprocess.Popen[bytes]]) -> Iterator[dict[str, str]]:
-    """A head node of its own, with token authentication and its own HOME; gives the environment that reaches it."""
-    home, port, dashboard = tmp_path / "home", free_port(), free_port()
-    home.mkdir()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYDML_"))}
-    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": f"/tmp/h{port}",
-                    "RAYDML_HOME": str(tmp_path / "storage"), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    ray = str(Path(sys.executable).parent / "ray")
-    (home / ".ray").mkdir()
-    (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
-    start = [ray, "start", "--head", "--block", "--num-cpus=5", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-             f"--dashboard-agent-listen-port={free_port()}",  # another Ray of this machine may have the default one
-             "--include-dashboard=true", "--disable-usage-stats", f"--temp-dir=/tmp/h{port}"]  # fmt: skip
-    node = subprocess.Popen(
-        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        wait_for(lambda: reachable(dashboard), 60, "the head's dashboard")
-        yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    finally:
-        os.killpg(node.pid, signal.SIGTERM)
-        ending.append(node)
-
-
-def reachable(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -135,3 +135,28 @@ def kill_when_it_trains(folder: SweepFolder, number: int, killed: list[int]) -> 
             if record.number == number and record.pid and record.runs[0].curve:
                 os.kill(record.pid, signal.SIGKILL)
                 killed.append(record.pid)
+
+
+def test_a_population_copies_weights_and_settings_of_better_trials(ray_here: Any, store: Store, tmp_path: Path) -> None:
+    """A rate of 1e-9 learns nothing: that trial copies the other, and then follows its curve with a setting of its own."""
+    sweep = tiny_sweep(
+        tmp_path, store, settings=settings("8 epochs"), final=None, trials_at_once=2, searcher={"name": "random"},
+        scheduler={"name": "pbt", "interval": 0.25, "quantile": 0.5}, budget={"trials": 2},
+        space={"method.optimizer.lr": {"log_uniform": [1e-9, 1e-2]}},
+        methods={"triplet": {"recipe": str(tmp_path / "tiny.yaml"), "points": [{"method.optimizer.lr": r} for r in (1e-9, 3e-3)]}},
+    )  # fmt: skip
+    result = run_sweep(sweep)
+    assert left_behind(ray_here) == []
+    assert [record.state for record in result.records] == ["finished", "finished"]
+    copies = [(record, change) for record in result.records for change in record.history]
+    assert copies, "nobody copied"
+    for record, change in copies:
+        assert change["copied_from"] == 1 - record.number
+        run = Folder(tmp_path / "runs" / record.runs[0].name)
+        line = read_changes(run)[-1]
+        assert line["copied_from_trial"] == 1 - record.number and line["changes"][0].startswith("method.optimizer.lr:")
+        assert read_config(run).method.optimizer.lr == pytest.approx(record.values["method.optimizer.lr"])
+        assert run.read_json("summary.json")["reproducible"] is False
+    first = copies[0][0]
+    original = float(sweep.methods["triplet"].points[first.number]["method.optimizer.lr"])
+    assert first.values["method.optimizer.lr"] != pytest.approx(original)

@@ -23,6 +23,8 @@ from methods import METHODS
 from pipeline import train
 from pipeline.data.store import Store
 from pipeline.recipes import load_config, preset_names
+from pipeline.tuning.checks import check_sweep
+from pipeline.tuning.sweep_file import load_sweep
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "docs" / "examples"
@@ -37,6 +39,9 @@ MODULES = sorted(
     {m for page in yaml.safe_load((DOCS / "reference" / "modules.yaml").read_text()).values() for m in page["modules"]}
     | {m for page in DOCS.rglob("*.md") for m in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)}
 )
+
+
+SWEEP = re.compile(r"^(methods|space):", re.MULTILINE)  # keys that no recipe has
 
 
 def name_of(page: Path) -> str:
@@ -59,7 +64,15 @@ def recipes() -> Iterator[tuple[str, str]]:
     """(page, text) of every YAML block that is a whole recipe."""
     for page in PAGES:
         for language, body in FENCE.findall(page.read_text()):
-            if language == "yaml" and re.search(r"^name:", body, re.MULTILINE):
+            if language == "yaml" and re.search(r"^name:", body, re.MULTILINE) and not SWEEP.search(body):
+                yield name_of(page), body
+
+
+def sweeps() -> Iterator[tuple[str, str]]:
+    """(page, text) of every YAML block that is a whole sweep file, or the search space of one."""
+    for page in PAGES:
+        for language, body in FENCE.findall(page.read_text()):
+            if language == "yaml" and SWEEP.search(body):
                 yield name_of(page), body
 
 
@@ -150,6 +163,8 @@ def test_commands_are_accepted(page: str, line: str, monkeypatch: pytest.MonkeyP
     with pytest.raises(Parsed) as parsed:
         importlib.import_module(words[at]).main(words[at + 1 :])
     options: Any = parsed.value.args[0]
+    if words[at] == "pipeline.tune" and "SWEEP" not in options.sweep:
+        load_sweep(str(ROOT / options.sweep) if options.sweep.endswith(".yaml") else options.sweep, options.overrides)
     if words[at] == "pipeline.train" and options.recipe:
         register_supcon(monkeypatch)
         load_config(recipe_file(options.recipe, tmp_path), options.overrides)
@@ -175,6 +190,14 @@ def test_recipes_are_valid(page: str, body: str, monkeypatch: pytest.MonkeyPatch
     register_supcon(monkeypatch)
     (tmp_path / "recipe.yaml").write_text(body)
     assert load_config(str(tmp_path / "recipe.yaml")).name in body
+
+
+@pytest.mark.parametrize(("page", "body"), list(sweeps()), ids=lambda value: value[:30])
+def test_sweep_files_are_valid(page: str, body: str, tmp_path: Path) -> None:
+    methods = "" if re.search(r"^methods:", body, re.MULTILINE) else "methods: {margin: {recipe: baseline/emoji}}\n"
+    (tmp_path / "sweep.yaml").write_text(f"{methods}{body}")
+    sweep = load_sweep(str(tmp_path / "sweep.yaml"), [f"storage={tmp_path}", "budget.trials=9"])
+    assert check_sweep(sweep, weights=False) == {}
 
 
 def test_keys_that_are_named_exist() -> None:

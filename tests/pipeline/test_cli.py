@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -22,8 +23,11 @@ from pipeline.config import to_yaml
 from pipeline.recipes import load_config, preset_names, read_recipe
 from pipeline.storage import Folder
 from pipeline.testing.tiny import write_images
+from pipeline.tuning.shipped import sweep_file_names, sweep_file_title
+from pipeline.tuning.sweep_folder import SweepFolder, TrialRecord, sweep_folder, write_state
 from tests.pipeline.conftest import Base
 from tests.pipeline.test_startup import imported
+from tests.pipeline.tuning.synthetic import make_sweep, search
 
 ROOT = Path(__file__).parents[2]
 Said = tuple[int, str, str]
@@ -93,7 +97,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert imported("from pipeline.cli import main; main(sys.argv[1:])", *arguments)[0] == set()
 
 
-@pytest.mark.parametrize("kind", ["presets", "runs", "datasets"])
+@pytest.mark.parametrize("kind", ["presets", "runs", "sweeps", "tune_configs", "datasets"])
 def test_lists_of_files_import_nothing_heavy(kind: str, base: Base) -> None:
     code = "from pipeline.cli import main; main(sys.argv[1:])"
     assert imported(code, "list", kind, "--storage", base.root)[0] == set()
@@ -132,6 +136,38 @@ def test_list_runs_and_datasets(raydml: Raydml, base: Base, tmp_path: Path, monk
     splits = base.store.manifest["splits"]
     shown = "; ".join(f"{s}: {splits[s]['images']:,} images of {splits[s]['classes']:,} classes" for s in splits)
     assert raydml("list", "datasets") == (0, f"birds  {shown}\n", "")
+
+
+def test_list_sweeps(raydml: Raydml, tmp_path: Path) -> None:
+    def made(name: str, *records: TrialRecord) -> Folder:
+        folder = sweep_folder(str(tmp_path), name)
+        folder.write("sweep.yaml", yaml.safe_dump(make_sweep(name=name).model_dump(mode="json")).encode())
+        writer = SweepFolder(folder)
+        writer.acquire()
+        for record in records:
+            writer.write(record)
+        return folder
+
+    trials = [search(0, "a", 31.0), search(1, "b", 20.25), search(2, "b", None, state="failed")]
+    write_state(made("done", *trials), "finished")
+    made("new")
+    made("silent").write_json("state.json", {"state": "running", "heartbeat": 1.0, "message": ""})
+    made("torn").write("trials/00000.json", b"{}")
+    (tmp_path / "sweeps" / "no_sweep").mkdir()
+    lines = raydml("list", "sweeps", "--storage", tmp_path)[1].splitlines()
+    assert [re.split(r"\s{2,}", line) for line in lines[:3]] == [
+        ["done", "finished", "3 trials: 2 finished, 1 failed", "map@r 31.00 a, 20.25 b"],
+        ["new", "not started", "0 trials"],
+        ["silent", "silent", "0 trials"],
+    ]
+    assert lines[3].startswith("torn  ") and "sweeps/torn/trials/00000.json is not the record of a trial" in lines[3]
+    assert raydml("list", "sweeps", "xyz", "--storage", tmp_path)[0] == 2
+
+
+def test_list_sweep_files(raydml: Raydml) -> None:
+    assert names(raydml("list", "tune_configs")) == sweep_file_names()
+    assert names(raydml("list", "tune_configs", "emoji")) == ["emoji_quick"]
+    assert f"emoji_quick  {sweep_file_title('emoji_quick')}\n" == raydml("list", "tune_configs", "emoji")[1]
 
 
 def test_a_damaged_run_does_not_hide_the_others(raydml: Raydml, base: Base, tmp_path: Path) -> None:

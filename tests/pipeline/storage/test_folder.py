@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ def test_files_and_folders(folder: Folder) -> None:
         folder.read("b/nothing")
     again = pickle.loads(pickle.dumps(folder))
     assert again.uri == folder.uri == str(folder) and again.read("b/c/d.bin") == b"12345"
+
+
+def test_versions_of_files(folder: Folder) -> None:
+    folder.write("sub/a", b"1")
+    folder.write("sub/deep/b", b"1")
+    first = folder.versions("sub")
+    assert set(first) == {"a"} and folder.versions("sub") == first and folder.versions("nothing") == {}
+    assert abs(first["a"].written - time.time()) < 60
+    folder.write("sub/a", b"2")
+    assert folder.versions("sub")["a"] != first["a"]
 
 
 def test_lists_and_parts(folder: Folder) -> None:

@@ -124,9 +124,12 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(UserError, match="is empty: write keys and values, for example `methods:"):
         load_sweep(str(tmp_path / "empty.yaml"))
-    missing = load_sweep(write(tmp_path, {"methods": {"a": {"recipe": "there/mine.yaml"}}}))
     with pytest.raises(UserError, match=r"methods\.a\.recipe: there is no file '.*there/mine\.yaml'"):
-        method_values(missing, "a")
+        load_sweep(write(tmp_path, {"methods": {"a": {"recipe": "there/mine.yaml"}}}))
+    with pytest.raises(UserError, match=r"methods\.a\.recipe: recipe 'baseline/emjoi' .* did you mean the preset"):
+        load_sweep(write(tmp_path, {"methods": {"a": {"recipe": "baseline/emjoi"}}}))
+    with pytest.raises(UserError, match=r"methods\.a\.values is filled in by the program"):
+        load_sweep(write(tmp_path, {"methods": {"a": {"values": {"seed": 1}}}}))
 
 
 def changed(sweep: SweepConfig, tmp_path: Path, overrides: list[str]) -> list[str]:
@@ -165,3 +168,14 @@ def test_another_sweep_needs_another_name(sweep: SweepConfig, tmp_path: Path, ov
         changed(sweep, tmp_path, [override])
     assert "the name small belongs to a sweep of other settings" in str(error.value)
     assert message in str(error.value) and "--set name=small-" in str(error.value)
+
+
+def test_a_recipe_that_has_changed_makes_another_sweep(sweep: SweepConfig, tmp_path: Path) -> None:
+    """Its content is the sweep's: the file may be missing where trials run, or change between two starts."""
+    (tmp_path / "own.yaml").write_text("preset: baseline/emoji\nmethod: {embedding_dim: 64}\n")
+    assert method_values(sweep, "margin")["seed"] == 3
+    changed_recipe = load_sweep(str(tmp_path / "small.yaml"))
+    with pytest.raises(UserError, match=r"methods\.margin\.settings\.method\.embedding_dim: 128 -> 64"):
+        check_same_sweep(sweep, changed_recipe)
+    (tmp_path / "own.yaml").unlink()
+    assert method_values(sweep, "margin")["method"]["embedding_dim"] == 128

@@ -14,7 +14,8 @@ from pipeline.distributed.jobs import run_serially
 from pipeline.storage import Folder
 from pipeline.testing.tiny import write_images
 from pipeline.tuning.dry_run import dry_run
-from pipeline.tuning.sweep_file import dump_sweep, load_sweep, sweep_file_names, sweep_file_title
+from pipeline.tuning.shipped import sweep_file_names, sweep_file_title
+from pipeline.tuning.sweep_file import dump_sweep, load_sweep
 
 NAMES = sweep_file_names()
 DATASETS = ("cub", "cars", "sop", "inshop")
