@@ -318,10 +318,23 @@ def _check_runs(
         if checked.epoch_shape is not None:
             steps, batch = checked.epoch_shape
             images = s.config.length.steps(steps) * batch
+            notes |= dict.fromkeys(_late_validation(sweep, s, steps))
         out.append(Setting(s.label, s.values, s.config, s.stage, images))
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     return out
+
+
+def _late_validation(sweep: SweepConfig, setting: Setting, steps_per_epoch: int) -> Iterator[str]:
+    """A note where validations are too rare for what the scheduler is asked to do."""
+    scheduler, config = sweep.scheduler, setting.config
+    wanted = {"asha": scheduler.grace, "median": scheduler.grace, "pbt": scheduler.interval}.get(scheduler.name)
+    share = config.evaluation.every.steps(steps_per_epoch) / config.length.steps(steps_per_epoch)
+    if setting.stage == "search" and wanted is not None and share > 1.1 * wanted:  # a step more, by rounding
+        yield (
+            f"methods.{setting.label} is validated every {config.evaluation.every} of {config.length}: scheduler "
+            f"{scheduler.name} acts no earlier and no more often; evaluation.every shorter than {wanted:.0%} of the length lets it"
+        )
 
 
 def _check_equal_images(settings: Sequence[Setting]) -> None:
