@@ -242,7 +242,8 @@ class SweepRun:
                 storage_path=place.path(),
                 storage_filesystem=None if place.is_local else PyFileSystem(FSSpecHandler(place.fs)),
                 failure_config=tune.FailureConfig(max_failures=self.sweep.retries),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=KEEP),  # for population-based training alone
+                # for population-based training alone; the others' runs would be copied at their end
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=KEEP, checkpoint_at_end=False),
                 stop=StopWhen(stop),
                 callbacks=[recorder],
                 verbose=0,
