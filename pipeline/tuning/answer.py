@@ -333,7 +333,7 @@ def _seed_warnings(sweep: SweepConfig, result: Answer) -> list[str]:
 
 
 def _budget_warnings(sweep: SweepConfig, result: Answer) -> list[str]:
-    """Methods searched with different budgets; while trials run, only images tell nothing."""
+    """Methods searched with different budgets; while trials run, numbers differ anyhow."""
     if sweep.protocol != "fair" or result.running:
         return []
     warnings = []
@@ -344,5 +344,8 @@ def _budget_warnings(sweep: SweepConfig, result: Answer) -> list[str]:
     images = {row.method: row.search.images for row in result.rows}
     if max(images.values()) > UNEQUAL_IMAGES * min(images.values()):
         told = ", ".join(f"{method} {count:,}" for method, count in images.items())
-        warnings.append(f"unequal budgets: images trained on in the search: {told}")
+        cause = (
+            "unequal budgets" if sweep.scheduler.name == "none" else "stopping early has left methods different budgets"
+        )
+        warnings.append(f"{cause}: images trained on in the search: {told}")
     return warnings

@@ -23,9 +23,10 @@ def write_ensembles(
     for label, seed, names in missing_ensembles(sweep, folder, records):
         console.print(f"{label}: measuring the concatenated embeddings of {len(names)} runs", highlight=False)
         held = trials[label].worker
-        task = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0))(measure_ensemble)
+        task: Any = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0))(measure_ensemble)
+        folders = [Folder(sweep.root) / "runs" / name for name in names]
         try:
-            metrics = ray.get(task.remote([Folder(sweep.root) / "runs" / name for name in names]))
+            metrics = ray.get(task.remote(folders, threads=int(held["CPU"])))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (RunError, UserError)):
                 raise error.cause from None

@@ -68,7 +68,10 @@ def axes_of(space: Space, trials: Sequence[TrialRecord]) -> list[Axis]:
         if not distributions or len({show_value(value) for value in values}) < 2:
             continue
         if any(hasattr(distribution, "choices") for distribution in distributions):
-            texts = tuple(dict.fromkeys(show_value(v) for v in sorted(values, key=_choice_order)))
+            offered = [option for d in distributions for option in getattr(d, "choices", ())]
+            if not {show_value(value) for value in values} <= {show_value(option) for option in offered}:
+                offered = []  # stored as JSON text, as Optuna knows no lists
+            texts = tuple(dict.fromkeys(show_value(v) for v in sorted([*offered, *values], key=_choice_order)))
             axes.append(Axis(key, 0, len(texts) - 1, choices=texts))
         else:
             low, high = min(d.low for d in distributions), max(d.high for d in distributions)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -182,7 +183,9 @@ def _places(
         trials = [
             record
             for record in records
-            if record.method == method and record.stage == "search" and record.score is not None
+            if (record.method, record.stage) == (method, "search")
+            and record.score is not None
+            and math.isfinite(record.score)
         ]
         axes = charts.axes_of(Space({**sweep.space, **sweep.methods[method].space}), trials)
         if not axes:

@@ -16,6 +16,8 @@ from pipeline.errors import RunError
 from pipeline.tuning.resources import TrialResources
 from pipeline.tuning.search import Search, trial_config
 from pipeline.tuning.sweep_folder import RunProgress, SweepFolder, TrialRecord
+from pipeline.tuning.tensorboard import SweepBoard
+from pipeline.tuning.tensorboard import SweepBoard
 
 
 class NotSaved:
@@ -81,9 +83,11 @@ class Recorder(NotSaved, tune.Callback):
 
     def __init__(self, folder: SweepFolder, search: Search, metric: str, trials: Mapping[str, TrialResources]) -> None:
         self.folder = folder
+        self.board = SweepBoard(folder.folder, metric)
         self.search = search
         self.metric = metric
         self.trials = trials
+        self.board = SweepBoard(folder.folder, metric)
         self.error: RunError | None = None
         self.ended = 0
         self._since: dict[int, float] = {}  # when a trial's process started, by number
@@ -157,6 +161,8 @@ class Recorder(NotSaved, tune.Callback):
     def _write(self, record: TrialRecord) -> None:
         try:
             self.folder.write(record)
+            self.board.update(record)
+            self.board.update(record)
         except RunError as error:
             self.error = self.error or error
 

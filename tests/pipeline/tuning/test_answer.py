@@ -148,7 +148,11 @@ def test_budgets_and_failures_are_told() -> None:
     told = "\n".join(result.warnings)
     assert "b: 1 trial failed" in told
     assert "unequal budgets: trials finished or stopped: a 2, b 3" in told
-    assert "unequal budgets: images trained on in the search: a 2,000, b 12,000" in told
+    assert (
+        "stopping early has left methods different budgets: images trained on in the search: a 2,000, b 12,000" in told
+    )
+    unstopped = answer(make_sweep(scheduler={"name": "none"}), records, {}).warnings
+    assert "unequal budgets: images trained on in the search: a 2,000, b 12,000" in unstopped
     assert not [w for w in answer(make_sweep(), two_methods(), {}).warnings if "budget" in w]
     live = [*records, search(12, "a", None, state="running")]
     assert not [w for w in answer(make_sweep(), live, {}).warnings if "budget" in w]

@@ -176,6 +176,17 @@ def test_charts_hold_every_trial_at_its_place() -> None:
     assert margin.place(0.125) == pytest.approx(0.25) and NOT_USED < 0
 
 
+def test_options_that_no_trial_had_keep_their_place() -> None:
+    from pipeline.tuning.space import Space
+    from pipeline.tuning.sweep_charts import axes_of
+
+    trials = [search(0, "a", 1.0), search(1, "a", 2.0)]
+    trials[0].values, trials[1].values = {"dim": 64, "sizes": {"a": 1}}, {"dim": 512, "sizes": {"a": 2}}
+    dim, sizes = axes_of(Space({"dim": [512, 128, 64], "sizes": {"choice": [{"a": 1}, {"a": 2}, {"a": 3}]}}), trials)
+    assert dim.choices == ("64", "128", "512") and [dim.place(value) for value in (64, 512)] == [0, 1]
+    assert sizes.choices == ("{'a': 1}", "{'a': 2}")  # known as JSON text only: those that were drawn
+
+
 def test_parallel_coordinates_and_slices_agree_with_the_records(page: Page) -> None:
     _, records = large_sweep(150)
     first = page.rows["leaderboard"][1][0]
@@ -238,6 +249,23 @@ def test_few_trials_have_no_importance(tmp_path: Path) -> None:
     assert "No importance of the keys: needs 30 finished trials (there is 1 finished trial;" in " ".join(
         page.text.split()
     )
+
+
+def test_figures_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    """A run that diverges can leave them; JSON has no word for them."""
+    records = [search(0, "a", 40.0), search(1, "a", float("nan"), lr=2e-3), search(2, "a", 41.0, lr=5e-3)]
+    records[1].runs[0].curve = [{"images": 10, "map@r": 3.0}, {"images": 20, "map@r": float("nan")}]
+    page, _ = write(tmp_path, make_sweep(("a",)), records)
+    figures = page.charts["figures"]
+    assert figures["slice-0-0"]["data"][0]["trials"] == [0, 2]
+    assert figures["learning-curves"]["data"][0]["lines"] == [[1, [10], [3.0]]]
+
+
+def test_changes_of_a_setting_during_a_trial_are_told(tmp_path: Path) -> None:
+    record = search(0, "a", 40.0)
+    record.history = [{"images": 1200, "values": record.values, "copied_from": 7}]
+    page, _ = write(tmp_path, make_sweep(("a",), scheduler={"name": "pbt"}, final=None), [record])
+    assert page.rows["trials"][1][10] == "setting changed after 1,200 images, copied from trial 7"
 
 
 def test_paper_protocol(tmp_path: Path) -> None:
