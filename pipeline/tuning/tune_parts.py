@@ -17,7 +17,6 @@ from pipeline.tuning.resources import TrialResources
 from pipeline.tuning.search import Search, trial_config
 from pipeline.tuning.sweep_folder import RunProgress, SweepFolder, TrialRecord
 from pipeline.tuning.tensorboard import SweepBoard
-from pipeline.tuning.tensorboard import SweepBoard
 
 
 class NotSaved:
