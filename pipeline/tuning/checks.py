@@ -245,9 +245,10 @@ def _blamed(sweep: SweepConfig, label: str, space: Space, values: Mapping[str, A
     """The reason with the keys of the space that it speaks of, or else with the whole setting."""
     reason = reason.removeprefix(f"methods.{label}: ")
     searched = [key for key in values if key in space.keys]
-    named = [key for key in searched if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]\w)", reason)]
-    named = named or [key for key in searched if re.search(rf"(?<!\w){re.escape(key.split('.')[-1])}(?!\w)", reason)]
-    if not named and values:
+    about = reason.split(": did you mean")[0]  # a suggested key is not to blame
+    named = [key for key in searched if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]\w)", about)]
+    named = named or [key for key in searched if re.search(rf"(?<!\w){re.escape(key.split('.')[-1])}(?!\w)", about)]
+    if not named and not about.startswith("unknown key"):
         named = searched
     run = "" if stage == "search" else " in final runs"
     setting = ", ".join(f"{place_of(sweep, label, key)}.{key} = {values[key]!r}" for key in named)
