@@ -11,14 +11,12 @@ from typing import Any
 
 from pipeline.config import Config, changed_keys
 from pipeline.console import console
-from pipeline.data.find_store import find_store
-from pipeline.data.prepare_store import emoji_store
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks import test_task
 from pipeline.model.trunk import build_trunk
 from pipeline.training.checks import check_run
-from pipeline.training.start import must_prepare
+from pipeline.training.start import open_dataset
 from pipeline.tuning.run_configs import Stage, run_configs
 from pipeline.tuning.space import Space
 from pipeline.tuning.sweep_config import SweepConfig
@@ -84,7 +82,7 @@ def check_sweep(sweep: SweepConfig, weights: bool = True) -> dict[str, Store]:
         )
     if weights:
         _check_networks(settings)
-    store = _open_store(settings[0].config)
+    store = open_dataset(settings[0].config)
     if store is None:
         return {}
     _check_dataset(sweep, store)
@@ -247,9 +245,10 @@ def _blamed(sweep: SweepConfig, label: str, space: Space, values: Mapping[str, A
     """The reason with the keys of the space that it speaks of, or else with the whole setting."""
     reason = reason.removeprefix(f"methods.{label}: ")
     searched = [key for key in values if key in space.keys]
-    named = [key for key in searched if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]\w)", reason)]
-    named = named or [key for key in searched if re.search(rf"(?<!\w){re.escape(key.split('.')[-1])}(?!\w)", reason)]
-    if not named and values:
+    about = reason.split(": did you mean")[0]  # a suggested key is not to blame
+    named = [key for key in searched if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]\w)", about)]
+    named = named or [key for key in searched if re.search(rf"(?<!\w){re.escape(key.split('.')[-1])}(?!\w)", about)]
+    if not named and not about.startswith("unknown key"):
         named = searched
     run = "" if stage == "search" else " in final runs"
     setting = ", ".join(f"{place_of(sweep, label, key)}.{key} = {values[key]!r}" for key in named)
@@ -274,16 +273,6 @@ def _check_networks(settings: Sequence[Setting]) -> None:
 
 
 # ---- with the dataset ------------------------------------------------------------------------------------------------
-
-
-def _open_store(config: Config) -> Store | None:
-    """The dataset; None if it is the demo, which is prepared when the sweep starts."""
-    if must_prepare(config):
-        return None
-    source = config.data.source
-    store = Store(emoji_store(config.root) if source == "emoji" else find_store(source, [config.root]))
-    store.check_shards()
-    return store
 
 
 def _check_dataset(sweep: SweepConfig, store: Store) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -109,6 +110,11 @@ def run_sweep(
     if folder.exists(SWEEP):
         for change in check_same_sweep(read_sweep(folder), sweep):
             console.print(f"changed: {change}", highlight=False)
+    elif runs := trial_runs(sweep):
+        raise UserError(
+            f"{sweep.root}/runs has runs of an earlier sweep of the name {sweep.name}, whose folder is gone ({runs[0]} and "
+            f"{len(runs) - 1} more): remove them with --fresh, or give this sweep another name"
+        )
     check_again(records, again)
     for record in records if sweep.scheduler.name == "pbt" else ():
         if record.state == "running" and record.runs:
@@ -242,7 +248,7 @@ class SweepRun:
                 storage_path=place.path(),
                 storage_filesystem=None if place.is_local else PyFileSystem(FSSpecHandler(place.fs)),
                 failure_config=tune.FailureConfig(max_failures=self.sweep.retries),
-                # for population-based training alone; the others' runs would be copied at their end
+                # Copies for population-based training, when its scheduler asks for one; the runs have their own checkpoints.
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=KEEP, checkpoint_at_end=False),
                 stop=StopWhen(stop),
                 callbacks=[recorder],
@@ -268,11 +274,15 @@ def with_place(sweep: SweepConfig) -> SweepConfig:
 
 def remove_sweep(sweep: SweepConfig, folder: Folder) -> None:
     """Removes a sweep's folder and the runs of its trials."""
-    runs = Folder(sweep.root) / "runs"
-    for record in SweepFolder(folder).read():
-        for run in record.runs:
-            runs.remove(run.name)
+    for name in trial_runs(sweep):
+        (Folder(sweep.root) / "runs").remove(name)
     folder.remove()
+
+
+def trial_runs(sweep: SweepConfig) -> list[str]:
+    """Names of the runs in the storage that a trial of a sweep of this name has, or would have."""
+    pattern = re.compile(rf"{re.escape(sweep.name)}-\d{{5}}-(all|fold\d+)-seed\d+")
+    return [name for name in (Folder(sweep.root) / "runs").names() if pattern.fullmatch(name)]
 
 
 def check_again(records: Sequence[TrialRecord], again: Sequence[int]) -> None:
