@@ -119,14 +119,24 @@ def cost(root: str, steps: int) -> list[Row]:
     path.write_text(yaml.safe_dump(values))
     begun = time.time()
     wall = command("pipeline.tune", str(path))
-    records = read(root, "cost")
+    return cost_rows(read(root, "cost"), begun, wall, min(2, cores))
+
+
+def cost_rows(records: Sequence[TrialRecord], begun: float, wall: float, slots: int) -> list[Row]:
+    """Where the time of a sweep went.
+
+    Args:
+        records: Its trials.
+        begun: When its command started, seconds since 1970.
+        wall: Wall time of the command, seconds.
+        slots: Trials at once.
+    """
     training = sum(run.seconds for record in records for run in record.runs)
     busy = sum(record.busy_s for record in records)
-    slots = min(2, cores)
     share = slots * wall / training - 1
     first, last = min(record.started_at for record in records), max(record.ended_at for record in records)
     return [
-        Row(f"{slots} x wall s of 8 trials / s in steps", slots * wall, training, share + 1, f"ratio <= {1 + COST:g}", share <= COST),
+        Row(f"{slots} x wall s of {len(records)} trials / s in steps", slots * wall, training, share + 1, f"ratio <= {1 + COST:g}", share <= COST),
         Row("  s in steps of a trial", training / len(records)),
         Row("  s before the first trial", first - begun),
         Row("  s of a trial beside its steps", (busy - training) / len(records)),
