@@ -68,7 +68,10 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     except KeyboardInterrupt:
         return _fail(RunError("interrupted; the records of all trials are kept, the same command continues"), 130)
     if result.signal is not None:
+        print("stopped: the trials are saved, the same command continues", file=sys.stderr)
         return 128 + result.signal
+    for record in result.failed:
+        print(f"trial {record.number} failed, the same command tries it again: {record.error}", file=sys.stderr)
     return 1 if result.failed else 0
 
 

@@ -36,7 +36,7 @@ from methods import METHODS, MethodConfig  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from pipeline.recipes import preset_names  # noqa: E402
 from pipeline.tuning.shipped import sweep_file_names, sweep_file_title  # noqa: E402
-from pipeline.tuning.sweep_config import MethodEntry, SweepConfig  # noqa: E402
+from pipeline.tuning.sweep_config import FinalConfig, MethodEntry, SweepConfig  # noqa: E402
 from pipeline.tuning.sweep_file import MAY_CHANGE  # noqa: E402
 
 MODULES = ROOT / "docs" / "reference" / "modules.yaml"
@@ -111,7 +111,11 @@ def sweep_tables(which: str) -> str:
     """Markdown tables of the keys of sweep files ("all"), or the list of the shipped ones."""
     if which == "shipped":
         return "\n".join(f"- `{name}`: {sweep_file_title(name)}" for name in sweep_file_names())
-    every = [Key(key.name, key.field, key.name.split(".")[0] in MAY_CHANGE) for key in keys(SweepConfig)]
+    fixed = {f"final.{name}" for name in FinalConfig.model_fields} - {"final.seeds"}  # of which more may be added
+    every = [
+        Key(key.name, key.field, key.name.split(".")[0] in MAY_CHANGE and key.name not in fixed)
+        for key in keys(SweepConfig)
+    ]
     out = ["## The sweep\n\n" + table(key for key in every if "." not in key.name)]
     out.append("## methods\n\n" + table(keys(MethodEntry, "methods.LABEL.")))
     for name, field in SweepConfig.model_fields.items():

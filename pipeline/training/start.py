@@ -102,19 +102,28 @@ def check_input(config: Config) -> Store | None:
     note = build_trunk(config.model, config.data.transforms.size).weights_note
     if note:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+    store = open_dataset(config)
+    for line in check_run(config, store).notes if store is not None else ():
+        console.print(line)
+    return store
+
+
+def open_dataset(config: Config) -> Store | None:
+    """The dataset, with all its shards; None if it is the demo and still to be prepared.
+
+    Raises:
+        UserError: There is no such dataset, a shard is missing, or other images lie in the demo's place.
+    """
     if must_prepare(config):
         return None
-    store = Store(
-        emoji_store(config.root) if config.data.source == "emoji" else find_store(config.data.source, [config.root])
-    )
-    if config.data.source == "emoji" and store.manifest.get("source", "emoji") != "emoji":
+    is_demo = config.data.source == "emoji"
+    store = Store(emoji_store(config.root) if is_demo else find_store(config.data.source, [config.root]))
+    if is_demo and store.manifest.get("source", "emoji") != "emoji":
         raise UserError(
             f"{store.folder} is not the built-in demo but was prepared from {store.manifest.get('origin', 'other images')}: "
             "move it to a folder of another name and set data.source to that"
         )
     store.check_shards()
-    for line in check_run(config, store).notes:
-        console.print(line)
     return store
 
 

@@ -11,14 +11,12 @@ from typing import Any
 
 from pipeline.config import Config, changed_keys
 from pipeline.console import console
-from pipeline.data.find_store import find_store
-from pipeline.data.prepare_store import emoji_store
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks import test_task
 from pipeline.model.trunk import build_trunk
 from pipeline.training.checks import check_run
-from pipeline.training.start import must_prepare
+from pipeline.training.start import open_dataset
 from pipeline.tuning.run_configs import Stage, run_configs
 from pipeline.tuning.space import Space
 from pipeline.tuning.sweep_config import SweepConfig
@@ -84,7 +82,7 @@ def check_sweep(sweep: SweepConfig, weights: bool = True) -> dict[str, Store]:
         )
     if weights:
         _check_networks(settings)
-    store = _open_store(settings[0].config)
+    store = open_dataset(settings[0].config)
     if store is None:
         return {}
     _check_dataset(sweep, store)
@@ -276,16 +274,6 @@ def _check_networks(settings: Sequence[Setting]) -> None:
 # ---- with the dataset ------------------------------------------------------------------------------------------------
 
 
-def _open_store(config: Config) -> Store | None:
-    """The dataset; None if it is the demo, which is prepared when the sweep starts."""
-    if must_prepare(config):
-        return None
-    source = config.data.source
-    store = Store(emoji_store(config.root) if source == "emoji" else find_store(source, [config.root]))
-    store.check_shards()
-    return store
-
-
 def _check_dataset(sweep: SweepConfig, store: Store) -> None:
     folds = len(store.manifest["folds"])
     missing = [fold for fold in sweep.folds if fold >= folds]
@@ -318,10 +306,23 @@ def _check_runs(
         if checked.epoch_shape is not None:
             steps, batch = checked.epoch_shape
             images = s.config.length.steps(steps) * batch
+            notes |= dict.fromkeys(_late_validation(sweep, s, steps))
         out.append(Setting(s.label, s.values, s.config, s.stage, images))
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     return out
+
+
+def _late_validation(sweep: SweepConfig, setting: Setting, steps_per_epoch: int) -> Iterator[str]:
+    """A note where validations are too rare for what the scheduler is asked to do."""
+    scheduler, config = sweep.scheduler, setting.config
+    wanted = {"asha": scheduler.grace, "median": scheduler.grace, "pbt": scheduler.interval}.get(scheduler.name)
+    share = config.evaluation.every.steps(steps_per_epoch) / config.length.steps(steps_per_epoch)
+    if setting.stage == "search" and wanted is not None and share > 1.1 * wanted:  # a step more, by rounding
+        yield (
+            f"methods.{setting.label} is validated every {config.evaluation.every} of {config.length}: scheduler "
+            f"{scheduler.name} acts no earlier and no more often; evaluation.every shorter than {wanted:.0%} of the length lets it"
+        )
 
 
 def _check_equal_images(settings: Sequence[Setting]) -> None:

@@ -53,6 +53,7 @@ from pipeline.tuning.tune_parts import Recorder, StopWhen, SweepSearcher
 from pipeline.tuning.write_answer import write_answer
 
 HEARTBEAT_S = 5.0
+ANSWER_EVERY_S = 120.0  # sweep.html and leaderboard.csv while the sweep runs
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs write their own logs
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # Tune's own state is not read back
@@ -196,7 +197,7 @@ class SweepRun:
         thread = threading.Thread(target=fit, daemon=True, name="tune")
         with StopSignals(on_stop) as signals:
             thread.start()
-            written = 0.0
+            written, told, told_at = 0.0, 0, time.monotonic()
             while thread.is_alive():
                 thread.join(0.2)
                 if recorder.error is not None and not stop.is_set():
@@ -204,6 +205,9 @@ class SweepRun:
                 if time.monotonic() - written > HEARTBEAT_S:
                     written = time.monotonic()
                     write_state(self.folder.folder, "running", recorder.overview(), self.search.hours)
+                if recorder.ended > told and time.monotonic() - told_at > ANSWER_EVERY_S:
+                    told, told_at = recorder.ended, time.monotonic()
+                    write_answer(self.folder, self.sweep, list(self.search.records))
         ray.kill(status)  # Ray Tune keeps a handle of it
         self.signal = signals.received
         if recorder.error is not None:

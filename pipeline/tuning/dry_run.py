@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -196,7 +197,7 @@ def _known_speed(sweep: SweepConfig, configs: dict[str, Config], stores: dict[st
 
 
 def _table(sweep: SweepConfig, plan: DryRun) -> Table:
-    table = Table(title=f"sweep {sweep.name}, {sweep.protocol} protocol", title_justify="left")
+    table = Table(title=f"sweep {sweep.name}, {sweep.protocol} protocol", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("method", overflow="fold", min_width=min(24, max(len(label) for label in sweep.methods)))
     table.add_column("stage")
     for title in ("settings", "trials", "runs", "images/trial", "images"):

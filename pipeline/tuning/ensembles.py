@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from pipeline.console import console
+from pipeline.errors import RunError, UserError
 from pipeline.inference.ensemble import measure_ensemble
 from pipeline.storage import Folder
 from pipeline.tuning.resources import TrialResources
@@ -22,8 +23,14 @@ def write_ensembles(
     for label, seed, names in missing_ensembles(sweep, folder, records):
         console.print(f"{label}: measuring the concatenated embeddings of {len(names)} runs", highlight=False)
         held = trials[label].worker
-        task = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0))(measure_ensemble)
-        metrics = ray.get(task.remote([Folder(sweep.root) / "runs" / name for name in names]))
+        task: Any = ray.remote(num_cpus=held["CPU"], num_gpus=held.get("GPU", 0))(measure_ensemble)
+        folders = [Folder(sweep.root) / "runs" / name for name in names]
+        try:
+            metrics = ray.get(task.remote(folders, threads=int(held["CPU"])))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, (RunError, UserError)):
+                raise error.cause from None
+            raise
         known = read_ensembles(folder)
         others = [entry for entry in known.get(label, []) if entry["seed"] != seed]
         folder.write_json(ENSEMBLES, known | {label: [*others, {"seed": seed, "runs": names, "metrics": metrics}]})

@@ -40,7 +40,9 @@ class TrialResources:
         return dict(self.worker) if self.in_process else HEAD
 
     def __str__(self) -> str:
-        return ", ".join(f"{amount:g} {name}s" for name, amount in self.total.items() if amount)
+        return ", ".join(
+            f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in self.total.items() if amount
+        )
 
 
 def trial_resources(config: Config) -> TrialResources:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from methods import plugins
 from methods.config import Length
 from pipeline.config import Config, changed_keys, name_for
 from pipeline.config_problems import explain
@@ -42,13 +43,15 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
     values = _with_flat_spaces({"name": file.stem} | values)
     for override in overrides:
         keys, value = parse_override(override)
-        depth = next((i + 1 for i in (0, 2) if len(keys) > i + 1 and keys[i] in _BY_KEY), len(keys))
-        values = assigned(values, [([*keys[:depth], ".".join(keys[depth:])] if depth < len(keys) else keys, value)])
+        at = {"methods": 2, "final": 1}.get(keys[0], 0)
+        is_dotted = len(keys) > at + 1 and keys[at] in _BY_KEY
+        values = assigned(values, [([*keys[: at + 1], ".".join(keys[at + 1 :])] if is_dotted else keys, value)])
     if str(values.get("protocol")).lower() == "paper":
         values.setdefault("final", None)  # every trial measures the test classes itself
     if isinstance(values.get("metric"), str):
         values["metric"] = metric_key(values["metric"])
     sweep = build_sweep(_with_flat_spaces(values))
+    plugins.add_folder(file.parent)  # modules of the user's own may lie beside the sweep file
     methods = {label: _with_recipe(label, entry, file.parent) for label, entry in sweep.methods.items()}
     return sweep.model_copy(update={"methods": methods})
 
@@ -104,11 +107,10 @@ def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 def check_same_sweep(old: SweepConfig, new: SweepConfig) -> list[str]:
     """Compares with the sweep that a folder was started with; returns what has changed and may.
 
-    A sweep may grow: its budget and length, further methods and points, other final runs; and it may run elsewhere, with other
-    `runtime` keys.
+    A sweep may grow: its budget, further methods and points, more final seeds; and it may run elsewhere, with other `runtime` keys.
 
     Raises:
-        UserError: Anything else differs, or it would become shorter.
+        UserError: Anything else differs: trials of different lengths or spaces could not be compared.
     """
     allowed, forbidden = _changes(old, new)
     if forbidden:
@@ -131,7 +133,7 @@ def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
     methods = {"methods", "settings", "space", "name"}
     before, after = (sweep.model_dump(mode="json", exclude=methods) for sweep in (old, new))
     for key, values in changed_keys(before, after, runtime=False).items():
-        (allowed if key.split(".")[0] in MAY_CHANGE else forbidden)[key] = values
+        (allowed if _may_change(key, old, new) else forbidden)[key] = values
     for label in [*old.methods, *(label for label in new.methods if label not in old.methods)]:
         if label not in new.methods:
             forbidden[f"methods.{label}"] = ("compared", "left out")
@@ -142,6 +144,13 @@ def _changes(old: SweepConfig, new: SweepConfig) -> tuple[_Changes, _Changes]:
     return allowed, forbidden
 
 
+def _may_change(key: str, old: SweepConfig, new: SweepConfig) -> bool:
+    """True if a key of the sweep's own may change; final runs that are there stay, so that only seeds may be added."""
+    if key.split(".")[0] != "final" or old.final is None or new.final is None:
+        return key.split(".")[0] in MAY_CHANGE
+    return key == "final.seeds" and set(old.final.seeds) <= set(new.final.seeds)
+
+
 def _method_changes(old: SweepConfig, new: SweepConfig, label: str, allowed: _Changes, forbidden: _Changes) -> None:
     before, after = old.methods[label], new.methods[label]
     where = f"methods.{label}"
@@ -149,21 +158,22 @@ def _method_changes(old: SweepConfig, new: SweepConfig, label: str, allowed: _Ch
         forbidden[f"{where}.recipe"] = (before.recipe, after.recipe)  # files may lie elsewhere, on another machine
         return
     values = method_values(old, label), method_values(new, label)
-    for is_runtime, out in ((False, forbidden), (True, allowed)):
-        out |= {
-            f"{where}.settings.{k}": v for k, v in changed_keys(*values, runtime=is_runtime).items() if k != "length"
-        }
+    allowed |= {
+        f"{where}.settings.{key}": value
+        for key, value in changed_keys(*values, runtime=True).items()
+        if key != "length"
+    }
+    forbidden |= {f"{where}.settings.{key}": value for key, value in changed_keys(*values, runtime=False).items()}
     lengths = [Length.model_validate(v.get("length", Config.model_fields["length"].default)) for v in values]
     if lengths[0] != lengths[1]:
-        grows = lengths[0].unit == lengths[1].unit and lengths[1].value > lengths[0].value
-        (allowed if grows else forbidden)[f"{where}.settings.length"] = (str(lengths[0]), str(lengths[1]))
+        forbidden[f"{where}.settings.length"] = (str(lengths[0]), str(lengths[1]))
     spaces = old.space | before.space, new.space | after.space
     for key in dict.fromkeys([*spaces[0], *spaces[1]]):
         if spaces[0].get(key) != spaces[1].get(key) or (key in spaces[0]) != (key in spaces[1]):
             forbidden[f"{where}.space.{key}"] = (spaces[0].get(key), spaces[1].get(key))
     if before.points != after.points:
-        grows = after.points[: len(before.points)] == before.points
-        (allowed if grows else forbidden)[f"{where}.points"] = (len(before.points), len(after.points))
+        grows = all(point in after.points for point in before.points)
+        (allowed if grows else forbidden)[f"{where}.points"] = (before.points, after.points)
 
 
 def _with_flat_spaces(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +214,7 @@ def _explain(problem: dict[str, Any], values: Mapping[str, Any]) -> str:
             place = ".".join([*location[:-1], "settings"])
             return f"unknown key {'.'.join(location)!r}: keys of the recipe stand below {place}"
     if in_method:
-        entry: Any = values["methods"][location[1]]
+        entry: Any = {str(label): entry for label, entry in values["methods"].items()}[location[1]]
         inner = explain(
             {**problem, "loc": problem["loc"][2:]}, entry if isinstance(entry, Mapping) else {}, MethodEntry
         )

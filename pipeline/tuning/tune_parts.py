@@ -16,6 +16,7 @@ from pipeline.errors import RunError
 from pipeline.tuning.resources import TrialResources
 from pipeline.tuning.search import Search, trial_config
 from pipeline.tuning.sweep_folder import RunProgress, SweepFolder, TrialRecord
+from pipeline.tuning.tensorboard import SweepBoard
 
 
 class NotSaved:
@@ -76,14 +77,18 @@ class Recorder(NotSaved, tune.Callback):
 
     Attributes:
         error: Why nothing can be recorded any more.
+        ended: Number of trials that have ended in this start.
     """
 
     def __init__(self, folder: SweepFolder, search: Search, metric: str, trials: Mapping[str, TrialResources]) -> None:
         self.folder = folder
+        self.board = SweepBoard(folder.folder, metric)
         self.search = search
         self.metric = metric
         self.trials = trials
+        self.board = SweepBoard(folder.folder, metric)
         self.error: RunError | None = None
+        self.ended = 0
         self._since: dict[int, float] = {}  # when a trial's process started, by number
 
     def record_of(self, trial: TuneTrial) -> TrialRecord:
@@ -139,6 +144,7 @@ class Recorder(NotSaved, tune.Callback):
             run.state = state if run.state == "running" else run.state
         self._add_time(record)
         self._write(record)
+        self.ended += 1
         score = "" if record.score is None else f", {self.metric} {record.score:.2f}"
         stage = " final" if record.stage == "final" else ""
         self._say(
@@ -154,6 +160,8 @@ class Recorder(NotSaved, tune.Callback):
     def _write(self, record: TrialRecord) -> None:
         try:
             self.folder.write(record)
+            self.board.update(record)
+            self.board.update(record)
         except RunError as error:
             self.error = self.error or error
 

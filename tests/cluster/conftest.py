@@ -30,7 +30,8 @@ def head(tmp_path: Path, ending: list[subprocess.Popen[bytes]]) -> Iterator[dict
     home.mkdir()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "RAYDML_"))}
     environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": f"/tmp/h{port}",
-                    "RAYDML_HOME": str(tmp_path / "storage"), "OMP_NUM_THREADS": "1"}  # fmt: skip
+                    "RAYDML_HOME": str(tmp_path / "storage"), "OMP_NUM_THREADS": "1",
+                    "RAY_JOB_STOP_WAIT_TIME_S": "60"}  # fmt: skip
     ray = str(Path(sys.executable).parent / "ray")
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")

@@ -19,6 +19,7 @@ from pipeline.storage import Folder
 from pipeline.training.launch import run_in_process
 from pipeline.tuning.driver import SweepResult, run_sweep
 from pipeline.tuning.sweep_folder import LEADERBOARD, SweepFolder, TrialRecord, sweep_folder
+from pipeline.tuning.tensorboard import TENSORBOARD, run_name
 from tests.cluster.test_ray import silent, tensors
 from tests.pipeline.tuning.sweeps import tiny_sweep
 
@@ -67,6 +68,7 @@ def test_a_sweep_to_its_answer(ray_here: Any, store: Store, tmp_path: Path) -> N
     assert all(r.runs[0].fold is None and r.runs[0].test["queries"] > 0 for r in records if r.stage == "final")
     folder = sweep_folder(sweep.storage, sweep.name)
     assert all(folder.exists(name) for name in (LEADERBOARD, "ensembles.json"))
+    assert folder.names(TENSORBOARD) == sorted(map(run_name, records))
     assert {row.method for row in result.answer.rows} == {"triplet", "contrastive"}
 
     run = Folder(tmp_path / "runs" / searched[0].runs[0].name)

@@ -173,6 +173,13 @@ def test_plans_do_not_depend_on_the_number_of_shards(tmp_path: Path, k: int, pos
     assert all(np.array_equal(p.ids, found[0].ids) and np.array_equal(p.columns["kind"], found[0].columns["kind"]) for p in found)  # fmt: skip
 
 
+@pytest.mark.parametrize("config", [{}, {"anchors": 20}, {"triplets_per_anchor": 3}, {"triplets_per_batch": 50}])
+def test_the_shape_of_an_epoch_is_known_before_training(tmp_path: Path, config: dict[str, Any]) -> None:
+    method, context = make(tmp_path, **config)
+    assert method.epoch_shape(context) == method.plan(0, context).ids.shape == method.plan(3, context).ids.shape
+    context.mining.close()
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_a_server_may_die_while_triplets_are_mined(
     tmp_path: Path, after: bool, monkeypatch: pytest.MonkeyPatch

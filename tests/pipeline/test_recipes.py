@@ -31,6 +31,17 @@ def test_another_loss_drops_the_presets_arguments() -> None:
     assert method("method.loss_args.alpha=3").loss_args == {"alpha": 3, "beta": 50, "base": 0.5}
 
 
+def test_a_key_below_a_single_value_is_not_set_in_its_place(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.yaml", "preset: baseline/emoji\nmethod: osm_caa\nmodel: resnet18\n")
+    config = load_config(write(tmp_path / "m.yaml", "preset: baseline/emoji\nmethod: osm_caa\n"), ["method.sigma=0.7"])
+    assert config.method.name == "osm_caa" and config.method.sigma == 0.7  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"model\.pooling cannot be set: model is 'resnet18', expected keys and values"):
+        load_config(own, ["model.pooling=max"])
+    assert (
+        load_config(None, ["evaluation.reranking=none", "evaluation.reranking.k1=30"]).evaluation.reranking is not None
+    )
+
+
 def test_so_do_files_in_any_order_of_keys(tmp_path: Path) -> None:
     keys = ["loss: ArcFaceLoss", "loss_args: {margin: 30}"]
     for order in (keys, keys[::-1]):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from methods import plugins
 from pipeline.console import console
 from pipeline.data.store import Store
 from pipeline.errors import UserError
@@ -198,3 +200,35 @@ def test_one_setting_is_a_sweep_of_one_trial(make: Make, tmp_path: Path, store: 
     }
     check_sweep(make(methods=methods, space={}, budget={"trials": 1}))
     check_sweep(make(methods=methods, space={}, budget={}, searcher={"name": "grid"}))
+
+
+def test_validations_too_rare_for_the_scheduler_are_told(make: Make) -> None:
+    def notes(*overrides: str) -> str:
+        with console.capture() as captured:
+            check_sweep(make(*overrides))
+        return " ".join(captured.get().split())
+
+    rare = "methods.triplet is validated every 2 epochs of 3 epochs: scheduler asha acts no earlier"
+    assert (
+        rare in notes("settings.evaluation.every=2 epochs")
+        and "evaluation.every shorter than 25% of the length" in notes()
+    )
+    assert "is validated every" not in notes("scheduler.grace=0.34")
+    assert "is validated every" not in notes("scheduler.name=none")
+
+
+def test_code_of_a_users_own_lies_beside_the_sweep_file(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(plugins, "loaded", False)
+    monkeypatch.setenv(plugins.FOLDERS, "")
+    text = "from torch import nn\nclass Mine(nn.Module):\n    def __init__(self, margin=1.0):\n        super().__init__()\n"
+    text += "    def forward(self, embeddings, labels):\n        return embeddings.square().sum()\n"
+    (tmp_path / "losses_of_a_sweep.py").write_text(text)
+    own = "methods.contrastive.settings.method.loss=losses_of_a_sweep:Mine"
+    check_sweep(make(own, "methods.contrastive.space={method.loss_args.margin: {uniform: [0, 1]}}"))
+    assert "Mine takes no argument 'margn'" in refusal(
+        make(own, "methods.contrastive.space={method.loss_args.margn: [0, 1]}")
+    )
+    assert str(tmp_path) in plugins.folders(), "the trials' processes look there too"

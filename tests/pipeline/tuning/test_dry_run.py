@@ -44,7 +44,7 @@ def test_the_numbers_of_a_sweep(tmp_path: Path, store: Store) -> None:
     assert plan.images() == total and plan.trials == 12
     assert plan.hours() == pytest.approx(total / 50 / 2 / 3600)
     assert f"images: {total:,}\n" in text and "trials at once: 2" in text
-    assert "one trial (triplet, contrastive): 1 worker, 1 CPUs" in text
+    assert "one trial (triplet, contrastive): 1 worker, 1 CPU" in text
     assert "at 50 images per second and trial (as given)" in text
 
 

@@ -77,6 +77,7 @@ def test_set_changes_keys_of_the_sweep_and_of_the_recipe(tmp_path: Path) -> None
             "space.method.optimizer.lr={log_uniform: [1e-5, 1e-4]}",
             "methods.similarity.space.method.embedding_dim=[8, 16]",
             "name=other",
+            "final.settings.method.loss_args.margin=0.2",
         ],
     )
     assert sweep.name == "other" and sweep.budget.trials == 5
@@ -85,6 +86,7 @@ def test_set_changes_keys_of_the_sweep_and_of_the_recipe(tmp_path: Path) -> None
     assert values["method"]["loss"] == "TripletMarginLoss" and "loss_args" not in values["method"]
     assert sweep.space == {"method.optimizer.lr": {"log_uniform": [1e-5, 1e-4]}}
     assert sweep.methods["similarity"].space == {"method.embedding_dim": [8, 16]}
+    assert sweep.final is not None and sweep.final.settings == {"method.loss_args.margin": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,8 @@ def test_set_changes_keys_of_the_sweep_and_of_the_recipe(tmp_path: Path) -> None
             {"methods": {"a": {"length": "x"}}},
             "unknown key 'methods.a.length': keys of the recipe stand below methods.a",
         ),
+        ({"methods": {1: {"recpe": "x"}}}, "methods.1: unknown key 'recpe': did you mean 'recipe'?"),
+        ({"methods": ["a"]}, "methods: got ['a'], expected keys and values"),
         ({"methods": {}}, "methods: got {}"),
         ({"methods": {"a": None}}, "methods.a: got None, expected keys and values"),
         ({"searcher": {"name": "bayes"}}, "searcher.name: got 'bayes'"),
@@ -139,10 +143,15 @@ def changed(sweep: SweepConfig, tmp_path: Path, overrides: list[str]) -> list[st
 def test_a_sweep_may_grow(sweep: SweepConfig, tmp_path: Path) -> None:
     assert changed(sweep, tmp_path, []) == []
     assert changed(sweep, tmp_path, ["budget.trials=50"]) == ["budget.trials: None -> 50"]
-    longer = changed(sweep, tmp_path, ["settings.length=3 epochs"])
-    assert longer == [f"methods.{m}.settings.length: 2 epochs -> 3 epochs" for m in ("margin", "similarity")]
+    assert len(changed(sweep, tmp_path, ["methods.similarity.points=[{method.optimizer.lr: 1e-3}]"])) == 1
+    assert changed(sweep, tmp_path, ["final.seeds=[4, 3, 2, 1, 0, 7]"])[0].startswith(
+        "final.seeds: [0, 1, 2, 3, 4] -> "
+    )
+    assert changed(sweep, tmp_path, ["final=null"]) and check_same_sweep(
+        load_sweep(str(tmp_path / "small.yaml"), ["final=null"]), sweep
+    )
     assert changed(sweep, tmp_path, ["methods.new.recipe=mmsi/emoji"]) == ["methods.new: left out -> compared"]
-    assert len(changed(sweep, tmp_path, ["settings.runtime.cpus_per_worker=2", "retries=9", "final.seeds=[1, 2]"])) == 4
+    assert len(changed(sweep, tmp_path, ["settings.runtime.cpus_per_worker=2", "retries=9"])) == 3
     moved = sweep.methods["margin"].model_copy(update={"recipe": "/elsewhere/own.yaml"})
     assert changed(sweep.model_copy(update={"methods": {**sweep.methods, "margin": moved}}), tmp_path, []) == []
 
@@ -150,6 +159,9 @@ def test_a_sweep_may_grow(sweep: SweepConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override, message",
     [
+        ("settings.length=3 epochs", "methods.similarity.settings.length: 2 epochs -> 3 epochs"),
+        ("final.seeds=[1, 2]", "final.seeds: [0, 1, 2, 3, 4] -> [1, 2]"),
+        ("final.classes=folds", "final.classes: all -> folds"),
         ("settings.length=1 epochs", "methods.margin.settings.length: 2 epochs -> 1 epochs"),
         ("settings.length=300 steps", "settings.length: 2 epochs -> 300 steps"),
         ("searcher.seed=1", "searcher.seed: 0 -> 1"),
@@ -159,7 +171,7 @@ def test_a_sweep_may_grow(sweep: SweepConfig, tmp_path: Path) -> None:
         ("space.method.embedding_dim=[8, 16]", "methods.margin.space.method.embedding_dim: None -> [8, 16]"),
         ("settings.method.embedding_dim=8", "methods.margin.settings.method.embedding_dim: 128 -> 8"),
         ("methods.similarity.recipe=mmsi/emoji", "methods.similarity.recipe: baseline/emoji -> mmsi/emoji"),
-        ("methods.margin.points=[]", "methods.margin.points: 1 -> 0"),
+        ("methods.margin.points=[]", "methods.margin.points: [{"),
         ("methods={similarity: {recipe: baseline/emoji}}", "methods.margin: compared -> left out"),
     ],
 )
