@@ -200,7 +200,7 @@ def left_behind(ray: Any) -> tuple[int, int]:
 def many(root: str, trials: int) -> list[Row]:
     store = write_tiny_store(Path(root))
     recipe = Path(root) / "tiny.yaml"
-    changes = {"length": "1 epochs", "runtime.workers": 1, "evaluation.test": False}
+    changes = {"length": "1 epochs", "runtime.workers": 1, "evaluation.test": False, "evaluation.every": "0.25 epochs"}
     recipe.write_text(yaml.safe_dump(tiny_values(root, store.folder.uri, changes)))
     sweep = build_sweep({
         "name": "many", "storage": root, "methods": {"stub": {"recipe": str(recipe)}}, "budget": {"trials": trials},

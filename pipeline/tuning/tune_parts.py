@@ -86,7 +86,6 @@ class Recorder(NotSaved, tune.Callback):
         self.search = search
         self.metric = metric
         self.trials = trials
-        self.board = SweepBoard(folder.folder, metric)
         self.error: RunError | None = None
         self.ended = 0
         self._since: dict[int, float] = {}  # when a trial's process started, by number
@@ -160,7 +159,6 @@ class Recorder(NotSaved, tune.Callback):
     def _write(self, record: TrialRecord) -> None:
         try:
             self.folder.write(record)
-            self.board.update(record)
             self.board.update(record)
         except RunError as error:
             self.error = self.error or error

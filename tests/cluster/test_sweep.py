@@ -14,7 +14,7 @@ import pytest
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.inference.trained_model import load_run
-from pipeline.runs.run_folder import read_config
+from pipeline.runs.run_folder import read_changes, read_config
 from pipeline.storage import Folder
 from pipeline.training.launch import run_in_process
 from pipeline.tuning.driver import SweepResult, run_sweep
@@ -69,6 +69,7 @@ def test_a_sweep_to_its_answer(ray_here: Any, store: Store, tmp_path: Path) -> N
     folder = sweep_folder(sweep.storage, sweep.name)
     assert all(folder.exists(name) for name in (LEADERBOARD, "ensembles.json"))
     assert folder.names(TENSORBOARD) == sorted(map(run_name, records))
+    assert not [name for name in (folder / "tune").find() if name.endswith(".safetensors")], "no run is copied"
     assert {row.method for row in result.answer.rows} == {"triplet", "contrastive"}
 
     run = Folder(tmp_path / "runs" / searched[0].runs[0].name)
