@@ -246,9 +246,12 @@ def _blamed(sweep: SweepConfig, label: str, space: Space, values: Mapping[str, A
     reason = reason.removeprefix(f"methods.{label}: ")
     searched = [key for key in values if key in space.keys]
     about = reason.split(": did you mean")[0]  # a suggested key is not to blame
-    named = [key for key in searched if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]\w)", about)]
+    named = [key for key in searched if re.search(rf"(?<![\w.]){re.escape(key)}(?!\.?\w)", about)]
     named = named or [key for key in searched if re.search(rf"(?<!\w){re.escape(key.split('.')[-1])}(?!\w)", about)]
-    if not named and not about.startswith("unknown key"):
+    unknown = re.match(r"unknown key '([^']+)'", about)
+    if unknown is not None:  # of the space, or of settings that have nothing to do with it
+        named = [key for key in searched if key == unknown[1] or key.startswith(f"{unknown[1]}.")]
+    elif not named:
         named = searched
     run = "" if stage == "search" else " in final runs"
     setting = ", ".join(f"{place_of(sweep, label, key)}.{key} = {values[key]!r}" for key in named)

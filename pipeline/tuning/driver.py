@@ -213,7 +213,7 @@ class SweepRun:
                     write_state(self.folder.folder, "running", recorder.overview(), self.search.hours)
                 if recorder.ended > told and time.monotonic() - told_at > ANSWER_EVERY_S:
                     told, told_at = recorder.ended, time.monotonic()
-                    write_answer(self.folder, self.sweep, list(self.search.records))
+                    write_answer(self.folder, self.sweep, list(self.search.records), live=True)
         ray.kill(status)  # Ray Tune keeps a handle of it
         self.signal = signals.received
         if recorder.error is not None:

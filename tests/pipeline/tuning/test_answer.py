@@ -63,7 +63,7 @@ def test_folds_of_a_seed_are_averaged_before_they_count() -> None:
     sweep = make_sweep(final={"classes": "folds", "seeds": [0, 1]})
     row = answer(sweep, records, {}).rows[0]
     assert row.figures[TEST]["map@r"] == {0: 32.0, 1: 21.0}
-    records[-1].runs[0].test = {}  # not yet measured: the seed does not count
+    records[-1].runs[1].test = {}  # not yet measured: the seed does not count
     assert answer(sweep, records, {}).rows[0].figures[TEST]["map@r"] == {0: 32.0}
 
 
@@ -169,6 +169,8 @@ def test_leaderboard_keeps_every_digit() -> None:
     assert json.loads(line["setting"]) == {"method.optimizer.lr": 1e-3}
     other = next(x for x in lines if x["method"] == "b" and x["metric"] == "map@r" and x["figures"] == "test classes")
     assert other["compared_with"] == "a" and "Holm" in other["comparison"] and other["verdict"] == "within noise"
+    compared = [(x["method"], x["figures"], x["metric"]) for x in lines if x["verdict"]]
+    assert compared == [("a", "test classes", "map@r"), ("b", "test classes", "map@r")]
     assert float(other["difference_low"]) < float(other["difference"]) < float(other["difference_high"])
 
 

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def test_text_of_names_and_values_is_no_html(tmp_path: Path) -> None:
     assert HOSTILE in trials[1][1] and HOSTILE in trials[1][8] and HOSTILE in trials[1][9]
     assert f"error: {HOSTILE}" in trials[4][10] and f"started again: {HOSTILE}" in trials[4][10]
     assert "name: resolved & <ours>" in page.text
+    assert not [text for attributes, text in page.scripts if attributes.get("id") == "charts" and "<" in text]
     for text in (
         label.replace("<b>", "").replace("</b>", "").replace("<br>", "") for label in page.charts["labels"].values()
     ):
@@ -199,6 +201,8 @@ def test_parallel_coordinates_and_slices_agree_with_the_records(page: Page) -> N
         height = ((trials[number].score or 0) - min(scores)) / (max(scores) - min(scores))
         assert heights[-1] == pytest.approx(height, abs=1e-3)
         assert (heights[4] < 0) is (trials[number].values["method.optimizer.schedule.kind"] == "constant")
+    shades = [[trials[line[0]].score or 0 for line in trace["lines"]] for trace in figures["parallel-0"]["data"]]
+    assert all(max(worse) <= min(better) for worse, better in pairwise(shades))  # the better, the stronger
     (trace,) = figures["slice-0-0"]["data"]
     assert trace["x"] == [trials[number].values["method.optimizer.lr"] for number in trace["trials"]]
     assert trace["y"] == pytest.approx([trials[number].score for number in trace["trials"]], abs=1e-3)
