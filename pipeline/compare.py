@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from pipeline.console import aligned
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import RunError, UserError, fail
 from pipeline.runs.records import comparison, find_run, read_run
 
 PROG = "python -m pipeline.compare"
@@ -26,8 +26,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
             raise UserError("got one run, expected two or more to compare")
         records = [read_run(find_run(name)) for name in options.runs]
     except (UserError, RunError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     for title, rows in comparison(records).items():
         print(f"{title}\n" + "\n".join(f"  {line}" for line in aligned(rows)) + "\n")
     return 0

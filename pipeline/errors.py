@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 LONGEST = 1000  # characters of a message that are shown
@@ -40,6 +41,13 @@ def one_line(error: BaseException) -> str:
     text = joined_lines(error)
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
     return text if isinstance(error, (UserError, RunError)) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def fail(error: Exception, status: int) -> int:
+    """Prints what a command ends with as one line on stderr, after what it has printed; returns its exit status."""
+    sys.stdout.flush()
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    return status
 
 
 def joined_lines(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.entries import SPLITS
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import RunError, UserError, fail
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,8 +126,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
             recall_at = [int(key.partition("@")[2]) for key in figures.metrics if key.startswith(("recall@", "cmc@"))]
             _write(options.per_class, as_csv(per_class(figures.retrieval, figures.labels, figures.names, recall_at)))
     except (UserError, RunError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again", file=sys.stderr)
         return 130

@@ -26,7 +26,7 @@ from pipeline.data.published import open_sources, read_entries
 from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_on_ray
 from pipeline.distributed.ray_session import check_visible, nodes_without_path, on_cluster, ray_session
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import RunError, UserError, fail
 from pipeline.storage import Folder, home
 
 PROG = "python -m pipeline.prepare"
@@ -100,8 +100,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     try:
         _run(options)
     except (UserError, RunError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again", file=sys.stderr)
         return 130

@@ -24,14 +24,13 @@ AUTO = "auto"  # the value of `name` that is replaced by a name made from the se
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what every command with a recipe takes: `recipe`, and `--set` as `overrides`."""
     parser.add_argument("recipe", nargs="?", help="YAML file or preset name (default: the built-in demo)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="sets a key of the recipe, e.g. seed=1; may be repeated",
-    )
+    add_set_argument(parser, "the recipe", "seed=1")
+
+
+def add_set_argument(parser: argparse.ArgumentParser, of: str, example: str) -> None:
+    """Adds `--set KEY=VALUE` as `overrides`."""
+    help = f"sets a key of {of}, e.g. {example}; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help)
 
 
 def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import RunError, UserError, fail
 from pipeline.runs.run_folder import DATASET
 from pipeline.storage import Folder
 
@@ -36,8 +36,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
             )
         write_report(run, store)
     except (UserError, RunError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     print(f"report: {run}/report.html")
     return 0
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, fail
 from pipeline.recipes import add_recipe_arguments, read_recipe
 
 PROG = "python -m pipeline.show_config"
@@ -38,8 +38,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
 
         print(json.dumps(json_schema(), indent=1) if options.schema else annotated_yaml(build_config(values)))
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     return 0
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 
 from pipeline.console import aligned
-from pipeline.errors import RunError, UserError, did_you_mean, one_line
+from pipeline.errors import RunError, UserError, did_you_mean, fail
 from pipeline.storage import Folder, home
 
 PROG = "python -m pipeline.show_list"
@@ -142,8 +142,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
             hint = did_you_mean(options.pattern, [row[0] for row in rows])
             raise UserError(f"none of the {len(rows):,} {options.kind} matches {options.pattern!r}: {hint}")
     except (UserError, RunError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     try:
         for line in aligned(found):
             print(line)

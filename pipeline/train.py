@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 
-from pipeline.errors import NameTakenError, RunError, UserError, one_line
+from pipeline.errors import NameTakenError, RunError, UserError, fail
 from pipeline.recipes import add_recipe_arguments, read_recipe, resolve
 
 PROG = "python -m pipeline.train"
@@ -38,13 +38,13 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
 
         signal = run(resolve(values, options.recipe), options.fresh)
     except NameTakenError as error:
-        return _fail(UserError(f"{error}; as a run of its own: {_under(error.free_name, arguments, prog)}"), 2)
+        return fail(UserError(f"{error}; as a run of its own: {_under(error.free_name, arguments, prog)}"), 2)
     except UserError as error:
-        return _fail(error, 2)
+        return fail(error, 2)
     except RunError as error:
-        return _fail(error, 1)
+        return fail(error, 1)
     except KeyboardInterrupt:
-        return _fail(RunError("interrupted; the newest checkpoint is kept"), 130)
+        return fail(RunError("interrupted; the newest checkpoint is kept"), 130)
     return 0 if signal is None else 128 + signal
 
 
@@ -52,12 +52,6 @@ def _under(name: str, arguments: list[str] | None, prog: str) -> str:
     """The command with another name of the run."""
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--fresh"]
     return shlex.join([*prog.split(), *given, "--set", f"name={name}"])
-
-
-def _fail(error: Exception, status: int) -> int:
-    sys.stdout.flush()
-    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-    return status
 
 
 if __name__ == "__main__":

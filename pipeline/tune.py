@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import RunError, UserError, fail
+from pipeline.recipes import add_set_argument
 
 PROG = "python -m pipeline.tune"
 
@@ -19,14 +20,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweep", metavar="SWEEP", help="sweep file, or name of one that comes with this program")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="sets a key of the sweep file, e.g. budget.trials=40; may be repeated",
-    )
+    add_set_argument(parser, "the sweep file", "budget.trials=40")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print what would be trained")
     parser.add_argument(
         "--images-per-second", type=float, metavar="N", help="--dry-run: speed of one trial, for the expected hours"
@@ -62,23 +56,17 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
         result = run_sweep(sweep, options.lengthen, fresh=options.fresh)
         show_answer(result.answer)
     except UserError as error:
-        return _fail(error, 2)
+        return fail(error, 2)
     except RunError as error:
-        return _fail(error, 1)
+        return fail(error, 1)
     except KeyboardInterrupt:
-        return _fail(RunError("interrupted; the records of all trials are kept, the same command continues"), 130)
+        return fail(RunError("interrupted; the records of all trials are kept, the same command continues"), 130)
     if result.signal is not None:
         print("stopped: the trials are saved, the same command continues", file=sys.stderr)
         return 128 + result.signal
     for record in result.failed:
         print(f"trial {record.number} failed, the same command tries it again: {record.error}", file=sys.stderr)
     return 1 if result.failed else 0
-
-
-def _fail(error: Exception, status: int) -> int:
-    sys.stdout.flush()
-    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-    return status
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import RunError, UserError, fail
 
 PROG = "python -m pipeline.watch"
 
@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
             print("\n".join(as_lines(first)))
         last = first if options.once else follow(reader, first, options.every)
     except (UserError, RunError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     except KeyboardInterrupt:
         return 130
     return 0 if options.once or last.finished else 1
