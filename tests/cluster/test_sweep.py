@@ -99,19 +99,33 @@ def test_stopped_trials_leave_their_workers_groups_with_one_cpu_too_few(
     """Two trials of two workers want 8 of the 6 CPUs: each that is stopped has to make room for the next."""
     sweep = tiny_sweep(
         tmp_path, store, settings=settings(workers=2, cpus_per_worker=2), trials_at_once=2, final=None,
-        searcher={"name": "random"}, scheduler={"name": "asha", "grace": 0.3}, budget={"trials": 3},
+        scheduler={"name": "asha", "grace": 0.3}, budget={"trials": 3},
+        space={"method.optimizer.lr": {"log_uniform": [1e-9, 1e-2]}},
+        methods={"triplet": {"recipe": str(tmp_path / "tiny.yaml"), "points": points(3e-3, 1e-8, 1e-9)}},
     )  # fmt: skip
     result = run_sweep(sweep)
     assert left_behind(ray_here) == []
     states = [record.state for record in result.records]
-    assert len(states) == 6 and set(states) == {"finished", "stopped"}
-    stopped = [record for record in result.records if record.state == "stopped"]
-    assert all(0 < record.runs[0].curve[-1]["done"] < 1 for record in stopped)
-    whole = run_sweep(sweep, again=[stopped[0].number])
-    lengthened = next(record for record in whole.records if record.number == stopped[0].number)
-    assert lengthened.state == "finished" and lengthened.starts == 2 and lengthened.runs[0].curve[-1]["done"] == 1
+    assert len(states) == 3 and set(states) == {"finished", "stopped"}
+
+
+def points(*rates: float) -> list[dict[str, float]]:
+    return [{"method.optimizer.lr": rate} for rate in rates]
+
+
+def test_a_stopped_trial_is_lengthened(ray_here: Any, store: Store, tmp_path: Path) -> None:
+    sweep = tiny_sweep(
+        tmp_path, store, settings=settings(), trials_at_once=1, final=None, scheduler={"name": "asha", "grace": 0.3},
+        budget={"trials": 2}, space={"method.optimizer.lr": {"log_uniform": [1e-9, 1e-2]}},
+        methods={"triplet": {"recipe": str(tmp_path / "tiny.yaml"), "points": points(3e-3, 1e-9)}},
+    )  # fmt: skip
+    first = run_sweep(sweep).records
+    assert [record.state for record in first] == ["finished", "stopped"]
+    assert 0 < first[1].runs[0].curve[-1]["done"] < 1
+    whole = run_sweep(sweep, again=[1]).records
+    assert whole[1].state == "finished" and whole[1].starts == 2 and whole[1].runs[0].curve[-1]["done"] == 1
     with pytest.raises(UserError, match="is finished, expected one that was stopped early"):
-        run_sweep(sweep, again=[stopped[0].number])
+        run_sweep(sweep, again=[1])
 
 
 def test_a_killed_trial_goes_on_from_its_checkpoint(ray_here: Any, store: Store, tmp_path: Path) -> None:
@@ -146,7 +160,7 @@ def test_a_population_copies_weights_and_settings_of_better_trials(ray_here: Any
         tmp_path, store, settings=settings("8 epochs"), final=None, trials_at_once=2, searcher={"name": "random"},
         scheduler={"name": "pbt", "interval": 0.25, "quantile": 0.5}, budget={"trials": 2},
         space={"method.optimizer.lr": {"log_uniform": [1e-9, 1e-2]}},
-        methods={"triplet": {"recipe": str(tmp_path / "tiny.yaml"), "points": [{"method.optimizer.lr": r} for r in (1e-9, 3e-3)]}},
+        methods={"triplet": {"recipe": str(tmp_path / "tiny.yaml"), "points": points(1e-9, 3e-3)}},
     )  # fmt: skip
     result = run_sweep(sweep)
     assert left_behind(ray_here) == []
