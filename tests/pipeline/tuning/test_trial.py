@@ -88,7 +88,7 @@ def test_a_stopped_trial_has_a_checkpoint_and_continues_to_the_same_weights(
     (config,) = runner.configs
     latest = Checkpoints(run_folder(config)).latest()
     assert latest is not None and not latest.finished and latest.images == runner.runs[0].images
-    assert threading.active_count() < 20 and not [t for t in threading.enumerate() if t.name == "trial"]
+    assert not [t for t in threading.enumerate() if t.name == "trial"]
     second = make(length="4 epochs", folds=(0,))
     drain(second)
     whole = config.model_copy(update={"name": "whole"})
