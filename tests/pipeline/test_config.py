@@ -272,7 +272,7 @@ def test_missing_recipe_names_the_nearest_preset() -> None:
         UserError, match="'baselin/emoji' is neither a file nor a preset; did you mean the preset 'baseline/emoji'"
     ):
         load_config("baselin/emoji")
-    with pytest.raises(UserError, match="presets: .*baseline/emoji"):
+    with pytest.raises(UserError, match=r"presets: .*baseline/emoji"):
         load_config("qqq")
 
 
