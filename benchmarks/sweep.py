@@ -88,7 +88,13 @@ def train_default(root: str) -> tuple[float, int]:
     recipe = next(iter(sweep.methods.values())).recipe
     settings = Path(root) / "default.yaml"
     settings.write_text(yaml.safe_dump({"preset": recipe, **sweep.settings}))
-    changed = overrides(f"storage={root}", "name=default", "evaluation.test=false")
+    changed = overrides(
+        f"storage={root}",
+        "name=default",
+        "evaluation.test=false",
+        "data.validation_fold=0",
+        "evaluation.checkpoint=best",
+    )
     command("pipeline.train", str(settings), *changed)
     summary = Folder(root).read_json("runs/default/summary.json")
     return summary["validation"][sweep.metric], summary["images"]
