@@ -103,7 +103,7 @@ def method_spaces(sweep: SweepConfig) -> dict[str, Space]:
     for label, entry in sweep.methods.items():
         Space(sweep.space)
         Space(entry.space, f"methods.{label}.space")
-        spaces[label] = Space({**sweep.space, **entry.space}, f"space of {label}")
+        spaces[label] = Space(sweep.space_of(label), f"space of {label}")
         for key in spaces[label].all_keys:
             _check_key(sweep, key, place_of(sweep, label, key))
             if key != "length" and changed_keys({}, {key: 0}, runtime=True):

@@ -304,6 +304,6 @@ def check_again(records: Sequence[TrialRecord], again: Sequence[int]) -> None:
 def example_configs(sweep: SweepConfig) -> dict[str, Config]:
     """The configuration of one run of each method, for its resources and dataset."""
     return {
-        label: run_configs(sweep, label, Space({**sweep.space, **entry.space}).corners()[0], 0, "search")[0]
-        for label, entry in sweep.methods.items()
+        label: run_configs(sweep, label, Space(sweep.space_of(label)).corners()[0], 0, "search")[0]
+        for label in sweep.methods
     }

@@ -59,7 +59,7 @@ def importance(sweep: SweepConfig, records: Sequence[TrialRecord], method: str) 
         return Importance(method, len(trials), reason=f"needs {MIN_TRIALS} finished trials")
     if len({record.score for record in trials}) == 1:
         return Importance(method, len(trials), reason="all trials have the same score")
-    space = Space({**sweep.space, **sweep.methods[method].space})
+    space = Space(sweep.space_of(method))
     active = [space.distributions(record.values) for record in trials]
     key_of = {name: key for record in trials for name, key in space.names(record.values).items()}
     common = [name for name in key_of if all(name in names for names in active) and not active[0][name].single()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -126,7 +127,7 @@ def build_scheduler(sweep: SweepConfig, label: str) -> TrialScheduler:
     """The scheduler of one method."""
     config = sweep.scheduler
     if config.name == "pbt":
-        space = Space({**sweep.space, **sweep.methods[label].space})
+        space = Space(sweep.space_of(label))
         seed = zlib.crc32(f"{sweep.searcher.seed} {label}".encode())
         return Population(space, TIME, LATEST, 100 * config.interval, config.quantile, seed)
     grace = 100 * config.grace
@@ -152,11 +153,7 @@ def curve(record: TrialRecord, metric: str) -> list[tuple[float, float]]:
         best: float | None = None
         for point in run.curve:
             best = point[metric] if best is None else max(best, point[metric])
-            points.append((100 * (i + point["done"]) / len(record.runs), mean([*best_of_ended, best])))
+            points.append((100 * (i + point["done"]) / len(record.runs), fmean([*best_of_ended, best])))
         if best is not None:
             best_of_ended.append(best)
     return points
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

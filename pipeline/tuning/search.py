@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from methods.config import Length
+from pipeline.tuning.checks import num_trials
 from pipeline.tuning.space import Space
 from pipeline.tuning.sweep_config import FinalConfig, SearcherConfig, SweepConfig
 from pipeline.tuning.sweep_folder import TrialRecord, best_trial, final_trials
@@ -54,7 +55,7 @@ class Search:
         self.sweep = sweep
         self.records = records
         self.by_number = {record.number: record for record in records}
-        self.spaces = {label: Space({**sweep.space, **entry.space}) for label, entry in sweep.methods.items()}
+        self.spaces = {label: Space(sweep.space_of(label)) for label in sweep.methods}
         self._grids: dict[str, list[dict[str, Any]]] = {}
         self._started = time.monotonic()
         self._earlier_hours = spent_hours
@@ -92,10 +93,7 @@ class Search:
 
     def wanted(self, label: str) -> int | None:
         """Number of search trials of a method; None: as many as the time budget allows."""
-        grid = len(self._grid(label)) if self.sweep.searcher.name == "grid" else None
-        points = len(self.sweep.methods[label].points)
-        limits = [n for n in (self.sweep.budget.trials, None if grid is None else grid + points) if n is not None]
-        return min(limits) if limits else None
+        return num_trials(self.sweep, label, self.spaces[label])
 
     @property
     def hours(self) -> float:

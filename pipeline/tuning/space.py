@@ -13,125 +13,27 @@ Anything else is a constant. Optuna is imported at the first draw only.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, close_names, did_you_mean
+from pipeline.tuning.distributions import (
+    DISTRIBUTIONS,
+    Choice,
+    Constant,
+    Items,
+    Range,
+    is_number,
+    optuna_value,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from optuna import Trial
     from optuna.distributions import BaseDistribution
-
-RANGES = ("uniform", "log_uniform", "int", "log_int")
-DISTRIBUTIONS = (*RANGES, "choice")
-SCALARS = (str, bool, int, float, type(None))  # values that Optuna stores as they are
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high`, both included.
-
-    Attributes:
-        name: Name of the value in Optuna's studies.
-        kind: One of RANGES.
-        low, high: The ends.
-        step: Distance of neighbouring values, from `low` on; None: any value (of an int: any whole number).
-    """
-
-    name: str
-    kind: str
-    low: int | float
-    high: int | float
-    step: int | float | None = None
-
-    @property
-    def is_int(self) -> bool:
-        return self.kind in ("int", "log_int")
-
-    @property
-    def num_values(self) -> int | None:
-        """How many values there are; None if they are continuous."""
-        step = self.step or (1 if self.is_int else None)
-        return None if step is None else round((self.high - self.low) / step) + 1
-
-    def values(self) -> list[int | float]:
-        """All values, which have to be countable."""
-        count, step = self.num_values, self.step or 1
-        assert count is not None
-        values = [self.low + i * step for i in range(count)]
-        return values if self.is_int else [min(float(f"{value:.12g}"), self.high) for value in values]
-
-    def contains(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int if self.is_int else (int, float)):
-            return False
-        steps = (value - self.low) / self.step if self.step else 0.0
-        return self.low <= value <= self.high and abs(steps - round(steps)) < 1e-8
-
-    def draw(self, trial: Trial) -> Any:
-        log = self.kind.startswith("log")
-        if self.is_int:
-            return trial.suggest_int(self.name, int(self.low), int(self.high), step=int(self.step or 1), log=log)
-        return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=log)
-
-    def distribution(self) -> BaseDistribution:
-        from optuna.distributions import FloatDistribution, IntDistribution
-
-        log = self.kind.startswith("log")
-        if self.is_int:
-            return IntDistribution(int(self.low), int(self.high), log=log, step=int(self.step or 1))
-        return FloatDistribution(self.low, self.high, log=log, step=self.step)
-
-    def to_optuna(self, value: Any) -> Any:
-        return value if self.is_int else float(value)
-
-    def __str__(self) -> str:
-        step = f" in steps of {self.step:g}" if self.step else ""
-        return f"{self.kind} from {self.low:g} to {self.high:g}{step}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Some values, each with the keys that exist only with it.
-
-    Attributes:
-        name: Name of the value in Optuna's studies.
-        options: The values.
-        branches: Keys of each value; empty for most.
-    """
-
-    name: str
-    options: tuple[Any, ...]
-    branches: tuple[Items, ...]
-
-    def index(self, value: Any) -> int | None:
-        """Place of a value among the options; None if it is none of them. 1 and true differ."""
-        return next((i for i, option in enumerate(self.options) if _text(option) == _text(value)), None)
-
-    def draw(self, trial: Trial) -> Any:
-        texts = [_to_optuna(option) for option in self.options]
-        return self.options[texts.index(trial.suggest_categorical(self.name, texts))]
-
-    def distribution(self) -> BaseDistribution:
-        from optuna.distributions import CategoricalDistribution
-
-        return CategoricalDistribution([_to_optuna(option) for option in self.options])
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(_text(option) for option in self.options)}"
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A value that is the same in every trial."""
-
-    value: Any
-
-
-Items = Mapping[str, "Range | Choice | Constant"]
 
 
 class Space:
@@ -176,7 +78,7 @@ class Space:
         A value that is not None, bool, int, float or str becomes its JSON text.
         """
         return {
-            item.name: item.to_optuna(value) if isinstance(item, Range) else _to_optuna(value)
+            item.name: item.to_optuna(value) if isinstance(item, Range) else optuna_value(value)
             for item, value in self._active(values)
         }
 
@@ -217,7 +119,7 @@ class Space:
         for key, item in _active(self.items, given):
             if isinstance(item, Constant):
                 out[key] = given.get(key, item.value)
-                if _text(out[key]) != _text(item.value):
+                if text_of(out[key]) != text_of(item.value):
                     raise UserError(f"{where}: {key} is {out[key]!r}, but the space has the constant {item.value!r}")
                 continue
             if key not in given:
@@ -286,7 +188,7 @@ def _item(name: str, value: Any, where: str) -> Range | Choice | Constant:
 def _range(name: str, kind: str, ends: Any, step: Any, where: str) -> Range:
     is_int, is_log = kind in ("int", "log_int"), kind.startswith("log")
     number = "whole number" if is_int else "number"
-    if not isinstance(ends, list) or len(ends) != 2 or not all(_is_number(end, is_int) for end in ends):
+    if not isinstance(ends, list) or len(ends) != 2 or not all(is_number(end, is_int) for end in ends):
         raise UserError(f"{where}: got {kind} {ends!r}, expected two {number}s, [low, high]")
     low, high = ends
     if low >= high:
@@ -296,7 +198,7 @@ def _range(name: str, kind: str, ends: Any, step: Any, where: str) -> Range:
     if step is not None:
         if is_log:
             raise UserError(f"{where}: {kind} has no step; list the values in a choice instead")
-        if not _is_number(step, is_int) or step <= 0 or step > high - low:
+        if not is_number(step, is_int) or step <= 0 or step > high - low:
             raise UserError(
                 f"{where}: got step {step!r}, expected a {number} above 0, at most high - low = {high - low:g}"
             )
@@ -331,7 +233,7 @@ def _choice(name: str, given: Any, where: str) -> Choice:
     for i, option in enumerate(options):
         if isinstance(option, float) and not math.isfinite(option):
             raise UserError(f"{where}: got the value {option}, expected finite numbers")
-        if _to_optuna(option) in [_to_optuna(earlier) for earlier in options[:i]]:
+        if optuna_value(option) in [optuna_value(earlier) for earlier in options[:i]]:
             raise UserError(f"{where}: the value {option!r} stands twice (1 and true count as the same)")
     return Choice(name, tuple(options), tuple(branches))
 
@@ -473,17 +375,3 @@ def _flat_point(values: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
         else:
             out[str(key)] = value
     return out
-
-
-def _is_number(value: Any, is_int: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if is_int else (int, float)):
-        return False
-    return math.isfinite(value)
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
-def _to_optuna(value: Any) -> Any:
-    return value if isinstance(value, SCALARS) else _text(value)

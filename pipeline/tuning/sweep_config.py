@@ -117,6 +117,10 @@ class SweepConfig(BaseConfig):
         FinalConfig(), description="measurement of the chosen settings; none: the test classes are not measured"
     )
 
+    def space_of(self, label: str) -> Settings:
+        """Distributions of one method: the sweep's, and its own, whose keys win."""
+        return {**self.space, **self.methods[label].space}
+
     @property
     def root(self) -> str:
         """Folder of datasets, runs and sweeps, with the default filled in."""

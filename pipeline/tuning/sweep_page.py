@@ -187,7 +187,7 @@ def _places(
             and record.score is not None
             and math.isfinite(record.score)
         ]
-        axes = charts.axes_of(Space({**sweep.space, **sweep.methods[method].space}), trials)
+        axes = charts.axes_of(Space(sweep.space_of(method)), trials)
         if not axes:
             content = '<p class="note">Fewer than two settings have a score.</p>\n'
         else:
