@@ -281,7 +281,7 @@ class TrialRunner:
 
 def train_run(config: Config, store: Store, runner: TrialRunner) -> None:
     """Trains one run: in this thread with one worker, else with Ray Train."""
-    if config.runtime.workers > 1:
+    if config.runtime.max_workers > 1:
 
         def show(state: dict[str, Any]) -> None:
             for point in state["validations"]:
