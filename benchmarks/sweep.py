@@ -72,7 +72,7 @@ def quick(root: str) -> list[Row]:
     lost = sum(record.state in ("failed", "running") for record in records)
     best = max(searched, key=lambda record: record.score or 0.0)
     default, images = train_default(root)
-    score = best.score or 0.0
+    score = round(best.score or 0.0, 4)  # as summary.json has it
     return [
         Row("emoji_quick, wall s", wall, promised=f"<= {QUICK_S}", ok=wall <= QUICK_S),
         Row("  trials", len(searched), promised=f">= {QUICK_TRIALS}", ok=len(searched) >= QUICK_TRIALS),
