@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from pipeline.config import Config, build_config
 from pipeline.distributed.collectives import Ranks
-from pipeline.distributed.run_status import RunStatus, RunStatusProxy
+from pipeline.distributed.run_status import RunStatus, RunStatusProxy, start_status
 from pipeline.errors import DivergedError, RunError, UserError, one_line
 from pipeline.mining.actor import RayTransport, start_servers
 from pipeline.storage import Folder
@@ -149,7 +149,7 @@ def run_on_ray(
     Raises:
         RunError: A worker failed more often than `runtime.max_failures`, or the run cannot go on.
     """
-    actor = ray.remote(num_cpus=0, max_concurrency=4)(RunStatus).remote()
+    actor = start_status(ray)
     number = WorkerNumber(config, ray, actor.add_message.remote)
     servers = mining_servers(config, ray)
     loop_config = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}

@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.console import console
 from pipeline.data.store import Store
 from pipeline.distributed.ray_session import check_visible, on_cluster, ray_session
-from pipeline.distributed.run_status import RunStatus
+from pipeline.distributed.run_status import start_status
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder
 from pipeline.training.checks import check_machine
@@ -183,7 +183,7 @@ class SweepRun:
         Raises:
             RunError: Another process has taken over the sweep, or Ray Tune failed.
         """
-        status: Any = ray.remote(num_cpus=0)(RunStatus).remote()  # type: ignore[attr-defined]  # of the options' overload
+        status = start_status(ray)
         stop = threading.Event()
         recorder = Recorder(self.folder, self.search, self.sweep.metric, self.trials)
         errors: list[BaseException] = []
