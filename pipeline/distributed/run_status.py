@@ -1,7 +1,8 @@
 """The status of a run, shared by driver and workers: progress, messages and validations to the driver, a stop request to the workers.
 
 One object with plain methods. In one process it is used directly; with Ray Train it is an actor of the driver, and
-`RunStatusProxy` calls it without making a training step wait.
+`RunStatusProxy` calls it without making a training step wait. It knows where each worker runs, and says which of them gives
+no sign of life.
 """
 
 from __future__ import annotations
@@ -13,11 +14,24 @@ from typing import Any
 from pipeline.errors import DivergedError, RunError
 
 
-class RunStatus:
-    """Latest progress, messages and validations in order, a stop request, and the error that ended the run."""
+def worker_label(rank: int, node: str) -> str:
+    """The beginning of every line of a worker: "[rank 1 @ 10.0.0.7]"."""
+    return f"[rank {rank} @ {node}]"
 
-    def __init__(self) -> None:
+
+class RunStatus:
+    """Latest progress, messages and validations in order, a stop request, and the error that ended the run.
+
+    Args:
+        hang_timeout_s: Silence of a worker after which it is restarted; half of it is told. None: workers do not report.
+    """
+
+    def __init__(self, hang_timeout_s: float | None = None) -> None:
+        self.hang_timeout_s = hang_timeout_s
+        self.workers: dict[int, dict[str, Any]] = {}  # by rank; "heard" is of this process's clock
+        self.facts: dict[str, Any] = {}
         self.progress: dict[str, Any] = {}
+        self.figures: dict[str, Any] = {}  # the newest progress that had a step
         self.messages: list[str] = []
         self.validations: list[dict[str, Any]] = []
         self._stop_requested = False
@@ -26,6 +40,8 @@ class RunStatus:
 
     def publish(self, progress: dict[str, Any]) -> None:
         self.progress = progress
+        if "step" in progress:
+            self.figures = progress
 
     def add_message(self, text: str) -> None:
         self.messages.append(text)
@@ -33,6 +49,39 @@ class RunStatus:
     def add_validation(self, point: dict[str, Any]) -> None:
         """Adds the metrics of a validation, with step, epoch and images."""
         self.validations.append(point)
+
+    def update(self, facts: dict[str, Any]) -> None:
+        """Adds or replaces facts about the run: its best validation, the number of this start of the workers."""
+        self.facts |= facts
+
+    def beat(self, rank: int, node: str, pid: int, step: int) -> None:
+        """A worker's sign of life, with the step that it is at."""
+        before = self.workers.get(rank, {})
+        told = before.get("told", False) and before.get("pid") == pid
+        if told:
+            self.add_message(f"{worker_label(rank, node)} gives signs of life again")
+        self.workers[rank] = {"rank": rank, "node": node, "pid": pid, "step": step, "heard": time.monotonic()}
+
+    def leave(self, rank: int, pid: int) -> None:
+        """A worker ends by itself: its silence from now on means nothing."""
+        if self.workers.get(rank, {}).get("pid") == pid:
+            self.workers[rank]["left"] = True
+
+    def where(self, rank: int) -> str:
+        """Label of a rank with the node that it ran on last."""
+        return worker_label(rank, self.workers[rank]["node"]) if rank in self.workers else f"[rank {rank}]"
+
+    def _tell_silence(self) -> None:
+        if self.hang_timeout_s is None:
+            return
+        for worker in self.workers.values():
+            silent_s = time.monotonic() - worker["heard"]
+            if silent_s > self.hang_timeout_s / 2 and not worker.get("told") and not worker.get("left"):
+                worker["told"] = True
+                self.add_message(
+                    f"{worker_label(worker['rank'], worker['node'])} gives no sign of life for {silent_s:.0f} s, the last at step "
+                    f"{worker['step']}: after {self.hang_timeout_s:g} s (runtime.hang_timeout_s) the workers start again"
+                )
 
     def fail(self, error: str, diverged: bool = False) -> None:
         """Records the error that ends the run; the first one is kept."""
@@ -56,11 +105,24 @@ class RunStatus:
 
     def read(self, messages: int = 0, validations: int = 0) -> dict[str, Any]:
         """Progress, what came after the first `messages` and `validations`, and the error, for the driver to show."""
+        self._tell_silence()
         return {
             "progress": self.progress,
             "messages": self.messages[messages:],
             "validations": self.validations[validations:],
             "error": self.error,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What `pipeline.runs.run_state` writes: the present progress, newest messages and validations, facts, and the workers."""
+        shown = ("rank", "node", "pid", "step")
+        return {
+            "progress": self.figures | self.progress,
+            "messages": self.messages[-1:],
+            "validations": self.validations[-3:],
+            "workers": [{name: self.workers[rank][name] for name in shown} for rank in sorted(self.workers)],
+            "group": self.facts.get("group", 0),
+            "best": self.facts.get("best", {}),
         }
 
 
@@ -91,6 +153,15 @@ class RunStatusProxy:
 
     def add_validation(self, point: dict[str, Any]) -> None:
         self.actor.add_validation.remote(point)
+
+    def update(self, facts: dict[str, Any]) -> None:
+        self.actor.update.remote(facts)
+
+    def beat(self, rank: int, node: str, pid: int, step: int) -> None:
+        self.actor.beat.remote(rank, node, pid, step)
+
+    def leave(self, rank: int, pid: int) -> None:
+        self.actor.leave.remote(rank, pid)
 
     def fail(self, error: str, diverged: bool = False) -> None:
         import ray

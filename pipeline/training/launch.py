@@ -25,6 +25,9 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy
 from pipeline.errors import DivergedError, RunError, UserError, one_line
 from pipeline.mining.actor import RayTransport, start_servers
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.run_folder import run_folder
+from pipeline.runs.run_state import RunStateWriter
 from pipeline.storage import Folder
 from pipeline.training.loop import Worker
 
@@ -92,8 +95,10 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         ranks = Ranks(dist.get_rank(), dist.get_world_size())
     status = RunStatus()
+    state = state_writer(config, status.summary, status.stop) if ranks.rank == 0 else None
     try:
         with (
+            state or contextlib.nullcontext(),
             StopSignals(status.stop) as signals,
             status_display(status.read, show if ranks.rank == 0 else lambda _: None),
         ):
@@ -103,7 +108,25 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
     finally:
         if ranks.world > 1:
             dist.destroy_process_group()
+    if signals.received is None and state is not None and not under_torchrun():  # which would start a failed rank again
+        return state.signal
     return signals.received
+
+
+def state_writer(
+    config: Config,
+    read: Callable[[], dict[str, Any]],
+    stop: Callable[[], None],
+    failure: Callable[[], str | None] = lambda: None,
+) -> RunStateWriter:
+    """Writes state.json of a run, and looks for a request to stop it; see `RunStateWriter`."""
+    folder = run_folder(config)
+
+    def finished() -> bool:
+        latest = Checkpoints(folder).latest()
+        return latest is not None and latest.finished
+
+    return RunStateWriter(folder, read, stop, config.evaluation.metric, finished, failure)
 
 
 @contextlib.contextmanager
@@ -190,7 +213,15 @@ def run_on_ray(
         stop_times.append(time.monotonic())
         actor.stop.remote()
 
-    with StopSignals(stop) as signals, status_display(lambda *seen: ray.get(actor.read.remote(*seen)), show):
+    def failure() -> str | None:
+        error = ray.get(actor.failure.remote())
+        return one_line(error) if error is not None else root_cause(fit_errors[0]) if fit_errors else None
+
+    with (
+        state_writer(config, lambda: ray.get(actor.summary.remote()), stop, failure) as state,
+        StopSignals(stop) as signals,
+        status_display(lambda *seen: ray.get(actor.read.remote(*seen)), show),
+    ):
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
@@ -203,7 +234,7 @@ def run_on_ray(
         raise error
     if fit_errors:
         raise RunError(f"training failed: {root_cause(fit_errors[0])}")
-    return signals.received
+    return signals.received or state.signal
 
 
 def mining_servers(config: Config, ray: Any) -> list[Any]:

@@ -85,7 +85,7 @@ class Worker:
         self.measurements = Measurements(
             config, self.store, self.embedder, self.trunk, self.method, self.checkpoints,
             save=self._save, load_best=self._load_best, publish=self._publish,
-            say=status.add_message, tell=status.add_validation, report=report,
+            say=status.add_message, tell=self._tell_validation, report=report,
         )  # fmt: skip
         self.tracker: Tracker | None = None
 
@@ -125,6 +125,8 @@ class Worker:
         if self.ranks.rank == 0:
             self.checkpoints.acquire()
         self.checkpoints.incarnation = self.ranks.broadcast(self.checkpoints.incarnation)
+        if self.ranks.rank == 0:
+            self.status.update({"group": self.checkpoints.incarnation})
         steps = self.ranks.broadcast(self.checkpoints.steps() if self.ranks.rank == 0 else None)
         if self.mining is not None:
             snapshot = self.checkpoints.folder("checkpoints", steps[-1]) / "mining" if steps else None
@@ -137,6 +139,7 @@ class Worker:
         self.batches.stored = self.checkpoints.load(
             "checkpoints", step, self.trunk, self.method, self.context.optimizers, saved_options=not copied
         )
+        self._tell_best()
         if self.ranks.rank == 0 and step:
             self.status.add_message(f"resumed at step {step} (epoch {self.progress.epoch + 1})")
         if not self._done():
@@ -225,10 +228,20 @@ class Worker:
         seconds = max(progress.seconds, 1e-9)
         speed = {"images_per_second": progress.images / seconds, "waiting": progress.waited_s / seconds}
         total = self.config.length.steps(len(plan))
-        self._publish({"phase": "training", "step": progress.step, "total": total, **speed, **logs})
+        position = {"step": progress.step, "total": total, "epoch": round(clock.epoch, 4), "images": progress.images}
+        self._publish({"phase": "training", **position, **speed, **logs})
         if progress.step % self.config.runtime.log_every == 0 or progress.step == 1:
             values = {"epoch": round(clock.epoch, 4), **logs, **learning_rates(self.context.optimizers)}
             self.tracker.log(progress.step, "train", values | speed)
+
+    def _tell_validation(self, point: dict[str, Any]) -> None:
+        self._tell_best()
+        self.status.add_validation(point)
+
+    def _tell_best(self) -> None:
+        progress = self.progress
+        if self.ranks.rank == 0 and progress.best_step >= 0:
+            self.status.update({"best": {"step": progress.best_step, **progress.best_metrics}})
 
     def _publish(self, progress: dict[str, Any]) -> None:
         if self.ranks.rank == 0:

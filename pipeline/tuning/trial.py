@@ -33,7 +33,7 @@ from pipeline.runs.run_folder import SUMMARY, run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 from pipeline.training.checks import check_dataset, runtime_changes
-from pipeline.training.launch import device_of, mining_servers, no_space_error, run_on_ray
+from pipeline.training.launch import device_of, mining_servers, no_space_error, run_on_ray, state_writer
 from pipeline.training.loop import Worker
 from pipeline.training.start import is_finished, record
 from pipeline.tuning.population import adopt, copied_from, save_copy
@@ -293,7 +293,8 @@ def train_run(config: Config, store: Store, runner: TrialRunner) -> None:
     status = _TrialStatus(runner)
     try:
         transports = [RayTransport(server) for server in servers]
-        Worker(config, store.folder.uri, Ranks(), device_of(config), status, servers=transports)()
+        with state_writer(config, status.summary, runner.stop_requested.set):
+            Worker(config, store.folder.uri, Ranks(), device_of(config), status, servers=transports)()
     except OSError as error:
         raise no_space_error(error) from error
     finally:

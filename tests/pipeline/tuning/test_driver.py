@@ -13,7 +13,7 @@ from pipeline.storage import Folder
 from pipeline.tune import main
 from pipeline.tuning import driver
 from pipeline.tuning.driver import check_again, remove_sweep, run_sweep, trial_runs, with_place
-from pipeline.tuning.sweep_folder import SweepFolder, TrialRecord, find_sweep, sweep_folder
+from pipeline.tuning.sweep_folder import SweepFolder, TrialRecord, sweep_folder
 from tests.pipeline.tuning.sweeps import tiny_sweep
 
 
@@ -69,12 +69,6 @@ def test_a_later_start_owns_the_records(tmp_path: Path) -> None:
     (tmp_path / "trials" / "00003.json").write_text('{"number": 3}')
     with pytest.raises(UserError, match="is not the record of a trial"):
         second.read()
-
-
-def test_a_sweep_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAYDML_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="'x' is neither a sweep's folder nor a sweep in"):
-        find_sweep("x")
 
 
 def test_the_command_tells_bad_input_in_one_line(
