@@ -11,6 +11,7 @@ import contextlib
 import time
 from typing import Any
 
+from pipeline.distributed.gauges import RunGauges
 from pipeline.errors import DivergedError, RunError
 
 
@@ -131,12 +132,14 @@ class RunStatusProxy:
 
     Args:
         actor: Handle of a Ray actor of class `RunStatus`.
+        gauges: Shown to Prometheus as well.
     """
 
     PUBLISH_EVERY_S = 0.3
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, gauges: RunGauges | None = None) -> None:
         self.actor = actor
+        self.gauges = gauges
         self._published = 0.0  # time of the last call
         self._phase: Any = None
         self._pending_answer: Any = None
@@ -146,12 +149,16 @@ class RunStatusProxy:
         now, phase = time.monotonic(), progress.get("phase")
         if phase != self._phase or now - self._published >= self.PUBLISH_EVERY_S:
             self._published, self._phase = now, phase
+            if self.gauges is not None:
+                self.gauges.set(progress)
             self.actor.publish.remote(progress)
 
     def add_message(self, text: str) -> None:
         self.actor.add_message.remote(text)
 
     def add_validation(self, point: dict[str, Any]) -> None:
+        if self.gauges is not None:
+            self.gauges.set_validation(point)
         self.actor.add_validation.remote(point)
 
     def update(self, facts: dict[str, Any]) -> None:

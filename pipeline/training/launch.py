@@ -23,6 +23,7 @@ import torch.distributed as dist
 from pipeline.config import Config, build_config
 from pipeline.console import say
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy, worker_label
 from pipeline.distributed.worker_log import log_failure, worker_log
@@ -271,9 +272,9 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     import ray.train.torch
 
     config = build_config(loop_config["config"])
-    status = RunStatusProxy(loop_config["status"])
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    status = RunStatusProxy(loop_config["status"], RunGauges(config.name) if ranks.rank == 0 else None)
     torch.set_num_threads(config.runtime.cpus_per_worker or 1)
     if status.error_message() is not None:
         return
