@@ -77,7 +77,8 @@ class _Teller(logging.Handler):
         self.told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.split(".")[0] not in LOGGERS and not getattr(record, "own", False):
+        own = record.name.split(".")[0] in LOGGERS or getattr(record, "own", False)
+        if not own or record.exc_info:  # what ends a worker is told by the driver
             return
         text = " ".join(record.getMessage().split())
         if text not in self.told:
@@ -105,6 +106,6 @@ def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
 
 
 def log_failure(what: str, error: BaseException) -> None:
-    """Logs an error with its traceback; the user is told its one line."""
+    """Logs an error with its traceback."""
     trace: types.TracebackType | None = error.__traceback__
     logger.error("%s: %s: %s", what, type(error).__name__, error, exc_info=(type(error), error, trace))

@@ -125,7 +125,6 @@ class RunStateWriter:
         stop: Called once, when a request names this start.
         metric: The metric that chooses the best checkpoint.
         finished: Whether the run has reached its length; asked when the block has ended.
-        failure: The error that ended the run, if the block does not raise it.
 
     Attributes:
         stopped: A request has been passed on.
@@ -137,7 +136,6 @@ class RunStateWriter:
     stop: Callable[[], None]
     metric: str
     finished: Callable[[], bool]
-    failure: Callable[[], str | None] = lambda: None
     stopped: bool = False
     signal: int | None = None
 
@@ -154,9 +152,8 @@ class RunStateWriter:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Writes the last state, which it waits for at most `LAST_WRITE_S`."""
-        failure = one_line(error) if error is not None else self.failure()
-        if failure is not None:
-            self._last = ("failed", failure)
+        if error is not None:
+            self._last = ("failed", one_line(error))
         else:
             self._last = ("finished" if self.finished() else "stopped", "")
         if self.stopped and self._last[0] == "stopped":

@@ -63,8 +63,8 @@ def write(folder: Folder, **values: Any) -> None:
     folder.write_json(STATE, made | values)
 
 
-def writer(folder: Folder, status: RunStatus, finished: bool = False, **options: Any) -> RunStateWriter:
-    return RunStateWriter(folder, status.summary, status.stop, "map@r", lambda: finished, **options)
+def writer(folder: Folder, status: RunStatus, finished: bool = False) -> RunStateWriter:
+    return RunStateWriter(folder, status.summary, status.stop, "map@r", lambda: finished)
 
 
 def until(condition: Callable[[], Any], seconds: float = 10) -> None:
@@ -108,9 +108,6 @@ def test_a_start_writes_what_the_run_is_doing_and_its_end(folder: Folder, quick:
     with pytest.raises(RunError), writer(folder, RunStatus()):
         raise RunError("the loss is not finite")
     assert (state_of(folder).state, state_of(folder).message) == ("failed", "the loss is not finite")
-    with writer(folder, RunStatus(), failure=lambda: "a worker died"):
-        pass
-    assert (state_of(folder).state, state_of(folder).message) == ("failed", "a worker died")
 
 
 def test_a_request_stops_the_start_that_it_names_and_no_other(run_folder: Folder, quick: None) -> None:
