@@ -48,6 +48,9 @@ def ray_session(cpus: int) -> Iterator[Any]:
         yield ray
         return
     if on_cluster():
+        os.environ.setdefault(
+            "RAY_TRAIN_ENABLE_STATE_TRACKING", "1"
+        )  # for the Train tab of the dashboard, which a local Ray has not
         check_address(os.environ["RAY_ADDRESS"])
         try:
             ray.init(**common, **_plugin_folders())
