@@ -115,7 +115,7 @@ class GcpMetadata:
         return None
 
 
-CLOUDS = {"aws": AwsMetadata, "gcp": GcpMetadata}
+CLOUDS: dict[str, type[AwsMetadata] | type[GcpMetadata]] = {"aws": AwsMetadata, "gcp": GcpMetadata}
 
 
 def _request(url: str, headers: dict[str, str], method: str = "GET", timeout_s: float = REQUEST_S) -> str:
@@ -167,10 +167,10 @@ def drain(notice: Notice, node: str, gcs: str) -> None:
     Raises:
         RunError: The cluster was not reached, or refused, until the deadline.
     """
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2
 
-    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
     problem = "no time was left"
     while time.time() < notice.deadline:
         try:
@@ -225,7 +225,7 @@ def gcs_address(given: str | None) -> str:
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     try:
-        return str(canonicalize_bootstrap_address_or_die(given))
+        return str(canonicalize_bootstrap_address_or_die(given))  # type: ignore[arg-type]
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"the cluster's address was not found: {one_line(error)}; expected --address HOST:PORT"
