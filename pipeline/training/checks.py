@@ -163,16 +163,21 @@ def with_machine_defaults(runtime: RuntimeConfig) -> RuntimeConfig:
     if runtime.cpus_per_worker is not None:
         return runtime
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = 2 if on_cluster() else max(1, cores // max(1, runtime.workers))
+    threads = 2 if on_cluster() else max(1, cores // max(1, runtime.max_workers))
     return runtime.model_copy(update={"cpus_per_worker": threads})
 
 
-def needed_cpus(config: Config) -> int:
-    """Logical CPUs of workers, loaders and mining servers."""
+def needed_cpus(config: Config, workers: int | None = None) -> int:
+    """Logical CPUs of workers, loaders and mining servers.
+
+    Args:
+        workers: Number of workers; None: the largest.
+    """
     runtime = config.runtime
+    workers = runtime.max_workers if workers is None else workers
     loaders = runtime.loader_cpus if runtime.loader == "ray" else 0
-    servers = config.mining.shards * config.mining.cpus if config.method.mining and runtime.workers else 0
-    return max(1, runtime.workers) * ((runtime.cpus_per_worker or 1) + loaders) + servers
+    servers = config.mining.shards * config.mining.cpus if config.method.mining and workers else 0
+    return max(1, workers) * ((runtime.cpus_per_worker or 1) + loaders) + servers
 
 
 def check_machine(config: Config) -> list[str]:
@@ -185,7 +190,7 @@ def check_machine(config: Config) -> list[str]:
     import torch
 
     if runtime.gpus_per_worker and not on_cluster():
-        num_gpus = runtime.gpus_per_worker * max(1, runtime.workers)
+        num_gpus = runtime.gpus_per_worker * max(1, runtime.max_workers)
         if num_gpus > torch.cuda.device_count():
             raise UserError(
                 f"{num_gpus:g} GPUs requested (runtime.workers × gpus_per_worker), this machine has "
@@ -194,7 +199,7 @@ def check_machine(config: Config) -> list[str]:
     if "TORCHELASTIC_RUN_ID" in os.environ and runtime.loader == "ray":
         raise UserError("under torchrun there is no Ray: set runtime.loader to in_process")
     cores = os.cpu_count() or 1
-    threads = max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
+    threads = max(1, runtime.max_workers) * (runtime.cpus_per_worker or 1)
     if not on_cluster() and threads > 4 * cores:
         raise UserError(
             f"{threads} threads requested (runtime.workers × cpus_per_worker), this machine has {cores} cores: "
@@ -214,16 +219,17 @@ def check_cluster(config: Config, ray: Any) -> None:
         UserError: more resources than the cluster has at its largest, or storage that not all nodes
             see.
     """
-    if not on_cluster() or config.runtime.workers == 0:
+    if not on_cluster() or config.runtime.max_workers == 0:
         return
     runtime = config.runtime
     limits = cluster_maximum(ray)
     gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
-    requested = {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * runtime.workers + gpus}
+    workers = runtime.min_workers
+    requested = {"CPU": float(needed_cpus(config, workers)), "GPU": runtime.gpus_per_worker * workers + gpus}
     for resource, amount in requested.items():
         if amount > limits.get(resource, 0.0):
             raise UserError(
-                f"{amount:g} {resource}s requested ({runtime.workers} workers, their loaders, mining servers), the cluster "
+                f"{amount:g} {resource}s requested ({workers} workers, their loaders, mining servers), the cluster "
                 f"has at most {limits.get(resource, 0.0):g}: reduce runtime.workers or cpus_per_worker, or enlarge the cluster"
             )
     node_resource = config.mining.resource

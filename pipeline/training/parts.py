@@ -25,7 +25,8 @@ def image_source(config: Config, store: Store) -> ImageSource:
     folder = config.cache.folder or (root / "cache" if root.is_local else Folder("~/raydml/cache")).uri
     fits_in_cache = split_bytes(store, "train") <= config.cache.max_bytes
     cache = Cache(folder, config.cache.max_bytes) if fits_in_cache else None
-    return ImageSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed)
+    labels = config.runtime.loader_labels
+    return ImageSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed, labels)
 
 
 def build_mining(

@@ -68,7 +68,9 @@ def run(config: Config, fresh: bool = False) -> int | None:
     store = check_input(config)
     with ExitStack() as stack:
         ray: Any = None
-        if not under_torchrun() and (config.runtime.workers or config.runtime.loader == "ray" or must_prepare(config)):
+        if not under_torchrun() and (
+            config.runtime.max_workers or config.runtime.loader == "ray" or must_prepare(config)
+        ):
             console.print(f"starting Ray {'on the cluster' if on_cluster() else 'on this machine'} ...")
             ray = stack.enter_context(ray_session(needed_cpus(config)))
             check_cluster(config, ray)
@@ -82,7 +84,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
             record(config, folder, store, changes)
         with Display(console) as display:
             uri = store.folder.uri
-            if config.runtime.workers and not under_torchrun():
+            if config.runtime.max_workers and not under_torchrun():
                 signal = run_on_ray(config, uri, display, ray)
             else:
                 signal = run_in_process(config, uri, display)

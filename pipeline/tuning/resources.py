@@ -48,7 +48,7 @@ class TrialResources:
 def trial_resources(config: Config) -> TrialResources:
     """The resources of a trial whose runs have this configuration."""
     runtime = config.runtime
-    workers = max(1, runtime.workers)
+    workers = max(1, runtime.max_workers)
     worker = {"CPU": float(runtime.cpus_per_worker or 1)}
     gpus = runtime.gpus_per_worker * workers
     if runtime.gpus_per_worker:
