@@ -24,7 +24,7 @@ export RAY_USAGE_STATS_ENABLED=0
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300 # Ray's own 30 s are too few for nodes that load from shared disks
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname -I | awk '{ print $1 }')
+address=${RAYDML_HEAD_ADDRESS:-$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname -I | awk '{ print $1 }')}
 export RAYDML_RESULT="$state/result" RAYDML_HEAD="$address:$((20000 + SLURM_JOB_ID % 10000))"
 
 # `ray symmetric-run` ends with status 0 also where Ray could not be started: the run's own status is kept in a file.
