@@ -4,8 +4,9 @@
 
 quick   `raydml tune emoji_quick`: time, trials that were stopped early or lost, and the best trial beside the default recipe that
         was trained on as many images
-cost    wall time x trials at once, beside the time in training steps, of eight trials of about a minute; the rest is Ray's start,
-        the trials' starts, validations and checkpoints
+cost    wall time x trials at once, beside the time of training steps and validations, of eight trials of a minute in steps; the
+        rest is Ray's start, the trials' starts, checkpoints and the answer. A run by itself has its validations too, so they are
+        not the sweep's; the ratio to the steps alone stands below
 many    trials that train nothing, by the same code: the driver's memory, what is left behind, seconds a trial
 
 25 minutes on two cores: quick 8, cost 8, many 9.
@@ -40,7 +41,7 @@ from pipeline.tuning.sweep_folder import SweepFolder, TrialRecord, sweep_folder
 from pipeline.tuning.trial import Trial, TrialRunner
 
 QUICK_S, QUICK_TRIALS = 600, 8
-COST = 0.20  # of the time in training steps
+COST = 0.20  # of the time in training steps and validations
 GROWTH = 1.10  # of the driver's memory, from a fifth of the trials to the last
 LEFT_S = 10.0  # within which everything has to be given back
 
@@ -71,7 +72,7 @@ def quick(root: str) -> list[Row]:
     lost = sum(record.state in ("failed", "running") for record in records)
     best = max(searched, key=lambda record: record.score or 0.0)
     default, images = train_default(root)
-    score = best.score or 0.0
+    score = round(best.score or 0.0, 4)  # as summary.json has it
     return [
         Row("emoji_quick, wall s", wall, promised=f"<= {QUICK_S}", ok=wall <= QUICK_S),
         Row("  trials", len(searched), promised=f">= {QUICK_TRIALS}", ok=len(searched) >= QUICK_TRIALS),
@@ -137,15 +138,19 @@ def cost_rows(records: Sequence[TrialRecord], begun: float, wall: float, slots: 
         wall: Wall time of the command, seconds.
         slots: Trials at once.
     """
-    training = sum(run.seconds for record in records for run in record.runs)
+    runs = [run for record in records for run in record.runs]
+    steps, validations = sum(run.seconds for run in runs), sum(run.validation_s for run in runs)
+    training = steps + validations
     busy = sum(record.busy_s for record in records)
     share = slots * wall / training - 1
     first, last = min(record.started_at for record in records), max(record.ended_at for record in records)
     return [
-        Row(f"{slots} x wall s of {len(records)} trials / s in steps", slots * wall, training, share + 1, f"ratio <= {1 + COST:g}", share <= COST),
-        Row("  s in steps of a trial", training / len(records)),
+        Row(f"{slots} x wall s of {len(records)} trials / s in steps and validations", slots * wall, training, share + 1, f"ratio <= {1 + COST:g}", share <= COST),
+        Row("  the same / s in steps alone", slots * wall, steps, slots * wall / steps),
+        Row("  s in steps of a trial", steps / len(records)),
+        Row("  s in validations of a trial", validations / len(records)),
         Row("  s before the first trial", first - begun),
-        Row("  s of a trial beside its steps", (busy - training) / len(records)),
+        Row("  s of a trial beside both", (busy - training) / len(records)),
         Row("  s between two trials", (slots * (last - first) - busy) / len(records)),
         Row("  s after the last trial", begun + wall - last),
     ]  # fmt: skip
@@ -251,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=("quick", "cost", "many"), default=["quick", "cost", "many"])
     parser.add_argument(
-        "--steps", type=int, default=57, help="cost: steps of a trial (57 are an epoch, about a minute)"
+        "--steps", type=int, default=76, help="cost: steps of a trial (57 are an epoch; 76 about a minute)"
     )
     parser.add_argument("--trials", type=int, default=500, help="many: number of trials")
     parser.add_argument("--root", help="keep the sweeps in this folder, which has to be empty")

@@ -9,10 +9,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, PositiveFloat, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    SerializeAsAny,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from methods import METHODS, MethodConfig, method_class, method_names, plugins
 from methods.config import BaseConfig, Length
@@ -183,6 +193,17 @@ class MiningConfig(BaseConfig):
         description="custom Ray resource of the nodes that servers are placed on (not spot nodes); none: any node",
         json_schema_extra=RUNTIME,
     )
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="labels of the nodes that servers are placed on, such as {ray.io/market-type: on-demand}",
+        json_schema_extra=RUNTIME,
+    )
+    memory: int = Field(
+        0,
+        ge=0,
+        description="memory that a node must have free for each server, bytes; 0: not asked for",
+        json_schema_extra=RUNTIME,
+    )
     in_flight: int = Field(
         8,
         ge=1,
@@ -197,10 +218,36 @@ class MiningConfig(BaseConfig):
     )
 
 
+class WorkerRange(BaseConfig):
+    """A number of workers that follows the nodes of the cluster."""
+
+    min: int = Field(ge=1, description="smallest number of workers that the run goes on with")
+    max: int = Field(ge=1, description="largest number of workers")
+    grow_after_s: float = Field(
+        60.0, ge=0, description="least time between the start of the workers and their start again with more, seconds"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, larger than max, {self.max}")
+        return self
+
+
+_Workers = Annotated[
+    Annotated[int, Field(ge=0), Tag("<number>")] | Annotated[WorkerRange, Tag("<range>")],
+    Discriminator(lambda value: "<range>" if isinstance(value, (Mapping, WorkerRange)) else "<number>"),
+]
+
+
 class RuntimeConfig(BaseConfig):
     """Resources and speed; they do not change results (beyond rounding, where the number of workers changes)."""
 
-    workers: int = Field(1, ge=0, description="Ray Train workers; 0: this process, without Ray Train")
+    workers: _Workers = Field(
+        1,
+        description="Ray Train workers; 0: this process, without Ray Train; {min: 1, max: 4}: as many as the cluster has room for, "
+        "also while nodes come and go",
+    )
     cpus_per_worker: int | None = Field(
         None,
         ge=1,
@@ -214,6 +261,30 @@ class RuntimeConfig(BaseConfig):
     max_failures: int = Field(3, ge=0, description="largest number of restarts of the workers after a crash")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
     deterministic: bool = Field(True, description="use deterministic torch kernels")
+    memory_per_worker: int = Field(
+        0, ge=0, description="memory that a node must have free for each worker, bytes; 0: not asked for"
+    )
+    worker_resources: dict[str, float] = Field(
+        default_factory=dict, description="custom Ray resources of each worker, such as {spot: 0.01}"
+    )
+    worker_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="labels of the nodes that workers are placed on, such as {ray.io/accelerator-type: L4}; values may be "
+        "!VALUE, in(A, B), !in(A, B)",
+    )
+    loader_labels: dict[str, str] = Field(
+        default_factory=dict, description="labels of the nodes that the Ray Data pipelines run on"
+    )
+
+    @property
+    def min_workers(self) -> int:
+        """Smallest number of workers."""
+        return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        """Largest number of workers; 0: the process of the command."""
+        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
 
 
 class CacheConfig(BaseConfig):
@@ -306,6 +377,11 @@ class Config(BaseConfig):
             )
         if self.runtime.gpus_per_worker and self.precision == "float64":
             raise ValueError("precision float64 is for the CPU; use float32 or bf16 on a GPU")
+        if isinstance(self.runtime.workers, WorkerRange) and self.runtime.gpus_per_worker % 1:
+            raise ValueError(
+                f"runtime.gpus_per_worker is {self.runtime.gpus_per_worker:g}: with a range of runtime.workers each worker needs "
+                "whole GPUs"
+            )
         return self
 
     @property

@@ -90,7 +90,7 @@ def explain(problem: Mapping[str, Any], values: Mapping[str, Any], root: type[Ba
         values: The values that were validated.
         root: The model that they were validated by.
     """
-    parts = [str(part) for part in problem["loc"]]
+    parts = [str(part) for part in problem["loc"] if not str(part).startswith("<")]  # tags of alternatives
     location, kind, got = ".".join(parts), problem["type"], problem["input"]
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -46,6 +46,7 @@ class ImageSource:
         cache: The folder of this node's copy of the training split; None: row groups are read.
         transforms: Settings that turn images into pixels.
         seed: The run's seed, first number of every augmentation's key.
+        node_labels: Labels of the nodes that Ray Data fetches images on; empty: any node.
     """
 
     uri: str
@@ -53,6 +54,7 @@ class ImageSource:
     cache: Cache | None
     transforms: TransformConfig
     seed: int = 0
+    node_labels: dict[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,9 @@ def _load_ray(source: ImageSource, requests: Sequence[LoadRequest], loader_cpus:
     largest = max(len(request.ids) for request in requests) * 3 * size * size
     blocks = request_blocks(requests, max(1, min(MAX_REQUESTS_PER_BLOCK, BLOCK_BYTES // largest)))
     dataset = ray.data.from_arrow(blocks).map_batches(
-        functools.partial(_fetch_block, source=source), batch_size=None, batch_format="pyarrow", num_cpus=1
-    )
+        functools.partial(_fetch_block, source=source), batch_size=None, batch_format="pyarrow", num_cpus=1,
+        label_selector=source.node_labels or None,
+    )  # fmt: skip
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for value in block["pixels"]:
             pixels = np.frombuffer(value.as_buffer(), dtype=np.uint8).reshape(-1, 3, size, size)

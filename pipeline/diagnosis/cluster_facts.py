@@ -34,8 +34,9 @@ def facts_of_nodes(ray: Any, wanted: Wanted, timeout_s: float = TIMEOUT_S) -> li
             facts.append(NodeFacts(address, error=answer))
             continue
         offered = {name: float(amount) for name, amount in node["Resources"].items()}
+        labels = {str(name): str(value) for name, value in node.get("Labels", {}).items()}
         ahead, error = clocks[node_id]
-        facts.append(NodeFacts(address, **answer, resources=offered, clock_s=ahead, clock_error_s=error))
+        facts.append(NodeFacts(address, **answer, resources=offered, labels=labels, clock_s=ahead, clock_error_s=error))
     return sorted(facts, key=lambda found: found.node)
 
 

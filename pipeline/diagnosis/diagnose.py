@@ -131,7 +131,10 @@ def _gather(config: Config, store: Store | None, ray: Any) -> tuple[NodeFacts, S
     finally:
         if written:
             folder.remove(probe)
-    resources = resource_rows.resources(config, cluster_maximum(ray), node_groups(ray), free_on_nodes(ray))
+    groups = node_groups(ray)
+    resources = resource_rows.resources(config, cluster_maximum(ray), groups, free_on_nodes(ray))
+    answering = [node for node in nodes if node.error is None]
+    resources += resource_rows.labels(config, answering, grows=any(count > 1 for _, count in groups))
     return driver, Supply(nodes, address, answers_to(address), resources)
 
 
@@ -177,6 +180,6 @@ def _mining_bytes(config: Config, store: Store | None, step: MeasuredStep) -> tu
     if store is not None:
         selected = store.select(["train"], without_fold=config.data.validation_fold)
         samples, classes = len(selected), num_classes(selected)
-    servers = config.mining.shards if config.runtime.workers else 0
+    servers = config.mining.shards if config.runtime.max_workers else 0
     spec = server_spec(config, samples, servers)
     return server_bytes(needs, spec, classes), memory_bytes(needs, spec, classes)

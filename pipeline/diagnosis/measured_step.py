@@ -4,7 +4,7 @@
 
 The labels are the dataset's own, so that batches, proxies and classifiers have their size; without a dataset there are made-up
 ones. Ranks that are not there contribute nothing: DDP with its buckets, the share of a batch and the whole batch's features are
-those of a worker among `runtime.workers`. The second step has the optimizers' moments, which the first one makes.
+those of a worker among the fewest that `runtime.workers` allows. The second step has the optimizers' moments, which the first one makes.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def measure(config: Config, samples: Samples, uri: str = "") -> MeasuredStep:
     torch.set_num_threads(runtime.cpus_per_worker or 1)
     start_bytes = _status_bytes("VmRSS")
     device = torch.device("cuda", 0) if runtime.gpus_per_worker else torch.device("cpu")
-    ranks = OneOfSeveral(0, max(1, runtime.workers))
+    ranks = OneOfSeveral(0, max(1, runtime.min_workers))
     classes = num_classes(samples)
     if config.method.mining is not None and len(samples) > MAX_MINED:
         fitting = int(np.searchsorted(np.cumsum(np.bincount(samples.labels)), MAX_MINED, side="right"))

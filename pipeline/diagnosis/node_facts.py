@@ -44,6 +44,7 @@ class NodeFacts:
         error: Why it gave no facts; None: it did.
         versions, errors, torch_gpus, faiss_gpus: See `pipeline.diagnosis.imports.import_facts`.
         resources: What the node offers to Ray; None: no cluster.
+        labels: The node's labels in Ray.
         cores: CPU cores that this process may use.
         memory_bytes: Memory of the machine, or the container's limit where that is less.
         memory_from: What sets it: "machine" or "container".
@@ -68,6 +69,7 @@ class NodeFacts:
     torch_gpus: tuple[tuple[str, int], ...] = ()
     faiss_gpus: int = 0
     resources: Mapping[str, float] | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
     cores: int = 1
     memory_bytes: int = 0
     memory_from: str = "machine"

@@ -42,7 +42,12 @@ def check_recipe(config: Config) -> CheckedRecipe:
             rows.append(Row(check, "fails", found, expected, one_line(error)))
 
     runtime, data = config.runtime, config.data
-    asked = f"{runtime.workers} workers, {runtime.cpus_per_worker} CPUs and {runtime.gpus_per_worker:g} GPUs each"
+    number = (
+        f"{runtime.min_workers} to {runtime.max_workers}"
+        if runtime.min_workers < runtime.max_workers
+        else runtime.workers
+    )
+    asked = f"{number} workers, {runtime.cpus_per_worker} CPUs and {runtime.gpus_per_worker:g} GPUs each"
     attempt("machine", asked, "what this machine has", lambda: _machine(config, asked))
     attempt("run", config.name, "a new name, or a run of the same settings", lambda: _run(config))
     name = f"{config.model.backbone}, weights {config.model.weights}"

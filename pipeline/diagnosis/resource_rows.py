@@ -9,10 +9,11 @@ from pipeline.config import Config
 from pipeline.diagnosis.measured_step import MeasuredStep
 from pipeline.diagnosis.node_facts import NodeFacts
 from pipeline.diagnosis.node_rows import each
-from pipeline.diagnosis.rows import Row, graded, size
+from pipeline.diagnosis.rows import Row, graded, named, size
 from pipeline.distributed.ray_session import OBJECT_STORE_BYTES
 from pipeline.mining.server_bytes import ServerBytes
-from pipeline.training.checks import bundles_on, placement_problems, requested, server_bundle, worker_bundle
+from pipeline.training.checks import bundles_on, placement_problems, requested, server_bundle
+from pipeline.training.elastic import worker_resources
 
 FULL = 0.8  # of a node's memory, from which on there is a warning: Ray ends processes from 95 % on
 GPU_FULL = 0.9
@@ -49,7 +50,7 @@ def expected_memory(config: Config, step: MeasuredStep, server: ServerBytes | No
     """What follows from a measured step and from the sizes of a server and of a worker's mirror of the memory."""
     on_gpu = step.gpu_bytes is not None
     worker = step.peak_bytes + (0 if on_gpu else mirror)
-    if server is not None and not config.runtime.workers:
+    if server is not None and not config.runtime.max_workers:
         worker += server.total  # it lives in this process
     snapshot = 0 if server is None else (server.table + server.memory) * config.mining.shards
     gpu = None if step.gpu_bytes is None else step.gpu_bytes + mirror
@@ -70,27 +71,70 @@ def resources(
         free: What is free on each node now.
     """
     wanted = {name: amount for name, amount in requested(config).items() if amount}
-    asked = f"{_amounts(wanted)} for {config.runtime.workers} workers, their loaders and mining servers"
+    asked = f"{_amounts(wanted)} for {config.runtime.max_workers} workers, their loaders and mining servers"
     largest = _amounts({name: maximum.get(name, 0.0) for name in ("CPU", "GPU")})
     problems = list(placement_problems(config, maximum, groups))
     rows = [Row("resources", "fails", f"at most {largest}", asked, problem) for problem in problems]
     if problems:
         return rows
     rows = [Row("resources", "ok", f"at most {largest}", asked)]
-    room = sum(bundles_on(node, worker_bundle(config)) for node in free)
+    room = sum(bundles_on(node, worker_resources(config)) for node in free)
     servers = config.mining.shards if config.method.mining is not None else 0
     server_room = sum(bundles_on(node, server_bundle(config)) for node in free) if servers else 0
     total_free = {name: sum(node.get(name, 0.0) for node in free) for name in wanted}
     short = [f"{name}s" for name, amount in wanted.items() if total_free[name] < amount]
     grows = any(count > 1 for _, count in groups)
-    found = (
-        f"{_amounts(total_free)} free: room for {min(room, config.runtime.workers)} of {config.runtime.workers} workers"
-    )
+    found = f"{_amounts(total_free)} free: room for {min(room, config.runtime.max_workers)} of {config.runtime.max_workers} workers"
     found += f" and {min(server_room, servers)} of {servers} mining servers" if servers else ""
     waits = "the run waits until the autoscaler has started nodes" if grows else "the run waits until others have ended"
-    lacking = room < config.runtime.workers or server_room < servers or bool(short)
-    rows.append(graded("resources now", found, asked, warning=f"{waits}; or reduce runtime.workers" if lacking else ""))
+    lacking = room < config.runtime.max_workers or server_room < servers or bool(short)
+    change = f"{waits}; or reduce runtime.workers" if lacking else ""
+    if config.runtime.min_workers <= room < config.runtime.max_workers and server_room >= servers:
+        change = f"the run starts with {room} workers, and with more as soon as there is room"
+    rows.append(graded("resources now", found, asked, warning=change))
     return rows
+
+
+def labels(config: Config, nodes: Sequence[NodeFacts], grows: bool) -> list[Row]:
+    """Whether there are nodes of the labels that workers, loaders and servers ask for; no row where none are asked for.
+
+    Args:
+        config: The run's configuration.
+        nodes: The nodes that are up.
+        grows: Whether an autoscaler may start others.
+    """
+    asked = {
+        "runtime.worker_labels": config.runtime.worker_labels,
+        "runtime.loader_labels": config.runtime.loader_labels,
+    }
+    if config.method.mining is not None:
+        asked["mining.labels"] = config.mining.labels
+    rows = []
+    for key, wanted in asked.items():
+        if not wanted:
+            continue
+        matching = [n.node for n in nodes if all(_matches(n.labels.get(name), value) for name, value in wanted.items())]
+        text = ", ".join(f"{name}: {value}" for name, value in wanted.items())
+        change = f"start nodes with these labels (ray start --labels), or change {key}"
+        rows.append(
+            graded(
+                "labels",
+                f"{len(matching)} nodes" + (f": {named(matching)}" if matching else ""),
+                f"{key} {text}",
+                fails="" if matching or grows else change,
+                warning="" if matching else f"none is up: the autoscaler has to start one; else {change}",
+            )
+        )
+    return rows
+
+
+def _matches(label: str | None, condition: str) -> bool:
+    """Whether a node's label meets a condition of Ray's: VALUE, !VALUE, in(A, B), !in(A, B)."""
+    text = condition.strip()
+    positive = not text.startswith("!")
+    text = text.removeprefix("!")
+    values = [v.strip() for v in text[3:-1].split(",")] if text.startswith("in(") and text.endswith(")") else [text]
+    return (label in values) == positive
 
 
 def _amounts(values: Mapping[str, float]) -> str:
@@ -110,19 +154,19 @@ def memory(config: Config, expected: Expected, nodes: Sequence[NodeFacts]) -> li
     """Memory of what would run on each node, against the node's memory or its container's limit."""
     runtime = config.runtime
     loaders = runtime.loader_cpus if runtime.loader == "ray" else 0
-    server = expected.server if runtime.workers else None
+    server = expected.server if runtime.max_workers else None
 
     def row(node: NodeFacts) -> Row:
-        workers = max(1, runtime.workers)
+        workers = max(1, runtime.max_workers)
         servers = config.mining.shards if server is not None else 0
         if node.resources is not None:
-            workers = min(workers, bundles_on(node.resources, worker_bundle(config)))
+            workers = min(workers, bundles_on(node.resources, worker_resources(config)))
             fits = servers and bundles_on(node.resources, server_bundle(config))
             servers = min(servers, 1 if fits else 0)  # they are spread over the nodes
         parts = [(workers, "worker", expected.worker), (workers * loaders, "loader", expected.loader)]
         parts.append((servers, "mining server", expected.server_process))
         need = sum(count * (num_bytes - expected.shared) for count, _, num_bytes in parts) + expected.shared
-        if node.resources is None and (runtime.workers or loaders):
+        if node.resources is None and (runtime.max_workers or loaders):
             parts.append((1, "Ray with its object store", RAY_BYTES + OBJECT_STORE_BYTES))
             need += RAY_BYTES + OBJECT_STORE_BYTES
         found = f"{size(need)}: " + ", ".join(f"{count} {name} {size(b)}" for count, name, b in parts if count)
@@ -168,7 +212,7 @@ def mining(config: Config, server: ServerBytes | None, nodes: Sequence[NodeFacts
     found = f"{size(server.total)} each: " + ", ".join(f"{name} {size(b)}" for name, b in parts.items() if b)
     able = [
         n for n in nodes
-        if n.error is None and (n.resources is None or not config.runtime.workers or bundles_on(n.resources, server_bundle(config)))
+        if n.error is None and (n.resources is None or not config.runtime.max_workers or bundles_on(n.resources, server_bundle(config)))
     ]  # fmt: skip
     limit = max((n.memory_bytes for n in able), default=0)
     change = (

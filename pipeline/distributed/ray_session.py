@@ -200,6 +200,13 @@ def free_on_nodes(ray: Any) -> list[dict[str, float]]:
     ]
 
 
+def draining_nodes(ray: Any) -> dict[str, int]:
+    """The nodes that are about to be taken away: Ray node id to the time of that, milliseconds since 1970 (0: not known)."""
+    from ray._private.state import state
+
+    return {str(node): int(deadline) for node, deadline in state.get_draining_nodes().items()}
+
+
 def _path_exists_on(ray: Any, node: str, path: str) -> bool:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

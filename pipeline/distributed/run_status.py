@@ -14,13 +14,19 @@ from pipeline.errors import DivergedError, RunError
 
 
 class RunStatus:
-    """Latest progress, messages and validations in order, a stop request, and the error that ended the run."""
+    """Latest progress, messages and validations in order, the workers, a stop request, and the error that ended the run.
+
+    Workers are asked to stop for good, or to save a checkpoint and to be started again by the driver.
+    """
 
     def __init__(self) -> None:
         self.progress: dict[str, Any] = {}
         self.messages: list[str] = []
         self.validations: list[dict[str, Any]] = []
         self._stop_requested = False
+        self._restart_reason: str | None = None
+        self._stopped_at: int | None = None
+        self._workers: dict[int, dict[str, Any]] = {}
         self.error: str | None = None
         self.diverged = False
 
@@ -48,8 +54,45 @@ class RunStatus:
     def stop(self) -> None:
         self._stop_requested = True
 
+    def restart(self, reason: str) -> None:
+        """Asks the workers to save a checkpoint and to end; the driver starts them again."""
+        if self._restart_reason is None:
+            self._restart_reason = reason
+            self.add_message(f"{reason}: saving a checkpoint ...")
+
     def stop_requested(self) -> bool:
-        return self._stop_requested
+        return self._stop_requested or self._restart_reason is not None
+
+    def add_stopped(self, step: int) -> None:
+        """A worker has saved a checkpoint and ends before the run's length."""
+        self._stopped_at = step
+        if self._stop_requested or self._restart_reason is None:
+            self.add_message(f"stopped at step {step}: saved; the same command continues")
+
+    def restarts(self) -> bool:
+        """True, once, if the workers have ended to be started again."""
+        again = self._restart_reason is not None and self._stopped_at is not None and not self._stop_requested
+        self._restart_reason = self._stopped_at = None
+        self._workers = {}
+        return again
+
+    def add_worker(self, worker: dict[str, Any]) -> None:
+        """Adds a worker that has started: rank, world, node (Ray's id), host, pid; the first of another number replaces all."""
+        if any(other["world"] != worker["world"] for other in self._workers.values()):
+            self._workers = {}
+        self._workers[worker["rank"]] = worker
+
+    def workers_failed(self, causes: dict[int, str]) -> None:
+        """Tells why workers ended, by rank; all of them are started again, or the run ends."""
+        for rank, cause in sorted(causes.items()):
+            host = self._workers.get(rank, {}).get("host", "its node")
+            self.add_message(f"worker {rank} on {host} failed: {cause}")
+        self._workers = {}
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The workers that run, by rank, once all have started; empty between two starts."""
+        workers = [self._workers[rank] for rank in sorted(self._workers)]
+        return workers if workers and len(workers) == workers[0]["world"] else []
 
     def error_message(self) -> str | None:
         return self.error
@@ -91,6 +134,14 @@ class RunStatusProxy:
 
     def add_validation(self, point: dict[str, Any]) -> None:
         self.actor.add_validation.remote(point)
+
+    def add_stopped(self, step: int) -> None:
+        import ray
+
+        ray.get(self.actor.add_stopped.remote(step))  # the driver asks for it as soon as this process has ended
+
+    def add_worker(self, worker: dict[str, Any]) -> None:
+        self.actor.add_worker.remote(worker)
 
     def fail(self, error: str, diverged: bool = False) -> None:
         import ray

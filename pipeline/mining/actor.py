@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,7 +32,14 @@ class MiningActor(MiningServer):
 
 
 def start_servers(
-    ray: Any, run: str, shards: int = 1, threads: int = 1, gpus: float = 0, label: str | None = None
+    ray: Any,
+    run: str,
+    shards: int = 1,
+    threads: int = 1,
+    gpus: float = 0,
+    resource: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    memory: int = 0,
 ) -> list[Any]:
     """Starts a run's servers; they end with the process that holds these handles.
 
@@ -40,7 +48,9 @@ def start_servers(
         run: Name of the run; the actors' names contain it and a random token, so that no two runs share an actor.
         shards: Number of servers; they are spread over the nodes.
         threads, gpus: CPU threads and GPUs of each server.
-        label: Custom resource of the nodes that may hold servers (not spot nodes), if any.
+        resource: Custom resource of the nodes that may hold servers (not spot nodes), if any.
+        labels: Labels of these nodes.
+        memory: Memory that a node must have free for each server, bytes; 0: not asked for.
     """
     token = uuid.uuid4().hex[:8]
     actor = ray.remote(concurrency_groups=_CONCURRENCY_GROUPS)(MiningActor)
@@ -48,8 +58,12 @@ def start_servers(
         "num_cpus": threads, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0,
         "scheduling_strategy": "SPREAD", "namespace": f"raydml-{run}-{token}",
     }  # fmt: skip
-    if label is not None:
-        options["resources"] = {label: 0.001}
+    if resource is not None:
+        options["resources"] = {resource: 0.001}
+    if labels:
+        options["label_selector"] = dict(labels)
+    if memory:
+        options["memory"] = memory
     return [actor.options(**options, name=f"mining-{run}-{token}-{shard}").remote(threads) for shard in range(shards)]
 
 

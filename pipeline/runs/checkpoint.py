@@ -45,6 +45,7 @@ class TrainingState:
         step_in_epoch: Steps done of that epoch.
         seconds: Time spent in training steps, over all starts.
         waited_s: The part of `seconds` spent waiting for data.
+        validation_s: Time spent in evaluations of the validation task, not part of `seconds`.
         images: Number of images trained on.
         frozen: Metrics of the untrained trunk on the test classes.
         best_step, best_metrics: The best validation so far; -1 and empty before the first.
@@ -56,6 +57,7 @@ class TrainingState:
     step_in_epoch: int = 0
     seconds: float = 0.0
     waited_s: float = 0.0
+    validation_s: float = 0.0
     images: int = 0
     frozen: dict[str, float] = field(default_factory=dict)
     best_step: int = -1

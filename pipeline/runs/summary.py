@@ -58,7 +58,7 @@ def protocol(config: Config, store: Store) -> dict[str, Any]:
 def summarise(
     config: Config, store: Store, progress: TrainingState, metrics: dict[str, float], changes: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of summary.json; metrics in percent, `seconds` spent in training steps."""
+    """The content of summary.json; metrics in percent, `seconds` spent in training steps, `validation_seconds` beside them."""
     changed_keys = {change.split(":")[0] for line in changes for change in line["changes"]}
     copied = {change.split(":")[0] for line in changes if "copied_from_trial" in line for change in line["changes"]}
     affecting = sorted((changed_keys & set(RESULT_KEYS)) | copied)
@@ -71,6 +71,7 @@ def summarise(
         "step": progress.step,
         "images": progress.images,
         "seconds": round(progress.seconds, 2),
+        "validation_seconds": round(progress.validation_s, 2),
         "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 2),
         "waiting_for_data": round(progress.waited_s / max(progress.seconds, 1e-9), 4),
         "protocol": protocol(config, store),

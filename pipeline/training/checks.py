@@ -22,6 +22,7 @@ from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, DATASET, read_config
 from pipeline.storage import Folder
+from pipeline.training.elastic import worker_resources
 
 
 class _PlanContext(Context):
@@ -163,16 +164,21 @@ def with_machine_defaults(runtime: RuntimeConfig) -> RuntimeConfig:
     if runtime.cpus_per_worker is not None:
         return runtime
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = 2 if on_cluster() else max(1, cores // max(1, runtime.workers))
+    threads = 2 if on_cluster() else max(1, cores // max(1, runtime.max_workers))
     return runtime.model_copy(update={"cpus_per_worker": threads})
 
 
-def needed_cpus(config: Config) -> int:
-    """Logical CPUs of workers, loaders and mining servers."""
+def needed_cpus(config: Config, workers: int | None = None) -> int:
+    """Logical CPUs of workers, loaders and mining servers.
+
+    Args:
+        workers: Number of workers; None: the largest.
+    """
     runtime = config.runtime
+    workers = runtime.max_workers if workers is None else workers
     loaders = runtime.loader_cpus if runtime.loader == "ray" else 0
-    servers = config.mining.shards * config.mining.cpus if config.method.mining and runtime.workers else 0
-    return max(1, runtime.workers) * ((runtime.cpus_per_worker or 1) + loaders) + servers
+    servers = config.mining.shards * config.mining.cpus if config.method.mining and workers else 0
+    return max(1, workers) * ((runtime.cpus_per_worker or 1) + loaders) + servers
 
 
 def check_machine(config: Config) -> list[str]:
@@ -185,7 +191,7 @@ def check_machine(config: Config) -> list[str]:
     import torch
 
     if runtime.gpus_per_worker and not on_cluster():
-        num_gpus = runtime.gpus_per_worker * max(1, runtime.workers)
+        num_gpus = runtime.gpus_per_worker * max(1, runtime.max_workers)
         if num_gpus > torch.cuda.device_count():
             raise UserError(
                 f"{num_gpus:g} GPUs requested (runtime.workers × gpus_per_worker), this machine has "
@@ -194,7 +200,7 @@ def check_machine(config: Config) -> list[str]:
     if "TORCHELASTIC_RUN_ID" in os.environ and runtime.loader == "ray":
         raise UserError("under torchrun there is no Ray: set runtime.loader to in_process")
     cores = os.cpu_count() or 1
-    threads = max(1, runtime.workers) * (runtime.cpus_per_worker or 1)
+    threads = max(1, runtime.max_workers) * (runtime.cpus_per_worker or 1)
     if not on_cluster() and threads > 4 * cores:
         raise UserError(
             f"{threads} threads requested (runtime.workers × cpus_per_worker), this machine has {cores} cores: "
@@ -207,13 +213,6 @@ def check_machine(config: Config) -> list[str]:
     return []
 
 
-def worker_bundle(config: Config) -> dict[str, float]:
-    """What Ray reserves for one worker."""
-    runtime = config.runtime
-    bundle = {"CPU": float(runtime.cpus_per_worker or 1)}
-    return bundle | ({"GPU": float(runtime.gpus_per_worker)} if runtime.gpus_per_worker else {})
-
-
 def server_bundle(config: Config) -> dict[str, float]:
     """What Ray reserves for one mining server; empty if the method does not mine."""
     mining = config.mining
@@ -223,11 +222,16 @@ def server_bundle(config: Config) -> dict[str, float]:
     return bundle | ({mining.resource: 0.001} if mining.resource is not None else {})
 
 
-def requested(config: Config) -> dict[str, float]:
-    """CPUs and GPUs of workers, their loaders and mining servers together."""
+def requested(config: Config, workers: int | None = None) -> dict[str, float]:
+    """CPUs and GPUs of workers, their loaders and mining servers together.
+
+    Args:
+        config: The run's configuration.
+        workers: Number of workers; None: the largest.
+    """
     gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
-    runtime = config.runtime
-    return {"CPU": float(needed_cpus(config)), "GPU": runtime.gpus_per_worker * max(1, runtime.workers) + gpus}
+    workers = max(1, config.runtime.max_workers if workers is None else workers)
+    return {"CPU": float(needed_cpus(config, workers)), "GPU": config.runtime.gpus_per_worker * workers + gpus}
 
 
 def bundles_on(node: Mapping[str, float], bundle: Mapping[str, float]) -> int:
@@ -245,8 +249,8 @@ def placement_problems(
         limits: Resources of the cluster at its largest.
         groups: Resources of a node and the largest number of such nodes, for each kind of node.
     """
-    workers, bundle = config.runtime.workers, worker_bundle(config)
-    for resource, amount in requested(config).items():
+    workers, bundle = config.runtime.min_workers, worker_resources(config)
+    for resource, amount in requested(config, workers).items():
         if amount > limits.get(resource, 0.0):
             yield (
                 f"{amount:g} {resource}s requested ({workers} workers, their loaders, mining servers), the cluster "
@@ -276,7 +280,7 @@ def check_cluster(config: Config, ray: Any) -> None:
         UserError: more resources than the cluster has at its largest, or storage that not all nodes
             see.
     """
-    if not on_cluster() or config.runtime.workers == 0:
+    if not on_cluster() or config.runtime.max_workers == 0:
         return
     for problem in placement_problems(config, cluster_maximum(ray), node_groups(ray)):
         raise UserError(problem)

@@ -26,6 +26,7 @@ from pipeline.distributed.run_status import RunStatus, RunStatusProxy
 from pipeline.errors import DivergedError, RunError, UserError, one_line
 from pipeline.mining.actor import RayTransport, start_servers
 from pipeline.storage import Folder
+from pipeline.training.elastic import NEVER_S, WorkerNumber, worker_resources
 from pipeline.training.loop import Worker
 
 Show = Callable[[dict[str, Any]], None]
@@ -148,62 +149,105 @@ def run_on_ray(
     Raises:
         RunError: A worker failed more often than `runtime.max_failures`, or the run cannot go on.
     """
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     actor = ray.remote(num_cpus=0, max_concurrency=4)(RunStatus).remote()
-    runtime = config.runtime
-    resources = {"CPU": float(runtime.cpus_per_worker or 1)}
-    if runtime.gpus_per_worker:
-        resources["GPU"] = runtime.gpus_per_worker
+    number = WorkerNumber(config, ray, actor.add_message.remote)
     servers = mining_servers(config, ray)
     loop_config = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
-    ray_folder = Folder(config.root) / "ray"
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=loop_config,
-        torch_config=TorchConfig(backend="nccl" if runtime.gpus_per_worker else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=runtime.workers, use_gpu=bool(runtime.gpus_per_worker), resources_per_worker=resources
-        ),
-        # Only for Ray Train's own files: checkpoints are written to the run folder.
-        run_config=RunConfig(
-            name=config.name,
-            storage_path=ray_folder.path(),
-            storage_filesystem=None if ray_folder.is_local else PyFileSystem(FSSpecHandler(ray_folder.fs)),
-            failure_config=FailureConfig(max_failures=runtime.max_failures),
-        ),
-    )
-    fit_errors: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            fit_errors.append(error)
-
-    thread = threading.Thread(target=fit, daemon=True, name="fit")
     stop_times: list[float] = []
 
     def stop() -> None:
         stop_times.append(time.monotonic())
         actor.stop.remote()
 
+    def stopping() -> bool:
+        if stop_requested is not None and stop_requested.is_set() and not stop_times:
+            stop()
+        return bool(stop_times)
+
     with StopSignals(stop) as signals, status_display(lambda *seen: ray.get(actor.read.remote(*seen)), show):
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.2)
-            if stop_requested is not None and stop_requested.is_set() and not stop_times:
-                stop()
-            if stop_times and time.monotonic() - stop_times[0] > STOP_TIMEOUT_S:
-                raise RunError(f"the workers did not stop within {STOP_TIMEOUT_S} s; the newest checkpoint is kept")
-    error = ray.get(actor.failure.remote())
-    if error is not None:
-        raise error
-    if fit_errors:
-        raise RunError(f"training failed: {root_cause(fit_errors[0])}")
+        try:
+            while (workers := number.choose(stopping)) is not None:
+                fit = _Fit(ray_trainer(config, workers, loop_config))
+                while not fit.ended(0.2):
+                    if stopping() and time.monotonic() - stop_times[0] > STOP_TIMEOUT_S:
+                        raise RunError(
+                            f"the workers did not stop within {STOP_TIMEOUT_S} s; the newest checkpoint is kept"
+                        )
+                    if (reason := number.check(lambda: ray.get(actor.workers.remote()))) is not None:
+                        actor.restart.remote(reason)
+                if (failure := ray.get(actor.failure.remote())) is not None:
+                    raise failure
+                if fit.error is not None:
+                    raise RunError(f"training failed: {root_cause(fit.error)}")
+                if not ray.get(actor.restarts.remote()):
+                    break
+        finally:
+            number.close()
     return signals.received
+
+
+class _Fit(threading.Thread):
+    """`TorchTrainer.fit` in a thread, so that signals and the cluster are seen meanwhile."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(daemon=True, name="fit")
+        self.trainer = trainer
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.trainer.fit()
+        except BaseException as error:
+            self.error = error
+
+    def ended(self, timeout_s: float) -> bool:
+        self.join(timeout_s)
+        return not self.is_alive()
+
+
+def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dict[str, Any]) -> Any:
+    """Ray Train's trainer of a run.
+
+    Args:
+        config: The resolved configuration.
+        workers: Number of workers, or the smallest and largest number.
+        loop_config: The argument of `train_worker`.
+    """
+    import ray.train.torch
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    train: Any = ray.train  # its annotations are those of an earlier interface
+
+    class TellFailures(train.UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            causes = {rank: root_cause(error) for rank, error in worker_exceptions.items()}
+            loop_config["status"].workers_failed.remote(causes)
+
+    runtime = config.runtime
+    ray_folder = Folder(config.root) / "ray"
+    elastic = isinstance(workers, tuple)
+    return train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config=loop_config,
+        torch_config=train.torch.TorchConfig(backend="nccl" if runtime.gpus_per_worker else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=bool(runtime.gpus_per_worker),
+            resources_per_worker=worker_resources(config),
+            label_selector=runtime.worker_labels or None,
+            # Ray would end the workers of a smaller group without a checkpoint: `WorkerNumber.check` asks them to save first.
+            **({"elastic_resize_monitor_interval_s": NEVER_S} if elastic else {}),
+        ),
+        # Only for Ray Train's own files: checkpoints are written to the run folder.
+        run_config=train.RunConfig(
+            name=config.name,
+            storage_path=ray_folder.path(),
+            storage_filesystem=None if ray_folder.is_local else PyFileSystem(FSSpecHandler(ray_folder.fs)),
+            failure_config=train.FailureConfig(max_failures=runtime.max_failures),
+            callbacks=[TellFailures()],
+        ),
+    )
 
 
 def mining_servers(config: Config, ray: Any) -> list[Any]:
@@ -211,12 +255,14 @@ def mining_servers(config: Config, ray: Any) -> list[Any]:
     mining = config.mining
     if config.method.mining is None:
         return []
-    return start_servers(ray, config.name, mining.shards, mining.cpus, mining.gpus, mining.resource)
+    return start_servers(
+        ray, config.name, mining.shards, mining.cpus, mining.gpus, mining.resource, mining.labels, mining.memory
+    )
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
     """The function that each Ray Train worker runs."""
-    import ray.train
+    import ray
     import ray.train.torch
 
     config = build_config(loop_config["config"])
@@ -226,6 +272,9 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     torch.set_num_threads(config.runtime.cpus_per_worker or 1)
     if status.error_message() is not None:
         return
+    node = ray.get_runtime_context().get_node_id()
+    place = {"node": node, "host": ray.util.get_node_ip_address(), "pid": os.getpid()}
+    status.add_worker({"rank": ranks.rank, "world": ranks.world, **place})
     try:
         servers = [RayTransport(actor) for actor in loop_config["servers"]]
         device = ray.train.torch.get_device()

@@ -195,7 +195,7 @@ class Worker:
                     self._save("checkpoints")
                 if stop and not last:
                     if self.ranks.rank == 0:
-                        self.status.add_message(f"stopped at step {progress.step}: saved; the same command continues")
+                        self.status.add_stopped(progress.step)
                     return True
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +106,9 @@ class Measurements:
         recall_at = self.config.evaluation.recall_at
         name = self.config.evaluation.metric
         position = {"epoch": round(clock.epoch, 4), "images": progress.images}
+        started = time.perf_counter()
         metrics = evaluate(self.validation, self.embedder, self.trunk, self.method, recall_at).metrics
+        progress.validation_s += time.perf_counter() - started
         if tracker is not None:
             tracker.log(progress.step, "validation", {**position, **metrics})
         is_best = progress.best_step < 0 or metrics[name] > progress.best_metrics[name]

@@ -23,7 +23,8 @@ def image_source(config: Config, store: Store) -> ImageSource:
     """The source of the run's pixels: this node's copy of the training split, or row groups where that is too large."""
     fits_in_cache = split_bytes(store, "train") <= config.cache.max_bytes
     cache = Cache(Folder(cache_folder(config)).uri, config.cache.max_bytes) if fits_in_cache else None
-    return ImageSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed)
+    labels = config.runtime.loader_labels
+    return ImageSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed, labels)
 
 
 def cache_folder(config: Config) -> str:

@@ -75,7 +75,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
             record(config, folder, store, changes)
         with Display(console) as display:
             uri = store.folder.uri
-            if config.runtime.workers and not under_torchrun():
+            if config.runtime.max_workers and not under_torchrun():
                 signal = run_on_ray(config, uri, display, ray)
             else:
                 signal = run_in_process(config, uri, display)
@@ -139,7 +139,7 @@ def open_dataset(config: Config) -> Store | None:
 def uses_ray(config: Config) -> bool:
     """True if a run starts Ray or connects to a cluster: for its workers, its loaders, or to prepare the demo."""
     return not under_torchrun() and bool(
-        config.runtime.workers or config.runtime.loader == "ray" or must_prepare(config)
+        config.runtime.max_workers or config.runtime.loader == "ray" or must_prepare(config)
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.distributed.ray_session import cluster_maximum, node_groups
 from pipeline.errors import UserError
-from pipeline.training.checks import bundles_on, requested, worker_bundle
+from pipeline.training.checks import bundles_on, requested
+from pipeline.training.elastic import worker_resources
 
 HEAD = {"node:__internal_head__": 0.001}  # a driver without CPUs of its own, on the node that is not a spot node
 
@@ -47,7 +48,7 @@ class TrialResources:
 
 def trial_resources(config: Config) -> TrialResources:
     """The resources of a trial whose runs have this configuration."""
-    return TrialResources(max(1, config.runtime.workers), worker_bundle(config), requested(config))
+    return TrialResources(max(1, config.runtime.max_workers), worker_resources(config), requested(config))
 
 
 def trials_here(trials: Iterable[TrialResources]) -> int:

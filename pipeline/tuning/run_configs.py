@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from methods.config import Length
-from pipeline.config import Config
+from pipeline.config import Config, WorkerRange
 from pipeline.errors import UserError
 from pipeline.recipes import assigned, resolve
 from pipeline.tuning.sweep_config import FinalConfig, SweepConfig
@@ -90,5 +90,10 @@ def _run(
         config = resolve(values, sweep.methods[label].recipe)
     except UserError as error:
         raise UserError(f"methods.{label}: {error}") from None
+    if isinstance(config.runtime.workers, WorkerRange):
+        raise UserError(
+            f"methods.{label}: runtime.workers is a range, but the trials of a sweep hold a fixed number each: set a number, and let "
+            "more or fewer trials run at once"
+        )
     workers = max(1, config.runtime.workers)  # 0 would be the process of the trial, which has no resources of its own
     return config.model_copy(update={"runtime": config.runtime.model_copy(update={"workers": workers})})

@@ -47,6 +47,7 @@ class RunProgress:
         state: "running" also before its start; "stopped": ended by the scheduler, can be continued.
         images: Images trained on.
         seconds: Time in training steps, all starts together.
+        validation_s: Time in validations beside them.
         curve: One entry a validation: step, epoch, images, done (share of the run's length), and the metrics in percent.
         best: The metrics of the best validation; empty before the first. Under the paper protocol these are of the test classes.
         last: The metrics of the last validation.
@@ -59,6 +60,7 @@ class RunProgress:
     state: State = "running"
     images: int = 0
     seconds: float = 0.0
+    validation_s: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)

@@ -42,7 +42,7 @@ from pipeline.tuning.schedulers import LATEST, SCORE, TIME, curve
 from pipeline.tuning.sweep_config import SweepConfig
 from pipeline.tuning.sweep_folder import RunProgress, TrialRecord
 
-STOP_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 120.0  # at the end of a trial's process, which ends in any case
 ASK_EVERY_S = 1.0
 
 
@@ -66,13 +66,13 @@ class Trial(tune.Trainable):
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Ends the trial of this process and starts another."""
-        self._end()
+        """Ends the trial of this process, however long its present evaluation takes, and starts another."""
+        self._end(timeout_s=None)
         self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
-        self._end()
+        self._end(STOP_TIMEOUT_S)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Population-based training: a copy of the present run, for other trials; the next `step` goes on from it."""
@@ -112,8 +112,8 @@ class Trial(tune.Trainable):
         )  # fmt: skip
         self.runner = TrialRunner(configs, self.stores[label], self.sweep.metric, self.run_one)
 
-    def _end(self) -> None:
-        self.runner.stop()
+    def _end(self, timeout_s: float | None) -> None:
+        self.runner.stop(timeout_s)
         gc.collect()
 
     def run_one(self, config: Config, store: Store, runner: TrialRunner) -> None:
@@ -178,12 +178,12 @@ class TrialRunner:
         if self.failure is not None:
             raise self.failure
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float | None = None) -> None:
         """Asks the run to save a checkpoint and to end, and waits for that."""
         self.stop_requested.set()
         if self._thread is not None:
             self._allowed.put(None)
-            self._thread.join(STOP_TIMEOUT_S)
+            self._thread.join(timeout_s)
 
     def pause(self) -> None:
         """Lets the run save a checkpoint and its thread end; `go_on` continues from it."""
@@ -239,7 +239,7 @@ class TrialRunner:
             latest = Checkpoints(folder).latest()
             if latest is not None:
                 run.curve = recorded_curve(config, folder, latest.step)
-                run.seconds = latest.seconds
+                run.seconds, run.validation_s = latest.seconds, latest.validation_s
             self._measure(run)
             self.run_one(config, store, self)
         if is_finished(config, folder):
@@ -276,11 +276,12 @@ class TrialRunner:
         self._measure(run)
         run.state, run.test = "finished", summary["final"]
         run.images, run.seconds = summary["images"], summary["seconds"]
+        run.validation_s = summary.get("validation_seconds", 0.0)  # absent in runs of earlier versions
 
 
 def train_run(config: Config, store: Store, runner: TrialRunner) -> None:
     """Trains one run: in this thread with one worker, else with Ray Train."""
-    if config.runtime.workers > 1:
+    if config.runtime.max_workers > 1:
 
         def show(state: dict[str, Any]) -> None:
             for point in state["validations"]:

@@ -26,7 +26,7 @@ from pipeline.storage import Folder
 from tests.laws.test_laws import TRIPLETS
 from tests.pool import Program
 
-TIMED = {"images_per_second", "waiting", "seconds", "waiting_for_data"} | {
+TIMED = {"images_per_second", "waiting", "seconds", "validation_seconds", "waiting_for_data"} | {
     f"seconds/{n}" for n in ("sweep", "lists", "rule")
 }
 METHODS_TRIED: dict[str, dict[str, Any]] = {
@@ -107,7 +107,7 @@ class Run:
         return {
             "last": self.checkpoint("checkpoints", latest.step),
             "best": self.checkpoint("best", latest.best_step),
-            "progress": {n: v for n, v in vars(latest).items() if n not in ("seconds", "waited_s")},
+            "progress": {n: v for n, v in vars(latest).items() if n not in ("seconds", "waited_s", "validation_s")},
             "lines": [{n: v for n, v in line.items() if n not in TIMED} for line in read_metrics(self.folder)],
             "summary": {n: v for n, v in summary.items() if n not in TIMED},
         }

@@ -14,7 +14,16 @@ from methods.mining import MiningRequirements
 from pipeline.config import Config
 from pipeline.diagnosis.measured_step import MeasuredStep
 from pipeline.diagnosis.node_facts import NodeFacts
-from pipeline.diagnosis.resource_rows import Expected, expected_memory, gpu_memory, memory, mining, resources, step_row
+from pipeline.diagnosis.resource_rows import (
+    Expected,
+    expected_memory,
+    gpu_memory,
+    labels,
+    memory,
+    mining,
+    resources,
+    step_row,
+)
 from pipeline.diagnosis.rows import Row
 from pipeline.mining.embedding_table import Table
 from pipeline.mining.memory import EmbeddingMemory
@@ -73,6 +82,39 @@ def test_mining_servers_need_their_resource(make_config: Make) -> None:
         config, {"CPU": 16.0, "steady": 1.0}, [(spot, 1), (steady, 1)], [spot, {"CPU": 1.0, "steady": 1.0}]
     )
     assert status(rows) == ["ok", "warning"] and "1 of 2 mining servers" in rows[1].found
+
+
+def test_a_range_of_workers_starts_with_those_that_fit(make_config: Make) -> None:
+    config = make_config(
+        {"runtime.workers": {"min": 1, "max": 8}, "runtime.cpus_per_worker": 2, "runtime.loader": "in_process"}
+    )
+    node = {"CPU": 4.0}
+    rows = resources(config, {"CPU": 40.0}, [(node, 10)], [node])
+    assert status(rows) == ["ok", "warning"] and "starts with 2 workers" in rows[1].change
+    rows = resources(config, {"CPU": 40.0}, [(node, 10)], [{"CPU": 1.0}])
+    assert "the run waits until the autoscaler" in rows[1].change
+    assert status(resources(config, {"CPU": 1.0}, [({"CPU": 1.0}, 1)], [{"CPU": 1.0}])) == ["fails", "fails"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ("L4", "ok"),
+        ("!T4", "ok"),
+        ("in(T4, L4)", "ok"),
+        ("T4", "fails"),
+        ("!L4", "ok"),
+        ("!in(L4, none)", "ok"),
+        ("in(T4)", "fails"),
+    ],
+)
+def test_labels(condition: str, expected: str, make_config: Make) -> None:
+    config = make_config({"runtime.worker_labels": {"ray.io/accelerator-type": condition}})
+    nodes = [replace(HERE, node="gpu", labels={"ray.io/accelerator-type": "L4"}), replace(HERE, node="head")]
+    assert status(labels(config, nodes, grows=False)) == [expected]
+    assert status(labels(config, nodes, grows=True)) == ["ok" if expected == "ok" else "warning"]
+    assert labels(make_config({"mining.labels": {"a": "b"}}), nodes, False) == [], "it does not mine"
+    assert status(labels(make_config(mined(**{"mining.labels": {"a": "b"}})), nodes, False)) == ["fails"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,18 @@ from pipeline.storage import Folder
 from pipeline.tune import main
 from pipeline.tuning import driver
 from pipeline.tuning.driver import check_again, remove_sweep, run_sweep, trial_runs, with_place
-from pipeline.tuning.sweep_folder import SweepFolder, TrialRecord, find_sweep, sweep_folder
+from pipeline.tuning.sweep_config import SweepConfig
+from pipeline.tuning.sweep_file import dump_sweep
+from pipeline.tuning.sweep_folder import (
+    SWEEP,
+    RunProgress,
+    SweepFolder,
+    TrialRecord,
+    find_sweep,
+    read_state,
+    sweep_folder,
+    write_state,
+)
 from tests.pipeline.tuning.sweeps import tiny_sweep
 
 
@@ -95,3 +106,39 @@ def test_the_command_tells_bad_input_in_one_line(
         assert len(lines) == 1 and lines[0].startswith(said), lines
     assert main([path, "--dry-run"]) == 0
     assert "triplet" in capsys.readouterr().out
+
+
+def test_fresh_removes_the_sweep_and_its_runs_first(store: Store, tmp_path: Path) -> None:
+    sweep = tiny_sweep(tmp_path, store)
+    folder = sweep_folder(sweep.storage, sweep.name)
+    write_sweep_with_one_trial(sweep, folder)
+    run = tmp_path / "runs" / "small-00000-fold0-seed0"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    with pytest.raises(AssertionError, match="Ray is started"):
+        main([str(tmp_path / "small.yaml"), "--fresh"])
+    assert not run.exists() and SweepFolder(folder).read() == []
+
+
+def test_the_hours_of_earlier_starts_count(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = tiny_sweep(tmp_path, store, "final=null", "budget={hours: 2}")
+    folder = sweep_folder(sweep.storage, sweep.name)
+    write_sweep_with_one_trial(sweep, folder)
+    write_state(folder, "stopped", hours=1.5)
+    command = [str(tmp_path / "small.yaml"), "--set", "final=null", "--set"]
+    with pytest.raises(AssertionError, match="Ray is started"):
+        main([*command, "budget={hours: 2}"])
+    assert main([*command, "budget={hours: 1.4}"]) == 0
+    assert "triplet" in capsys.readouterr().out
+    state = read_state(folder)
+    assert state is not None and state.state == "finished" and state.hours == 1.5
+
+
+def write_sweep_with_one_trial(sweep: SweepConfig, folder: Folder) -> None:
+    folder.write(SWEEP, dump_sweep(sweep).encode())
+    records = SweepFolder(folder)
+    records.acquire()
+    run = RunProgress("small-00000-fold0-seed0", 0, 0, "finished", best={"map@r": 40.0}, last={"map@r": 40.0})
+    records.write(TrialRecord(0, "search", "triplet", {}, state="finished", runs=[run], score=40.0))

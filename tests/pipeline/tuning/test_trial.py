@@ -57,7 +57,7 @@ def test_the_runs_of_a_trial_in_order(make: Callable[..., TrialRunner]) -> None:
     assert drain(runner) == pytest.approx([25, 50, 75, 100], abs=0.1)
     assert runner.error is None and [run.state for run in runner.runs] == ["finished", "finished"]
     assert runner.score == pytest.approx(sum(run.best["map@r"] for run in runner.runs) / 2)
-    assert all(run.images > 0 and run.seconds > 0 and not run.test for run in runner.runs)
+    assert all(run.images > 0 and run.seconds > 0 and run.validation_s > 0 and not run.test for run in runner.runs)
     assert all([point["done"] for point in run.curve] == pytest.approx([0.5, 1.0]) for run in runner.runs)
     for run, config in zip(runner.runs, runner.configs, strict=True):
         latest = Checkpoints(run_folder(config)).latest()
@@ -96,6 +96,22 @@ def test_a_stopped_trial_has_a_checkpoint_and_continues_to_the_same_weights(
     run_in_process(whole, config.data.source, lambda state: None)
     ours, theirs = (run_folder(c).read_json("summary.json")["validation"] for c in (config, whole))
     assert ours == theirs and len(second.runs[0].curve) == 4
+
+
+def test_the_next_trial_of_a_process_waits_for_the_end_of_this_one(make: Callable[..., TrialRunner]) -> None:
+    may_end = threading.Event()
+
+    def evaluates_for_long(config: Config, store: Store, runner: TrialRunner) -> None:
+        runner.hold()
+        may_end.wait(20)
+
+    runner = make(evaluates_for_long)
+    runner.go_on(never)
+    runner.stop(timeout_s=0.05)  # the end of the process
+    assert [t for t in threading.enumerate() if t.name == "trial"]
+    threading.Timer(0.3, may_end.set).start()
+    runner.stop()
+    assert may_end.is_set() and not [t for t in threading.enumerate() if t.name == "trial"]
 
 
 def test_a_pause_saves_and_goes_on(make: Callable[..., TrialRunner]) -> None:
