@@ -171,6 +171,12 @@ class RunStatus:
         }
 
 
+def start_status(ray: Any, hang_timeout_s: float | None = None) -> Any:
+    """Starts an actor of class `RunStatus` on the node of this process, with which it ends; gives its handle."""
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # another node may be taken away
+    return ray.remote(num_cpus=0, max_concurrency=4, label_selector=here)(RunStatus).remote(hang_timeout_s)
+
+
 class RunStatusProxy:
     """A worker's access to the status in another process.
 

@@ -25,7 +25,7 @@ from pipeline.console import say
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
-from pipeline.distributed.run_status import RunStatus, RunStatusProxy, worker_label
+from pipeline.distributed.run_status import RunStatus, RunStatusProxy, start_status, worker_label
 from pipeline.distributed.worker_log import log_failure, worker_log
 from pipeline.errors import DivergedError, RunError, UserError, one_line
 from pipeline.mining.actor import RayTransport, start_servers
@@ -185,7 +185,7 @@ def run_on_ray(
     Raises:
         RunError: A worker failed more often than `runtime.max_failures`, or the run cannot go on.
     """
-    actor = ray.remote(num_cpus=0, max_concurrency=4)(RunStatus).remote(config.runtime.hang_timeout_s)
+    actor = start_status(ray, config.runtime.hang_timeout_s)
     os.environ[HEALTH_CHECK_TIMEOUT] = str(config.runtime.hang_timeout_s)
     number = WorkerNumber(config, ray, actor.add_message.remote)
     servers = mining_servers(config, ray)

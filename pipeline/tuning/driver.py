@@ -25,7 +25,7 @@ from pipeline.config import Config
 from pipeline.console import console
 from pipeline.data.store import Store
 from pipeline.distributed.ray_session import check_visible, on_cluster, ray_session
-from pipeline.distributed.run_status import RunStatus
+from pipeline.distributed.run_status import start_status
 from pipeline.errors import RunError, UserError
 from pipeline.runs.run_state import stop_requested
 from pipeline.storage import Folder
@@ -185,7 +185,7 @@ class SweepRun:
         Raises:
             RunError: Another process has taken over the sweep, or Ray Tune failed.
         """
-        status: Any = ray.remote(num_cpus=0)(RunStatus).remote()  # type: ignore[attr-defined]  # of the options' overload
+        status = start_status(ray)
         stop, asked = threading.Event(), threading.Event()
         recorder = Recorder(self.folder, self.search, self.sweep.metric, self.trials)
         errors: list[BaseException] = []
