@@ -259,12 +259,9 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
     import ray.train.torch
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    train: Any = ray.train  # its annotations are those of an earlier interface
+    from pipeline.training.tell_failures import TellFailures
 
-    class TellFailures(train.UserCallback):  # type: ignore[misc]
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            causes = {rank: root_cause(error) for rank, error in worker_exceptions.items()}
-            loop_config["status"].workers_failed.remote(causes)
+    train: Any = ray.train  # its annotations are those of an earlier interface
 
     runtime = config.runtime
     ray_folder = Folder(config.root) / "ray"
@@ -290,7 +287,7 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
             storage_path=ray_folder.path(),
             storage_filesystem=None if ray_folder.is_local else PyFileSystem(FSSpecHandler(ray_folder.fs)),
             failure_config=train.FailureConfig(max_failures=runtime.max_failures),
-            callbacks=[TellFailures()],
+            callbacks=[TellFailures(loop_config["status"])],
         ),
     )
 
