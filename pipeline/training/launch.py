@@ -272,7 +272,7 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
     import ray.train.torch
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    from pipeline.training.ray_callback import TellFailures
+    from pipeline.training.tell_failures import TellFailures
 
     train: Any = ray.train  # its annotations are those of an earlier interface
 
@@ -300,7 +300,7 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
             storage_path=ray_folder.path(),
             storage_filesystem=None if ray_folder.is_local else PyFileSystem(FSSpecHandler(ray_folder.fs)),
             failure_config=train.FailureConfig(max_failures=runtime.max_failures),
-            callbacks=[TellFailures(loop_config["status"], root_cause)],
+            callbacks=[TellFailures(loop_config["status"])],
         ),
     )
 
