@@ -12,6 +12,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from pipeline.errors import close_names
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VARIANTS = ("cpu", "cuda")  # stages torch-cpu and torch-cuda of cluster/Dockerfile
@@ -69,9 +71,9 @@ def secrets(text: str) -> Iterator[str]:
 
 
 def modules(text: str) -> Iterator[str]:
-    """Lines for `python -m` of modules that do not exist here."""
+    """Lines for `python -m` of modules of this program that do not exist; those of other packages are the user's."""
     for name in dict.fromkeys(re.findall(r"-m[,\s]+([a-z_][\w.]*)", without_comments(text))):
-        if name != "venv" and (name.split(".")[0] != "pipeline" or _missing(name)):
+        if close_names(name.split(".")[0], ["pipeline"]) and _missing(name):
             yield f"python -m {name}: no such module here"
 
 
