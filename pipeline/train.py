@@ -23,12 +23,19 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     add_recipe_arguments(parser)
     parser.add_argument("--fresh", action="store_true", help="remove an earlier run of this name and start over")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print what was found, as `raydml doctor` does"
+    )
     return parser
 
 
 def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     """Exit status: 0 finished, 1 the run failed, 2 bad input, 128 + signal when stopped."""
     options = build_parser(prog).parse_args(arguments)
+    if options.dry_run:
+        from pipeline import doctor
+
+        return doctor.check(options.recipe, options.overrides, as_object=False)
     try:
         values = read_recipe(options.recipe, options.overrides)
         if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a rank

@@ -55,6 +55,12 @@ def split_bytes(store: Store, split: str) -> int:
     return sum(s["bytes"] for s in _shards(store, split))
 
 
+def copy_name(store: Store, split: str) -> str:
+    """File name of a split's copy."""
+    name = re.sub(r"[^\w.-]", "_", store.name)
+    return f"{name}-{store.fingerprint}-{split}.v{_FORMAT}.arrow"
+
+
 def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
     """Opens this node's copy of a split, made now if there is none; safe to call from several processes.
 
@@ -63,8 +69,7 @@ def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
         RunError: A shard is damaged, the disk is too full, the folder cannot be written, or the
             copy is damaged.
     """
-    name = re.sub(r"[^\w.-]", "_", store.name)
-    path = Path(cache.folder) / f"{name}-{store.fingerprint}-{split}.v{_FORMAT}.arrow"
+    path = Path(cache.folder) / copy_name(store, split)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -211,4 +216,4 @@ class MappedReader:
         return RunError(f"{self.path} is damaged ({reason}): remove it, and the next start makes it again")
 
 
-__all__ = ["Cache", "CacheFull", "MappedReader", "open_local_copy", "split_bytes"]
+__all__ = ["Cache", "CacheFull", "MappedReader", "copy_name", "open_local_copy", "split_bytes"]

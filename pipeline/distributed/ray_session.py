@@ -48,6 +48,9 @@ def ray_session(cpus: int) -> Iterator[Any]:
         yield ray
         return
     if on_cluster():
+        os.environ.setdefault(
+            "RAY_TRAIN_ENABLE_STATE_TRACKING", "1"
+        )  # for the Train tab of the dashboard, which a local Ray has not
         check_address(os.environ["RAY_ADDRESS"])
         try:
             ray.init(**common, **_plugin_folders())
@@ -87,22 +90,40 @@ def check_address(address: str) -> None:
     import grpc
 
     token = os.environ.get("RAY_AUTH_TOKEN")
+    try:
+        refused = not answers_to(address, token)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise UserError(
+                f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: no answer within {CONNECT_TIMEOUT_S} s"
+            ) from error
+        return
+    if refused and not _token_file():
+        wrong = "another token than that of RAY_AUTH_TOKEN" if token else "a token"
+        raise UserError(
+            f"the Ray cluster at RAY_ADDRESS={address} asks for {wrong}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+            "RAY_AUTH_TOKEN_PATH) to the token that the cluster was started with"
+        )
+
+
+def answers_to(address: str, token: str | None = None) -> bool:
+    """Whether a cluster's control store answers a request with this token, or without one; False: it is refused.
+
+    Raises:
+        grpc.RpcError: It cannot be reached.
+    """
+    import grpc
+
     with grpc.insecure_channel(address) as channel:
         get_cluster_id = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        metadata = [("authorization", f"Bearer {token}")] if token else None
         try:
-            metadata = [("authorization", f"Bearer {token}")] if token else None
             get_cluster_id(b"", timeout=CONNECT_TIMEOUT_S, wait_for_ready=True, metadata=metadata)
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED and not _token_file():
-                wrong = "another token than that of RAY_AUTH_TOKEN" if token else "a token"
-                raise UserError(
-                    f"the Ray cluster at RAY_ADDRESS={address} asks for {wrong}: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
-                    "RAY_AUTH_TOKEN_PATH) to the token that the cluster was started with"
-                ) from error
-            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise UserError(
-                    f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: no answer within {CONNECT_TIMEOUT_S} s"
-                ) from error
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return False
+            raise
+    return True
 
 
 def _token_file() -> bool:
@@ -170,6 +191,16 @@ def node_groups(ray: Any) -> list[tuple[dict[str, float], int]]:
             for group in config.node_group_configs
         ]
     return [({k: float(v) for k, v in node["Resources"].items()}, 1) for node in ray.nodes() if node["Alive"]]
+
+
+def free_on_nodes(ray: Any) -> list[dict[str, float]]:
+    """Resources that nobody holds now, of each node that is alive."""
+    from ray._private.state import available_resources_per_node
+
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return [
+        {k: float(v) for k, v in free.items()} for node, free in available_resources_per_node().items() if node in alive
+    ]
 
 
 def draining_nodes(ray: Any) -> dict[str, int]:

@@ -109,7 +109,11 @@ def build(
     if engine == "auto":
         search_widths = [f for f in search_widths if f <= max(1, _AUTO_MAX_PROBED_SHARE * parameters["lists"])]
     class_sizes = np.unique(rows.labels, return_counts=True)[1]
-    index_bytes = faiss.serialize_index(faiss_index).nbytes if len(rows) <= 2**16 else _index_bytes(engine_built, rows)
+    num_bytes = (
+        faiss.serialize_index(faiss_index).nbytes
+        if len(rows) <= 2**16
+        else index_bytes(engine_built, *rows.values.shape)
+    )
     gpu = (
         engine_built.startswith("ivf") and faiss.get_num_gpus() > 0
     )  # without a GPU, faiss would return an empty index
@@ -133,7 +137,7 @@ def build(
         parameters | {search_parameter.split(".")[-1]: search_width},
         recall,
         time.perf_counter() - started,
-        index_bytes,
+        num_bytes,
     )
     if recall < target:
         note = (
@@ -155,16 +159,18 @@ def _recall(index_ids: np.ndarray, exact_ids: np.ndarray) -> float:
     return float(hits.any(1).sum() / max(1, (exact_ids >= 0).sum()))
 
 
-def _index_bytes(engine: str, rows: Rows) -> int:
-    n, d = len(rows), rows.values.shape[1]
+def index_bytes(engine: str, num_rows: int, dim: int) -> int:
+    """Bytes of an index of so many rows of dimension `dim`; "exact" has none."""
     bytes_per_row = {
-        "ivf": 4 * d + 8,
-        "ivf_fp16": 2 * d + 8,
-        "ivf_pq": _pq_code_bytes(d) + 8,
-        "hnsw": 4 * d + 272,
-        "nsg": 4 * d + 128,
+        "exact": 0,
+        "ivf": 4 * dim + 8,
+        "ivf_fp16": 2 * dim + 8,
+        "ivf_pq": _pq_code_bytes(dim) + 8,
+        "hnsw": 4 * dim + 272,
+        "nsg": 4 * dim + 128,
     }
-    return n * bytes_per_row[engine]
+    centres = 4 * dim * _num_inverted_lists(num_rows) if engine.startswith("ivf") else 0
+    return num_rows * bytes_per_row[engine] + centres
 
 
 # ---- the engines: (index, name of its search-width parameter, values to try, parameters, candidates per neighbour) ---

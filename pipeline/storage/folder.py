@@ -30,6 +30,9 @@ _NO_ROOM = {
 }
 
 
+PROBE_BYTES = 4096  # a full disk still takes empty files
+
+
 class FileVersion(NamedTuple):
     """A file as it was written once; another one after it was written again.
 
@@ -210,7 +213,7 @@ class Folder:
         """Raises UserError in one line unless a file can be written and removed here."""
         probe = f".write-test-{uuid.uuid4().hex}"
         try:
-            self.write(probe, b"")
+            self.write(probe, bytes(PROBE_BYTES))
             self.remove(probe)
         except Exception as error:  # every file system has its own errors for "not allowed"
             raise UserError(f"storage {self.uri!r} is not writable ({one_line(error)})") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from pipeline.config import Config, RuntimeConfig, changed_keys, differences, na
 from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
-from pipeline.distributed.ray_session import check_visible, cluster_maximum, on_cluster
+from pipeline.distributed.ray_session import check_visible, cluster_maximum, node_groups, on_cluster
 from pipeline.errors import NameTakenError, UserError
 from pipeline.evaluation.build import build_method, num_classes
 from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, DATASET, read_config
 from pipeline.storage import Folder
+from pipeline.training.elastic import worker_resources
 
 
 class _PlanContext(Context):
@@ -212,6 +213,66 @@ def check_machine(config: Config) -> list[str]:
     return []
 
 
+def server_bundle(config: Config) -> dict[str, float]:
+    """What Ray reserves for one mining server; empty if the method does not mine."""
+    mining = config.mining
+    if config.method.mining is None:
+        return {}
+    bundle = {"CPU": float(mining.cpus)} | ({"GPU": float(mining.gpus)} if mining.gpus else {})
+    return bundle | ({mining.resource: 0.001} if mining.resource is not None else {})
+
+
+def requested(config: Config, workers: int | None = None) -> dict[str, float]:
+    """CPUs and GPUs of workers, their loaders and mining servers together.
+
+    Args:
+        config: The run's configuration.
+        workers: Number of workers; None: the largest.
+    """
+    gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
+    workers = max(1, config.runtime.max_workers if workers is None else workers)
+    return {"CPU": float(needed_cpus(config, workers)), "GPU": config.runtime.gpus_per_worker * workers + gpus}
+
+
+def bundles_on(node: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    """How many bundles fit on one node."""
+    return min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items())
+
+
+def placement_problems(
+    config: Config, limits: Mapping[str, float], groups: Sequence[tuple[Mapping[str, float], int]]
+) -> Iterator[str]:
+    """Why a cluster can never hold a run, one sentence each; nothing if it can.
+
+    Args:
+        config: The run's configuration.
+        limits: Resources of the cluster at its largest.
+        groups: Resources of a node and the largest number of such nodes, for each kind of node.
+    """
+    workers, bundle = config.runtime.min_workers, worker_resources(config)
+    for resource, amount in requested(config, workers).items():
+        if amount > limits.get(resource, 0.0):
+            yield (
+                f"{amount:g} {resource}s requested ({workers} workers, their loaders, mining servers), the cluster "
+                f"has at most {limits.get(resource, 0.0):g}: reduce runtime.workers or cpus_per_worker, or enlarge the cluster"
+            )
+    room = sum(count * bundles_on(node, bundle) for node, count in groups)
+    if room < workers:
+        wanted = " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
+        largest = max((dict(node) for node, _ in groups), key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), default={})
+        has = " and ".join(f"{largest.get(name, 0):g} {name}s" for name in bundle)
+        yield (
+            f"{workers} workers of {wanted} each requested, the nodes of the cluster at its largest have room for {room} (the "
+            f"largest node has {has}): reduce runtime.workers, cpus_per_worker or gpus_per_worker, or enlarge the cluster"
+        )
+    resource_name = config.mining.resource
+    if config.method.mining is not None and resource_name is not None and not limits.get(resource_name):
+        yield (
+            f"mining.resource is {resource_name!r}, which no node of the cluster has (its resources: "
+            f"{', '.join(sorted(limits)) or 'none'}): give it to the nodes that are not spot, or set mining.resource to null"
+        )
+
+
 def check_cluster(config: Config, ray: Any) -> None:
     """Checks that a cluster can provide the run's resources, and that all its nodes see the storage.
 
@@ -221,21 +282,6 @@ def check_cluster(config: Config, ray: Any) -> None:
     """
     if not on_cluster() or config.runtime.max_workers == 0:
         return
-    runtime = config.runtime
-    limits = cluster_maximum(ray)
-    gpus = config.mining.shards * config.mining.gpus if config.method.mining is not None else 0.0
-    workers = runtime.min_workers
-    requested = {"CPU": float(needed_cpus(config, workers)), "GPU": runtime.gpus_per_worker * workers + gpus}
-    for resource, amount in requested.items():
-        if amount > limits.get(resource, 0.0):
-            raise UserError(
-                f"{amount:g} {resource}s requested ({workers} workers, their loaders, mining servers), the cluster "
-                f"has at most {limits.get(resource, 0.0):g}: reduce runtime.workers or cpus_per_worker, or enlarge the cluster"
-            )
-    node_resource = config.mining.resource
-    if config.method.mining is not None and node_resource is not None and not limits.get(node_resource):
-        raise UserError(
-            f"mining.resource is {node_resource!r}, which no node of the cluster has (its resources: "
-            f"{', '.join(sorted(limits)) or 'none'}): give it to the nodes that are not spot, or set mining.resource to null"
-        )
+    for problem in placement_problems(config, cluster_maximum(ray), node_groups(ray)):
+        raise UserError(problem)
     check_visible(ray, Folder(config.root), "storage")

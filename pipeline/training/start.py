@@ -44,14 +44,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
         UserError: The input is bad; found before anything starts.
         RunError: The run failed.
     """
-    if on_cluster() and not (os.path.isabs(os.path.expanduser(config.root)) or "://" in config.root):
-        raise UserError(
-            f"storage {config.root!r} is a relative path, which every node of a cluster would look for in another folder: give "
-            "an absolute path that all nodes mount, or s3://..."
-        )
-    config = config.model_copy(
-        update={"storage": Folder(config.root).uri, "runtime": with_machine_defaults(config.runtime)}
-    )
+    config = located(config)
     is_rank0 = os.environ.get("RANK", "0") == "0" if under_torchrun() else True
     folder = run_folder(config)
     folder.check_writable()
@@ -68,9 +61,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
     store = check_input(config)
     with ExitStack() as stack:
         ray: Any = None
-        if not under_torchrun() and (
-            config.runtime.max_workers or config.runtime.loader == "ray" or must_prepare(config)
-        ):
+        if uses_ray(config):
             console.print(f"starting Ray {'on the cluster' if on_cluster() else 'on this machine'} ...")
             ray = stack.enter_context(ray_session(needed_cpus(config)))
             check_cluster(config, ray)
@@ -92,6 +83,22 @@ def run(config: Config, fresh: bool = False) -> int | None:
         write_report(folder, store)
         show_summary(folder)
     return signal
+
+
+def located(config: Config) -> Config:
+    """The configuration with an absolute storage and the machine's defaults filled in.
+
+    Raises:
+        UserError: The storage is a relative path and the run is on a cluster.
+    """
+    if on_cluster() and not (os.path.isabs(os.path.expanduser(config.root)) or "://" in config.root):
+        raise UserError(
+            f"storage {config.root!r} is a relative path, which every node of a cluster would look for in another folder: give "
+            "an absolute path that all nodes mount, or s3://..."
+        )
+    return config.model_copy(
+        update={"storage": Folder(config.root).uri, "runtime": with_machine_defaults(config.runtime)}
+    )
 
 
 def check_input(config: Config) -> Store | None:
@@ -127,6 +134,13 @@ def open_dataset(config: Config) -> Store | None:
         )
     store.check_shards()
     return store
+
+
+def uses_ray(config: Config) -> bool:
+    """True if a run starts Ray or connects to a cluster: for its workers, its loaders, or to prepare the demo."""
+    return not under_torchrun() and bool(
+        config.runtime.max_workers or config.runtime.loader == "ray" or must_prepare(config)
+    )
 
 
 def must_prepare(config: Config) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -24,8 +25,9 @@ from pipeline.config import Config
 from pipeline.console import console
 from pipeline.data.store import Store
 from pipeline.distributed.ray_session import check_visible, on_cluster, ray_session
-from pipeline.distributed.run_status import RunStatus
+from pipeline.distributed.run_status import start_status
 from pipeline.errors import RunError, UserError
+from pipeline.runs.run_state import stop_requested
 from pipeline.storage import Folder
 from pipeline.training.checks import check_machine
 from pipeline.training.launch import StopSignals
@@ -183,8 +185,8 @@ class SweepRun:
         Raises:
             RunError: Another process has taken over the sweep, or Ray Tune failed.
         """
-        status: Any = ray.remote(num_cpus=0)(RunStatus).remote()  # type: ignore[attr-defined]  # of the options' overload
-        stop = threading.Event()
+        status = start_status(ray)
+        stop, asked = threading.Event(), threading.Event()
         recorder = Recorder(self.folder, self.search, self.sweep.metric, self.trials)
         errors: list[BaseException] = []
 
@@ -211,11 +213,15 @@ class SweepRun:
                 if time.monotonic() - written > HEARTBEAT_S:
                     written = time.monotonic()
                     write_state(self.folder.folder, "running", recorder.overview(), self.search.hours)
+                    if not stop.is_set() and stop_requested(self.folder.folder, self.folder.start):
+                        console.print("stopping, as `raydml stop` asks: the trials save their checkpoints ...")
+                        asked.set()
+                        on_stop()
                 if recorder.ended > told and time.monotonic() - told_at > ANSWER_EVERY_S:
                     told, told_at = recorder.ended, time.monotonic()
                     write_answer(self.folder, self.sweep, list(self.search.records), live=True)
         ray.kill(status)  # Ray Tune keeps a handle of it
-        self.signal = signals.received
+        self.signal = signals.received or (signal.SIGTERM if asked.is_set() else None)
         if recorder.error is not None:
             raise recorder.error
         if errors:

@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.distributed.ray_session import cluster_maximum, node_groups
 from pipeline.errors import UserError
-from pipeline.training.checks import needed_cpus
+from pipeline.training.checks import bundles_on, requested
+from pipeline.training.elastic import worker_resources
 
 HEAD = {"node:__internal_head__": 0.001}  # a driver without CPUs of its own, on the node that is not a spot node
 
@@ -47,15 +48,7 @@ class TrialResources:
 
 def trial_resources(config: Config) -> TrialResources:
     """The resources of a trial whose runs have this configuration."""
-    runtime = config.runtime
-    workers = max(1, runtime.max_workers)
-    worker = {"CPU": float(runtime.cpus_per_worker or 1)}
-    gpus = runtime.gpus_per_worker * workers
-    if runtime.gpus_per_worker:
-        worker["GPU"] = float(runtime.gpus_per_worker)
-    if config.method.mining is not None:
-        gpus += config.mining.shards * config.mining.gpus
-    return TrialResources(workers, worker, {"CPU": float(needed_cpus(config)), "GPU": float(gpus)})
+    return TrialResources(max(1, config.runtime.max_workers), worker_resources(config), requested(config))
 
 
 def trials_here(trials: Iterable[TrialResources]) -> int:
@@ -78,7 +71,7 @@ def trials_on_cluster(ray: Any, trials: Iterable[TrialResources]) -> int:
 def _fitting(
     trial: TrialResources, limits: Mapping[str, float], groups: Sequence[tuple[Mapping[str, float], int]]
 ) -> int:
-    slots = sum(count * _bundles(node, trial.worker) for node, count in groups)
+    slots = sum(count * bundles_on(node, trial.worker) for node, count in groups)
     if slots < trial.workers:
         wanted = " and ".join(f"{amount:g} {name}s" for name, amount in trial.worker.items())
         largest = max((dict(node) for node, _ in groups), key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), default={})
@@ -97,11 +90,6 @@ def _fitting(
         if amount:
             at_once = min(at_once, int(limits.get(name, 0.0) / amount + 1e-9))
     return at_once
-
-
-def _bundles(node: Mapping[str, float], bundle: Mapping[str, float]) -> int:
-    """How many bundles fit on one node."""
-    return min(int(node.get(name, 0.0) / amount + 1e-9) for name, amount in bundle.items())
 
 
 def local_cpus(at_once: int, trials: Iterable[TrialResources]) -> int:

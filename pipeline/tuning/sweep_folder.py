@@ -5,6 +5,7 @@ starts            number of the newest start of the sweep's command
 trials/00007.json one record a trial, the only state that a sweep continues from
 ensembles.json    figures of the concatenated embeddings of each method's final runs
 state.json        whether the sweep runs, and the newest sign of life of its command
+stop.json         the request to stop one start of it, see `pipeline.runs.run_state`
 leaderboard.csv   a row a method and figure
 sweep.html        the page
 tensorboard/      a TensorBoard run for each trial
@@ -160,10 +161,11 @@ class SweepFolder:
 
     def acquire(self) -> None:
         """Becomes the writer of the folder: an older process that still runs stops before it writes again."""
-        self.start = self._current() + 1
+        self.start = self.current_start() + 1
         self.folder.write_json(STARTS, self.start)
 
-    def _current(self) -> int:
+    def current_start(self) -> int:
+        """Number of the newest start of the sweep's command; 0 before the first."""
         return int(self.folder.read_json(STARTS)) if self.folder.exists(STARTS) else 0
 
     def read(self) -> list[TrialRecord]:
@@ -197,7 +199,7 @@ class SweepFolder:
         Raises:
             RunError: Another start of the sweep has taken over.
         """
-        current = self._current()
+        current = self.current_start()
         if current != self.start:
             raise RunError(
                 f"another process (start {current}) now runs the sweep {self.folder}: stopping this one (start {self.start})"
@@ -214,21 +216,6 @@ def sweep_names(storage: Folder) -> list[str]:
     """Names of all sweeps below a storage root."""
     sweeps = storage / "sweeps"
     return [name for name in sweeps.names() if (sweeps / name).exists(SWEEP)]
-
-
-def find_sweep(name: str) -> Folder:
-    """The folder of a sweep that has been started.
-
-    Args:
-        name: The sweep's folder, URI, or name below the default storage.
-
-    Raises:
-        UserError: There is no such sweep.
-    """
-    for folder in (Folder(name), sweep_folder("", name)):
-        if folder.exists(SWEEP):
-            return folder
-    raise UserError(f"{name!r} is neither a sweep's folder nor a sweep in {home()}/sweeps (no {SWEEP})")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ from pipeline.config import Config, RuntimeConfig
 from pipeline.distributed.ray_session import on_cluster
 from pipeline.distributed.run_status import RunStatus
 from pipeline.errors import UserError
-from pipeline.training.checks import check_cluster, check_machine, needed_cpus, with_machine_defaults
+from pipeline.training.checks import (
+    check_cluster,
+    check_machine,
+    needed_cpus,
+    placement_problems,
+    with_machine_defaults,
+)
 from pipeline.training.launch import StopSignals, device_of, root_cause, status_display, under_torchrun
 
 
@@ -87,17 +93,35 @@ class Cluster:
     """What `check_cluster` asks of Ray."""
 
     def __init__(self, **resources: float) -> None:
-        self.resources = resources
+        self.resources = {name: float(amount) for name, amount in resources.items()}
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True}]
+
+
+def one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster is one node that has all its resources."""
+    monkeypatch.setattr("pipeline.training.checks.cluster_maximum", lambda ray: ray.resources)
+    monkeypatch.setattr("pipeline.training.checks.node_groups", lambda ray: [(ray.resources, 1)])
+
+
+def test_workers_have_to_fit_on_nodes(make_config: Callable[..., Config]) -> None:
+    """Enough CPUs in all are not enough: a worker's have to be on one node."""
+    config = make_config({"runtime.workers": 2, "runtime.cpus_per_worker": 3, "runtime.loader": "in_process"})
+    assert list(placement_problems(config, {"CPU": 6.0}, [({"CPU": 3.0}, 2)])) == []
+    assert list(placement_problems(config, {"CPU": 8.0}, [({"CPU": 2.0}, 4)])) == [
+        "2 workers of 3 CPUs each requested, the nodes of the cluster at its largest have room for 0 (the largest node has "
+        "2 CPUs): reduce runtime.workers, cpus_per_worker or gpus_per_worker, or enlarge the cluster"
+    ]
+    found = list(placement_problems(config, {"CPU": 4.0}, [({"CPU": 4.0}, 1)]))
+    assert [text.split(" requested")[0] for text in found] == ["6 CPUs", "2 workers of 3 CPUs each"]
 
 
 def test_mining_servers_count_and_their_resource_has_to_exist(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr("pipeline.training.checks.cluster_maximum", lambda ray: ray.resources)
+    one_node(monkeypatch)
     changes = {"runtime.workers": 2, "runtime.cpus_per_worker": 1, "runtime.loader": "in_process", "mining.shards": 3}
     mining = changes | {"mining.cpus": 2, "method.memory": 10}
     assert needed_cpus(make_config(changes)) == 2 and needed_cpus(make_config(mining)) == 8
@@ -119,7 +143,7 @@ def test_storage_has_to_be_seen_from_all_nodes(
     cluster = Cluster(CPU=99)
     monkeypatch.setattr(cluster, "nodes", lambda: nodes)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr("pipeline.training.checks.cluster_maximum", lambda ray: ray.resources)
+    one_node(monkeypatch)
     config = make_config({"runtime.workers": 1})
     seen: list[str] = []
     monkeypatch.setattr(
