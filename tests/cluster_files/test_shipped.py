@@ -200,3 +200,14 @@ def test_the_token_is_neither_committed_nor_uploaded_nor_in_an_image(ignore: str
 def test_variants_of_the_image_are_those_of_the_dockerfile() -> None:
     assert set(re.findall(r"AS torch-(\w+)", shipped("Dockerfile"))) == set(VARIANTS)
     assert set(re.findall(r"VARIANT=(\w+)", shipped("Dockerfile"))) == set(VARIANTS)
+
+
+def test_ray_is_never_started_open_in_the_documentation() -> None:
+    """`ray start --head` starts without authentication where it finds no token."""
+    blocks = [
+        b
+        for page in (ROOT / "docs").rglob("*.md")
+        for b in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    starting = [block for block in blocks if "ray start --head" in block]
+    assert starting and all("RAY_AUTH_MODE=token" in block.split("ray start --head")[0] for block in starting)
