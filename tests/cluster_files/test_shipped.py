@@ -81,7 +81,8 @@ BREAKS: list[tuple[str, str, str, str]] = [  # file, text, what replaces it, wha
     ("aws.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "dashboard-host 0.0.0.0: expected 127.0.0.1"),
     ("aws.yaml", "--cloud aws", "--cloud gcp", "spot nodes without a watcher"),
     ("aws.yaml", "raydml:0.1.0-cpu", "raydml:latest", "raydml:latest: expected"),
-    ("aws.yaml", "raydml:0.1.0-cuda", "raydml:0.1.0-cpu", "gpu_spot: has GPUs, but its image is not the variant cuda"),
+    ("aws.yaml", "raydml:0.1.0-cuda", "raydml:0.1.0-cpu", "gpu_spot: image registry.example.org/team/raydml:0.1.0-cpu: expected the variant cuda"),
+    ("aws.yaml", "raydml:0.1.0-cpu", "ours:latest", "ours:latest: expected a tag with a version"),
     ("aws.yaml", "type: aws", "type: azure", "provider.type 'azure': expected one of aws, gcp"),
     ("gcp.yaml", "availability_zone", "availabilty_zone", "provider.availabilty_zone: unknown to Ray"),
     ("gcp.yaml", "provisioningModel: SPOT", "provisioningModel: SPOTS", "provisioningModel 'SPOTS': unknown to Compute Engine; did you mean 'SPOT'?"),
@@ -109,7 +110,7 @@ BREAKS: list[tuple[str, str, str, str]] = [  # file, text, what replaces it, wha
     ("kuberay-cluster.yaml", "enableInTreeAutoscaling: true", "enableInTreeAutoscaling: false", "idle GPU pods would stay"),
     ("kuberay-cluster.yaml", "terminationGracePeriodSeconds: 120", "terminationGracePeriodSeconds: 60", "terminationGracePeriodSeconds 60: expected 110"),
     ("kuberay-cluster.yaml", "preStop", "postStart", "spot pods without a preStop hook"),
-    ("kuberay-cluster.yaml", "raydml:0.1.0-cuda", "raydml:0.1.0-cpu", "asks for a GPU, but its image is not the variant cuda"),
+    ("kuberay-cluster.yaml", "raydml:0.1.0-cuda", "raydml:0.1.0-cpu", "gpu-spot: image registry.example.org/team/raydml:0.1.0-cpu: expected the variant cuda"),
     ("kuberay-cluster.yaml", "labels: {ray.io/market-type: on-demand}", "labels: {a: b}", "expected the label ray.io/market-type: on-demand"),
     ("kuberay-cluster.yaml", "{name: RAY_JOB_STOP_WAIT_TIME_S, ", "{name: WANDB_API_KEY, ", "the variable WANDB_API_KEY holds a secret's value"),
     ("kuberay-cluster.yaml", 'value: "120"', 'value: "3"', "RAY_JOB_STOP_WAIT_TIME_S of the head is 3"),
@@ -211,3 +212,8 @@ def test_ray_is_never_started_open_in_the_documentation() -> None:
     ]
     starting = [block for block in blocks if "ray start --head" in block]
     assert starting and all("RAY_AUTH_MODE=token" in block.split("ray start --head")[0] for block in starting)
+
+
+def test_images_of_a_users_own_are_accepted() -> None:
+    assert problems(re.sub(r"raydml:0\.1\.0-\w+", "ours:7", shipped("aws.yaml")), "aws.yaml") == []
+    assert problems(re.sub(r"raydml:0\.1\.0-\w+", "ours:7", shipped("kuberay-job.yaml")), "x.yaml") == []

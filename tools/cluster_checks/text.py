@@ -108,11 +108,22 @@ def paths(text: str) -> Iterator[str]:
             yield f"{path}: no such file here"
 
 
-def image(name: Any) -> Iterator[str]:
-    """Lines for an image whose tag is not one that cluster/Dockerfile makes for this version."""
-    expected = [f"raydml:{PROJECT['version']}-{variant}" for variant in VARIANTS]
-    if str(name).rsplit("/", 1)[-1] not in expected:
-        yield f"image {name}: expected .../{' or .../'.join(expected)}, which cluster/Dockerfile makes"
+def image(name: Any, gpu: bool = False) -> Iterator[str]:
+    """Lines for an image without a version, or one named raydml that cluster/Dockerfile does not make.
+
+    Args:
+        name: With registry and tag.
+        gpu: Whether it is for a node with GPUs.
+    """
+    last = str(name).rsplit("/", 1)[-1]
+    made = [f"raydml:{PROJECT['version']}-{variant}" for variant in VARIANTS]
+    if not last.startswith("raydml:"):  # an image of the user's own
+        if last.endswith(":latest") or not re.search(r":.|@sha256:", last):
+            yield f"image {name}: expected a tag with a version, so that all nodes have the same one"
+    elif last not in made:
+        yield f"image {name}: expected .../{' or .../'.join(made)}, which cluster/Dockerfile makes"
+    elif gpu and not last.endswith("-cuda"):
+        yield f"image {name}: expected the variant cuda on nodes with GPUs"
 
 
 def ray_version(version: Any) -> Iterator[str]:
