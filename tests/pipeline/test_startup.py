@@ -88,6 +88,7 @@ def test_evaluation_of_arrays_imports_what_it_needs(tmp_path: Path) -> None:
         ("pipeline.tuning.write_answer", HEAVY),  # of commands that show a sweep, and of its driver
         ("pipeline.tuning.watch_text", HEAVY),  # of a shell that watches a sweep
         ("pipeline.runs.watch_run", HEAVY),  # of a shell that watches a run
+        ("pipeline.distributed.spot_notice", HEAVY),  # beside Ray on every node; Ray itself is loaded when it waits
         ("pipeline.data.write_store", HEAVY),  # of a task that prepares images
         ("pipeline.inference.embed", {"matplotlib", "sklearn", "pytorch_metric_learning"}),  # of a task that embeds
     ],
