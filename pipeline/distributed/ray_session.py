@@ -225,7 +225,8 @@ def clean_up_after_controller(ray: Any) -> None:
             ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identifier))))
     for actor in ray._private.state.actors().values():
         if actor["ActorClassName"] == "PlacementGroupCleaner" and actor["State"] == "ALIVE" and actor["JobID"] == job:
-            global_worker.core_worker.kill_actor(ActorID(bytes.fromhex(actor["ActorID"])), True)  # it has no name
+            core: Any = global_worker  # the actor has no name, by which the public interface could kill it
+            core.core_worker.kill_actor(ActorID(bytes.fromhex(actor["ActorID"])), True)
 
 
 def _path_exists_on(ray: Any, node: str, path: str) -> bool:

@@ -81,7 +81,7 @@ class RunContext:
             # find_unused_parameters: buckets are then never rebuilt after the first step, which would make a resumed run
             # differ in the last digits, and parameters may be frozen and thawed after wrapping.
             # Buffers are only sent where they differ between ranks: `local` statistics.
-            data_parallel = nn.parallel.DistributedDataParallel
+            data_parallel: Any = nn.parallel.DistributedDataParallel
             renamed = (
                 "forward_sync_buffers" in inspect.signature(data_parallel).parameters
             )  # of later versions of PyTorch
