@@ -25,6 +25,7 @@ from pipeline.console import say
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
+from pipeline.distributed.ray_session import clean_up_after_controller
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy, start_status, worker_label
 from pipeline.distributed.worker_log import log_failure, worker_log
 from pipeline.errors import DivergedError, RunError, UserError, one_line
@@ -42,6 +43,8 @@ STOPPING = "stopping: saving a checkpoint ..."
 HEALTH_CHECK_TIMEOUT = (
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # Ray Train's: a worker that does not answer is replaced
 )
+LOST_CONNECTION = "lost the connection to another worker"
+_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 STOP_TIMEOUT_S = 120  # after a stop request; the driver then ends, and with it the workers
 
 
@@ -191,6 +194,8 @@ def run_on_ray(
     servers = mining_servers(config, ray)
     loop_config = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
     stop_times: list[float] = []
+    controller_failures = 0
+    in_driver = ray.get_runtime_context().get_actor_id() is None  # a trial shares its job with others
 
     def stop() -> None:
         stop_times.append(time.monotonic())
@@ -218,6 +223,16 @@ def run_on_ray(
                         actor.restart.remote(reason)
                 if (failure := ray.get(actor.failure.remote())) is not None:
                     raise failure
+                if (
+                    isinstance(fit.error, ray.exceptions.RayActorError)
+                    and controller_failures < config.runtime.max_failures
+                ):
+                    controller_failures += 1
+                    actor.add_message.remote("Ray Train's controller died: starting again")
+                    actor.workers_failed.remote({})
+                    if in_driver:
+                        clean_up_after_controller(ray)
+                    continue
                 if fit.error is not None:
                     cause = root_cause(fit.error, lambda rank: ray.get(actor.label.remote(rank)))
                     raise RunError(f"training failed: {cause}")
@@ -259,12 +274,9 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
     import ray.train.torch
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    train: Any = ray.train  # its annotations are those of an earlier interface
+    from pipeline.training.tell_failures import TellFailures
 
-    class TellFailures(train.UserCallback):  # type: ignore[misc]
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            causes = {rank: root_cause(error) for rank, error in worker_exceptions.items()}
-            loop_config["status"].workers_failed.remote(causes)
+    train: Any = ray.train  # its annotations are those of an earlier interface
 
     runtime = config.runtime
     ray_folder = Folder(config.root) / "ray"
@@ -290,7 +302,7 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
             storage_path=ray_folder.path(),
             storage_filesystem=None if ray_folder.is_local else PyFileSystem(FSSpecHandler(ray_folder.fs)),
             failure_config=train.FailureConfig(max_failures=runtime.max_failures),
-            callbacks=[TellFailures()],
+            callbacks=[TellFailures(loop_config["status"])],
         ),
     )
 
@@ -373,19 +385,18 @@ def root_cause(error: BaseException, where: Callable[[int], str] = lambda rank: 
     """
     failures = dict(getattr(error, "worker_failures", None) or {})
     texts = {rank: _last_line(failure) for rank, failure in failures.items()}
-    for rank, text in sorted(texts.items(), key=lambda item: (_is_consequence(item[1]), item[0])):
+    for rank, text in sorted(texts.items(), key=lambda item: (item[1] == LOST_CONNECTION, item[0])):
         return f"{where(rank)} {text}"
     return _last_line(error)
 
 
-def _is_consequence(text: str) -> bool:
-    return any(
-        words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
-    )
-
-
 def _last_line(error: BaseException) -> str:
+    import ray
+
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "the process died: it was killed, or had no memory left"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    text = lines[-1] if lines else type(error).__name__
+    return LOST_CONNECTION if any(words in text for words in _LOST_CONNECTION) else text
