@@ -63,7 +63,13 @@ class Folder:
         text = os.fspath(uri)
         self.is_local = "://" not in text or text.startswith("file://")
         if self.is_local:
-            text = os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
+            text = os.path.expanduser(text.removeprefix("file://"))
+            if text.split("/")[0].startswith("~"):
+                raise UserError(
+                    f"storage {text!r} is below a home folder that there is not (HOME is not set, or there is no such user): set HOME, "
+                    "or give an absolute path (RAYDML_HOME, storage, cache.folder)"
+                )
+            text = os.path.abspath(text)
         self.uri = text.rstrip("/") or "/"
         self._fs: Any = None
 
