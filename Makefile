@@ -1,5 +1,6 @@
 # make train   set everything up and run the main job (ARGS="recipe.yaml --set a.b=c" to pass arguments)
 # make test    set everything up and pass the tests;   make test-slow   the long matrices
+# make cluster-check FILE=cluster/aws.yaml   check deployment files;   make audit   known vulnerabilities of the packages
 # make docs    build the documentation into build/site;   make wheel-check   train with the built wheel, outside the tree
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN = $(VENV)/bin
 TWO = -n 2 --dist loadfile
 BROWSER := $(shell command -v chromium 2>/dev/null)
 
-.PHONY: install train test test-fast test-slow lint docs wheel-check clean
+.PHONY: install train test test-fast test-slow lint docs wheel-check cluster-check audit clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -39,6 +40,13 @@ docs: install
 
 wheel-check: install
 	@$(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
+
+cluster-check: install
+	@$(BIN)/python -m tools.cluster_check $(FILE)
+
+audit: install
+	@mkdir -p build && $(BIN)/python -m pip freeze --exclude-editable > build/audit.txt
+	@$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement build/audit.txt $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

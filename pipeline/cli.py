@@ -20,7 +20,8 @@ COMMANDS = {  # name: module, purpose
     "prepare": ("pipeline.prepare", "write a dataset as a store"),
     "tune": ("pipeline.tune", "a search over methods and hyper-parameters, and its answer"),
     "doctor": ("pipeline.doctor", "everything that a run needs, checked before anything is spent"),
-    "watch": ("pipeline.watch", "a sweep while it runs, from another shell or machine"),
+    "watch": ("pipeline.watch", "a run or a sweep while it runs, from another shell or machine"),
+    "stop": ("pipeline.stop", "ask a run or a sweep to save and to end, from any machine that sees its storage"),
     "evaluate": ("pipeline.evaluate", "exact retrieval metrics of a run or of arrays; embeddings of a run's images"),
     "report": ("pipeline.report", "write report.html of a finished run"),
     "list": (

@@ -245,8 +245,8 @@ class RuntimeConfig(BaseConfig):
 
     workers: _Workers = Field(
         1,
-        description="Ray Train workers; 0: this process, without Ray Train; {min: 1, max: 4}: as many as the cluster has room for, "
-        "also while nodes come and go",
+        description="Ray Train workers; 0: this process, without Ray Train; {min: 1, max: 4}: as many as there is room "
+        "for, also while nodes come and go",
     )
     cpus_per_worker: int | None = Field(
         None,
@@ -260,6 +260,18 @@ class RuntimeConfig(BaseConfig):
     loader_cpus: int = Field(1, ge=1, description="CPUs of each worker's Ray Data pipeline")
     max_failures: int = Field(3, ge=0, description="largest number of restarts of the workers after a crash")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
+    hang_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="time after which a worker that does not answer, or a training step that does not end, is taken for a hang and "
+        "the workers start again, seconds; evaluations, checkpoints and plans may take longer",
+    )
+    skip_nonfinite: int = Field(
+        0,
+        ge=0,
+        description="largest number of steps in a row that are left out because features, loss or gradient are not finite; the "
+        "next such step ends the run",
+    )
     deterministic: bool = Field(True, description="use deterministic torch kernels")
     memory_per_worker: int = Field(
         0, ge=0, description="memory that a node must have free for each worker, bytes; 0: not asked for"

@@ -33,6 +33,10 @@ class DivergedError(RunError):
     """A run whose loss, gradients, weights or embeddings are not finite: it cannot go on with its settings."""
 
 
+class NonFiniteError(DivergedError):
+    """A training step whose features, loss or gradient are not finite, raised on all ranks alike: it may be left out."""
+
+
 def one_line(error: BaseException) -> str:
     """An error's message, its lines joined by blanks, after the name of its class unless that is UserError or RunError.
 

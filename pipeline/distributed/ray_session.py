@@ -48,6 +48,9 @@ def ray_session(cpus: int) -> Iterator[Any]:
         yield ray
         return
     if on_cluster():
+        os.environ.setdefault(
+            "RAY_TRAIN_ENABLE_STATE_TRACKING", "1"
+        )  # for the Train tab of the dashboard, which a local Ray has not
         check_address(os.environ["RAY_ADDRESS"])
         try:
             ray.init(**common, **_plugin_folders())
@@ -240,6 +243,20 @@ def draining_nodes(ray: Any) -> dict[str, int]:
     from ray._private.state import state
 
     return {str(node): int(deadline) for node, deadline in state.get_draining_nodes().items()}
+
+
+def remove_placement_groups(ray: Any) -> None:
+    """Removes the placement groups that this job has left, where their owner died without giving them back.
+
+    Ray Train's own cleaner does so only where Ray runs with its dashboard.
+    """
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup
+
+    job = ray.get_runtime_context().get_job_id()  # the last part of the id of everything that the job has made
+    for identifier, group in ray.util.placement_group_table().items():
+        if group["state"] != "REMOVED" and identifier.endswith(job):
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identifier))))
 
 
 def _path_exists_on(ray: Any, node: str, path: str) -> bool:

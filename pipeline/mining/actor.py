@@ -13,10 +13,12 @@ from pipeline.mining.server import MiningServer
 from pipeline.mining.transport import ServerGone
 
 # Slow calls have threads of their own: a search never waits for a rebuild or a snapshot.
-_CONCURRENCY_GROUPS = {"search": 2, "update": 1}
-_GROUP_OF = {
-    name: "search" for name in ("search", "search_lists", "fetch", "all_ids", "all_neighbours", "changes_since")
-} | {name: "update" for name in ("put", "rebuild", "save")}
+_CONCURRENCY_GROUPS = {"search": 2, "update": 1, "status": 1}
+_GROUP_OF = (
+    {name: "search" for name in ("search", "search_lists", "fetch", "all_ids", "all_neighbours", "changes_since")}
+    | {name: "update" for name in ("put", "rebuild", "save")}
+    | {"status": "status"}
+)
 
 
 class MiningActor(MiningServer):
@@ -103,6 +105,11 @@ class RayTransport:
 
         reference.future().add_done_callback(finish)
         return future
+
+    def restart(self) -> None:
+        import ray
+
+        ray.kill(self.actor, no_restart=False)  # also a stopped process, within seconds
 
 
 def _first_line(error: BaseException) -> str:

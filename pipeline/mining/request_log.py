@@ -3,11 +3,15 @@
 Every request that changes state is kept until a snapshot contains it. When a server dies, the log waits for its successor,
 restores all servers from the last snapshot and replays the later requests in the same order; callers that wait for an
 answer get it with a delay.
+
+A server that owes an answer is asked now and then whether it lives, as a long call may take any time: one that says nothing
+for half of `deadline_s` (a stopped process, a machine that froze) is ended, and from there on it is a server that died.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import queue
 import threading
 import time
@@ -22,7 +26,10 @@ from pipeline.mining.transport import ServerGone, Transport
 from pipeline.storage import Folder
 
 _POLL_S = 0.2  # interval between attempts to reach a server that is restarting
+PING_EVERY_S = 5.0  # interval at which servers that owe an answer are asked whether they live
 MAX_RESTARTS_WITHOUT_ANSWER = 5  # consecutive restarts without an answer after which the run fails
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -64,7 +71,8 @@ class RequestLog:
         folder: The run folder, for the log's own snapshots.
         ordered: Consistency `exact`: a search reflects exactly the puts before it. False (`async`): it does not wait.
         in_flight: Largest number of unanswered puts; `put` waits beyond it.
-        deadline_s: Longest time that servers may be unreachable before the run fails.
+        deadline_s: Longest time that servers may be unreachable before the run fails; after half of it without a sign of life, a
+            server is started again.
         log_bytes: Size of the kept requests beyond which the log takes a snapshot of its own.
     """
 
@@ -101,6 +109,9 @@ class RequestLog:
         self._snapshot_running = False
         self._server_epoch = 0  # counts the recoveries: results of earlier epochs are dropped
         self._restarts_without_answer = 0
+        self._pings: dict[int, tuple[Future[Any], float]] = {}  # by shard: the last question, and when it was asked
+        self._places: dict[int, str] = {}  # by shard: host and process that answered last
+        self._next_ping = 0.0
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="mining")
 
@@ -147,8 +158,12 @@ class RequestLog:
         queued: list[Request] = []  # waiting for a request whose answer they need as an argument
         closing = False
         while not (closing and not self._unanswered and not queued):
-            kind, event = self._events.get()
             try:
+                kind, event = self._events.get(timeout=self._ping_every_s if self._unanswered else None)
+            except queue.Empty:
+                kind, event = "nothing", None
+            try:
+                self._check_life()
                 if kind == "close":
                     closing = True
                 elif kind == "new":
@@ -172,6 +187,37 @@ class RequestLog:
                 for request in queued:
                     request.answer.set_exception(self._error)
                 queued = []
+
+    @property
+    def _ping_every_s(self) -> float:
+        return min(PING_EVERY_S, self.deadline_s / 6)
+
+    def _check_life(self) -> None:
+        """Asks the servers that owe an answer whether they live.
+
+        Raises:
+            ServerGone: One has not said so for half of `deadline_s`; it is being started again.
+        """
+        now = time.monotonic()
+        if not self._unanswered or now < self._next_ping:
+            return
+        self._next_ping = now + self._ping_every_s
+        owing = {s for r in self._unanswered.values() for s in self._shards(r) if s not in r.results}
+        for shard, (ping, asked_at) in list(self._pings.items()):
+            if ping.done():
+                del self._pings[shard]
+                if ping.exception() is None:
+                    self._places[shard] = f" (process {ping.result()['pid']} on {ping.result()['host']})"
+            elif now - asked_at > self.deadline_s / 2:
+                del self._pings[shard]
+                logger.warning(
+                    "mining server %d%s gives no sign of life for %.0f s (half of mining.deadline_s): it is started again",
+                    shard, self._places.get(shard, ""), now - asked_at,
+                )  # fmt: skip
+                self.transports[shard].restart()
+                raise ServerGone(f"no sign of life for {now - asked_at:.0f} s")
+        for shard in owing - set(self._pings):
+            self._pings[shard] = (self.transports[shard].call("status"), now)
 
     def _awaits_fetch(self, request: Request) -> bool:
         """True for a search by id whose preceding fetch is unanswered: its arguments are not known yet."""
@@ -262,6 +308,7 @@ class RequestLog:
                 )
                 return
             self._server_epoch += 1  # results of the previous servers are dropped
+            self._pings.clear()
             unanswered_or_logged = sorted(
                 {r.number: r for r in (*self._log, *self._unanswered.values())}.values(), key=lambda r: r.number
             )

@@ -11,6 +11,7 @@ for its step, and waits for one that is still being built only if the index is d
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -86,12 +87,12 @@ class MiningServer:
             self._requests.applied = applied
 
     def status(self) -> dict[str, Any]:
-        """Process id, start of the run, newest applied request, and the sizes of table, memory and index."""
+        """Host and process id, start of the run, newest applied request, and the sizes of table, memory and index."""
         table, memory = self._table, self._memory
         builds = self._generations.all if self._generations is not None else []
         newest_report = next((g.report for g in reversed(builds) if g.report is not None), None)
         return {
-            "pid": os.getpid(), "incarnation": self._requests.incarnation, "applied": self._requests.applied,
+            "host": socket.gethostname(), "pid": os.getpid(), "incarnation": self._requests.incarnation, "applied": self._requests.applied,
             "rows": len(table) if table is not None else 0, "table_bytes": table.nbytes if table is not None else 0,
             "memory": len(memory) if memory is not None else 0, "index": newest_report,
             "building": sum(not g.ready.is_set() for g in builds),

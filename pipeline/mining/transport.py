@@ -20,6 +20,10 @@ class Transport(Protocol):
         """Starts a call; the future raises ServerGone if the server cannot be reached, or the error that the method raised."""
         ...
 
+    def restart(self) -> None:
+        """Ends the server's process, which does not answer, and has another one started, empty."""
+        ...
+
 
 class LocalTransport:
     """A server in this process; the future is done when `call` returns."""
@@ -34,3 +38,6 @@ class LocalTransport:
         except Exception as error:
             future.set_exception(error)
         return future
+
+    def restart(self) -> None:
+        raise RuntimeError("a server in this process answers at once")

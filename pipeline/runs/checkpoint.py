@@ -50,6 +50,8 @@ class TrainingState:
         frozen: Metrics of the untrained trunk on the test classes.
         best_step, best_metrics: The best validation so far; -1 and empty before the first.
         finished: The run has reached its length.
+        skipped_steps: Number of steps that were left out (`runtime.skip_nonfinite`).
+        skipped_in_a_row: How many of them are the newest steps.
     """
 
     step: int = 0
@@ -63,6 +65,8 @@ class TrainingState:
     best_step: int = -1
     best_metrics: dict[str, float] = field(default_factory=dict)
     finished: bool = False
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 class Checkpoints:

@@ -3,7 +3,8 @@
 config.yaml                 the resolved configuration
 run.json                    folder and fingerprint of the dataset
 changes.jsonl               changes of runtime keys between starts
-incarnation                 number of the newest start
+incarnation                 number of the newest start of the workers
+state.json, stop.json       whether it runs, and the request to stop it, see `run_state`
 checkpoints/, best/         step-00000077/ each, see `checkpoint`
 metrics.jsonl, tensorboard/ losses and metrics by step
 summary.json                the final figures

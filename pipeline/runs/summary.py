@@ -70,6 +70,7 @@ def summarise(
         "validation": _rounded(progress.best_metrics),
         "step": progress.step,
         "images": progress.images,
+        "skipped_steps": progress.skipped_steps,
         "seconds": round(progress.seconds, 2),
         "validation_seconds": round(progress.validation_s, 2),
         "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 2),

@@ -20,12 +20,13 @@ from methods.plans import Plan
 from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks, gather
 from pipeline.distributed.seeding import seeded_generator
-from pipeline.errors import DivergedError, RunError
+from pipeline.errors import NonFiniteError, RunError
 from pipeline.evaluation.embedder import Embedder, trunk_features
 from pipeline.mining.method_view import MethodMining
 from pipeline.model.forward_mode import Outputs
 from pipeline.model.trunk import Trunk
 from pipeline.training.derivatives import RoleSlots, trunk_gradient, trunk_jvp
+from pipeline.training.nonfinite import StepUndo, name_samples
 
 
 class RunContext:
@@ -42,6 +43,7 @@ class RunContext:
         embedder: The embedder, for `embed_samples`.
         load_best: Loads the best weights into trunk and method.
         mining: The mining server, if the method mines.
+        undoes: Whether a step can be left out (`undo_step`), which takes a copy of all buffers each step.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class RunContext:
         embedder: Embedder,
         load_best: Callable[[], None],
         mining: MethodMining | None = None,
+        undoes: bool = False,
     ) -> None:
         self.samples = samples
         self.labels = samples.labels
@@ -85,6 +88,8 @@ class RunContext:
         self.shards: Sequence[slice] = ()
         self.next_ids: Int64[np.ndarray, " slots"] | None = None
         self.mining: MethodMining | None = mining
+        self._undo = StepUndo([trunk, method], self.optimizers) if undoes else None
+        self._gathered: tuple[np.ndarray, Tensor] | None = None  # slots and features of this step's last `encode`
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
         self._awaits_backward = False
@@ -105,6 +110,9 @@ class RunContext:
         self.generator = seeded_generator(self.device, self.seed, clock.step, 2)
         self._num_encoded = 0
         self._outputs = None
+        self._gathered = None
+        if self._undo is not None:
+            self._undo.begin_step()
         self._seed_global()  # dropout inside a backbone: the same after a resume
         self.next_ids = plan.ids[row + 1] if row + 1 < len(plan) else None
         if self.mining is not None:
@@ -134,7 +142,13 @@ class RunContext:
         self._awaits_backward = torch.is_grad_enabled() and local.requires_grad
         self._num_encoded += 1  # dropout in the method: the same on every rank, however much the trunk has drawn here
         self._seed_global()
-        return gather(local, role_slots.start, role_slots.total, self.ranks)
+        features = gather(local, role_slots.start, role_slots.total, self.ranks)
+        self._gathered = (self._slots(role), features.detach())
+        if self._undo is not None and not bool(features.detach().isfinite().all()):  # the same on every rank
+            raise NonFiniteError(
+                f"the features are not finite at step {self.clock.step} (learning rate {self._rates()}): {self._images_of_step()}"
+            )
+        return features
 
     def gradient(
         self,
@@ -158,16 +172,21 @@ class RunContext:
         """This rank's images among the slots of a role."""
         if self._plan_row is None or self._pixels is None:
             raise RuntimeError("there is no batch outside of training_step: use embed_samples instead of encode")
-        plan, row = self._plan_row
-        slots = np.arange(plan.ids.shape[1])
-        if role is not None:
-            if "role" not in plan.columns:
-                raise RuntimeError(f"encode({role!r}), but the plan has no column 'role'")
-            slots = np.flatnonzero(np.isin(plan.columns["role"][row], [role] if isinstance(role, str) else list(role)))
+        slots = self._slots(role)
         shard = self.shards[self.ranks.rank]
         local_slots = slots[(slots >= shard.start) & (slots < shard.stop)] - shard.start
         pixels = self._pixels if role is None else self._pixels[torch.from_numpy(local_slots).to(self.device)]
         return RoleSlots(pixels, int((slots < shard.start).sum()), len(slots))
+
+    def _slots(self, role: str | Sequence[str] | None) -> np.ndarray:
+        """The slots of a role, of all ranks."""
+        assert self._plan_row is not None
+        plan, row = self._plan_row
+        if role is None:
+            return np.arange(plan.ids.shape[1])
+        if "role" not in plan.columns:
+            raise RuntimeError(f"encode({role!r}), but the plan has no column 'role'")
+        return np.flatnonzero(np.isin(plan.columns["role"][row], [role] if isinstance(role, str) else list(role)))
 
     def _seed_global(self) -> None:
         """Seeds torch's global generators from (seed, step, calls of encode); 100 times faster than torch.manual_seed."""
@@ -183,24 +202,37 @@ class RunContext:
 
     def _check_finite(self, loss: Tensor) -> None:
         if self.ranks.any(not bool(torch.isfinite(loss.detach()).all()), self.device):
-            raise DivergedError(
+            raise NonFiniteError(
                 f"the loss is not finite at step {self.clock.step} ({float(loss.detach())} on rank {self.ranks.rank}): no update "
-                "was applied and the last checkpoint is intact. Lower the learning rate or inspect these samples: "
-                f"{self._sample_ids_of_step()}"
+                f"was applied and the last checkpoint is intact. Lower the learning rate ({self._rates()}) or inspect these "
+                f"samples: {self._images_of_step()}"
             )
+
+    def undo_step(self) -> None:
+        """Takes back what the present step has changed before it was found to be not finite; see `nonfinite`."""
+        assert self._undo is not None
+        self._undo.undo()
+
+    def _rates(self) -> str:
+        return ", ".join(
+            f"{name.removeprefix('lr/')} {rate:g}" for name, rate in learning_rates(self.optimizers).items()
+        )
 
     def step_error(self, error: MethodError) -> RunError:
         """A method's error with the step and the batch."""
         return RunError(
             f"step {self.clock.step}: {error}. The last checkpoint is intact. Inspect these samples, or choose another loss: "
-            f"{self._sample_ids_of_step()}"
+            f"{self._images_of_step()}"
         )
 
-    def _sample_ids_of_step(self) -> str:
+    def _images_of_step(self) -> str:
         if self._plan_row is None:
             return "none"
         plan, row = self._plan_row
-        return "sample ids " + ", ".join(str(int(i)) for i in self.samples.ids[plan.ids[row]][:8]) + " ..."
+        if self._gathered is None:
+            return name_samples(self.samples, plan.ids[row], None)
+        slots, features = self._gathered
+        return name_samples(self.samples, plan.ids[row][slots], ~features.isfinite().all(1).cpu().numpy())
 
     def step(self, optimizer: str) -> None:
         self._check_gradients(optimizer)
@@ -208,7 +240,7 @@ class RunContext:
         self.optimizers[optimizer].inner.zero_grad(set_to_none=True)
 
     def _check_gradients(self, optimizer: str) -> None:
-        """Raises DivergedError on all ranks if a gradient is not finite on one; one pass over the gradients."""
+        """Raises NonFiniteError on all ranks if a gradient is not finite on one; one pass over the gradients."""
         groups = self.optimizers[optimizer].inner.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         # A sum is the cheapest pass that nothing infinite gets through; a sum that overflows is looked at again.
@@ -219,10 +251,10 @@ class RunContext:
             id(p): f"{part}.{n}" for part in ("trunk", "method") for n, p in getattr(self, part).named_parameters()
         }
         where = f"{names[id(bad[0])]}, and {len(bad) - 1} more of {len(parameters)}" if bad else "on another rank"
-        raise DivergedError(
+        raise NonFiniteError(
             f"the loss is finite at step {self.clock.step}, but its gradient is not ({where}): this update was not applied "
-            "and the last checkpoint is intact. A distance of zero between two equal images, or the square root of zero, has "
-            f"no gradient: inspect these samples: {self._sample_ids_of_step()}"
+            f"and the last checkpoint is intact (learning rate {self._rates()}). A distance of zero between two equal images, or the "
+            f"square root of zero, has no gradient: inspect these samples: {self._images_of_step()}"
         )
 
     def embed_samples(self, ids: Int64[np.ndarray, " samples"], embed: bool = True) -> Float[Tensor, "samples dim"]:

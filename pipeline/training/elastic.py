@@ -16,7 +16,7 @@ from pipeline.distributed.ray_session import draining_nodes
 
 SETTLE_S = 5.0  # without a further place, after which those found are used
 CHECK_EVERY_S = 1.0
-TELL_AFTER_S = 20.0
+TELL_AFTER_S = 30.0
 NEVER_S = 1e9
 
 
@@ -96,7 +96,7 @@ class WorkerNumber:
             while not self._settled(self.range.max) or self._found < self.range.min:
                 if stop_requested():
                     return None
-                self._tell_waiting(f"room for {self._found} of at least {self.range.min} workers")
+                self._tell_waiting(f"waiting for room for {self.range.min} workers, there is room for {self._found}")
                 time.sleep(0.2)
             return (self.range.min, self._found)
         finally:
@@ -117,7 +117,8 @@ class WorkerNumber:
             self.places.ask(0)  # they would take the places that Ray Train starts the workers in
             if self._was_running:
                 self._began_at, self._was_running = now, False
-            self._tell_waiting(f"no room for {self.runtime.min_workers} workers yet")
+            least = self.runtime.min_workers
+            self._tell_waiting(f"the {f'{least} workers have' if least > 1 else 'worker has'} not started yet")
             return None
         if not self._was_running:
             self._began_at, self._was_running = now, True
@@ -156,7 +157,7 @@ class WorkerNumber:
             self._told_at = now
             free = self.ray.available_resources()
             amounts = [f"{free.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU") if name == "CPU" or name in free]
-            self.tell(f"waiting: {what} ({', '.join(amounts)} free; an autoscaler may be starting nodes)")
+            self.tell(f"{what} ({', '.join(amounts)} free; an autoscaler may be starting nodes)")
 
 
 def _in(deadline_ms: int) -> str:

@@ -11,20 +11,28 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.config import Config, build_config
+from pipeline.console import say
 from pipeline.distributed.collectives import Ranks
-from pipeline.distributed.run_status import RunStatus, RunStatusProxy
+from pipeline.distributed.gauges import RunGauges
+from pipeline.distributed.hang_watch import HangWatch, collective_timeout
+from pipeline.distributed.ray_session import remove_placement_groups
+from pipeline.distributed.run_status import RunStatus, RunStatusProxy, start_status, worker_label
+from pipeline.distributed.worker_log import log_failure, worker_log
 from pipeline.errors import DivergedError, RunError, UserError, one_line
 from pipeline.mining.actor import RayTransport, start_servers
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.run_folder import run_folder
+from pipeline.runs.run_state import RunStateWriter
 from pipeline.storage import Folder
 from pipeline.training.elastic import NEVER_S, WorkerNumber, worker_resources
 from pipeline.training.loop import Worker
@@ -32,6 +40,9 @@ from pipeline.training.loop import Worker
 Show = Callable[[dict[str, Any]], None]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 STOPPING = "stopping: saving a checkpoint ..."
+HEALTH_CHECK_TIMEOUT = (
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # Ray Train's: a worker that does not answer is replaced
+)
 STOP_TIMEOUT_S = 120  # after a stop request; the driver then ends, and with it the workers
 
 
@@ -90,21 +101,47 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
     if under_torchrun():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        timeout = collective_timeout(config.runtime.hang_timeout_s)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         ranks = Ranks(dist.get_rank(), dist.get_world_size())
     status = RunStatus()
+    state = state_writer(config, status.summary, status.stop) if ranks.rank == 0 else None
     try:
         with (
+            state or contextlib.nullcontext(),
             StopSignals(status.stop) as signals,
             status_display(status.read, show if ranks.rank == 0 else lambda _: None),
+            contextlib.ExitStack() as stack,
         ):
-            Worker(config, store_uri, ranks, device, status)()
+            watch = None
+            if ranks.world > 1:
+                label = worker_label(ranks.rank, socket.gethostname())
+                stack.enter_context(worker_log(label, say))
+                watch = stack.enter_context(HangWatch(label, config.runtime.hang_timeout_s, say))
+            Worker(config, store_uri, ranks, device, status, watch=watch)()
     except OSError as error:
         raise no_space_error(error) from error
     finally:
         if ranks.world > 1:
             dist.destroy_process_group()
+    if signals.received is None and state is not None and not under_torchrun():  # which would start a failed rank again
+        return state.signal
     return signals.received
+
+
+def state_writer(
+    config: Config,
+    read: Callable[[], dict[str, Any]],
+    stop: Callable[[], None],
+) -> RunStateWriter:
+    """Writes state.json of a run, and looks for a request to stop it; see `RunStateWriter`."""
+    folder = run_folder(config)
+
+    def finished() -> bool:
+        latest = Checkpoints(folder).latest()
+        return latest is not None and latest.finished
+
+    return RunStateWriter(folder, read, stop, config.evaluation.metric, finished)
 
 
 @contextlib.contextmanager
@@ -149,11 +186,14 @@ def run_on_ray(
     Raises:
         RunError: A worker failed more often than `runtime.max_failures`, or the run cannot go on.
     """
-    actor = ray.remote(num_cpus=0, max_concurrency=4)(RunStatus).remote()
+    actor = start_status(ray, config.runtime.hang_timeout_s)
+    os.environ[HEALTH_CHECK_TIMEOUT] = str(config.runtime.hang_timeout_s)
     number = WorkerNumber(config, ray, actor.add_message.remote)
     servers = mining_servers(config, ray)
     loop_config = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
     stop_times: list[float] = []
+    controller_failures = 0
+    in_driver = ray.get_runtime_context().get_actor_id() is None  # a trial shares its job with others
 
     def stop() -> None:
         stop_times.append(time.monotonic())
@@ -164,7 +204,11 @@ def run_on_ray(
             stop()
         return bool(stop_times)
 
-    with StopSignals(stop) as signals, status_display(lambda *seen: ray.get(actor.read.remote(*seen)), show):
+    with (
+        state_writer(config, lambda: ray.get(actor.summary.remote()), stop) as state,
+        StopSignals(stop) as signals,
+        status_display(lambda *seen: ray.get(actor.read.remote(*seen)), show),
+    ):
         try:
             while (workers := number.choose(stopping)) is not None:
                 fit = _Fit(ray_trainer(config, workers, loop_config))
@@ -177,13 +221,24 @@ def run_on_ray(
                         actor.restart.remote(reason)
                 if (failure := ray.get(actor.failure.remote())) is not None:
                     raise failure
+                if (
+                    isinstance(fit.error, ray.exceptions.RayActorError)
+                    and controller_failures < config.runtime.max_failures
+                ):
+                    controller_failures += 1
+                    actor.add_message.remote("Ray Train's controller died: starting again")
+                    actor.workers_failed.remote({})
+                    if in_driver:
+                        remove_placement_groups(ray)
+                    continue
                 if fit.error is not None:
-                    raise RunError(f"training failed: {root_cause(fit.error)}")
+                    cause = root_cause(fit.error, lambda rank: ray.get(actor.label.remote(rank)))
+                    raise RunError(f"training failed: {cause}")
                 if not ray.get(actor.restarts.remote()):
                     break
         finally:
             number.close()
-    return signals.received
+    return signals.received or state.signal
 
 
 class _Fit(threading.Thread):
@@ -217,12 +272,9 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
     import ray.train.torch
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    train: Any = ray.train  # its annotations are those of an earlier interface
+    from pipeline.training.tell_failures import TellFailures
 
-    class TellFailures(train.UserCallback):  # type: ignore[misc]
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            causes = {rank: root_cause(error) for rank, error in worker_exceptions.items()}
-            loop_config["status"].workers_failed.remote(causes)
+    train: Any = ray.train  # its annotations are those of an earlier interface
 
     runtime = config.runtime
     ray_folder = Folder(config.root) / "ray"
@@ -230,7 +282,10 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
     return train.torch.TorchTrainer(
         train_worker,
         train_loop_config=loop_config,
-        torch_config=train.torch.TorchConfig(backend="nccl" if runtime.gpus_per_worker else "gloo"),
+        torch_config=train.torch.TorchConfig(
+            backend="nccl" if runtime.gpus_per_worker else "gloo",
+            timeout_s=round(collective_timeout(runtime.hang_timeout_s).total_seconds()),
+        ),
         scaling_config=train.ScalingConfig(
             num_workers=workers,
             use_gpu=bool(runtime.gpus_per_worker),
@@ -245,7 +300,7 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
             storage_path=ray_folder.path(),
             storage_filesystem=None if ray_folder.is_local else PyFileSystem(FSSpecHandler(ray_folder.fs)),
             failure_config=train.FailureConfig(max_failures=runtime.max_failures),
-            callbacks=[TellFailures()],
+            callbacks=[TellFailures(loop_config["status"])],
         ),
     )
 
@@ -266,19 +321,39 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     import ray.train.torch
 
     config = build_config(loop_config["config"])
-    status = RunStatusProxy(loop_config["status"])
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    status = RunStatusProxy(loop_config["status"], RunGauges(config.name) if ranks.rank == 0 else None)
     torch.set_num_threads(config.runtime.cpus_per_worker or 1)
     if status.error_message() is not None:
         return
-    node = ray.get_runtime_context().get_node_id()
-    place = {"node": node, "host": ray.util.get_node_ip_address(), "pid": os.getpid()}
+    place = {
+        "node": ray.get_runtime_context().get_node_id(),
+        "host": ray.util.get_node_ip_address(),
+        "pid": os.getpid(),
+    }
     status.add_worker({"rank": ranks.rank, "world": ranks.world, **place})
+    label = worker_label(ranks.rank, place["host"])
+    watch = HangWatch(
+        label,
+        config.runtime.hang_timeout_s,
+        status.add_message,
+        lambda step: status.beat(ranks.rank, place["host"], os.getpid(), step),
+    )
+    with worker_log(label, status.add_message), watch:
+        _work(config, loop_config, ranks, status, watch)
+    status.leave(ranks.rank, os.getpid())
+
+
+def _work(config: Config, loop_config: dict[str, Any], ranks: Ranks, status: RunStatusProxy, watch: HangWatch) -> None:
+    """Trains as one rank; an error that a restart may heal is raised, others are told to the driver."""
+    import ray.train
+    import ray.train.torch
+
     try:
         servers = [RayTransport(actor) for actor in loop_config["servers"]]
         device = ray.train.torch.get_device()
-        Worker(config, loop_config["store"], ranks, device, status, report=ray.train.report, servers=servers)()
+        Worker(config, loop_config["store"], ranks, device, status, ray.train.report, servers, watch)()
     except (RunError, UserError) as error:
         # a restart would fail again: end instead, and let the other ranks see it
         status.fail(one_line(error), isinstance(error, DivergedError))
@@ -289,6 +364,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         if isinstance(failure, RunError):  # a restart would find the disk as full
             status.fail(one_line(failure))
         elif status.error_message() is None:
+            log_failure("this worker failed", error)
             raise
 
 
@@ -300,11 +376,25 @@ def no_space_error(error: OSError) -> OSError | RunError:
     return RunError(f"{place}{error.strerror}; the newest checkpoint is kept: make room and run the same command again")
 
 
-def root_cause(error: BaseException) -> str:
-    """One line about the first error, without the exceptions that Ray wraps around it."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
+def root_cause(error: BaseException, where: Callable[[int], str] = lambda rank: f"[rank {rank}]") -> str:
+    """One line about the first error, without the exceptions that Ray wraps around it; a worker's with its rank and node.
+
+    Of several workers, that of one that did not just lose the connection to another.
+    """
+    failures = dict(getattr(error, "worker_failures", None) or {})
+    texts = {rank: _last_line(failure) for rank, failure in failures.items()}
+    for rank, text in sorted(texts.items(), key=lambda item: (_is_consequence(item[1]), item[0])):
+        return f"{where(rank)} {text}"
+    return _last_line(error)
+
+
+def _is_consequence(text: str) -> bool:
+    return any(
+        words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+    )
+
+
+def _last_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

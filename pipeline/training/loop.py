@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import MethodError
+from methods.base import Batch, MethodError
 from methods.config import Clock, Length
 from methods.plans import Plan
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.hang_watch import HangWatch
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy
-from pipeline.errors import RunError
+from pipeline.errors import NonFiniteError, RunError
 from pipeline.evaluation.build import build_embedder, build_network, num_classes
 from pipeline.mining.transport import Transport
 from pipeline.runs.checkpoint import Checkpoints, TrainingState
@@ -32,6 +33,7 @@ from pipeline.storage import Folder
 from pipeline.training.batches import PlannedBatches
 from pipeline.training.context import RunContext, learning_rates
 from pipeline.training.measurements import Measurements
+from pipeline.training.nonfinite import count_skipped
 from pipeline.training.parts import build_mining, image_source
 
 
@@ -46,6 +48,7 @@ class Worker:
         status: Receives progress and messages, and passes on stop requests.
         report: Called on every rank with the metrics of each validation (Ray Train's report), if given.
         servers: Transports to the run's mining servers, if the method mines; empty: one server in this process.
+        watch: Ends this process if a step hangs, where it is started again.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class Worker:
         status: RunStatus | RunStatusProxy,
         report: Callable[[dict[str, Any]], None] | None = None,
         servers: Sequence[Transport] = (),
+        watch: HangWatch | None = None,
     ) -> None:
+        self.watch = watch or HangWatch("", None, status.add_message)
         self.config = config
         self.ranks = ranks
         self.status = status
@@ -75,7 +80,7 @@ class Worker:
         self.context = RunContext(
             samples=self.samples, seed=config.seed, length=config.length, precision=config.precision, device=device,
             ranks=ranks, trunk=self.trunk, method=self.method, embedder=self.embedder, load_best=self._load_best,
-            mining=self.mining,
+            mining=self.mining, undoes=config.runtime.skip_nonfinite > 0,
         )  # fmt: skip
         self.progress = TrainingState()
         self.batches = PlannedBatches(
@@ -85,7 +90,7 @@ class Worker:
         self.measurements = Measurements(
             config, self.store, self.embedder, self.trunk, self.method, self.checkpoints,
             save=self._save, load_best=self._load_best, publish=self._publish,
-            say=status.add_message, tell=status.add_validation, report=report,
+            say=status.add_message, tell=self._tell_validation, report=report,
         )  # fmt: skip
         self.tracker: Tracker | None = None
 
@@ -105,6 +110,7 @@ class Worker:
             if not stopped and not self.progress.finished:
                 self.measurements.final(self.progress, self.tracker)
         except BaseException:
+            self.watch.end_step()
             with contextlib.suppress(
                 OSError, RunError
             ):  # on a full disk the log fails too: the first error is the one to tell
@@ -125,6 +131,8 @@ class Worker:
         if self.ranks.rank == 0:
             self.checkpoints.acquire()
         self.checkpoints.incarnation = self.ranks.broadcast(self.checkpoints.incarnation)
+        if self.ranks.rank == 0:
+            self.status.update({"group": self.checkpoints.incarnation})
         steps = self.ranks.broadcast(self.checkpoints.steps() if self.ranks.rank == 0 else None)
         if self.mining is not None:
             snapshot = self.checkpoints.folder("checkpoints", steps[-1]) / "mining" if steps else None
@@ -137,6 +145,7 @@ class Worker:
         self.batches.stored = self.checkpoints.load(
             "checkpoints", step, self.trunk, self.method, self.context.optimizers, saved_options=not copied
         )
+        self._tell_best()
         if self.ranks.rank == 0 and step:
             self.status.add_message(f"resumed at step {step} (epoch {self.progress.epoch + 1})")
         if not self._done():
@@ -149,6 +158,7 @@ class Worker:
             return self._train_plans(plans, pixel_stream)
 
     def _train_plans(self, plans: list[tuple[int, Plan]], pixel_stream: Iterator[Tensor]) -> bool:
+        fetched = False
         for epoch, plan in plans:
             if self.progress.step_in_epoch or not self.method.plan_is_stored:
                 self._start_epoch(epoch)
@@ -158,28 +168,30 @@ class Worker:
                     return False
                 # fetch
                 started = time.perf_counter()
+                if fetched:  # the first images may have to be copied to this node
+                    self.watch.begin_step(self.progress.step)
                 pixels = next(pixel_stream)
+                fetched = True
                 waited = time.perf_counter() - started
                 # gather, method, backward, step
+                self.watch.begin_step(self.progress.step)
                 batch = self.context.begin_step(before, plan, row, pixels)
-                try:
-                    logs = self.method.training_step(batch, self.context)
-                except MethodError as error:
-                    raise self.context.step_error(error) from error
+                logs = self._training_step(batch)
+                skipped = logs is None
                 if self.mining is not None:
-                    logs = logs | self.mining.logs()
+                    logs = (logs or {}) | self.mining.logs()
                 # count
                 progress = self.progress
                 progress.step += 1
                 progress.step_in_epoch = row + 1
-                progress.images += plan.ids.shape[1]
+                progress.images += 0 if skipped else plan.ids.shape[1]
                 progress.seconds += time.perf_counter() - started
                 progress.waited_s += waited
                 after = self._clock(plan)
                 if row + 1 == len(plan):
                     progress.epoch = epoch + 1
                     progress.step_in_epoch = 0
-                self._log(logs, after, plan)
+                self._log(logs or {}, after, plan)
                 # evaluate, save
                 last = self.config.length.fraction_done(after) >= 1
                 metrics = None
@@ -198,6 +210,24 @@ class Worker:
                         self.status.add_stopped(progress.step)
                     return True
         return False
+
+    def _training_step(self, batch: Batch) -> dict[str, float] | None:
+        """The method's step and its metrics; None: it was left out, as its loss or gradient was not finite."""
+        progress = self.progress
+        try:
+            logs = self.method.training_step(batch, self.context)
+        except MethodError as error:
+            raise self.context.step_error(error) from error
+        except NonFiniteError as error:
+            message = count_skipped(error, progress, self.config.runtime.skip_nonfinite)
+            if message is not None and self.ranks.rank == 0:
+                self.status.add_message(message)
+            self.context.undo_step()
+            return None
+        finally:
+            self.watch.end_step()
+        progress.skipped_in_a_row = 0
+        return logs
 
     # ---- epochs and clocks ---------------------------------------------------------------------------------------
 
@@ -225,10 +255,22 @@ class Worker:
         seconds = max(progress.seconds, 1e-9)
         speed = {"images_per_second": progress.images / seconds, "waiting": progress.waited_s / seconds}
         total = self.config.length.steps(len(plan))
-        self._publish({"phase": "training", "step": progress.step, "total": total, **speed, **logs})
+        if progress.skipped_steps:
+            logs = logs | {"skipped_steps": float(progress.skipped_steps)}
+        position = {"step": progress.step, "total": total, "epoch": round(clock.epoch, 4), "images": progress.images}
+        self._publish({"phase": "training", **position, **speed, **logs})
         if progress.step % self.config.runtime.log_every == 0 or progress.step == 1:
             values = {"epoch": round(clock.epoch, 4), **logs, **learning_rates(self.context.optimizers)}
             self.tracker.log(progress.step, "train", values | speed)
+
+    def _tell_validation(self, point: dict[str, Any]) -> None:
+        self._tell_best()
+        self.status.add_validation(point)
+
+    def _tell_best(self) -> None:
+        progress = self.progress
+        if self.ranks.rank == 0 and progress.best_step >= 0:
+            self.status.update({"best": {"step": progress.best_step, **progress.best_metrics}})
 
     def _publish(self, progress: dict[str, Any]) -> None:
         if self.ranks.rank == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -24,8 +25,9 @@ from pipeline.config import Config
 from pipeline.console import console
 from pipeline.data.store import Store
 from pipeline.distributed.ray_session import check_visible, on_cluster, ray_session
-from pipeline.distributed.run_status import RunStatus
+from pipeline.distributed.run_status import start_status
 from pipeline.errors import RunError, UserError
+from pipeline.runs.run_state import stop_requested
 from pipeline.storage import Folder
 from pipeline.training.checks import check_machine
 from pipeline.training.launch import StopSignals
@@ -42,9 +44,11 @@ from pipeline.tuning.space import Space
 from pipeline.tuning.sweep_config import SweepConfig
 from pipeline.tuning.sweep_file import check_same_sweep, dump_sweep, read_sweep
 from pipeline.tuning.sweep_folder import (
+    HEARTBEAT_S,
     SWEEP,
     SweepFolder,
     TrialRecord,
+    check_not_running,
     read_state,
     sweep_folder,
     write_state,
@@ -53,7 +57,6 @@ from pipeline.tuning.trial import Trial
 from pipeline.tuning.tune_parts import Recorder, StopWhen, SweepSearcher
 from pipeline.tuning.write_answer import write_answer
 
-HEARTBEAT_S = 5.0
 ANSWER_EVERY_S = 120.0  # sweep.html and leaderboard.csv while the sweep runs
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs write their own logs
@@ -103,6 +106,7 @@ def run_sweep(
     stores = check_sweep(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
     folder.check_writable()
+    check_not_running(folder)
     sweep_records = SweepFolder(folder)
     if fresh:
         remove_sweep(sweep, folder)
@@ -183,8 +187,8 @@ class SweepRun:
         Raises:
             RunError: Another process has taken over the sweep, or Ray Tune failed.
         """
-        status: Any = ray.remote(num_cpus=0)(RunStatus).remote()  # type: ignore[attr-defined]  # of the options' overload
-        stop = threading.Event()
+        status = start_status(ray)
+        stop, asked = threading.Event(), threading.Event()
         recorder = Recorder(self.folder, self.search, self.sweep.metric, self.trials)
         errors: list[BaseException] = []
 
@@ -211,11 +215,15 @@ class SweepRun:
                 if time.monotonic() - written > HEARTBEAT_S:
                     written = time.monotonic()
                     write_state(self.folder.folder, "running", recorder.overview(), self.search.hours)
+                    if not stop.is_set() and stop_requested(self.folder.folder, self.folder.start):
+                        console.print("stopping, as `raydml stop` asks: the trials save their checkpoints ...")
+                        asked.set()
+                        on_stop()
                 if recorder.ended > told and time.monotonic() - told_at > ANSWER_EVERY_S:
                     told, told_at = recorder.ended, time.monotonic()
                     write_answer(self.folder, self.sweep, list(self.search.records), live=True)
         ray.kill(status)  # Ray Tune keeps a handle of it
-        self.signal = signals.received
+        self.signal = signals.received or (signal.SIGTERM if asked.is_set() else None)
         if recorder.error is not None:
             raise recorder.error
         if errors:

@@ -25,6 +25,7 @@ from ray import tune
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.run_status import RunStatus
 from pipeline.errors import DivergedError, RunError, UserError, one_line
 from pipeline.mining.actor import RayTransport
@@ -33,7 +34,7 @@ from pipeline.runs.run_folder import SUMMARY, run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 from pipeline.training.checks import check_dataset, runtime_changes
-from pipeline.training.launch import device_of, mining_servers, no_space_error, run_on_ray
+from pipeline.training.launch import device_of, mining_servers, no_space_error, run_on_ray, state_writer
 from pipeline.training.loop import Worker
 from pipeline.training.start import is_finished, record
 from pipeline.tuning.population import adopt, copied_from, save_copy
@@ -291,10 +292,11 @@ def train_run(config: Config, store: Store, runner: TrialRunner) -> None:
         return
     torch.set_num_threads(config.runtime.cpus_per_worker or 1)
     servers = mining_servers(config, ray)
-    status = _TrialStatus(runner)
+    status = _TrialStatus(runner, RunGauges(config.name))
     try:
         transports = [RayTransport(server) for server in servers]
-        Worker(config, store.folder.uri, Ranks(), device_of(config), status, servers=transports)()
+        with state_writer(config, status.summary, runner.stop_requested.set):
+            Worker(config, store.folder.uri, Ranks(), device_of(config), status, servers=transports)()
     except OSError as error:
         raise no_space_error(error) from error
     finally:
@@ -306,11 +308,18 @@ def train_run(config: Config, store: Store, runner: TrialRunner) -> None:
 class _TrialStatus(RunStatus):
     """The status of a run whose worker is a thread of this process: waits at each validation."""
 
-    def __init__(self, runner: TrialRunner) -> None:
+    def __init__(self, runner: TrialRunner, gauges: RunGauges) -> None:
         super().__init__()
         self.runner = runner
+        self.gauges = gauges
+
+    def publish(self, progress: dict[str, Any]) -> None:
+        super().publish(progress)
+        self.gauges.set(progress)
 
     def add_validation(self, point: dict[str, Any]) -> None:
+        super().add_validation(point)
+        self.gauges.set_validation(point)
         self.runner.add_validation(point)
 
     def stop_requested(self) -> bool:

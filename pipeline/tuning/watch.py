@@ -37,6 +37,7 @@ class Snapshot:
         newest: When the newest record was written, seconds since 1970; None without records.
         logs: Newest line of the log of each running trial, by number.
         now: When this was read, seconds since 1970.
+        since_change: Seconds since the sign of life last changed, by this process's clock; None: it has not changed yet.
     """
 
     name: str
@@ -49,13 +50,17 @@ class Snapshot:
     newest: float | None
     logs: Mapping[int, Mapping[str, Any]]
     now: float
+    since_change: float | None = None
 
     @property
     def silent_s(self) -> float:
-        """Seconds without a sign of life, if they are many and the sweep should run; else 0."""
+        """Seconds without a sign of life, if they are many and the sweep should run; else 0.
+
+        By this process's clock, once it has seen one; before, by the difference of the two machines' clocks.
+        """
         if self.state is None or self.state.state != "running":
             return 0.0
-        silence = self.now - self.state.heartbeat
+        silence = self.now - self.state.heartbeat if self.since_change is None else self.since_change
         return silence if silence > SILENT_S else 0.0
 
     @property
@@ -79,6 +84,8 @@ class SweepReader:
     folder: Folder
     _records: dict[str, TrialRecord] = field(default_factory=dict)
     _versions: dict[str, FileVersion] = field(default_factory=dict)
+    _heartbeat: float | None = None
+    _changed_at: float | None = None  # of this process's monotonic clock
 
     def read(self) -> Snapshot:
         """The sweep now.
@@ -97,6 +104,10 @@ class SweepReader:
         self._records = {name: self._records[name] for name in versions}
         self._versions = versions
         found = sorted(self._records.values(), key=lambda record: record.number)
+        heartbeat = state.heartbeat if state is not None else None
+        if heartbeat != self._heartbeat:
+            self._changed_at = None if self._heartbeat is None else time.monotonic()
+        self._heartbeat = heartbeat
         return Snapshot(
             name=sweep["name"],
             metric=sweep["metric"],
@@ -108,6 +119,7 @@ class SweepReader:
             newest=max((version.written for version in versions.values()), default=None),
             logs={r.number: line for r in found if r.state == "running" and (line := self._last_line(r))},
             now=time.time(),
+            since_change=None if self._changed_at is None else time.monotonic() - self._changed_at,
         )
 
     def _last_line(self, record: TrialRecord) -> dict[str, Any] | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
 from pipeline.console import aligned
+from pipeline.runs.following import Rows, Table, View, span
 from pipeline.tuning.sweep_folder import STATES, TrialRecord, best_trial, final_trials
-from pipeline.tuning.watch import Snapshot
+from pipeline.tuning.watch import Snapshot, SweepReader
 
 MOST_RUNNING, MOST_PROBLEMS = 20, 8  # rows that are shown
 _ENDS = {
@@ -18,14 +20,8 @@ _ENDS = {
 }
 
 
-Rows = list[tuple[str, ...]]
-
-
-class Table(NamedTuple):
-    """A title, and rows of equal length, of which the first is the header."""
-
-    title: str
-    rows: Rows
+def sweep_view(reader: SweepReader) -> View[Snapshot]:
+    return View("the sweep", reader.read, headlines, tables, as_lines, changes, as_json)
 
 
 def headlines(sweep: Snapshot) -> Iterator[str]:
@@ -195,17 +191,19 @@ def log_line(line: Mapping[str, Any]) -> str:
     return f"{kind}step {line['step']:,}: {', '.join(values[:4])}"
 
 
-def span(seconds: float) -> str:
-    """A time in its two largest units: "2 h 5 min", "14 s"."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def as_lines(sweep: Snapshot) -> Iterable[str]:
     """Everything as plain text."""
     yield from headlines(sweep)
     for table in tables(sweep):
         yield ""
         yield from aligned(table.rows)
+
+
+def as_json(sweep: Snapshot) -> dict[str, Any]:
+    """Everything but the trials' curves; `silent_s` is of the watcher's clock once it has seen a sign of life."""
+    state = None if sweep.state is None else asdict(sweep.state)
+    trials = [{k: v for k, v in asdict(record).items() if k != "runs"} for record in sweep.records]
+    return {
+        "kind": "sweep", "name": sweep.name, "state": state, "silent_s": round(sweep.silent_s, 1), "metric": sweep.metric,
+        "budget": dict(sweep.budget), "trials": trials, "logs": {str(n): dict(line) for n, line in sweep.logs.items()},
+    }  # fmt: skip

@@ -6,7 +6,7 @@ workers; each further node has room for one. Writes the run's messages, with sec
 resize   starts with two workers; a node is killed; a node comes
 drain    starts with two workers on two of three nodes; one is announced to be taken away, and is 20 s later
 spare    two workers, no range; a node is killed, another is there
-lost     two workers, no range; a node is killed, and comes back 25 s later
+lost     two workers, no range; a node is killed, and comes back 40 s later
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main(scenario: str, recipe: str, output: str) -> None:
         run.event("killed")
         if scenario != "drain":
             if scenario == "lost":
-                time.sleep(25)
+                time.sleep(40)
                 add()
                 run.event("added")
             run.wait_for_message("resumed at step", told)

@@ -65,7 +65,7 @@ def test_a_run_goes_on_to_the_same_weights(
             "checkpoint.every": "3 steps",
             "method.name": "tests.cluster.slow_method:Slow",
             "method.optimizer.name": "sgd",
-            "method.optimizer.lr": 0.1,
+            "method.optimizer.lr": 0.01,
             "runtime.workers": workers,
             "runtime.worker_resources": {"worker": 0.5},
             "evaluation.test": False,
@@ -87,11 +87,11 @@ def test_a_run_goes_on_to_the_same_weights(
     assert lost[0] - begins <= FIXED_S + 18
     told = " | ".join(text for _, text in messages)
     if scenario == "resize":
-        assert len(resumed) == 2 and "there is room for 2 workers, 1 run: saving a checkpoint" in told
+        assert len(resumed) >= 2 and "there is room for 2 workers, 1 run: saving a checkpoint" in told
     if scenario == "drain":
         assert "is about to be taken away in 1" in told or "is about to be taken away in 2" in told
         assert "failed" not in told, "the workers had left before the node went"
     if scenario == "lost":
-        assert "waiting: no room for 2 workers" in told
+        assert "the 2 workers have not started yet" in told
     if scenario in ("spare", "lost", "resize"):
         assert "failed" in told

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [  # from the top; rooms of one floor do not import each other
     {"testing"},
     {"cli"},
-    {"train", "evaluate", "report", "prepare", "show_list", "show_config", "compare", "tune", "watch"},
+    {"train", "evaluate", "report", "prepare", "show_list", "show_config", "compare", "tune", "watch", "stop"},
     {"doctor"},
     {"tuning", "diagnosis"},
     {"training", "inference"},

@@ -13,7 +13,7 @@ HEAVY = {
     "torch", "torchvision", "torch._dynamo", "ray", "timm", "faiss", "scipy", "sklearn", "numba", "matplotlib", "pandas",
     "pytorch_metric_learning", "tensorboardX", "optuna", "plotly",
 }  # fmt: skip
-COMMANDS = ["train", "doctor", "prepare", "evaluate", "report", "watch"]
+COMMANDS = ["train", "doctor", "prepare", "evaluate", "report", "watch", "stop"]
 
 
 def imported(code: str, *arguments: object) -> tuple[set[str], str]:
@@ -49,7 +49,9 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         ("evaluate", ["a", "b", "--save", "x"], "--save goes with one run, got 2"),
         ("report", [], "the following arguments are required"),
         ("watch", ["--every", "0", "x"], "expected more than 0 seconds"),
-        ("watch", ["no_such"], "'no_such' is neither a sweep's folder nor a sweep"),
+        ("watch", ["no_such"], "'no_such' is neither a folder of a run or a sweep, nor"),
+        ("stop", ["--timeout", "-1", "x"], "expected 0 or more seconds"),
+        ("stop", ["no_such"], "'no_such' is neither a folder of a run or a sweep, nor"),
     ],
 )
 def test_bad_arguments_are_told_without_heavy_imports(command: str, arguments: list[str], says: str) -> None:
@@ -86,7 +88,9 @@ def test_evaluation_of_arrays_imports_what_it_needs(tmp_path: Path) -> None:
         ("pipeline.training.loop", {"matplotlib", "sklearn", "pandas", "pytorch_metric_learning"}),  # of a worker
         ("pipeline.training.start", {"matplotlib", "sklearn", "pandas", "pytorch_metric_learning"}),  # of the driver
         ("pipeline.tuning.write_answer", HEAVY),  # of commands that show a sweep, and of its driver
-        ("pipeline.tuning.watch_display", HEAVY),  # of a shell that watches a sweep
+        ("pipeline.tuning.watch_text", HEAVY),  # of a shell that watches a sweep
+        ("pipeline.runs.watch_run", HEAVY),  # of a shell that watches a run
+        ("pipeline.distributed.spot_notice", HEAVY),  # beside Ray on every node; Ray itself is loaded when it waits
         ("pipeline.diagnosis.node_facts", HEAVY),  # of a node that is asked what it is
         ("pipeline.data.write_store", HEAVY),  # of a task that prepares images
         ("pipeline.inference.embed", {"matplotlib", "sklearn", "pytorch_metric_learning"}),  # of a task that embeds

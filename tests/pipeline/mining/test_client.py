@@ -52,6 +52,9 @@ class Mortal:
             return gone
         return LocalTransport(self.server).call(method, *arguments)
 
+    def restart(self) -> None:
+        raise AssertionError("it always answers")
+
 
 @pytest.fixture
 def make_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -248,6 +251,56 @@ def test_puts_wait_when_too_many_are_on_their_way(make_client: MakeClient) -> No
     thread.join(10)
     client.wait(client.search(SearchRequest(1, 0, embeddings=VALUES[:1])))  # after all puts
     assert sent == list(range(6)) and client.status()[0]["rows"] == 6
+
+
+class Frozen:
+    """A server whose process stops at a call: nothing is answered any more, until it is started again."""
+
+    def __init__(self, stops_at: int) -> None:
+        self.server, self.calls, self.stops_at, self.restarts = MiningServer(), 0, stops_at, 0
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        self.calls += method not in ("status", "begin")
+        if self.calls >= self.stops_at and not self.restarts:
+            return Future()
+        return LocalTransport(self.server).call(method, *arguments)
+
+    def restart(self) -> None:
+        self.server, self.restarts = MiningServer(), self.restarts + 1
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_server_that_freezes_is_started_again_and_named(
+    make_client: MakeClient, shards: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    servers = [Frozen(stops_at=10**9) for _ in range(shards)]
+    servers[-1].stops_at = 3
+    client = make_client(servers, deadline_s=0.6)
+    for step in range(6):
+        put(client, slice(10 * step, 10 * step + 10), step)
+    found = client.wait(client.search(SearchRequest(60, 6, embeddings=VALUES[:1])))
+    assert sorted(found.ids[0].tolist()) == sorted(IDS[:60].tolist()), "every row is there"
+    assert [server.restarts for server in servers] == [0] * (shards - 1) + [1] and client.recoveries == 1
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert (
+        line.startswith(f"mining server {shards - 1}")
+        and "gives no sign of life for 0 s (half of mining.deadline_s)" in line
+    )
+
+
+def test_a_long_call_of_a_server_that_lives_is_waited_for(make_client: MakeClient) -> None:
+    class Busy(LocalTransport):
+        def call(self, method: str, *arguments: Any) -> Future[Any]:
+            if method != "search":
+                return super().call(method, *arguments)
+            out: Future[Any] = Future()
+            threading.Timer(1.0, lambda: out.set_result(LocalTransport.call(self, method, *arguments).result())).start()
+            return out
+
+    client = make_client([Busy(MiningServer())], deadline_s=0.3)
+    put(client, slice(0, 9), 0)
+    assert client.wait(client.search(SearchRequest(1, 0, embeddings=VALUES[:1]))).ids[0, 0] == IDS[0]
+    assert client.recoveries == 0
 
 
 def test_a_server_that_stays_away_ends_the_run_in_time(make_client: MakeClient) -> None:

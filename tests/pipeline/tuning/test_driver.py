@@ -20,7 +20,6 @@ from pipeline.tuning.sweep_folder import (
     RunProgress,
     SweepFolder,
     TrialRecord,
-    find_sweep,
     read_state,
     sweep_folder,
     write_state,
@@ -80,12 +79,6 @@ def test_a_later_start_owns_the_records(tmp_path: Path) -> None:
     (tmp_path / "trials" / "00003.json").write_text('{"number": 3}')
     with pytest.raises(UserError, match="is not the record of a trial"):
         second.read()
-
-
-def test_a_sweep_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAYDML_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="'x' is neither a sweep's folder nor a sweep in"):
-        find_sweep("x")
 
 
 def test_the_command_tells_bad_input_in_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -17,8 +18,9 @@ from rich.console import Console
 
 from pipeline import watch
 from pipeline.errors import RunError, UserError
+from pipeline.runs import following
+from pipeline.runs.following import Tables, follow, span
 from pipeline.storage import Folder
-from pipeline.tuning import watch_display
 from pipeline.tuning.sweep_folder import (
     STATE,
     SWEEP,
@@ -31,8 +33,7 @@ from pipeline.tuning.sweep_folder import (
     write_state,
 )
 from pipeline.tuning.watch import Snapshot, SweepReader, last_line
-from pipeline.tuning.watch_display import Tables, follow
-from pipeline.tuning.watch_text import as_lines, changes, span
+from pipeline.tuning.watch_text import as_lines, changes, sweep_view
 from tests.pipeline.tuning.synthetic import final, make_sweep, search
 
 
@@ -199,6 +200,25 @@ def test_an_old_sign_of_life_is_told(sweep: Sweep) -> None:
     assert "life" not in "\n".join(as_lines(SweepReader(sweep.folder).read()))
 
 
+def test_silence_is_of_the_watchers_own_clock_once_it_has_seen_a_sign_of_life(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other machine's clock is an hour behind, then an hour ahead."""
+    now = [1000.0]
+    monkeypatch.setattr("pipeline.tuning.watch.time.monotonic", lambda: now[0])
+    for wrong in (-3600, 3600):
+        reader = SweepReader(sweep.folder)
+        sweep.folder.write_json(STATE, {"state": "running", "heartbeat": time.time() + wrong, "message": ""})
+        reader.read()
+        now[0] += 5
+        sweep.folder.write_json(STATE, {"state": "running", "heartbeat": time.time() + wrong + 5, "message": ""})
+        assert reader.read().silent_s == 0
+        now[0] += 20
+        assert reader.read().silent_s == 0
+        now[0] += 20
+        assert reader.read().silent_s == 40
+
+
 # ---- what changed ----------------------------------------------------------------------------------------------------
 
 
@@ -239,8 +259,7 @@ def test_each_change_is_a_line(sweep: Sweep) -> None:
     write_state(sweep.folder, "running")
     alive = reader.read()
     assert list(changes(before, alive)) == ["the sweep runs"]
-    sweep.folder.write_json(STATE, {"state": "running", "heartbeat": time.time() - 100, "message": ""})
-    silent = reader.read()
+    silent = dataclasses.replace(alive, since_change=100.0)
     assert [line[:27] for line in changes(alive, silent)] == ["no sign of life for 100 s: "]
     assert list(changes(silent, alive)) == ["the sweep gives signs of life again"]
     write_state(sweep.folder, "stopped", "by Ctrl-C")
@@ -296,7 +315,7 @@ def test_a_storage_that_does_not_answer_is_waited_for(
         return read()
 
     monkeypatch.setattr(reader, "read", faulty)
-    assert follow(reader, first, 0.01).finished
+    assert follow(sweep_view(reader), first, 0.01).finished
     out = capsys.readouterr().out
     assert out.count("trying again: no answer") == 1 and out.count("trying again: OSError: gone") == 1
 
@@ -307,7 +326,7 @@ def test_a_terminal_gets_tables_that_are_drawn_again(sweep: Sweep, monkeypatch: 
     reader = SweepReader(sweep.folder)
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120, height=50, markup=False, emoji=False)
-    monkeypatch.setattr(watch_display, "Console", lambda **_: console)
+    monkeypatch.setattr(following, "Console", lambda **_: console)
 
     def end() -> None:
         time.sleep(0.2)
@@ -316,13 +335,13 @@ def test_a_terminal_gets_tables_that_are_drawn_again(sweep: Sweep, monkeypatch: 
 
     thread = threading.Thread(target=end)
     thread.start()
-    assert follow(reader, reader.read(), 0.05).finished
+    assert follow(sweep_view(reader), reader.read(), 0.05).finished
     thread.join()
     text = out.getvalue()
     assert "running trials" in text and "[red] is no colour" in text and "600" in text
     last = text.rsplit("made_up: ", 1)[1]
     assert "the sweep is finished" in last and "running trials" not in last and "13.00" in last
-    with Tables(console, reader.read()) as tables:
+    with Tables(sweep_view(reader), console, reader.read()) as tables:
         tables.tell("no answer")
     assert "no answer" in out.getvalue()
 
@@ -337,7 +356,7 @@ def test_bad_input_is_one_line(
         out, err = capsys.readouterr()
         assert not out and err.startswith("error: ") and err.count("\n") == 1 and says in err
 
-    refused("'no_such' is neither a sweep's folder nor a sweep in", "no_such")
+    refused("'no_such' is neither a folder of a run or a sweep, nor the name of one in", "no_such")
     refused("--every 0: expected more than 0 seconds", "made_up", "--every", "0")
     sweep.folder.write("trials/00000.json", b"{}")
     refused("trials/00000.json is not the record of a trial", "made_up")
@@ -353,7 +372,7 @@ def test_ctrl_c_ends_it(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(watch_display.time, "sleep", interrupt)
+    monkeypatch.setattr(following.time, "sleep", interrupt)
     before = sorted(os.walk(sweep.folder.path()))
     assert watch.main([str(sweep.folder)]) == 130
     assert sorted(os.walk(sweep.folder.path())) == before, "nothing is written"

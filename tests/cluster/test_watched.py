@@ -1,0 +1,99 @@
+"""A run on Ray as it is watched from outside: its state on the storage, its gauges, lines of its workers, and the stop request."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import stop, watch
+from pipeline.config import Config
+from pipeline.data.store import Store
+from pipeline.distributed.gauges import GAUGES, VALIDATION
+from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.run_folder import CONFIG, run_folder
+from pipeline.runs.run_state import read_run_state
+from pipeline.training.launch import run_on_ray
+from tests.cluster.nodes import wait_for
+from tests.cluster.test_ray import on_ray
+
+pytestmark = pytest.mark.cluster
+LOSS = "tests.cluster.loss_that_prints:LossThatPrints"
+
+
+def scrape(ray: Any, name: str) -> dict[str, float]:
+    """The values of one metric on all nodes, by the labels of ours."""
+    found = {}
+    for node in ray.nodes():
+        with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as page:
+            text = page.read().decode()
+        for labels, value in re.findall(rf"^ray_{name}\{{(.*)\}} (\S+)$", text, re.MULTILINE):
+            own = {key: v for key, v in re.findall(r'(\w+)="([^"]*)"', labels) if key in ("run", "rank", "metric")}
+            found[json.dumps(own, sort_keys=True)] = float(value)
+    return found
+
+
+def test_a_run_is_watched_and_stopped_from_outside(
+    ray_here: Any, make_config: Callable[..., Config], store: Store, capsys: pytest.CaptureFixture
+) -> None:
+    config = on_ray(
+        make_config({"length": "3000 epochs", "evaluation.every": "2 epochs", "evaluation.test": False}, name="seen"),
+        loader="in_process",
+    )
+    folder = run_folder(config)
+    folder.write(CONFIG, yaml.safe_dump(config.model_dump(mode="json")).encode())
+    messages: list[str] = []
+    ended: list[int | None] = []
+    thread = threading.Thread(
+        target=lambda: ended.append(
+            run_on_ray(config, store.folder.uri, lambda s: messages.extend(s["messages"]), ray_here)
+        )
+    )
+    thread.start()
+    try:
+        wait_for(lambda: bool((s := read_run_state(folder)) and s.best and len(s.workers) == 2), 90, "a validation")
+        assert watch.main([str(folder), "--once", "--json"]) == 0
+        seen = json.loads(capsys.readouterr().out)
+        assert seen["alive"] and seen["group"] == 1 and [worker["rank"] for worker in seen["workers"]] == [0, 1]
+        assert seen["progress"]["loss"] > 0 and seen["progress"]["total"] > seen["progress"]["step"] > 0
+        mine = json.dumps({"rank": "0", "run": "seen"})
+        wait_for(lambda: mine in scrape(ray_here, "raydml_loss"), 60, "the gauges")
+        for key in ("step", "epoch", "images_per_second", "loss"):
+            assert scrape(ray_here, GAUGES[key][0])[mine] > 0
+        assert 0 <= scrape(ray_here, GAUGES["waiting"][0])[mine] < 1
+        assert scrape(ray_here, VALIDATION[0])[json.dumps({"metric": "map@r", "rank": "0", "run": "seen"})] > 0
+    finally:
+        status = stop.main([str(folder), "--timeout", "100"])
+        thread.join(60)
+    out = capsys.readouterr().out
+    assert status == 0 and ended == [signal.SIGTERM]
+    assert " is stopped at step " in out and "the same command continues it" in out
+    latest = Checkpoints(folder).latest()
+    assert latest is not None and not latest.finished and any(f"stopped at step {latest.step}" in m for m in messages)
+
+
+@pytest.mark.slow
+def test_lines_of_workers_and_a_failure_name_rank_and_node(
+    ray_here: Any, make_config: Callable[..., Config], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYDML_PLUGIN_FOLDERS", str(Path(__file__).parents[2]))
+    config = on_ray(make_config({"method.loss": LOSS}, name="lines"), loader="in_process", max_failures=0)
+    messages: list[str] = []
+    with pytest.raises(Exception, match=r"^training failed: \[rank 1 @ [\d.]+\] .*ZeroDivisionError|division by zero"):
+        run_on_ray(config, store.folder.uri, lambda s: messages.extend(s["messages"]), ray_here)
+    told = [line for line in messages if "a warning of a user's loss" in line]
+    assert sorted(line.split("]")[0].split(" @")[0] for line in told) == ["[rank 0", "[rank 1"], messages
+    time.sleep(1)
+    logs = Path(ray_here._private.worker._global_node.get_logs_dir_path())
+    text = "\n".join(path.read_text(errors="replace") for path in logs.glob("worker-*"))
+    assert re.search(r"^.*\[rank 1 @ [\d.]+\] printed by a user's loss$", text, re.MULTILINE)
+    assert re.search(r"^\[rank 1 @ [\d.]+\] Traceback \(most recent call last\):$", text, re.MULTILINE)
