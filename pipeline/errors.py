@@ -44,6 +44,15 @@ def masked(text: str) -> str:
     return re.sub(r"(\w+://[^\s'\"?]*\?)[^\s'\"]*=[^\s'\"]*", r"\1***", text)
 
 
+def check_address_is_public(text: str, key: str = "") -> None:
+    """Raises UserError if an address holds a user, a password or a key, which would be seen wherever it is written."""
+    if masked(text) != text:
+        raise UserError(
+            f"{key}{': ' if key else ''}the address {masked(text)!r} holds a user, a password or a key: leave them out, and set the "
+            "credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+        )
+
+
 def one_line(error: BaseException) -> str:
     """An error's message, its lines joined by blanks, after the name of its class unless that is UserError or RunError.
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from pipeline.errors import RunError, UserError, masked, one_line
+from pipeline.errors import RunError, UserError, check_address_is_public, one_line
 
 _NO_ROOM = {
     errno.ENOSPC: "there is no space left on the disk",
@@ -62,11 +62,7 @@ class Folder:
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         text = os.fspath(uri)
         self.is_local = "://" not in text or text.startswith("file://")
-        if not self.is_local and masked(text) != text:  # it would be written to config.yaml, and seen in reports
-            raise UserError(
-                f"the address {masked(text)!r} holds a user, a password or a key: leave them out, and set the credentials in the "
-                "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
-            )
+        check_address_is_public(text)
         if self.is_local:
             text = os.path.expanduser(text.removeprefix("file://"))
             if text.split("/")[0].startswith("~"):
