@@ -51,7 +51,7 @@ def test_a_run_in_object_storage(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_values(bucket, store.folder.uri, changes)))
     assert train.main([str(recipe)]) == 0
-    assert evaluate.main([f"{bucket}/runs/tiny", "--embed-to", str(tmp_path / "embeddings")]) == 0
+    assert evaluate.main([f"{bucket}/runs/tiny", "--embed-to", str(tmp_path / "embeddings"), "--workers", "0"]) == 0
     assert show_config.main([str(recipe)]) == 0
     assert doctor.main([str(recipe), "--json", "--set", "name=other"]) == 0
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:9")
