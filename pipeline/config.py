@@ -28,7 +28,7 @@ from methods import METHODS, MethodConfig, method_class, method_names, plugins
 from methods.config import BaseConfig, Length
 from pipeline.config_problems import explain
 from pipeline.data.transforms import TransformConfig
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError, check_address_is_public, did_you_mean
 from pipeline.metric_names import metric_key, metric_keys
 from pipeline.storage import home
 
@@ -408,7 +408,14 @@ class Config(BaseConfig):
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
-    """Validates a mapping; a pydantic error becomes one line a problem."""
+    """Validates a mapping; a pydantic error becomes one line a problem.
+
+    Raises:
+        UserError: A key or a value cannot be, or an address holds a secret, which would be written to config.yaml and reports.
+    """
+    for key, value in _flatten(values):
+        if isinstance(value, str):
+            check_address_is_public(value, key)
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:

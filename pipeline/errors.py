@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 
@@ -37,12 +38,27 @@ class NonFiniteError(DivergedError):
     """A training step whose features, loss or gradient are not finite, raised on all ranks alike: it may be left out."""
 
 
+def masked(text: str) -> str:
+    """A text without the secrets that addresses in it hold: user and password, and what follows a question mark."""
+    text = re.sub(r"(?<=://)[^\s/@'\"]+@", "***@", text)
+    return re.sub(r"(\w+://[^\s'\"?]*\?)[^\s'\"]*=[^\s'\"]*", r"\1***", text)
+
+
+def check_address_is_public(text: str, key: str = "") -> None:
+    """Raises UserError if an address holds a user, a password or a key, which would be seen wherever it is written."""
+    if masked(text) != text:
+        raise UserError(
+            f"{key}{': ' if key else ''}the address {masked(text)!r} holds a user, a password or a key: leave them out, and set the "
+            "credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+        )
+
+
 def one_line(error: BaseException) -> str:
     """An error's message, its lines joined by blanks, after the name of its class unless that is UserError or RunError.
 
-    A remedy often stands in the second line; more than 1,000 characters are cut.
+    A remedy often stands in the second line; more than 1,000 characters are cut. Secrets in addresses are masked.
     """
-    text = joined_lines(error)
+    text = masked(joined_lines(error))
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
     return text if isinstance(error, (UserError, RunError)) else f"{type(error).__name__}: {text}".rstrip(": ")
 

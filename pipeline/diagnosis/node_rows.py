@@ -189,11 +189,10 @@ def limits(nodes: Sequence[NodeFacts], uses_ray: bool) -> list[Row]:
 
     def files(node: NodeFacts) -> Row:
         soft, hard = node.open_files
-        reachable = hard if uses_ray else soft  # Ray raises its own limit
+        reachable = hard if uses_ray else soft  # Ray raises its own
         change = f"raise it: ulimit -n {GOOD_OPEN_FILES}, or LimitNOFILE of the service"
         return graded(
             "open files", f"{soft:,} (at most {hard:,})", f"{MIN_OPEN_FILES:,} or more",
-            fails=change if uses_ray and reachable < MIN_OPEN_FILES else "",
             warning=change if reachable < MIN_OPEN_FILES else "",
         )  # fmt: skip
 

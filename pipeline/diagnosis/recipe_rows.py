@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,12 +10,13 @@ from pipeline.config import Config
 from pipeline.data import own_images
 from pipeline.data.store import Store
 from pipeline.diagnosis.rows import Row, graded
+from pipeline.distributed.ray_session import check_token, on_cluster
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.training.checks import check_dataset, check_machine, check_run, runtime_changes
-from pipeline.training.start import open_dataset
+from pipeline.training.start import open_dataset, uses_ray
 
 
 @dataclass
@@ -49,6 +51,8 @@ def check_recipe(config: Config) -> CheckedRecipe:
     )
     asked = f"{number} workers, {runtime.cpus_per_worker} CPUs and {runtime.gpus_per_worker:g} GPUs each"
     attempt("machine", asked, "what this machine has", lambda: _machine(config, asked))
+    if uses_ray(config) and not on_cluster():
+        attempt("home folder", "~/.ray", "a folder for the token of Ray", _home)
     attempt("run", config.name, "a new name, or a run of the same settings", lambda: _run(config))
     name = f"{config.model.backbone}, weights {config.model.weights}"
     attempt("network", name, "a backbone whose weights are there", lambda: _network(config, name))
@@ -64,6 +68,11 @@ def check_recipe(config: Config) -> CheckedRecipe:
 def _machine(config: Config, asked: str) -> Row:
     warnings = check_machine(config)
     return graded("machine", asked, "what this machine has", warning="; ".join(warnings))
+
+
+def _home() -> Row:
+    check_token()
+    return Row("home folder", "ok", os.path.expanduser("~"), "a folder for the token of Ray")
 
 
 def _run(config: Config) -> Row:

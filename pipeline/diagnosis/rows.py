@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.errors import masked
+
 Status = Literal["ok", "warning", "fails"]
 _STYLES = {"ok": "green", "warning": "yellow", "fails": "bold red"}
 WIDTH_OF_FILES = 160  # characters of a line where the table is not printed to a terminal
@@ -33,6 +35,10 @@ class Row:
     found: str
     expected: str
     change: str = ""
+
+    def shown(self) -> Row:
+        """The row as it is printed: secrets in addresses are masked."""
+        return Row(self.check, self.status, masked(self.found), masked(self.expected), masked(self.change))
 
 
 def graded(check: str, found: str, expected: str, *, fails: str = "", warning: str = "") -> Row:
@@ -81,7 +87,7 @@ def print_table(title: str, rows: Sequence[Row], console: Console | None = None)
     table.add_column("check", overflow="fold", min_width=12)
     for column, ratio in (("found", 3), ("expected", 2), ("what to change", 3)):
         table.add_column(column, overflow="fold", ratio=ratio)
-    for row in rows:
+    for row in (row.shown() for row in rows):
         table.add_row(
             row.status,
             row.check,
@@ -101,7 +107,7 @@ def print_table(title: str, rows: Sequence[Row], console: Console | None = None)
 
 def as_json(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     """The diagnosis as one object."""
-    return {"run": name, "status": worst(rows), "checks": [asdict(row) for row in rows]}
+    return {"run": name, "status": worst(rows), "checks": [asdict(row.shown()) for row in rows]}
 
 
 def size(num_bytes: float | int) -> str:

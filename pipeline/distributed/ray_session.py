@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ROOT, own_packages
-from pipeline.errors import UserError, joined_lines
+from pipeline.errors import UserError, joined_lines, one_line
 from pipeline.storage import Folder
 
 # Ray Train polls its workers this often; `report` waits for a poll.
@@ -59,6 +59,7 @@ def ray_session(cpus: int) -> Iterator[Any]:
                 f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be reached: {joined_lines(error)}"
             ) from error
     else:
+        check_token()
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that waits for spot nodes to end
         if any(Path(name).exists() for name in ("pipeline.py", "pipeline")) and Path.cwd() != Path(ROOT):
             # Ray's processes look into this folder first, where there is a `pipeline` of the user's.
@@ -70,6 +71,40 @@ def ray_session(cpus: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def check_token() -> None:
+    """Makes the token of a Ray that is started here, in the home folder and for this user alone, unless there is one.
+
+    Ray would make it by itself, but readable for every user of the machine.
+
+    Raises:
+        UserError: There is no home folder, or it cannot be written.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path(os.path.expanduser("~"), ".ray", "auth_token")
+    part = path.with_name(f".auth_token.{uuid.uuid4().hex}")
+    try:
+        if not path.is_absolute():
+            raise FileNotFoundError("HOME is not set, and the system does not know this user")
+        if path.exists():
+            if path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
+                path.chmod(0o600)
+            return
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(uuid.uuid4().hex)
+        with contextlib.suppress(FileExistsError):  # another process was first: its token counts
+            os.link(part, path)
+        part.unlink()
+    except OSError as error:
+        raise UserError(
+            f"Ray keeps the token of its processes in {path}, which cannot be written ({one_line(error)}): set HOME to a folder that "
+            "can be, or RAY_AUTH_TOKEN to a secret of your own; or train without Ray (runtime.workers=0, runtime.loader=in_process)"
+        ) from error
 
 
 def check_address(address: str) -> None:

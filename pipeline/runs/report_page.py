@@ -214,7 +214,7 @@ def _choose_queries(run: Folder, store: Store) -> Groups:
     """
     if not run.exists(NEIGHBOURS):
         return {}
-    with np.load(io.BytesIO(run.read(NEIGHBOURS))) as file:
+    with np.load(io.BytesIO(run.read(NEIGHBOURS)), allow_pickle=False) as file:
         columns = {name: file[name] for name in RetrievedNeighbours._fields}
     columns["neighbours"] = columns["neighbours"][:, :NEIGHBOURS_SHOWN]
     ids = np.append(columns["query"], columns["neighbours"])

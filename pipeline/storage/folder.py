@@ -21,16 +21,19 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from pipeline.errors import RunError, UserError, one_line
+from pipeline.errors import RunError, UserError, check_address_is_public, one_line
 
-_NO_ROOM = {
+_UNWRITABLE = {
     errno.ENOSPC: "there is no space left on the disk",
     errno.EDQUOT: "your share of the disk is used up",
     errno.EFBIG: "it is larger than a file may be here",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "this user may not write there",
+    errno.EPERM: "this user may not write there",
 }
 
 
-PROBE_BYTES = 4096  # a full disk still takes empty files
+PROBE_BYTES = 1024  # a full disk still takes empty files
 
 
 class FileVersion(NamedTuple):
@@ -62,8 +65,15 @@ class Folder:
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         text = os.fspath(uri)
         self.is_local = "://" not in text or text.startswith("file://")
+        check_address_is_public(text)
         if self.is_local:
-            text = os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
+            text = os.path.expanduser(text.removeprefix("file://"))
+            if text.split("/")[0].startswith("~"):
+                raise UserError(
+                    f"storage {text!r} is below a home folder that there is not (HOME is not set, or there is no such user): set HOME, "
+                    "or give an absolute path (RAYDML_HOME, storage, cache.folder)"
+                )
+            text = os.path.abspath(text)
         self.uri = text.rstrip("/") or "/"
         self._fs: Any = None
 
@@ -221,14 +231,14 @@ class Folder:
 
 @contextlib.contextmanager
 def disk_full_as_error(path: str | os.PathLike[str], num_bytes: int) -> Iterator[None]:
-    """A block that writes a file: no room for it becomes a RunError of one line, which says where and how much."""
+    """A block that writes a file: no room for it, or no right to, becomes a RunError of one line, which says where and how much."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _UNWRITABLE:
             raise
         raise RunError(
-            f"{path} ({num_bytes / 1e6:,.1f} MB) cannot be written: {_NO_ROOM[error.errno]} ({os.strerror(error.errno)}); "
+            f"{path} ({num_bytes / 1e6:,.1f} MB) cannot be written: {_UNWRITABLE[error.errno]} ({os.strerror(error.errno)}); "
             "make room, or write elsewhere"
         ) from error
 

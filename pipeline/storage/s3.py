@@ -27,7 +27,7 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
-from pipeline.errors import RunError, UserError
+from pipeline.errors import RunError, UserError, masked
 
 RETRY_TIMEOUT = "RAYDML_S3_RETRY_TIMEOUT_S"  # environment variable: seconds that the faults of one request may last
 RETRY_TIMEOUT_ALIAS = "RAYDML_S3_PATIENCE_S"  # its name in earlier versions
@@ -271,4 +271,4 @@ def _reason(error: BaseException) -> str:
         text = f"{status} {'' if code == str(status) else code} {error.response.get('Error', {}).get('Message', '')}"
     else:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return " ".join(text.split())
+    return masked(" ".join(text.split()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.data.prepare_store import emoji_store, prepare
 from pipeline.data.store import Store
 from pipeline.distributed import jobs
 from pipeline.distributed.ray_session import on_cluster, ray_session
-from pipeline.errors import UserError
+from pipeline.errors import RunError, UserError
 from pipeline.evaluation.build import num_classes
 from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
@@ -36,6 +37,8 @@ from pipeline.training.checks import (
     with_machine_defaults,
 )
 from pipeline.training.launch import run_in_process, run_on_ray, under_torchrun
+
+SHM_BYTES = 32 << 20  # free space of /dev/shm below which Ray's objects have no room
 
 
 def run(config: Config, fresh: bool = False) -> int | None:
@@ -79,13 +82,26 @@ def run(config: Config, fresh: bool = False) -> int | None:
         with Display(console) as display:
             uri = store.folder.uri
             if config.runtime.max_workers and not under_torchrun():
-                signal = run_on_ray(config, uri, display, ray)
+                try:
+                    signal = run_on_ray(config, uri, display, ray)
+                except ray.exceptions.RayError as error:
+                    raise ray_error(error) from error
             else:
                 signal = run_in_process(config, uri, display)
     if is_rank0 and is_finished(config, folder):
         write_report(folder, store)
         show_summary(folder)
     return signal
+
+
+def ray_error(error: Exception) -> RunError:
+    """One line about the end of Ray itself below a run, as when /dev/shm is full: its node's process is killed then."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    full = "/dev/shm" if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < SHM_BYTES else ""
+    cause = f"{full} is full: make room there" if full else "a node or its memory was lost: look into the logs of Ray"
+    return RunError(
+        f"Ray ended below the run ({first}); {cause}; the newest checkpoint is kept, the same command continues"
+    )
 
 
 def located(config: Config) -> Config:

@@ -127,7 +127,9 @@ def test_limits() -> None:
     assert status(node_rows.limits([other(shm_bytes=64 << 20)], uses_ray=True)) == ["warning", "ok"]
     assert status(node_rows.limits([other(shm_free_bytes=1 << 20)], uses_ray=True)) == ["warning", "ok"]
     assert status(node_rows.limits([other(shm_bytes=None)], uses_ray=True)) == ["warning", "ok"]
-    assert status(node_rows.limits([other(open_files=(256, 256))], uses_ray=True)) == ["ok", "fails"]
+    assert status(node_rows.limits([other(open_files=(256, 256))], uses_ray=True)) == ["ok", "warning"], (
+        "a run of one worker goes on"
+    )
     assert status(node_rows.limits([other(open_files=(256, 4096))], uses_ray=True)) == ["ok", "ok"]
     assert status(node_rows.limits([other(open_files=(256, 4096))], uses_ray=False)) == ["warning"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import evaluate, report, train
 from pipeline.data.cache import Cache, open_local_copy
 from pipeline.data.entries import Entry
 from pipeline.data.store import Store
@@ -18,6 +19,7 @@ from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError
 from pipeline.storage import Folder, disk_full_as_error
 from pipeline.testing.tiny import write_images
+from tests.pipeline.conftest import Base
 
 
 @pytest.fixture
@@ -39,13 +41,13 @@ def test_a_file_that_has_no_room_leaves_the_old_one(small_files: None, tmp_path:
     assert folder.read("x") == b"old" and folder.names() == ["x"], "neither, and nothing unfinished"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_only_a_lack_of_room_is_told_so(number: int) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES])
+def test_only_a_lack_of_room_or_of_rights_is_told_so(number: int) -> None:
     says = r"^/x/y \(3\.0 MB\) cannot be written: .*" + os.strerror(number)
     with pytest.raises(RunError, match=says), disk_full_as_error("/x/y", 3_000_000):
         raise OSError(number, os.strerror(number))
-    with pytest.raises(PermissionError), disk_full_as_error("/x/y", 3_000_000):
-        raise PermissionError(errno.EACCES, "no")
+    with pytest.raises(OSError, match="no"), disk_full_as_error("/x/y", 3_000_000):
+        raise OSError(errno.EIO, "no")
 
 
 def entries(root: Path, seed: int) -> list[Entry]:
@@ -68,3 +70,48 @@ def test_a_copy_that_has_no_room_leaves_nothing(store: Store, small_files: None,
     with pytest.raises(RunError, match=rf"^{tmp_path}/cache/tiny-.*cannot be written: it is larger"):
         open_local_copy(store, Cache(str(tmp_path / "cache"), 2**30), "train")
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.name != ".lock"] == []
+
+
+def test_a_report_that_has_no_room_leaves_the_earlier_one(
+    base: Base, small_files: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a finished run whose first report it would have been: `report` writes it when there is room."""
+    before = base.run.read("report.html")
+    assert report.main([base.run.uri]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {base.run}/report.html (") and "make room" in lines[0]
+    assert base.run.read("report.html") == before and not [n for n in base.run.names() if n.endswith(".part")]
+
+
+def test_embeddings_that_have_no_room_are_finished_later(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    target = Folder(tmp_path / "out")
+    command = [base.run.uri, "--split", "all", "--embed-to", target.uri, "--workers", "0"]
+    request.getfixturevalue("small_files")
+    assert evaluate.main(command) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {target}/part-000000000.parquet (") and "make room" in last
+    assert target.names() == ["embeddings.json"] and not target.read_json("embeddings.json")["complete"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert evaluate.main(command) == 0
+    assert target.read_json("embeddings.json")["complete"] and target.names() == [
+        "embeddings.json",
+        "part-000000000.parquet",
+    ]
+
+
+def test_a_read_only_storage_is_one_line_before_the_start(
+    base: Base, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "fsync", read_only)
+    before = base.files()
+    assert train.main([base.recipe({"name": "new"})]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: storage ") and "is not writable" in last and "the disk is read-only" in last
+    assert report.main([base.run.uri]) == 2
+    assert "the disk is read-only" in capsys.readouterr().err
+    assert {name: data for name, data in base.files().items() if "/new" not in name} == before
