@@ -245,8 +245,8 @@ class RuntimeConfig(BaseConfig):
 
     workers: _Workers = Field(
         1,
-        description="Ray Train workers; 0: this process, without Ray Train; {min: 1, max: 4}: as many as the cluster has room for, "
-        "also while nodes come and go",
+        description="Ray Train workers; 0: this process, without Ray Train; {min: 1, max: 4}: as many as there is room "
+        "for, also while nodes come and go",
     )
     cpus_per_worker: int | None = Field(
         None,

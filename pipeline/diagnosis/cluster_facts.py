@@ -23,7 +23,7 @@ def facts_of_nodes(ray: Any, wanted: Wanted, timeout_s: float = TIMEOUT_S) -> li
         timeout_s: Time after which a node counts as one that does not answer.
     """
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    answers = _ask(ray, list(nodes), gather, (wanted,), timeout_s)
+    answers = ask(ray, list(nodes), gather, (wanted,), timeout_s)
     answering = [node for node, (answer, _, _) in answers.items() if not isinstance(answer, str)]
     clocks = _clocks(ray, answering)
     facts = []
@@ -47,7 +47,7 @@ def _name(node: Mapping[str, Any], nodes: Mapping[str, Mapping[str, Any]]) -> st
     return address if alone else f"{address} {node['NodeID'][:6]}"
 
 
-def _ask(
+def ask(
     ray: Any, nodes: Sequence[str], function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float
 ) -> dict[str, tuple[Any, float, float]]:
     """Calls a function on every node; gives its result (text: why there is none), and when it was asked and answered."""
@@ -82,7 +82,7 @@ def _clocks(ray: Any, nodes: Sequence[str]) -> dict[str, tuple[float, float]]:
     """How far the clock of each node is ahead, and the largest error of that, seconds: by halves of a round trip."""
     best = dict.fromkeys(nodes, (0.0, float("inf")))
     for _ in range(_CLOCK_QUESTIONS):
-        for node, (there, asked, answered) in _ask(ray, nodes, clock, (), CLOCK_TIMEOUT_S).items():
+        for node, (there, asked, answered) in ask(ray, nodes, clock, (), CLOCK_TIMEOUT_S).items():
             error = (answered - asked) / 2
             if not isinstance(there, str) and error < best[node][1]:
                 best[node] = (there - (asked + answered) / 2, error)

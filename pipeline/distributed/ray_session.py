@@ -210,6 +210,20 @@ def draining_nodes(ray: Any) -> dict[str, int]:
     return {str(node): int(deadline) for node, deadline in state.get_draining_nodes().items()}
 
 
+def remove_placement_groups(ray: Any) -> None:
+    """Removes the placement groups that this job has left, where their owner died without giving them back.
+
+    Ray Train's own cleaner does so only where Ray runs with its dashboard.
+    """
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup
+
+    job = ray.get_runtime_context().get_job_id()  # the last part of the id of everything that the job has made
+    for identifier, group in ray.util.placement_group_table().items():
+        if group["state"] != "REMOVED" and identifier.endswith(job):
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identifier))))
+
+
 def _path_exists_on(ray: Any, node: str, path: str) -> bool:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

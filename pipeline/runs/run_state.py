@@ -214,6 +214,40 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def check_not_running(run: Folder) -> None:
+    """Waits, where the last start of a run left no word of its end, whether it gives another sign of life.
+
+    Raises:
+        UserError: It does: a second start would take the run from it.
+    """
+    before = read_run_state(run)
+    if before is None or before.ended or is_gone(before.host, before.pid):
+        return
+    seconds = 2.5 * before.every_s
+    say(
+        f"{run} has no word of the end of its last start, on {before.host}: looking up to {seconds:g} s whether it still runs"
+    )
+    found = wait_for_change(run, before, seconds)
+    if not found.ended and (found.token, found.beat) != (before.token, before.beat):
+        raise UserError(
+            f"run {run} is running (on {found.host}, process {found.pid}, step {found.progress.get('step', 0)}): wait for its end, "
+            f"stop it with `raydml stop {run}`, or give this run another name"
+        )
+
+
+def is_gone(host: str, pid: int) -> bool:
+    """True if a process of this machine has ended; of those of other machines nothing is known."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
 def wait_for_change(run: Folder, before: RunState, seconds: float) -> RunState:
     """The first state whose counter differs from `before`, or the one found after so many seconds of this clock."""
     deadline = time.monotonic() + seconds

@@ -117,7 +117,8 @@ class WorkerNumber:
             self.places.ask(0)  # they would take the places that Ray Train starts the workers in
             if self._was_running:
                 self._began_at, self._was_running = now, False
-            self._tell_waiting(f"the {self.runtime.min_workers} workers have not started yet")
+            least = self.runtime.min_workers
+            self._tell_waiting(f"the {f'{least} workers have' if least > 1 else 'worker has'} not started yet")
             return None
         if not self._was_running:
             self._began_at, self._was_running = now, True

@@ -25,6 +25,7 @@ from pipeline.console import say
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
+from pipeline.distributed.ray_session import remove_placement_groups
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy, start_status, worker_label
 from pipeline.distributed.worker_log import log_failure, worker_log
 from pipeline.errors import DivergedError, RunError, UserError, one_line
@@ -191,6 +192,8 @@ def run_on_ray(
     servers = mining_servers(config, ray)
     loop_config = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
     stop_times: list[float] = []
+    controller_failures = 0
+    in_driver = ray.get_runtime_context().get_actor_id() is None  # a trial shares its job with others
 
     def stop() -> None:
         stop_times.append(time.monotonic())
@@ -218,6 +221,16 @@ def run_on_ray(
                         actor.restart.remote(reason)
                 if (failure := ray.get(actor.failure.remote())) is not None:
                     raise failure
+                if (
+                    isinstance(fit.error, ray.exceptions.RayActorError)
+                    and controller_failures < config.runtime.max_failures
+                ):
+                    controller_failures += 1
+                    actor.add_message.remote("Ray Train's controller died: starting again")
+                    actor.workers_failed.remote({})
+                    if in_driver:
+                        remove_placement_groups(ray)
+                    continue
                 if fit.error is not None:
                     cause = root_cause(fit.error, lambda rank: ray.get(actor.label.remote(rank)))
                     raise RunError(f"training failed: {cause}")

@@ -22,6 +22,7 @@ from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.report_page import write_report
 from pipeline.runs.run_folder import CHANGES, CONFIG, DATASET, REPORT, SUMMARY, read_changes, run_folder
+from pipeline.runs.run_state import check_not_running
 from pipeline.runs.summary import finished_length
 from pipeline.runs.terminal import Display, show_summary
 from pipeline.storage import Folder
@@ -59,6 +60,8 @@ def run(config: Config, fresh: bool = False) -> int | None:
         show_summary(folder)
         return None
     store = check_input(config)
+    if is_rank0:
+        check_not_running(folder)
     with ExitStack() as stack:
         ray: Any = None
         if uses_ray(config):

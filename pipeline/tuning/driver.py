@@ -44,9 +44,11 @@ from pipeline.tuning.space import Space
 from pipeline.tuning.sweep_config import SweepConfig
 from pipeline.tuning.sweep_file import check_same_sweep, dump_sweep, read_sweep
 from pipeline.tuning.sweep_folder import (
+    HEARTBEAT_S,
     SWEEP,
     SweepFolder,
     TrialRecord,
+    check_not_running,
     read_state,
     sweep_folder,
     write_state,
@@ -55,7 +57,6 @@ from pipeline.tuning.trial import Trial
 from pipeline.tuning.tune_parts import Recorder, StopWhen, SweepSearcher
 from pipeline.tuning.write_answer import write_answer
 
-HEARTBEAT_S = 5.0
 ANSWER_EVERY_S = 120.0  # sweep.html and leaderboard.csv while the sweep runs
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs write their own logs
@@ -105,6 +106,7 @@ def run_sweep(
     stores = check_sweep(sweep)
     folder = sweep_folder(sweep.storage, sweep.name)
     folder.check_writable()
+    check_not_running(folder)
     sweep_records = SweepFolder(folder)
     if fresh:
         remove_sweep(sweep, folder)

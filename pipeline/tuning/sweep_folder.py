@@ -17,12 +17,16 @@ No module here imports PyTorch: the records can be shown while the sweep runs, f
 from __future__ import annotations
 
 import math
+import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from pipeline.console import say
 from pipeline.errors import RunError, UserError
+from pipeline.runs.run_state import is_gone
 from pipeline.storage import Folder, home
 
 SWEEP = "sweep.yaml"
@@ -32,6 +36,8 @@ ENSEMBLES = "ensembles.json"
 STATE = "state.json"
 LEADERBOARD = "leaderboard.csv"
 PAGE = "sweep.html"
+HEARTBEAT_S = 5.0  # between two signs of life of the command
+SILENCE_S = 2.5 * HEARTBEAT_S
 
 State = Literal["running", "finished", "stopped", "failed"]
 STATES: tuple[State, ...] = get_args(State)
@@ -226,17 +232,44 @@ class SweepState:
         state: "stopped": by a signal; "failed": some trial failed.
         heartbeat: When its command gave the newest sign of life, seconds since 1970.
         message: What it said last.
+        hours: Wall time of all starts.
+        host, pid: Of the command.
     """
 
     state: State
     heartbeat: float
     message: str = ""
     hours: float = 0.0
+    host: str = ""
+    pid: int = 0
 
 
 def write_state(folder: Folder, state: State, message: str = "", hours: float = 0.0) -> None:
     """Writes whether a sweep runs, and with it a sign of life."""
-    folder.write_json(STATE, asdict(SweepState(state, time.time(), message, hours)))
+    folder.write_json(STATE, asdict(SweepState(state, time.time(), message, hours, socket.gethostname(), os.getpid())))
+
+
+def check_not_running(folder: Folder) -> None:
+    """Waits, where a sweep's last command left no word of its end, whether it gives another sign of life.
+
+    Raises:
+        UserError: It does: a second command would take the sweep from it.
+    """
+    before = read_state(folder)
+    if before is None or before.state != "running" or is_gone(before.host, before.pid):
+        return
+    say(f"{folder} has no word of the end of its last start: looking up to {SILENCE_S:g} s whether it still runs")
+    deadline = time.monotonic() + SILENCE_S
+    while time.monotonic() < deadline:
+        found = read_state(folder)
+        if found is None or found.state != "running":
+            return
+        if found.heartbeat != before.heartbeat:
+            raise UserError(
+                f"sweep {folder} is running (on {found.host}, process {found.pid}): wait for its end, stop it with "
+                f"`raydml stop {folder}`, or give this sweep another name"
+            )
+        time.sleep(0.5)
 
 
 def read_state(folder: Folder) -> SweepState | None:

@@ -148,7 +148,7 @@ def test_a_job_finishes_and_another_one_is_stopped_with_a_checkpoint(
 
     settings = ["name=stopped", "length=100000 steps", "checkpoint.every=100000 steps"]
     assert cluster.submit("--no-wait", "--submission-id", "stopped", settings=settings).returncode == 0
-    wait_for(lambda: bucket.exists("runs/stopped/metrics.jsonl"), 120, "the second job's first steps")
+    wait_for(lambda: bucket.exists("runs/stopped/metrics.jsonl"), 240, "the second job's first steps")
     assert max(saved_steps(bucket), default=0) == 0
     done = cluster.job("stop", "stopped")
     assert done.returncode == 0 and "was stopped" in done.stdout, done.stdout + done.stderr

@@ -59,6 +59,7 @@ BREAKS: list[tuple[str, str, str, str]] = [  # file, text, what replaces it, wha
     ("aws.yaml", "us-west-2a", "AKIAABCDEFGHIJKLMNOP", "holds an access key"),
     ("slurm.sh", "set -euo pipefail", "x=0123456789abcdef0123456789abcdef0", "holds a hexadecimal token"),
     ("gcp.yaml", "distributed.spot_notice", "distributed.spot_notices", "python -m pipeline.distributed.spot_notices: no such module"),
+    ("slurm.sh", "-m pipeline.train", "-m pipelin.train", "python -m pipelin.train: no such module"),
     ("gcp.yaml", "docs/guides/clusters.md", "docs/guides/cluster.md", "docs/guides/cluster.md: no such file"),
     ("kuberay-job.yaml", "baseline/sop_bninception", "baseline/sop_bn", "did you mean the preset 'baseline/sop_bninception'"),
     ("kuberay-job.yaml", "runtime.gpus_per_worker", "runtime.gpus", "runtime.gpus"),
@@ -80,7 +81,8 @@ BREAKS: list[tuple[str, str, str, str]] = [  # file, text, what replaces it, wha
     ("aws.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", "dashboard-host 0.0.0.0: expected 127.0.0.1"),
     ("aws.yaml", "--cloud aws", "--cloud gcp", "spot nodes without a watcher"),
     ("aws.yaml", "raydml:0.1.0-cpu", "raydml:latest", "raydml:latest: expected"),
-    ("aws.yaml", "raydml:0.1.0-cuda", "raydml:0.1.0-cpu", "gpu_spot: has GPUs, but its image is not the variant cuda"),
+    ("aws.yaml", "raydml:0.1.0-cuda", "raydml:0.1.0-cpu", "gpu_spot: image registry.example.org/team/raydml:0.1.0-cpu: expected the variant cuda"),
+    ("aws.yaml", "raydml:0.1.0-cpu", "ours:latest", "ours:latest: expected a tag with a version"),
     ("aws.yaml", "type: aws", "type: azure", "provider.type 'azure': expected one of aws, gcp"),
     ("gcp.yaml", "availability_zone", "availabilty_zone", "provider.availabilty_zone: unknown to Ray"),
     ("gcp.yaml", "provisioningModel: SPOT", "provisioningModel: SPOTS", "provisioningModel 'SPOTS': unknown to Compute Engine; did you mean 'SPOT'?"),
@@ -108,7 +110,7 @@ BREAKS: list[tuple[str, str, str, str]] = [  # file, text, what replaces it, wha
     ("kuberay-cluster.yaml", "enableInTreeAutoscaling: true", "enableInTreeAutoscaling: false", "idle GPU pods would stay"),
     ("kuberay-cluster.yaml", "terminationGracePeriodSeconds: 120", "terminationGracePeriodSeconds: 60", "terminationGracePeriodSeconds 60: expected 110"),
     ("kuberay-cluster.yaml", "preStop", "postStart", "spot pods without a preStop hook"),
-    ("kuberay-cluster.yaml", "raydml:0.1.0-cuda", "raydml:0.1.0-cpu", "asks for a GPU, but its image is not the variant cuda"),
+    ("kuberay-cluster.yaml", "raydml:0.1.0-cuda", "raydml:0.1.0-cpu", "gpu-spot: image registry.example.org/team/raydml:0.1.0-cpu: expected the variant cuda"),
     ("kuberay-cluster.yaml", "labels: {ray.io/market-type: on-demand}", "labels: {a: b}", "expected the label ray.io/market-type: on-demand"),
     ("kuberay-cluster.yaml", "{name: RAY_JOB_STOP_WAIT_TIME_S, ", "{name: WANDB_API_KEY, ", "the variable WANDB_API_KEY holds a secret's value"),
     ("kuberay-cluster.yaml", 'value: "120"', 'value: "3"', "RAY_JOB_STOP_WAIT_TIME_S of the head is 3"),
@@ -199,3 +201,19 @@ def test_the_token_is_neither_committed_nor_uploaded_nor_in_an_image(ignore: str
 def test_variants_of_the_image_are_those_of_the_dockerfile() -> None:
     assert set(re.findall(r"AS torch-(\w+)", shipped("Dockerfile"))) == set(VARIANTS)
     assert set(re.findall(r"VARIANT=(\w+)", shipped("Dockerfile"))) == set(VARIANTS)
+
+
+def test_ray_is_never_started_open_in_the_documentation() -> None:
+    """`ray start --head` starts without authentication where it finds no token."""
+    blocks = [
+        b
+        for page in (ROOT / "docs").rglob("*.md")
+        for b in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    starting = [block for block in blocks if "ray start --head" in block]
+    assert starting and all("RAY_AUTH_MODE=token" in block.split("ray start --head")[0] for block in starting)
+
+
+def test_images_of_a_users_own_are_accepted() -> None:
+    assert problems(re.sub(r"raydml:0\.1\.0-\w+", "ours:7", shipped("aws.yaml")), "aws.yaml") == []
+    assert problems(re.sub(r"raydml:0\.1\.0-\w+", "ours:7", shipped("kuberay-job.yaml")), "x.yaml") == []

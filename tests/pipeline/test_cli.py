@@ -224,7 +224,8 @@ def test_a_printed_config_reads_back_equal(name: str, raydml: Raydml, tmp_path: 
 def test_meanings_stand_above_their_keys(raydml: Raydml) -> None:
     lines = raydml("config")[1].splitlines()
     assert lines[lines.index("  backbone: tf_efficientnet_lite0") - 1].startswith("  # a timm model, hf-hub:OWNER/NAME")
-    assert lines[lines.index("  workers: 1") - 1] == "  # * Ray Train workers; 0: this process, without Ray Train"
+    workers = lines.index("  workers: 1")
+    assert lines[workers - 2].startswith("  # * Ray Train workers; 0: this process, without Ray Train")
     assert lines[lines.index("seed: 0") - 1].startswith("# seed of all")
 
 

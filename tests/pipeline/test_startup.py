@@ -13,7 +13,7 @@ HEAVY = {
     "torch", "torchvision", "torch._dynamo", "ray", "timm", "faiss", "scipy", "sklearn", "numba", "matplotlib", "pandas",
     "pytorch_metric_learning", "tensorboardX", "optuna", "plotly",
 }  # fmt: skip
-COMMANDS = ["train", "prepare", "evaluate", "report", "watch", "stop"]
+COMMANDS = ["train", "doctor", "prepare", "evaluate", "report", "watch", "stop"]
 
 
 def imported(code: str, *arguments: object) -> tuple[set[str], str]:
@@ -39,6 +39,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         ("train", ["--sed", "x"], "unrecognized arguments"),
         ("train", ["baseline/emojy"], "did you mean the preset 'baseline/emoji'"),
         ("train", ["--set", "seed"], "expected KEY=VALUE"),
+        ("doctor", ["baseline/emojy"], "did you mean the preset 'baseline/emoji'"),
+        ("train", ["--dry-run", "--set", "seed"], "expected KEY=VALUE"),
         ("prepare", ["emojy"], "invalid choice: 'emojy'"),
         ("prepare", ["emoji", "--folds", "1"], "--folds has to be at least 2"),
         ("evaluate", ["--split", "x", "run"], "invalid choice: 'x'"),
@@ -88,6 +90,8 @@ def test_evaluation_of_arrays_imports_what_it_needs(tmp_path: Path) -> None:
         ("pipeline.tuning.write_answer", HEAVY),  # of commands that show a sweep, and of its driver
         ("pipeline.tuning.watch_text", HEAVY),  # of a shell that watches a sweep
         ("pipeline.runs.watch_run", HEAVY),  # of a shell that watches a run
+        ("pipeline.distributed.spot_notice", HEAVY),  # beside Ray on every node; Ray itself is loaded when it waits
+        ("pipeline.diagnosis.node_facts", HEAVY),  # of a node that is asked what it is
         ("pipeline.data.write_store", HEAVY),  # of a task that prepares images
         ("pipeline.inference.embed", {"matplotlib", "sklearn", "pytorch_metric_learning"}),  # of a task that embeds
     ],

@@ -102,10 +102,9 @@ def _group(group: dict[str, Any], name: str, market: str) -> Iterator[str]:
     }
     yield from _core(pod, f"{name}'s pod")
     spec, container = template.get("spec") or {}, _container(group)
-    yield from text.image(container.get("image"))
     gpus = ((container.get("resources") or {}).get("limits") or {}).get("nvidia.com/gpu")
-    if gpus and not str(container.get("image")).endswith("-cuda"):
-        yield f"{name}: asks for a GPU, but its image is not the variant cuda"
+    for problem in text.image(container.get("image"), gpu=bool(gpus)):
+        yield f"{name}: {problem}"
     if (group.get("labels") or {}).get("ray.io/market-type") != market:
         yield f"{name}: expected the label ray.io/market-type: {market}"
     if not (spec.get("securityContext") or {}).get("runAsNonRoot"):

@@ -48,12 +48,9 @@ def problems(config: dict[str, Any]) -> Iterator[str]:
         spot = _is_spot(machine)
         if spot != ((node.get("labels") or {}).get("ray.io/market-type") == "spot"):
             yield f"{name}: the label ray.io/market-type has to say whether it is a spot node, which it is {'' if spot else 'not '}here"
-        image = (node.get("docker") or {}).get("worker_image")
-        if image is not None:
-            yield from text.image(image)
-        image = image or (config.get("docker") or {}).get("image")
-        if image and (node.get("resources") or {}).get("GPU") and not str(image).endswith("-cuda"):
-            yield f"{name}: has GPUs, but its image is not the variant cuda"
+        image = (node.get("docker") or {}).get("worker_image") or (config.get("docker") or {}).get("image")
+        for problem in text.image(image, gpu=bool((node.get("resources") or {}).get("GPU"))) if image else ():
+            yield f"{name}: {problem}"
     if _is_spot(
         (config.get("available_node_types") or {}).get(config.get("head_node_type"), {}).get("node_config") or {}
     ):
@@ -86,7 +83,7 @@ def _schema(config: dict[str, Any]) -> Iterator[str]:
 def _docker_and_commands(config: dict[str, Any], kind: str) -> Iterator[str]:
     """Problems of what runs on the nodes: token, images, dashboard, spot watcher."""
     docker = config.get("docker") or {}
-    for key in ("image", "head_image", "worker_image"):
+    for key in ("head_image", "worker_image"):
         if key in docker:
             yield from text.image(docker[key])
     heads, workers = (config.get(f"{which}_start_ray_commands") or [] for which in ("head", "worker"))

@@ -12,6 +12,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from pipeline.errors import close_names
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VARIANTS = ("cpu", "cuda")  # stages torch-cpu and torch-cuda of cluster/Dockerfile
@@ -69,9 +71,9 @@ def secrets(text: str) -> Iterator[str]:
 
 
 def modules(text: str) -> Iterator[str]:
-    """Lines for `python -m` of modules that do not exist here."""
+    """Lines for `python -m` of modules of this program that do not exist; those of other packages are the user's."""
     for name in dict.fromkeys(re.findall(r"-m[,\s]+([a-z_][\w.]*)", without_comments(text))):
-        if name != "venv" and (name.split(".")[0] != "pipeline" or _missing(name)):
+        if close_names(name.split(".")[0], ["pipeline"]) and _missing(name):
             yield f"python -m {name}: no such module here"
 
 
@@ -106,11 +108,22 @@ def paths(text: str) -> Iterator[str]:
             yield f"{path}: no such file here"
 
 
-def image(name: Any) -> Iterator[str]:
-    """Lines for an image whose tag is not one that cluster/Dockerfile makes for this version."""
-    expected = [f"raydml:{PROJECT['version']}-{variant}" for variant in VARIANTS]
-    if str(name).rsplit("/", 1)[-1] not in expected:
-        yield f"image {name}: expected .../{' or .../'.join(expected)}, which cluster/Dockerfile makes"
+def image(name: Any, gpu: bool = False) -> Iterator[str]:
+    """Lines for an image without a version, or one named raydml that cluster/Dockerfile does not make.
+
+    Args:
+        name: With registry and tag.
+        gpu: Whether it is for a node with GPUs.
+    """
+    last = str(name).rsplit("/", 1)[-1]
+    made = [f"raydml:{PROJECT['version']}-{variant}" for variant in VARIANTS]
+    if not last.startswith("raydml:"):  # an image of the user's own
+        if last.endswith(":latest") or not re.search(r":.|@sha256:", last):
+            yield f"image {name}: expected a tag with a version, so that all nodes have the same one"
+    elif last not in made:
+        yield f"image {name}: expected .../{' or .../'.join(made)}, which cluster/Dockerfile makes"
+    elif gpu and not last.endswith("-cuda"):
+        yield f"image {name}: expected the variant cuda on nodes with GPUs"
 
 
 def ray_version(version: Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from methods import METHODS
 from pipeline.config import Config
 from pipeline.data.store import Store
+from pipeline.diagnosis import measured_step
 from pipeline.diagnosis.measured_step import StepProcess, StepTimeout, made_up_samples, measure
 from pipeline.errors import RunError
 
@@ -48,6 +50,7 @@ def test_a_worker_among_several_has_its_share(make_config: Callable[..., Config]
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_images(store: Store, make_config: Callable[..., Config]) -> None:
     """In processes of their own: the peak of this one is that of earlier tests."""
     small, large = (StepProcess(make_config({"data.transforms.size": size}), store.folder.uri) for size in (24, 192))
@@ -57,9 +60,27 @@ def test_memory_grows_with_the_images(store: Store, make_config: Callable[..., C
     )
 
 
-def test_a_step_that_cannot_be_made_says_why(make_config: Callable[..., Config], tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no prepared dataset in"):
-        StepProcess(make_config(), str(tmp_path / "nowhere")).result()
+@pytest.mark.parametrize(
+    ("changes", "uri", "said"),
+    [
+        ({}, "nowhere", "no prepared dataset in"),
+        ({"model.backbone": "resnet5O"}, None, "did you mean 'resnet50'"),
+    ],
+)
+def test_a_step_that_cannot_be_made_says_why(
+    changes: dict[str, Any],
+    uri: str | None,
+    said: str,
+    make_config: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = make_config(changes).model_dump(mode="json")
+    request = {"config": values, "store": uri and str(tmp_path / uri)}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+    assert measured_step.main() == 0
+    assert said in json.loads(capsys.readouterr().out)["error"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""What Ray asks Amazon for with cluster/aws.yaml, by Ray's own code against a simulated EC2 (moto)."""
+"""What Ray asks the clouds for with the shipped files, by Ray's own code against a simulated EC2 (moto) and Compute Engine."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,30 @@ def test_gpu_nodes_are_spot_instances_with_imdsv2_and_encrypted_disks(
         assert given["BlockDeviceMappings"][0]["Ebs"]["Encrypted"]
     instances = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
     assert sorted(i["InstanceType"] for i in instances) == ["g6.2xlarge", "m7i.2xlarge", "m7i.4xlarge"]
+
+
+def test_google_is_asked_for_a_spot_machine_in_the_own_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.auth.credentials import AnonymousCredentials
+    from googleapiclient.discovery import build
+    from googleapiclient.http import HttpMockSequence
+    from ray.autoscaler._private.gcp.config import _configure_subnet
+    from ray.autoscaler._private.gcp.node import GCPCompute
+    from ray.autoscaler._private.util import prepare_config
+
+    config = _configure_subnet(prepare_config(yaml.safe_load(shipped("gcp.yaml"))), None)  # asks nobody for a network
+    kinds = config["available_node_types"]
+    cloud = HttpMockSequence([({"status": "200"}, '{"name": "launch"}')] * len(kinds))
+    monkeypatch.setattr(GCPCompute, "get_new_authorized_http", lambda self, http: cloud)
+    compute = build("compute", "v1", credentials=AnonymousCredentials())
+    provider = GCPCompute(compute, "mine", config["provider"]["availability_zone"], config["cluster_name"])
+    for name, node in kinds.items():
+        labels = {"ray-node-name": f"ray-raydml-{name}", "ray-user-node-type": name}
+        provider.create_instance(node["node_config"], labels, wait_for_operation=False)
+    asked = [json.loads(body) for _, _, body, _ in cloud.request_sequence]
+    assert [given.get("scheduling", {}).get("provisioningModel") for given in asked] == [None, None, "SPOT"]
+    assert {given["networkInterfaces"][0]["subnetwork"].rsplit("/", 1)[-1] for given in asked} == {"raydml"}
+    assert [given["machineType"].rsplit("/", 1)[-1] for given in asked] == [
+        "n2-standard-8",
+        "n2-standard-16",
+        "g2-standard-8",
+    ]
