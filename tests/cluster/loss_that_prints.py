@@ -24,6 +24,18 @@ class LossThatPrints(MultiSimilarityLoss):
         return super().forward(*arguments, **options)
 
 
+class LossThatFails(MultiSimilarityLoss):
+    """Fails on rank 1 in its third step in a way that a restart would not heal."""
+
+    calls = 0
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        if self.calls >= 3 and dist.is_initialized() and dist.get_rank() == 1:
+            raise ValueError("of rank 1 alone")
+        return super().forward(*arguments, **options)
+
+
 class LossThatHangs(MultiSimilarityLoss):
     """Hangs on rank 1 in its fifth step, unless the file `marker` is there."""
 

@@ -131,7 +131,8 @@ def test_a_stopped_server_is_found_named_and_started_again(
 ) -> None:
     """SIGSTOP: nobody waits for ever, and every answer is that of the undisturbed work."""
     servers = [RayTransport(actor) for actor in start_servers(ray_here, "stopped", 2)]
-    client = MiningClient(servers, SPEC, 1, Folder(tmp_path / "stopped"), deadline_s=20.0)
+    client = MiningClient(servers, SPEC, 1, Folder(tmp_path / "stopped"))
+    client.silent_s = 8.0
     client.begin(None)
     victim, searches = pid_of(servers[1]), iter(range(1000))
 
@@ -141,13 +142,11 @@ def test_a_stopped_server_is_found_named_and_started_again(
 
     started = time.monotonic()
     heard = Work(tmp_path, "stopped")(client, strike)
-    assert time.monotonic() - started < 60 and client.recoveries == 1
+    assert time.monotonic() - started < 8 + 120 and client.recoveries == 1
     assert_same(heard, expected(tmp_path))
     (line,) = (record.getMessage() for record in caplog.records if record.name == "pipeline.mining.request_log")
     assert (
-        line.startswith("mining server 1")
-        and f"(process {victim} on " in line
-        and "gives no sign of life for 1" in line
+        line.startswith("mining server 1") and f"(process {victim} on " in line and "gives no sign of life for " in line
     )
     client.close()
     for server in servers:

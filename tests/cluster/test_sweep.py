@@ -170,7 +170,7 @@ def test_a_sweep_is_asked_to_stop_and_its_runs_are_watched(
     thread.join()
     out = capsys.readouterr().out
     assert statuses == [0, 0] and result.signal == signal.SIGTERM
-    assert "alive: a sign of life every 2 s" in out and "validations" in out and "is stopped" in out
+    assert "alive: a sign of life every 2 s" in out and "map@r" in out and "is stopped" in out
     assert result.records[0].state == "running" and left_behind(ray_here) == []
     run = Folder(sweep.root) / "runs" / result.records[0].runs[0].name
     latest, state = Checkpoints(run).latest(), read_run_state(run)

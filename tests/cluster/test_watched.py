@@ -20,6 +20,7 @@ from pipeline import stop, watch
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.gauges import GAUGES, VALIDATION
+from pipeline.errors import RunError
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, run_folder
 from pipeline.runs.run_state import read_run_state
@@ -99,6 +100,18 @@ def test_lines_of_workers_and_a_failure_name_rank_and_node(
     text = "\n".join(path.read_text(errors="replace") for path in logs.glob("worker-*"))
     assert re.search(r"^.*\[rank 1 @ [\d.]+\] printed by a user's loss$", text, re.MULTILINE)
     assert re.search(r"^\[rank 1 @ [\d.]+\] Traceback \(most recent call last\):$", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_others_do_not_wait_for_a_rank_that_has_failed(
+    ray_here: Any, make_config: Callable[..., Config], store: Store
+) -> None:
+    """It has told its error and lives on; gloo's connections stay open, and the others wait in a collective."""
+    config = on_ray(make_config({"method.loss": f"{LOSSES}:LossThatFails"}, name="alone"), loader="in_process")
+    started = time.monotonic()
+    with pytest.raises(RunError, match=r"^step \d+: LossThatFails failed on a batch .*of rank 1 alone"):
+        run_on_ray(config, store.folder.uri, silent, ray_here)
+    assert time.monotonic() - started < 300
 
 
 STEADY = {
