@@ -210,18 +210,23 @@ def draining_nodes(ray: Any) -> dict[str, int]:
     return {str(node): int(deadline) for node, deadline in state.get_draining_nodes().items()}
 
 
-def remove_placement_groups(ray: Any) -> None:
-    """Removes the placement groups that this job has left, where their owner died without giving them back.
+def clean_up_after_controller(ray: Any) -> None:
+    """Gives back what Ray Train's controller held when it died: its placement groups, and the actor that watches over them.
 
-    Ray Train's own cleaner does so only where Ray runs with its dashboard.
+    That actor does the same, but only where Ray runs with its dashboard, and else waits for ever. Touches nothing of other jobs.
     """
-    from ray import PlacementGroupID
+    from ray import ActorID, PlacementGroupID
+    from ray._private.worker import global_worker
     from ray.util.placement_group import PlacementGroup
 
     job = ray.get_runtime_context().get_job_id()  # the last part of the id of everything that the job has made
     for identifier, group in ray.util.placement_group_table().items():
         if group["state"] != "REMOVED" and identifier.endswith(job):
             ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identifier))))
+    for actor in ray._private.state.actors().values():
+        if actor["ActorClassName"] == "PlacementGroupCleaner" and actor["State"] == "ALIVE" and actor["JobID"] == job:
+            core: Any = global_worker  # the actor has no name, by which the public interface could kill it
+            core.core_worker.kill_actor(ActorID(bytes.fromhex(actor["ActorID"])), True)
 
 
 def _path_exists_on(ray: Any, node: str, path: str) -> bool:

@@ -140,7 +140,7 @@ class EmbeddingMemory:
             self._features = torch.cat([self._features, self._features.new_empty((num_new, self.dim))])
             self._labels, self._ids = (torch.cat([t, t.new_empty(num_new)]) for t in (self._labels, self._ids))
             self._sequence_numbers = np.concatenate([self._sequence_numbers, np.empty(num_new, np.int64)])
-        positions = torch.from_numpy(slots).to(self._features.device)
+        positions = torch.tensor(slots, device=self._features.device)
         self._features[positions] = features.to(self._features)
         self._ids[positions] = ids.to(self._ids)
         self._labels[positions] = labels.to(self._labels)
@@ -149,7 +149,7 @@ class EmbeddingMemory:
     def changes_since(self, since: int) -> MemoryChanges:
         """Entries that a mirror of version `since` lacks; 0: all entries."""
         slots = np.flatnonzero(self._sequence_numbers[: self._count] >= since)
-        positions = torch.from_numpy(slots).to(self._features.device)
+        positions = torch.tensor(slots, device=self._features.device)
         features, ids, labels = (t[positions].cpu().numpy() for t in (self._features, self._ids, self._labels))
         return MemoryChanges(self.version, slots, features, ids, labels, self._sequence_numbers[slots])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -79,10 +80,13 @@ class RunContext:
         if ranks.world > 1:
             # find_unused_parameters: buckets are then never rebuilt after the first step, which would make a resumed run
             # differ in the last digits, and parameters may be frozen and thawed after wrapping.
-            # broadcast_buffers: only `local` statistics differ between ranks.
-            self.ddp = nn.parallel.DistributedDataParallel(
-                trunk, find_unused_parameters=True, broadcast_buffers=trunk.config.batch_norm == "local"
-            )
+            # Buffers are only sent where they differ between ranks: `local` statistics.
+            data_parallel: Any = nn.parallel.DistributedDataParallel
+            renamed = (
+                "forward_sync_buffers" in inspect.signature(data_parallel).parameters
+            )  # of later versions of PyTorch
+            option = {"forward_sync_buffers" if renamed else "broadcast_buffers": trunk.config.batch_norm == "local"}
+            self.ddp = data_parallel(trunk, find_unused_parameters=True, **option)
         self.clock = Clock()
         self.generator = seeded_generator(device, seed)
         self.shards: Sequence[slice] = ()

@@ -25,7 +25,7 @@ from pipeline.console import say
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
-from pipeline.distributed.ray_session import remove_placement_groups
+from pipeline.distributed.ray_session import clean_up_after_controller
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy, start_status, worker_label
 from pipeline.distributed.worker_log import log_failure, worker_log
 from pipeline.errors import DivergedError, RunError, UserError, one_line
@@ -43,6 +43,8 @@ STOPPING = "stopping: saving a checkpoint ..."
 HEALTH_CHECK_TIMEOUT = (
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # Ray Train's: a worker that does not answer is replaced
 )
+LOST_CONNECTION = "lost the connection to another worker"
+_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 STOP_TIMEOUT_S = 120  # after a stop request; the driver then ends, and with it the workers
 
 
@@ -229,7 +231,7 @@ def run_on_ray(
                     actor.add_message.remote("Ray Train's controller died: starting again")
                     actor.workers_failed.remote({})
                     if in_driver:
-                        remove_placement_groups(ray)
+                        clean_up_after_controller(ray)
                     continue
                 if fit.error is not None:
                     cause = root_cause(fit.error, lambda rank: ray.get(actor.label.remote(rank)))
@@ -384,19 +386,18 @@ def root_cause(error: BaseException, where: Callable[[int], str] = lambda rank: 
     """
     failures = dict(getattr(error, "worker_failures", None) or {})
     texts = {rank: _last_line(failure) for rank, failure in failures.items()}
-    for rank, text in sorted(texts.items(), key=lambda item: (_is_consequence(item[1]), item[0])):
+    for rank, text in sorted(texts.items(), key=lambda item: (item[1] == LOST_CONNECTION, item[0])):
         return f"{where(rank)} {text}"
     return _last_line(error)
 
 
-def _is_consequence(text: str) -> bool:
-    return any(
-        words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
-    )
-
-
 def _last_line(error: BaseException) -> str:
+    import ray
+
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "the process died: it was killed, or had no memory left"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    text = lines[-1] if lines else type(error).__name__
+    return LOST_CONNECTION if any(words in text for words in _LOST_CONNECTION) else text

@@ -226,4 +226,4 @@ def test_root_cause_of_a_failed_training() -> None:
     assert root_cause(outer) == "the cause"
     failed = RuntimeError("training failed")
     failed.worker_failures = {1: outer}
-    assert root_cause(failed) == "the cause" and root_cause(ValueError()) == "ValueError"
+    assert root_cause(failed) == "[rank 1] the cause" and root_cause(ValueError()) == "ValueError"

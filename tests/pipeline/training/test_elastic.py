@@ -77,8 +77,8 @@ def test_a_fixed_number_starts_at_once(cluster: PlayedCluster, make_config: Call
     told: list[str] = []
     workers = WorkerNumber(make_config({"runtime.workers": 3}), cluster, told.append)
     assert workers.choose(lambda: False) == 3 and not cluster.asked
-    assert check_for(cluster, workers, 50, running(0)) is None
-    assert told == ["waiting: no room for 3 workers yet (3 CPUs free; an autoscaler may be starting nodes)"] * 2
+    assert check_for(cluster, workers, 70, running(0)) is None
+    assert told == ["the 3 workers have not started yet (3 CPUs free; an autoscaler may be starting nodes)"] * 2
     assert check_for(cluster, workers, 500, running(3)) is None and not cluster.asked
 
 
@@ -102,8 +102,8 @@ def test_a_start_waits_for_the_smallest_number_and_says_so(
 ) -> None:
     workers, told = number
     cluster.room = 1
-    assert workers.choose(lambda: cluster.now > 1050) is None
-    assert len(told) == 2 and told[0].startswith("waiting: room for 1 of at least 2 workers (3 CPUs free")
+    assert workers.choose(lambda: cluster.now > 1070) is None
+    assert len(told) == 2 and told[0].startswith("waiting for room for 2 workers, there is room for 1 (3 CPUs free")
     assert not cluster.groups
 
 
