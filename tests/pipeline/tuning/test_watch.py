@@ -180,7 +180,7 @@ def test_the_state_of_a_sweep(sweep: Sweep) -> None:
     found = read_state(sweep.folder)
     assert found is not None and (found.state, found.message) == ("stopped", "by SIGTERM")
     assert abs(found.heartbeat - time.time()) < 5
-    assert set(sweep.folder.read_json(STATE)) == {"state", "heartbeat", "message", "hours"}
+    assert set(sweep.folder.read_json(STATE)) == {"state", "heartbeat", "message", "hours", "host", "pid"}
     for damaged in (b"{}", b"[]", b"", b'{"state": "no", "heartbeat": 1}', b'{"state": "failed", "heartbeat": "x"}'):
         sweep.folder.write(STATE, damaged)
         with pytest.raises(UserError, match=STATE):
