@@ -7,6 +7,9 @@ Two kinds of hang are found, both within `runtime.hang_timeout_s`:
 - A step does not end (a collective that another rank never joins, a lock, a loader that gives nothing). Every rank watches its own
   steps from a thread: it says so, writes the stacks of all its threads to its log, and ends its process.
 
+A rank that waits for one that has told an error and ended its training is found too: the connection stays open as long as that
+process lives, so it would wait for the time limit of the collective.
+
 Only training steps are watched, with the wait for their images: an evaluation, a checkpoint, an index that is built, a plan that is
 mined or the first images of an epoch may take any time. There, a collective ends after its own time limit (`collective_timeout`).
 """
@@ -44,6 +47,7 @@ class HangWatch:
         timeout_s: Longest time of a step; None: steps are not watched.
         say: Tells a line.
         beat: Gives a sign of life, with the present step.
+        failed: Whether some rank has told an error that ends the run.
         end: Ends the process.
     """
 
@@ -53,12 +57,14 @@ class HangWatch:
         timeout_s: float | None,
         say: Callable[[str], None],
         beat: Callable[[int], None] = lambda step: None,
+        failed: Callable[[], bool] = lambda: False,
         end: Callable[[], None] = end_process,
     ) -> None:
         self.label = label
         self.timeout_s = timeout_s
         self.say = say
         self.beat = beat
+        self.failed = failed
         self.end = end
         self._step = 0
         self._since: float | None = None
@@ -82,8 +88,13 @@ class HangWatch:
 
     def _watch(self) -> None:
         interval_s = LONGEST_INTERVAL_S if self.timeout_s is None else min(LONGEST_INTERVAL_S, self.timeout_s / 6)
+        told_failure = 0  # how often in a row
         while not self._done.is_set():
             self.beat(self._step)
+            told_failure = told_failure + 1 if self.failed() else 0
+            if told_failure == 3:  # time enough to find it by itself
+                self.end()
+                return
             since = self._since
             if self.timeout_s is not None and since is not None and time.monotonic() - since > self.timeout_s:
                 self.say(

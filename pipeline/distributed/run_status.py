@@ -182,14 +182,16 @@ class RunStatusProxy:
 
     Args:
         actor: Handle of a Ray actor of class `RunStatus`.
-        gauges: Shown to Prometheus as well.
+
+    Attributes:
+        gauges: Set with each progress and validation, if given.
     """
 
     PUBLISH_EVERY_S = 0.3
 
-    def __init__(self, actor: Any, gauges: RunGauges | None = None) -> None:
+    def __init__(self, actor: Any) -> None:
         self.actor = actor
-        self.gauges = gauges
+        self.gauges: RunGauges | None = None
         self._published = 0.0  # time of the last call
         self._phase: Any = None
         self._pending_answer: Any = None

@@ -39,7 +39,13 @@ def worker_log(label: str, tell: Callable[[str], None]) -> Iterator[None]:
         added.append(logging.StreamHandler())
     for handler in added:
         root.addHandler(handler)
-    plain = [h for h in root.handlers if h not in added[:1] and "json" not in type(h.formatter).__name__.lower()]
+    handlers = [h for h in root.handlers if h is not added[0]]
+    handlers += [
+        h.plain_handler for h in handlers if hasattr(h, "plain_handler")
+    ]  # of Ray's handler, which delegates to it
+    plain = [
+        h for h in handlers if "json" not in type(h.formatter).__name__.lower()
+    ]  # those lines have the rank in fields
     before = [(handler, handler.formatter) for handler in plain]
     for handler in plain:
         handler.setFormatter(LabelFormatter(label, handler.formatter))

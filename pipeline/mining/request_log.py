@@ -94,6 +94,7 @@ class RequestLog:
         self.folder = folder
         self.ordered = ordered
         self.deadline_s = deadline_s
+        self.silent_s = deadline_s / 2  # without a sign of life, after which a server is started again
         self.log_bytes = log_bytes
         self.recoveries = 0
         self.lag = 0  # puts before the newest search that its response did not reflect (async)
@@ -190,13 +191,13 @@ class RequestLog:
 
     @property
     def _ping_every_s(self) -> float:
-        return min(PING_EVERY_S, self.deadline_s / 6)
+        return min(PING_EVERY_S, self.silent_s / 3)
 
     def _check_life(self) -> None:
         """Asks the servers that owe an answer whether they live.
 
         Raises:
-            ServerGone: One has not said so for half of `deadline_s`; it is being started again.
+            ServerGone: One has not said so for `silent_s`; it is being started again.
         """
         now = time.monotonic()
         if not self._unanswered or now < self._next_ping:
@@ -208,7 +209,7 @@ class RequestLog:
                 del self._pings[shard]
                 if ping.exception() is None:
                     self._places[shard] = f" (process {ping.result()['pid']} on {ping.result()['host']})"
-            elif now - asked_at > self.deadline_s / 2:
+            elif now - asked_at > self.silent_s:
                 del self._pings[shard]
                 logger.warning(
                     "mining server %d%s gives no sign of life for %.0f s (half of mining.deadline_s): it is started again",

@@ -322,28 +322,29 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     import ray
     import ray.train.torch
 
-    config = build_config(loop_config["config"])
     context = ray.train.get_context()
     ranks = Ranks(context.get_world_rank(), context.get_world_size())
-    status = RunStatusProxy(loop_config["status"], RunGauges(config.name) if ranks.rank == 0 else None)
-    torch.set_num_threads(config.runtime.cpus_per_worker or 1)
-    if status.error_message() is not None:
-        return
-    place = {
-        "node": ray.get_runtime_context().get_node_id(),
-        "host": ray.util.get_node_ip_address(),
-        "pid": os.getpid(),
-    }
-    status.add_worker({"rank": ranks.rank, "world": ranks.world, **place})
-    label = worker_label(ranks.rank, place["host"])
-    watch = HangWatch(
-        label,
-        config.runtime.hang_timeout_s,
-        status.add_message,
-        lambda step: status.beat(ranks.rank, place["host"], os.getpid(), step),
-    )
-    with worker_log(label, status.add_message), watch:
-        _work(config, loop_config, ranks, status, watch)
+    host = ray.util.get_node_ip_address()
+    label = worker_label(ranks.rank, host)
+    status = RunStatusProxy(loop_config["status"])
+    with worker_log(label, status.add_message):
+        config = build_config(loop_config["config"])
+        if ranks.rank == 0:
+            status.gauges = RunGauges(config.name)
+        torch.set_num_threads(config.runtime.cpus_per_worker or 1)
+        if status.error_message() is not None:
+            return
+        place = {"node": ray.get_runtime_context().get_node_id(), "host": host, "pid": os.getpid()}
+        status.add_worker({"rank": ranks.rank, "world": ranks.world, **place})
+        watch = HangWatch(
+            label,
+            config.runtime.hang_timeout_s,
+            status.add_message,
+            lambda step: status.beat(ranks.rank, host, os.getpid(), step),
+            lambda: ranks.world > 1 and status.error_message() is not None,
+        )
+        with watch:
+            _work(config, loop_config, ranks, status, watch)
     status.leave(ranks.rank, os.getpid())
 
 

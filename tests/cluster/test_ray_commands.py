@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -156,6 +157,7 @@ def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head
     run = tmp_path / "storage" / "runs" / "tiny"
     assert json.loads((run / "summary.json").read_text())["step"] > 0
     assert (run / "report.html").exists()
+    assert "tiny" in train_tab(head), "Ray Train's state tracking is on where there is a dashboard"
     shipped = next(
         Path(head["RAY_TMPDIR"]).glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*/pipeline")
     ).parent
@@ -167,6 +169,15 @@ def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head
     assert wrong.returncode != 0
     ours = [line for line in wrong.stdout.splitlines() if line.startswith("error:")]
     assert set(ours) == {"error: unknown key 'method.optimizer.lrr': did you mean 'method.optimizer.lr'?"}
+
+
+def train_tab(environment: dict[str, str]) -> list[str]:
+    """Names of the runs that the tab Train of the dashboard shows."""
+    token = (Path(environment["HOME"]) / ".ray" / "auth_token").read_text()
+    address = f"{environment['RAY_ADDRESS']}/api/train/v2/runs/v1"
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return [run["name"] for run in json.load(answer)["train_runs"]]
 
 
 def hash_of(name: str) -> int:

@@ -126,6 +126,34 @@ def test_an_actor_killed_during_put_search_rebuild_and_snapshot(ray_here: Any, t
 
 
 @pytest.mark.slow
+def test_a_stopped_server_is_found_named_and_started_again(
+    ray_here: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SIGSTOP: nobody waits for ever, and every answer is that of the undisturbed work."""
+    servers = [RayTransport(actor) for actor in start_servers(ray_here, "stopped", 2)]
+    client = MiningClient(servers, SPEC, 1, Folder(tmp_path / "stopped"))
+    client.silent_s = 8.0
+    client.begin(None)
+    victim, searches = pid_of(servers[1]), iter(range(1000))
+
+    def strike(what: str) -> None:
+        if what == "search" and next(searches) == 8:
+            os.kill(victim, signal.SIGSTOP)
+
+    started = time.monotonic()
+    heard = Work(tmp_path, "stopped")(client, strike)
+    assert time.monotonic() - started < 8 + 120 and client.recoveries == 1
+    assert_same(heard, expected(tmp_path))
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "pipeline.mining.request_log")
+    assert (
+        line.startswith("mining server 1") and f"(process {victim} on " in line and "gives no sign of life for " in line
+    )
+    client.close()
+    for server in servers:
+        ray_here.kill(server.actor)
+
+
+@pytest.mark.slow
 def test_three_shards_one_of_them_killed(ray_here: Any, tmp_path: Path) -> None:
     heard, killed, recoveries = kill_while(ray_here, tmp_path, {"search8": 0.0}, 3, "three")
     assert_same(heard, expected(tmp_path))

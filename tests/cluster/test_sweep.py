@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from pipeline import stop, watch
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.inference.trained_model import load_run
+from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import read_changes, read_config
+from pipeline.runs.run_state import read_run_state
 from pipeline.storage import Folder
 from pipeline.training.launch import run_in_process
 from pipeline.tuning.driver import SweepResult, run_sweep
@@ -142,6 +145,36 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(ray_here: Any, store: Store,
     assert figures(results[0].records) == figures(results[1].records)
     assert [len(record.retried) for record in results[1].records] == [0, 1, 0, 0]
     assert left_behind(ray_here) == []
+
+
+@pytest.mark.slow
+def test_a_sweep_is_asked_to_stop_and_its_runs_are_watched(
+    ray_here: Any, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sweep = tiny_sweep(tmp_path, store, settings=settings("900 epochs"), final=None, trials_at_once=1, **WHOLE)
+    folder = sweep_folder(sweep.storage, sweep.name)
+    statuses: list[int] = []
+
+    def ask() -> None:
+        while not (names := [name for name in (Folder(sweep.root) / "runs").names()]):
+            time.sleep(0.1)
+        run = Folder(sweep.root) / "runs" / names[0]
+        while (state := read_run_state(run)) is None or not state.validations:
+            time.sleep(0.1)
+        statuses.append(watch.main([str(run), "--once"]))
+        statuses.append(stop.main([str(folder), "--timeout", "120"]))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    result = run_sweep(sweep)
+    thread.join()
+    out = capsys.readouterr().out
+    assert statuses == [0, 0] and result.signal == signal.SIGTERM
+    assert "alive: a sign of life every 2 s" in out and "map@r" in out and "is stopped" in out
+    assert result.records[0].state == "running" and left_behind(ray_here) == []
+    run = Folder(sweep.root) / "runs" / result.records[0].runs[0].name
+    latest, state = Checkpoints(run).latest(), read_run_state(run)
+    assert latest is not None and not latest.finished and state is not None and state.state == "stopped"
 
 
 def kill_when_it_trains(folder: SweepFolder, number: int, killed: list[int]) -> None:

@@ -85,6 +85,11 @@ def test_ray_is_started_on_all_nodes_and_trains_on_the_head(place: Path) -> None
     assert record["modes"].split() == ["600", "700", "65"]
 
 
+def test_another_address_of_the_head_can_be_given(place: Path) -> None:
+    assert submit(place, "photos.yaml", RAYDML_HEAD_ADDRESS="172.16.0.9").returncode == 0
+    assert (place / "record" / "python").read_text().startswith("172.16.0.9:24242 ")
+
+
 def test_the_token_is_removed_at_the_end(place: Path) -> None:
     submit(place, "photos.yaml", STATUS="1")
     assert list((place / "submitted").iterdir()) == []

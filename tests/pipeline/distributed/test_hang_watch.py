@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.config import Config
-from pipeline.distributed import run_status
+from pipeline.distributed import hang_watch, run_status
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
 from pipeline.distributed.run_status import RunStatus, worker_label
@@ -58,6 +58,17 @@ def test_without_a_time_nothing_is_watched() -> None:
         watch.begin_step(0)
         time.sleep(0.1)
     assert not ended
+
+
+def test_a_rank_that_waits_for_one_that_has_failed_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hang_watch, "LONGEST_INTERVAL_S", 0.05)
+    ended, failed = Ended(), []
+    with ended.watch(60.0, failed=lambda: bool(failed)):
+        time.sleep(0.3)
+        assert not ended
+        failed.append("no space")
+        time.sleep(0.4)
+    assert ended == ["ended"]
 
 
 def test_the_process_ends_although_its_thread_hangs(tmp_path: Path) -> None:
