@@ -89,14 +89,14 @@ def test_embeddings_that_have_no_room_are_finished_later(
     target = Folder(tmp_path / "out")
     command = [base.run.uri, "--split", "all", "--embed-to", target.uri, "--workers", "0"]
     request.getfixturevalue("small_files")
-    assert evaluate.main(command) == 1
+    assert evaluate.main(command) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {target}/part-000000000.parquet (") and "make room" in last
-    assert target.names() == ["embeddings.json"] and not target.read_json("embeddings.json")["complete"]
+    assert target.names() == ["_embeddings.json"] and not target.read_json("_embeddings.json")["complete"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert evaluate.main(command) == 0
-    assert target.read_json("embeddings.json")["complete"] and target.names() == [
-        "embeddings.json",
+    assert target.read_json("_embeddings.json")["complete"] and target.names() == [
+        "_embeddings.json",
         "part-000000000.parquet",
     ]
 
