@@ -38,7 +38,8 @@ from pipeline.distributed.ray_session import ray_session
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.testing.tiny import tiny_values, write_tiny_store
-from pipeline.training.launch import run_in_process, run_on_ray
+from pipeline.training.launch import run_in_process
+from pipeline.training.ray_train import run_on_ray
 
 TITLES = {  # part of a process's title
     "worker": "RayTrainWorker",

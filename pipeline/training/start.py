@@ -36,7 +36,8 @@ from pipeline.training.checks import (
     runtime_changes,
     with_machine_defaults,
 )
-from pipeline.training.launch import run_in_process, run_on_ray, under_torchrun
+from pipeline.training.launch import run_in_process, under_torchrun
+from pipeline.training.ray_train import run_on_ray
 
 SHM_BYTES = 32 << 20  # free space of /dev/shm below which Ray's objects have no room
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray.train
 
-from pipeline.training.launch import root_cause
+from pipeline.training.ray_train import root_cause
 
 _UserCallback: Any = ray.train.UserCallback  # its annotations are those of an earlier interface
 

@@ -34,8 +34,9 @@ from pipeline.runs.run_folder import SUMMARY, run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 from pipeline.training.checks import check_dataset, runtime_changes
-from pipeline.training.launch import device_of, mining_servers, no_space_error, run_on_ray, state_writer
+from pipeline.training.launch import device_of, no_space_error, state_writer
 from pipeline.training.loop import Worker
+from pipeline.training.ray_train import mining_servers, run_on_ray
 from pipeline.training.start import is_finished, record
 from pipeline.tuning.population import adopt, copied_from, save_copy
 from pipeline.tuning.run_configs import run_configs

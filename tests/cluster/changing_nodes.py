@@ -32,7 +32,7 @@ from ray.cluster_utils import Cluster
 from pipeline.config import build_config
 from pipeline.distributed.ray_session import ray_session
 from pipeline.errors import one_line
-from pipeline.training.launch import run_on_ray
+from pipeline.training.ray_train import run_on_ray
 
 FAST_HEALTH_CHECKS = {
     "health_check_failure_threshold": 3,

@@ -19,7 +19,8 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.store import Store
-from pipeline.training.launch import run_in_process, run_on_ray
+from pipeline.training.launch import run_in_process
+from pipeline.training.ray_train import run_on_ray
 from tests.cluster.test_ray import on_ray, silent, tensors
 from tests.laws.runs import METHODS_TRIED
 

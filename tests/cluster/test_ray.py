@@ -33,8 +33,9 @@ from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.storage import Folder
 from pipeline.testing.tiny import tiny_values, write_images, write_tiny_store
-from pipeline.training.launch import run_in_process, run_on_ray
+from pipeline.training.launch import run_in_process
 from pipeline.training.parts import image_source
+from pipeline.training.ray_train import run_on_ray
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,8 @@ from pipeline.mining.transport import LocalTransport, ServerGone
 from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
-from pipeline.training.launch import run_in_process, run_on_ray
+from pipeline.training.launch import run_in_process
+from pipeline.training.ray_train import run_on_ray
 from tests.cluster.test_ray import on_ray, silent, tensors
 from tests.laws.runs import METHODS_TRIED
 from tests.pipeline.mining.test_client import IDS, LABELS, SPEC, VALUES, assert_same

@@ -24,7 +24,8 @@ from pipeline.errors import RunError
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, run_folder
 from pipeline.runs.run_state import read_run_state
-from pipeline.training.launch import run_in_process, run_on_ray
+from pipeline.training.launch import run_in_process
+from pipeline.training.ray_train import run_on_ray
 from tests.cluster.nodes import wait_for
 from tests.cluster.test_ray import on_ray, silent, tensors
 

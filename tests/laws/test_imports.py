@@ -18,7 +18,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
     {"runs", "distributed"},
     {"recipes", "config_text"},
     {"config"},
-    {"config_problems"},
+    {"config_problems", "config_runtime"},
     {"data"},
     {"storage", "neighbours"},
     {"errors", "console", "metric_names"},

@@ -18,9 +18,9 @@ from pipeline.distributed import hang_watch, run_status
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
 from pipeline.distributed.run_status import RunStatus, worker_label
-from pipeline.training.launch import root_cause
 from pipeline.training.loop import Worker
 from pipeline.training.measurements import Measurements
+from pipeline.training.ray_train import root_cause
 
 LABEL = worker_label(1, "10.0.0.7")
 

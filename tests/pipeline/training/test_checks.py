@@ -22,7 +22,8 @@ from pipeline.training.checks import (
     placement_problems,
     with_machine_defaults,
 )
-from pipeline.training.launch import StopSignals, device_of, root_cause, status_display, under_torchrun
+from pipeline.training.launch import StopSignals, device_of, status_display, under_torchrun
+from pipeline.training.ray_train import root_cause
 
 
 @pytest.fixture
