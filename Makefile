@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= -q
 BIN = $(VENV)/bin
-TWO = -n 2 --dist loadfile
+# In the order of their names: those in tests/cluster are among the longest and come first.
+TWO = -n 2 --dist loadfile --no-loadscope-reorder
 BROWSER := $(shell command -v chromium 2>/dev/null)
 
 .PHONY: install train test test-fast test-slow lint docs wheel-check cluster-check audit clean

@@ -43,6 +43,7 @@ from pipeline.tuning.trial import Trial, TrialRunner
 QUICK_S, QUICK_TRIALS = 600, 8
 COST = 0.20  # of the time in training steps and validations
 GROWTH = 1.10  # of the driver's memory, from a fifth of the trials to the last
+RAYS_OWN = ("_AutoscalingCoordinatorActor", "TrainStateActor")  # actors of Ray, one a cluster
 LEFT_S = 10.0  # within which everything has to be given back
 
 
@@ -203,9 +204,7 @@ class Watch(threading.Thread):
 def alive(ray: Any) -> tuple[int, int]:
     """Numbers of actors and placement groups that hold something."""
     actors = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
-    own = [
-        actor for actor in actors if actor["ActorClassName"] != "_AutoscalingCoordinatorActor"
-    ]  # Ray's, one a cluster
+    own = [actor for actor in actors if actor["ActorClassName"] not in RAYS_OWN]
     groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
     return len(own), len(groups)
 

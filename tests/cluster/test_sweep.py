@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.sweep import RAYS_OWN
 from pipeline import stop, watch
 from pipeline.data.store import Store
 from pipeline.errors import UserError
@@ -41,7 +42,7 @@ def left_behind(ray: Any, within_s: float = 10.0) -> list[str]:
     while True:
         groups = [g["state"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
         actors = [a["ActorClassName"] for a in ray._private.state.actors().values() if a["State"] == "ALIVE"]
-        actors = [name for name in actors if name != "_AutoscalingCoordinatorActor"]  # Ray's own, one a cluster
+        actors = [name for name in actors if name not in RAYS_OWN]
         free, cpus = ray.available_resources().get("CPU", 0), ray.cluster_resources()["CPU"]
         left = [*groups, *actors, *([f"{free} of {cpus} CPUs are free"] if free != cpus else [])]
         if not left or time.monotonic() > deadline:

@@ -133,5 +133,6 @@ def write_sweep_with_one_trial(sweep: SweepConfig, folder: Folder) -> None:
     folder.write(SWEEP, dump_sweep(sweep).encode())
     records = SweepFolder(folder)
     records.acquire()
+    values = {"method.optimizer.lr": 1e-3, "method.loss_args.margin": 0.1}
     run = RunProgress("small-00000-fold0-seed0", 0, 0, "finished", best={"map@r": 40.0}, last={"map@r": 40.0})
-    records.write(TrialRecord(0, "search", "triplet", {}, state="finished", runs=[run], score=40.0))
+    records.write(TrialRecord(0, "search", "triplet", values, state="finished", runs=[run], score=40.0))
