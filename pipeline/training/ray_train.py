@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.config import Config, build_config
+from pipeline.config import Config, WorkerRange, build_config
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
@@ -32,6 +32,7 @@ from pipeline.training.loop import Worker
 HEALTH_CHECK_TIMEOUT = (
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # Ray Train's: a worker that does not answer is replaced
 )
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 LOST_CONNECTION = "lost the connection to another worker"
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 STOP_TIMEOUT_S = 120  # after a stop request; the driver then ends, and with it the workers
@@ -54,6 +55,10 @@ def run_on_ray(
     """
     actor = start_status(ray, config.runtime.hang_timeout_s)
     os.environ[HEALTH_CHECK_TIMEOUT] = str(config.runtime.hang_timeout_s)
+    if isinstance(
+        config.runtime.workers, WorkerRange
+    ):  # where a node is lost, Ray first asks for as many workers as before
+        os.environ.setdefault(START_TIMEOUT, "20")
     number = WorkerNumber(config, ray, actor.add_message.remote)
     servers = mining_servers(config, ray)
     loop_config = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
