@@ -184,6 +184,7 @@ def hash_of(name: str) -> int:
     return hashlib.sha256(name.encode()).digest()[1]
 
 
+@pytest.mark.slow
 def test_the_real_command_on_real_emoji(tmp_path: Path) -> None:
     """Two workers, a few steps, the shipped preset, real drawings and weights; then the report in a real browser."""
     environment = os.environ | {"RAYDML_HOME": str(tmp_path)}

@@ -55,6 +55,7 @@ def watch(token: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(token), capture_output=True, text=True, timeout=90, check=False)
 
 
+@pytest.mark.slow
 def test_another_token_drains_nothing(cluster: Any) -> None:
     address, node = cluster
     end = in_two_minutes() - timedelta(seconds=117)

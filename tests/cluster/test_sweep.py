@@ -132,6 +132,7 @@ def test_a_stopped_trial_is_lengthened(ray_here: Any, store: Store, tmp_path: Pa
         run_sweep(sweep, again=[1])
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_from_its_checkpoint(ray_here: Any, store: Store, tmp_path: Path) -> None:
     results: list[SweepResult] = []
     killed: list[int] = []

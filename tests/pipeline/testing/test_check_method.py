@@ -64,8 +64,16 @@ def test_a_method_that_keeps_the_laws() -> None:
     ("method", "says"),
     [
         (DrawsGlobally, "other weights .*random numbers that are not context.generator's|differs at optimizer step"),
-        (Forgets, "a run that was stopped and continued ends with other weights .*state outside of state_dict"),
-        (SumsByItself, r"on 2 workers \(rank 0\) the gradient of .* differs at optimizer step 0"),
+        pytest.param(
+            Forgets,
+            "a run that was stopped and continued ends with other weights .*state outside of state_dict",
+            marks=pytest.mark.slow,
+        ),  # fmt: skip
+        pytest.param(
+            SumsByItself,
+            r"on 2 workers \(rank 0\) the gradient of .* differs at optimizer step 0",
+            marks=pytest.mark.slow,
+        ),
         (SeesNothing, "no gradient reaches the trunk"),
         (Raises, "KeyError: 'margin'"),
     ],
