@@ -68,7 +68,7 @@ def test_a_method_that_keeps_the_laws() -> None:
             Forgets,
             "a run that was stopped and continued ends with other weights .*state outside of state_dict",
             marks=pytest.mark.slow,
-        ),  # fmt: skip
+        ),
         pytest.param(
             SumsByItself,
             r"on 2 workers \(rank 0\) the gradient of .* differs at optimizer step 0",
