@@ -88,13 +88,13 @@ def test_a_worker_killed_at_random_steps(
     ray_here: Any, make_config: Callable[..., Config], store: Store, method: str
 ) -> None:
     changes = {
-        "length": "600 steps",
+        "length": "400 steps",
         "checkpoint.every": "3 steps",
         "evaluation.every": "1 epochs" if "method.reload_best" in METHODS_TRIED[method] else "200 steps",
         **METHODS_TRIED[method],
     }
     config = on_ray(make_config(changes, name="killed"), workers=1, loader="in_process", max_failures=KILLS)
-    kill = KillAt("RayTrainWorker", sorted(random.sample(range(2, 400), KILLS)))
+    kill = KillAt("RayTrainWorker", sorted(random.sample(range(2, 300), KILLS)))
     assert run_on_ray(config, store.folder.uri, kill, ray_here) is None
     assert len(kill.kills) == KILLS, (kill.kills, kill.messages)
     assert_equal(config, alone(config, store))
