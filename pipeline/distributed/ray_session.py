@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -250,18 +251,21 @@ def clean_up_after_controller(ray: Any) -> None:
 
     That actor does the same, but only where Ray runs with its dashboard, and else waits for ever. Touches nothing of other jobs.
     """
-    from ray import ActorID, PlacementGroupID
-    from ray._private.worker import global_worker
+    from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup
 
-    job = ray.get_runtime_context().get_job_id()  # the last part of the id of everything that the job has made
+    context = ray.get_runtime_context()
+    job, here = context.get_job_id(), context.get_node_id()
     for identifier, group in ray.util.placement_group_table().items():
-        if group["state"] != "REMOVED" and identifier.endswith(job):
+        if group["state"] != "REMOVED" and identifier.endswith(
+            job
+        ):  # the last part of the id of all that the job has made
             ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identifier))))
     for actor in ray._private.state.actors().values():
-        if actor["ActorClassName"] == "PlacementGroupCleaner" and actor["State"] == "ALIVE" and actor["JobID"] == job:
-            core: Any = global_worker  # the actor has no name, by which the public interface could kill it
-            core.core_worker.kill_actor(ActorID(bytes.fromhex(actor["ActorID"])), True)
+        is_cleaner = actor["ActorClassName"] == "PlacementGroupCleaner" and actor["State"] == "ALIVE"
+        if is_cleaner and actor["JobID"] == job and actor["Address"]["NodeID"] == here:  # it has no name to kill it by
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(actor["Pid"], signal.SIGKILL)
 
 
 def _path_exists_on(ray: Any, node: str, path: str) -> bool:
