@@ -6,10 +6,11 @@ every worker      train_worker: the training loop, with signs of life
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ def run_on_ray(
         return bool(stop_times)
 
     with (
+        _killed_at_the_end(ray, actor),
         state_writer(config, lambda: ray.get(actor.summary.remote()), stop) as state,
         StopSignals(stop) as signals,
         status_display(lambda *seen: ray.get(actor.read.remote(*seen)), show),
@@ -110,6 +112,15 @@ def run_on_ray(
         finally:
             number.close()
     return signals.received or state.signal
+
+
+@contextlib.contextmanager
+def _killed_at_the_end(ray: Any, actor: Any) -> Iterator[None]:
+    """Ends an actor with the block: other handles of it may live on in objects that wait for the garbage collector."""
+    try:
+        yield
+    finally:
+        ray.kill(actor)
 
 
 class _Fit(threading.Thread):
