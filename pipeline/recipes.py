@@ -33,6 +33,14 @@ def add_set_argument(parser: argparse.ArgumentParser, of: str, example: str) -> 
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=help)
 
 
+def add_name_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the name of a run or a sweep that is there, and the storage that it is looked up in."""
+    parser.add_argument("name", metavar="NAME", help="name of a run or a sweep, or its folder or s3:// URI")
+    parser.add_argument(
+        "--storage", default="", metavar="URI", help="where names are looked up (default: as in a recipe)"
+    )
+
+
 def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe and applies overrides.
 

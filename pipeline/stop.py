@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pipeline.errors import RunError, UserError, fail
+from pipeline.recipes import add_name_arguments
 from pipeline.storage import Folder
 
 PROG = "python -m pipeline.stop"
@@ -47,10 +48,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", metavar="NAME", help="name of a run or a sweep, or its folder or s3:// URI")
-    parser.add_argument(
-        "--storage", default="", metavar="URI", help="where names are looked up (default: as in a recipe)"
-    )
+    add_name_arguments(parser)
     parser.add_argument(
         "--timeout",
         type=float,

@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 from pipeline.errors import RunError, UserError, fail
+from pipeline.recipes import add_name_arguments
 from pipeline.storage import Folder
 
 PROG = "python -m pipeline.watch"
@@ -27,10 +28,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", metavar="NAME", help="name of a run or a sweep, or its folder or s3:// URI")
-    parser.add_argument(
-        "--storage", default="", metavar="URI", help="where names are looked up (default: as in a recipe)"
-    )
+    add_name_arguments(parser)
     parser.add_argument("--once", action="store_true", help="print the present state and end")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument(
