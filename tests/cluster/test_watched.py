@@ -69,11 +69,12 @@ def test_a_run_is_watched_and_stopped_from_outside(
         assert seen["alive"] and seen["group"] == 1 and [worker["rank"] for worker in seen["workers"]] == [0, 1]
         assert seen["progress"]["loss"] > 0 and seen["progress"]["total"] > seen["progress"]["step"] > 0
         mine = json.dumps({"rank": "0", "run": "seen"})
-        wait_for(lambda: mine in scrape(ray_here, "raydml_loss"), 60, "the gauges")
+        measured = json.dumps({"metric": "map@r", "rank": "0", "run": "seen"})
+        wait_for(lambda: scrape(ray_here, VALIDATION[0]).get(measured, 0) > 0, 60, "the gauge of a validation")
         for key in ("step", "epoch", "images_per_second", "loss"):
-            assert scrape(ray_here, GAUGES[key][0])[mine] > 0
+            name = GAUGES[key][0]
+            wait_for(lambda name=name: scrape(ray_here, name).get(mine, 0) > 0, 60, f"the gauge {name}")
         assert 0 <= scrape(ray_here, GAUGES["waiting"][0])[mine] < 1
-        assert scrape(ray_here, VALIDATION[0])[json.dumps({"metric": "map@r", "rank": "0", "run": "seen"})] > 0
     finally:
         status = stop.main([str(folder), "--timeout", "100"])
         thread.join(60)
