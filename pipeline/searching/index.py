@@ -173,7 +173,7 @@ class SearchIndex:
         """
         with self._lock:
             if self._model is None:
-                from pipeline.inference.embedding_model import load_model
+                from pipeline.inference.load_model import load_model
 
                 record = self.manifest.model
                 if self._model_source is None:
