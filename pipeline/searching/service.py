@@ -118,7 +118,8 @@ class SearchService:
         try:
             return evaluation_pixels(read_input("the image", data, self.max_pixels), self.model.transforms)
         except ImageError as error:
-            raise HTTPException(422, f"the image cannot be read: {error.reason}") from error
+            reason = error.reason.partition(" (")[0]  # what a decoder adds is of use to nobody there
+            raise HTTPException(422, f"the image cannot be read: {reason}") from error
 
     def _search(self, embedding: np.ndarray, k: int) -> list[SearchHit]:
         try:
