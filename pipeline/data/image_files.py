@@ -31,8 +31,9 @@ _TURNS = {
 
 def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
     """Decodes an image of a store, in the form that `normalise` writes."""
-    import torch  # here, with torchvision: 4 CPU-s that `python -m pipeline.prepare` does not need for its arguments
-    import torchvision
+    import torch  # here, with torchvision: 2 CPU-s that `python -m pipeline.prepare` does not need for its arguments
+
+    from pipeline.vision_libraries import torchvision
 
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return torchvision.io.decode_image(buffer, mode=torchvision.io.ImageReadMode.RGB)

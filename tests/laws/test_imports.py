@@ -21,7 +21,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
     {"config_problems", "config_runtime"},
     {"data"},
     {"storage", "neighbours"},
-    {"errors", "console", "metric_names"},
+    {"errors", "console", "metric_names", "vision_libraries"},
 ]
 PACKAGE = {"ROOT", "own_packages"}  # defined in pipeline/__init__.py itself
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
