@@ -22,16 +22,20 @@ from pipeline.errors import UserError
 
 
 class Preprocessing(nn.Module):
-    """uint8 images [B, 3, H, W] to whole numbers of 0 to 255 [B, 3, S, S], as `evaluation_pixels` makes them.
+    """uint8 images [B, 3, H, W] to uint8 pixels [B, 3, S, S], as `evaluation_pixels` makes them.
 
     Args:
         config: The transforms.
+        image_size: Height and width of all images; None: any, and the matrices are made for each batch.
 
     Raises:
         UserError: The evaluation's transform is the user's own function, which is no part of a network.
     """
 
-    def __init__(self, config: TransformConfig) -> None:
+    down: Tensor | None
+    across: Tensor | None
+
+    def __init__(self, config: TransformConfig, image_size: tuple[int, int] | None = None) -> None:
         super().__init__()
         if config.evaluation is not None:
             raise UserError(
@@ -40,18 +44,26 @@ class Preprocessing(nn.Module):
             )
         self.size, self.squash = config.size, config.squash
         self.shorter = config.resize or config.size
+        matrices = (None, None) if image_size is None else self._matrices(*image_size)
+        for name, matrix in zip(("down", "across"), matrices, strict=True):
+            self.register_buffer(name, matrix, persistent=False)
 
-    def forward(self, images: UInt8[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 size size"]:
-        height, width = (torch.scalar_tensor(side, dtype=torch.float64) for side in images.shape[-2:])
+    def forward(self, images: UInt8[Tensor, "batch 3 h w"]) -> UInt8[Tensor, "batch 3 size size"]:
+        down, across = self.down, self.across
+        if down is None or across is None:
+            down, across = self._matrices(*images.shape[-2:])
+        narrow = (images.float() @ across).round().clamp(0, 255)  # torchvision rounds between its two passes as well
+        return (down @ narrow).round().clamp(0, 255).to(torch.uint8)
+
+    def _matrices(self, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
+        """D [S, H] and A [W, S] for images of this size."""
+        height, width = (torch.scalar_tensor(side, dtype=torch.float64) for side in (num_rows, num_columns))
         if self.squash:
             rows = columns = torch.scalar_tensor(self.size, dtype=torch.float64)
         else:
             shortest = torch.minimum(height, width)
             rows, columns = (torch.floor(self.shorter * side / shortest) for side in (height, width))
-        down = self._filter(height, rows, images.shape[-2])
-        across = self._filter(width, columns, images.shape[-1])
-        narrow = (images.float() @ across.T).round().clamp(0, 255)  # torchvision rounds between its two passes as well
-        return (down @ narrow).round().clamp(0, 255)
+        return self._filter(height, rows, num_rows), self._filter(width, columns, num_columns).T
 
     def _filter(self, source: Tensor, target: Tensor, num: int) -> Float[Tensor, "size num"]:
         """Weights of the pixels of a resized line that the centre crop shows, for all pixels of the line.
@@ -74,7 +86,7 @@ class Preprocessing(nn.Module):
         return (weights / weights.sum(1, keepdim=True)).float()
 
 
-def bicubic(x: Float64[Tensor, "..."]) -> Float64[Tensor, "..."]:
+def bicubic(x: Float64[Tensor, ...]) -> Float64[Tensor, ...]:
     """The bicubic kernel with a = -0.5."""
     x = x.abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
