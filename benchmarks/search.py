@@ -35,14 +35,16 @@ from PIL import Image
 
 from benchmarks.mining import make_rows
 from benchmarks.table import Row, finish
-from methods.baseline import Baseline
+from pipeline.config import build_config
 from pipeline.data.image_files import read_image
-from pipeline.data.transforms import TransformConfig, evaluation_pixels
-from pipeline.model.trunk import Trunk
+from pipeline.data.transforms import evaluation_pixels
+from pipeline.distributed.collectives import Ranks
+from pipeline.model.network import build_network, trunk_features
 from pipeline.searching.changes import IndexBatch, build_index
 from pipeline.searching.images import thumbnail
 from pipeline.searching.index import SearchIndex
 from pipeline.searching.index_files import ModelRecord
+from pipeline.testing.tiny import tiny_values
 
 SECTIONS = ("query", "build", "engines")
 DIM, SIZE, BATCH = 128, 224, 64
@@ -70,13 +72,13 @@ def plain(values: np.ndarray) -> Iterator[IndexBatch]:
         )  # fmt: skip
 
 
-def median_ms(work: Callable[[], Any], rounds: int) -> float:
+def median_ms(work: Callable[[], Any], rounds: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Milliseconds of a call, the median, after three that are not counted."""
     times = []
     for _ in range(rounds + 3):
-        started = time.perf_counter()
+        started = clock()
         work()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return 1e3 * statistics.median(times[3:])
 
 
@@ -84,9 +86,13 @@ def measure_query(root: Path, images: int, rounds: int) -> list[Row]:
     rows = make_rows(images, DIM)
     build_index(root / "query", MODEL, DIM, "cosine", plain(rows.values), threads=1)
     index = SearchIndex(root / "query")
-    trunk = Trunk("tf_efficientnet_lite0", pretrained=False).eval()
-    head = Baseline(Baseline.Config(embedding_dim=DIM), trunk.features, 10).eval()
-    transforms = TransformConfig(size=SIZE, resize=256)
+    changes = {"precision": "float32", "data.transforms": {"size": SIZE, "resize": 256}, "method.embedding_dim": DIM,
+               "model": {"backbone": "tf_efficientnet_lite0", "weights": "none"}}  # fmt: skip
+    config = build_config(tiny_values(str(root), "none", changes))
+    trunk, method = build_network(config, 10, torch.device("cpu"))
+    trunk.set_mode(False, Ranks())
+    method.eval()
+    transforms = config.data.transforms
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((256, 256)).save(buffer, "JPEG")
@@ -97,7 +103,7 @@ def measure_query(root: Path, images: int, rounds: int) -> list[Row]:
 
     @torch.no_grad()
     def embed(pixels: torch.Tensor) -> np.ndarray:
-        return head.embed(trunk(pixels[None])).numpy()
+        return method.embed(trunk_features(trunk, pixels[None], config.precision)).numpy()
 
     pixels = read()
     embedding = embed(pixels)
@@ -105,6 +111,7 @@ def measure_query(root: Path, images: int, rounds: int) -> list[Row]:
     flat.add(np.ascontiguousarray(rows.values))
     query = (embedding / np.linalg.norm(embedding)).astype(np.float32)
     whole = median_ms(lambda: index.search(embed(read()), 10), rounds)
+    busy = median_ms(lambda: index.search(embed(read()), 10), rounds, time.process_time)
     what = f"1 image among {images:,} x {DIM}"
     ours, other = (
         median_ms(lambda: index.search_embeddings(embedding, 10), rounds),
@@ -112,6 +119,7 @@ def measure_query(root: Path, images: int, rounds: int) -> list[Row]:
     )
     return [
         Row(f"{what}, warm, ms: JPEG to paths and classes", whole, promised="<= 50", ok=whole <= 50),
+        Row("  the same, CPU-ms (what it takes on a machine that does nothing else)", busy),
         Row("  reading and preprocessing, ms", median_ms(read, rounds)),
         Row("  embedding (EfficientNet-Lite0, 224 px), ms", median_ms(lambda: embed(pixels), rounds)),
         Row("  search with paths and classes, ms", median_ms(lambda: index.search(embedding, 10), rounds)),
@@ -128,7 +136,7 @@ def built(count: int, folder: str) -> None:
     values = np.load(f"{folder}/values.npy", mmap_mode="r")
     for _ in stream(np.asarray(values[:BATCH])):
         pass
-    build_index(f"{folder}/warm", MODEL, DIM, "cosine", plain(np.asarray(values[:BATCH])), threads=1)
+    build_index(f"{folder}/warm{count}", MODEL, DIM, "cosine", plain(np.asarray(values[:BATCH])), threads=1)
     before, started = peak_bytes(), time.perf_counter()
     build_index(f"{folder}/index{count}", MODEL, DIM, "cosine", stream(values[:count]), thumbnail_side=128, threads=1)
     seconds = time.perf_counter() - started
@@ -165,7 +173,9 @@ def measure_engines(root: Path, images: int, rounds: int) -> list[Row]:
         exact = ids if engine == "exact" else exact
         recall = float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids, exact, strict=True)]))
         one = iter(range(10**9))
-        spent = median_ms(lambda index=index, one=one: index.search_embeddings(queries[next(one) % 50][None], 10), rounds)
+        spent = median_ms(
+            lambda index=index, one=one: index.search_embeddings(queries[next(one) % 50][None], 10), rounds
+        )
         record = change.manifest.engine
         what = f"{images:,} x {DIM}, {engine}: a query, ms (built in {seconds:.0f} s, recall stored {record.recall:.3f}, found {recall:.3f})"
         out.append(Row(what, spent, promised="recall >= 0.9", ok=recall >= 0.9 and record.name == engine))
