@@ -79,11 +79,11 @@ class TransformConfig(BaseConfig):
 def _torchvision() -> tuple[Any, Any]:
     """torchvision's functions on images and its enumeration of interpolations.
 
-    Imported at the first image: torchvision loads torch._dynamo, 2 CPU-s, and every config imports this module.
+    Imported at the first image: every config imports this module.
     """
-    from torchvision.transforms.v2 import InterpolationMode, functional
+    from pipeline.vision_libraries import torchvision
 
-    return functional, InterpolationMode
+    return torchvision.transforms.v2.functional, torchvision.transforms.v2.InterpolationMode
 
 
 def _own_pixels(name: str, image: Tensor, size: int, *random: np.random.Generator) -> Tensor:

@@ -32,6 +32,7 @@ class EvaluationResult:
         retrieval: Ranks and neighbours of the queries.
         queries, gallery: The images; tracklets are represented by their first frames.
         unit_length: All embeddings have length one, but for rounding: both distances then rank alike.
+        embedded: The embeddings.
     """
 
     metrics: dict[str, float]
@@ -39,6 +40,7 @@ class EvaluationResult:
     queries: Samples
     gallery: Samples
     unit_length: bool
+    embedded: TaskEmbeddings
 
 
 def evaluate(
@@ -146,7 +148,8 @@ def measure_embeddings(
     except ValueError as error:  # mostly embeddings that are not finite
         raise _unmeasurable(error) from error
     lengths = torch.cat([query_embeddings, gallery_embeddings]).norm(dim=1)
-    return EvaluationResult(metrics, retrieval, queries, gallery, bool(((lengths - 1).abs() < 1e-5).all()))
+    unit_length = bool(((lengths - 1).abs() < 1e-5).all())
+    return EvaluationResult(metrics, retrieval, queries, gallery, unit_length, embedded)
 
 
 def _unmeasurable(error: ValueError) -> DivergedError:

@@ -13,7 +13,9 @@ import torch
 from pipeline.config import Config
 from pipeline.data.find_store import find_store
 from pipeline.data.store import Store
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
+from pipeline.evaluation.compact import OVERSAMPLE, CompactRow, Precision, check_dims, measure_compact, measure_dims
 from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
 from pipeline.evaluation.tasks import RetrievalTask, test_task, validation_task
 from pipeline.inference.trained_model import TrainedModel, load_run
@@ -36,6 +38,7 @@ class Measurement:
         notes: What a reader of the figures has to know, one line each.
         protocol: The conditions, one line.
         partial: A sentence for each thing that the dataset lacks.
+        compact: Figures by dimensions and precision, if they were asked for or the run trained nested dimensions.
     """
 
     result: EvaluationResult
@@ -45,6 +48,7 @@ class Measurement:
     notes: tuple[str, ...]
     protocol: str
     partial: tuple[str, ...]
+    compact: tuple[CompactRow, ...] = ()
 
 
 def measure(
@@ -57,6 +61,9 @@ def measure(
     recall_at: Sequence[int] | None = None,
     clustering: bool = False,
     embeddings: bool = False,
+    dims: Sequence[int] | None = None,
+    quantise: Sequence[Precision] = (),
+    oversample: int | None = None,
 ) -> Measurement:
     """Measures a checkpoint of a run.
 
@@ -70,9 +77,13 @@ def measure(
         recall_at: None: the run's.
         clustering: Measure NMI and AMI as well.
         embeddings: Return the embeddings of the queries as well.
+        dims: Measure these first dimensions of the embeddings as well; None: those that the run's method trained.
+        quantise: Measure int8 or binary embeddings as well.
+        oversample: As `measure_compact` takes it; None: its default.
 
     Raises:
-        UserError: There is no such run, checkpoint or dataset, or it has no such images.
+        UserError: There is no such run, checkpoint or dataset, or it has no such images; embeddings do not have these
+            dimensions, or cannot be compared so.
         RunError: The embeddings cannot be measured.
     """
     trained = load_run(name, checkpoint)
@@ -97,6 +108,11 @@ def measure(
             "another dataset than the run's: whether the run was trained on some of these classes is not known"
         )
     task, what = _task(config, store, split or "test")
+    if quantise and task.reid:
+        raise UserError(
+            "int8 and binary embeddings are measured for retrieval, not for re-identification: leave out --quantise"
+        )
+    check_dims(dims or (), config.method.embedding_dim)
     gpu = torch.cuda.is_available() and config.runtime.gpus_per_worker
     torch.set_num_threads(os.cpu_count() or 1)
     embedder, trunk, method = trained.load(store, torch.device("cuda" if gpu else "cpu"))
@@ -106,7 +122,27 @@ def measure(
         notes.append("all embeddings have length one: Euclidean distance ranks them as cosine does")
     return Measurement(
         result, queries, task.queries.labels, f"{what} of {store.title}, {trained.title}", tuple(notes), _protocol(config, store, trained),
-        tuple(store.partial),
+        tuple(store.partial), _compact(task, result, config, dims, quantise, oversample),
+    )  # fmt: skip
+
+
+def _compact(
+    task: RetrievalTask, result: EvaluationResult, config: Config, dims: Sequence[int] | None,
+    quantise: Sequence[Precision], oversample: int | None,
+) -> tuple[CompactRow, ...]:  # fmt: skip
+    """Figures by dimensions and precision; empty if there is nothing to compare."""
+    dims = config.method.nested_dims if dims is None else dims
+    recall_at = [int(key.partition("@")[2]) for key in result.metrics if key.startswith(("recall@", "cmc@"))]
+    embedded = result.embedded
+    if not quantise:
+        return tuple(measure_dims(task, embedded, Ranks(), dims, recall_at)) if dims else ()
+    gallery = None if task.gallery is None else embedded.rows[embedded.gallery_rows]
+    return tuple(
+        measure_compact(
+            embedded.rows[embedded.query_rows], torch.from_numpy(embedded.queries.labels), gallery,
+            None if gallery is None else torch.from_numpy(embedded.gallery.labels), dims=dims, quantise=quantise,
+            recall_at=recall_at, distance=task.distance, oversample=oversample or OVERSAMPLE,
+        )
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from torch import nn
 
@@ -20,6 +19,7 @@ from pipeline.model.bn_inception import BNInception
 from pipeline.model.timm_backbones import build_timm, widths
 from pipeline.model.torchvision_backbones import build_torchvision, list_torchvision
 from pipeline.model.weight_files import load_weights
+from pipeline.vision_libraries import timm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

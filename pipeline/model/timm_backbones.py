@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-import timm
 from huggingface_hub import constants
-from timm.models import load_model_config_from_hf
-from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError, did_you_mean, joined_lines, one_line
+from pipeline.vision_libraries import timm
 
 LOCAL = "local-dir:"
 HUB = ("hf-hub:", "hf_hub:", LOCAL)  # prefixes of names that timm looks up elsewhere
@@ -131,7 +129,8 @@ def _description(name: str) -> tuple[int | None, bool]:
             return None, False
         return (known.input_size[-1] if known.fixed_input_size else None), bool(known.has_weights)
     location = name.partition(":")[2]
-    read = load_model_config_from_path if name.startswith(LOCAL) else load_model_config_from_hf
+    hub = timm.models._hub
+    read = hub.load_model_config_from_path if name.startswith(LOCAL) else hub.load_model_config_from_hf
     described, _, arguments = read(location)
     fixed = described.get("fixed_input_size") or "img_size" in (arguments or {})
     return (described["input_size"][-1] if fixed else None), True

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torchvision
 from torch import nn
-from torchvision.models.vision_transformer import interpolate_embeddings
-from torchvision.ops import StochasticDepth
 
 from pipeline.config import TORCHVISION, ModelConfig
 from pipeline.errors import UserError, did_you_mean, joined_lines
 from pipeline.model.pooling import Pool
+from pipeline.vision_libraries import torchvision
 
 VIT_SIZE = 224  # of images that torchvision's ViTs are made for, unless told otherwise
 
@@ -43,7 +41,7 @@ def build_torchvision(config: ModelConfig, size: int) -> nn.Module:
         raise UserError(f"backbone {config.backbone!r} cannot be built: {joined_lines(error)}") from error
     _replace_classifier(net, config)
     for module in net.modules():  # as in timm; with a mask per rank, the result would depend on the number of ranks
-        if isinstance(module, nn.modules.dropout._DropoutNd | StochasticDepth):
+        if isinstance(module, nn.modules.dropout._DropoutNd | torchvision.ops.StochasticDepth):
             module.p = 0.0
     return net
 
@@ -55,7 +53,9 @@ def _create(name: str, config: ModelConfig, size: int) -> nn.Module:
         net = torchvision.models.get_model(name, weights=None, image_size=size, **options)
         if download:
             state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
-            net.load_state_dict(interpolate_embeddings(size, net.patch_size, state))
+            net.load_state_dict(
+                torchvision.models.vision_transformer.interpolate_embeddings(size, net.patch_size, state)
+            )
         return net
     if name.startswith("maxvit") and size != VIT_SIZE and not download:
         options.setdefault("input_size", (size, size))

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float, UInt8
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
@@ -19,6 +18,7 @@ from pipeline.model.backbones import build_backbone
 from pipeline.model.batch_norm import SyncBatchNorm2d, SyncBatchNormAct2d
 from pipeline.model.bn_folding import Folding
 from pipeline.model.pooling import Pool, layout_of
+from pipeline.vision_libraries import timm
 
 
 class Trunk(nn.Module):
@@ -112,7 +112,7 @@ def build_trunk(config: ModelConfig, size: int) -> Trunk:
         for module in trunk.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SyncBatchNorm2d  # keeps parameters and their names
-            elif type(module) is BatchNormAct2d:
+            elif type(module) is timm.layers.BatchNormAct2d:
                 module.__class__ = SyncBatchNormAct2d  # type: ignore[assignment]
             elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm2d):
                 raise UserError(

@@ -9,9 +9,22 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [  # from the top; rooms of one floor do not import each other
     {"testing"},
     {"cli"},
-    {"train", "evaluate", "report", "prepare", "show_list", "show_config", "compare", "tune", "watch", "stop"},
+    {
+        "train",
+        "evaluate",
+        "report",
+        "prepare",
+        "show_list",
+        "show_config",
+        "compare",
+        "tune",
+        "watch",
+        "stop",
+        "search",
+        "serve",
+    },
     {"doctor"},
-    {"tuning", "diagnosis"},
+    {"tuning", "diagnosis", "searching"},
     {"training", "inference"},
     {"evaluation"},
     {"mining", "model", "trackers"},
@@ -21,7 +34,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
     {"config_problems", "config_runtime"},
     {"data"},
     {"storage", "neighbours"},
-    {"errors", "console", "metric_names"},
+    {"errors", "console", "metric_names", "vision_libraries"},
 ]
 PACKAGE = {"ROOT", "own_packages"}  # defined in pipeline/__init__.py itself
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
