@@ -27,7 +27,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
     {"tuning", "diagnosis", "searching"},
     {"training", "inference"},
     {"evaluation"},
-    {"mining", "model"},
+    {"mining", "model", "trackers"},
     {"runs", "distributed"},
     {"recipes", "config_text"},
     {"config"},
