@@ -9,6 +9,7 @@ state.json, stop.json       whether it runs, and the request to stop it, see `ru
 checkpoints/, best/         step-00000077/ each, see `checkpoint`
 metrics.jsonl, tensorboard/ losses and metrics by step
 summary.json                the final figures
+tracking.json               the run with the services that track it, see `pipeline.trackers`
 test_neighbours.npz         the neighbours of each test query
 report.html                 the report
 """
@@ -34,6 +35,7 @@ CHANGES = "changes.jsonl"
 INCARNATION = "incarnation"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+TRACKING = "tracking.json"
 NEIGHBOURS = "test_neighbours.npz"
 REPORT = "report.html"
 CHECKPOINT = "checkpoint.json"  # in the folder of a checkpoint; written last
