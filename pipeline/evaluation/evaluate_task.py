@@ -32,6 +32,7 @@ class EvaluationResult:
         retrieval: Ranks and neighbours of the queries.
         queries, gallery: The images; tracklets are represented by their first frames.
         unit_length: All embeddings have length one, but for rounding: both distances then rank alike.
+        embedded: Their embeddings.
     """
 
     metrics: dict[str, float]
@@ -39,6 +40,17 @@ class EvaluationResult:
     queries: Samples
     gallery: Samples
     unit_length: bool
+    embedded: TaskEmbeddings
+
+    def neighbour_columns(self) -> dict[str, np.ndarray]:
+        """Each query with its nearest gallery images, as store ids, and its figures: what a report shows."""
+        neighbours = self.retrieval.neighbours
+        return {
+            "query": self.queries.ids,
+            "neighbours": np.where(neighbours >= 0, self.gallery.ids[np.maximum(neighbours, 0)], -1),
+            "average_precision": self.retrieval.average_precision,
+            "relevant": self.retrieval.num_relevant,
+        }
 
 
 def evaluate(
@@ -83,6 +95,14 @@ class TaskEmbeddings:
     rows: Tensor
     query_rows: Tensor
     gallery_rows: Tensor
+
+    def each_once(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, labels and embeddings [N, D] of queries and gallery, each image or tracklet once, by id."""
+        ids = np.concatenate([self.queries.ids, self.gallery.ids])
+        labels = np.concatenate([self.queries.labels, self.gallery.labels])
+        rows = torch.cat([self.query_rows, self.gallery_rows])
+        ids, first = np.unique(ids, return_index=True)
+        return ids, labels[first], self.rows[rows[torch.from_numpy(first).to(rows.device)]].float().cpu().numpy()
 
 
 def embed_task(task: RetrievalTask, embedder: Embedder, trunk: Trunk, method: Method | None) -> TaskEmbeddings:
@@ -146,7 +166,8 @@ def measure_embeddings(
     except ValueError as error:  # mostly embeddings that are not finite
         raise _unmeasurable(error) from error
     lengths = torch.cat([query_embeddings, gallery_embeddings]).norm(dim=1)
-    return EvaluationResult(metrics, retrieval, queries, gallery, bool(((lengths - 1).abs() < 1e-5).all()))
+    unit_length = bool(((lengths - 1).abs() < 1e-5).all())
+    return EvaluationResult(metrics, retrieval, queries, gallery, unit_length, embedded)
 
 
 def _unmeasurable(error: ValueError) -> DivergedError:

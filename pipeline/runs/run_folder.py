@@ -9,6 +9,7 @@ checkpoints/, best/         step-00000077/ each, see `checkpoint`
 metrics.jsonl, tensorboard/ losses and metrics by step
 summary.json                the final figures
 test_neighbours.npz         the neighbours of each test query
+test_embeddings.npz         embeddings of the test images, or of a sample of them
 report.html                 the report
 """
 
@@ -33,6 +34,7 @@ INCARNATION = "incarnation"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 NEIGHBOURS = "test_neighbours.npz"
+EMBEDDINGS = "test_embeddings.npz"
 REPORT = "report.html"
 CHECKPOINT = "checkpoint.json"  # in the folder of a checkpoint; written last
 

@@ -16,6 +16,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
     {"evaluation"},
     {"mining", "model"},
     {"runs", "distributed"},
+    {"exploration"},
     {"recipes", "config_text"},
     {"config"},
     {"config_problems", "config_runtime"},
