@@ -116,7 +116,12 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override!r}: expected KEY=VALUE, for example --set method.optimizer.lr=1e-4")
-    return key.strip().split("."), _scalar(text, override)
+    return parse_keys(key), _scalar(text, override)
+
+
+def parse_keys(key: str) -> list[str]:
+    """The parts of a dotted key."""
+    return key.strip().split(".")
 
 
 def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-from collections.abc import Iterator
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +38,34 @@ def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
     return torchvision.io.decode_image(buffer, mode=torchvision.io.ImageReadMode.RGB)
 
 
+def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 height width"]:
+    """Decodes an image of any kind to the pixels that a store would give of it.
+
+    Args:
+        data: An encoded image, as `normalise` takes it.
+        max_pixels: Upper bound for width × height.
+
+    Raises:
+        Exception: As `normalise`.
+    """
+    if _is_plain_jpeg(data, max_pixels):
+        return decode(data)
+    image, keep, lossy = _opened(data, None, None, max_pixels, None)
+    if keep or lossy:
+        return decode(data if keep else _encoded(image, lossy))
+    return _pixels(image)
+
+
+def _is_plain_jpeg(data: bytes, max_pixels: int) -> bool:
+    """True for a JPEG that `normalise` would keep, judged by its header."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return False
+    with _without_pillow_limit:
+        image = Image.open(io.BytesIO(data))
+    few = image.size[0] * image.size[1] <= max_pixels
+    return few and image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) not in _TURNS
+
+
 def normalise(
     data: bytes,
     max_side: int | None = None,
@@ -67,7 +94,22 @@ def normalise(
         Exception: The bytes are not an image that can be decoded whole; decoders have no common
             class of errors.
     """
-    with _without_pillow_limit():
+    image, keep, lossy = _opened(data, max_side, box, max_pixels, remarks)
+    if keep:
+        decode(data)  # the very decoder that training uses must read it
+        return data
+    return _encoded(image, lossy)
+
+
+def _opened(
+    data: bytes,
+    max_side: int | None,
+    box: tuple[float, float, float, float] | None,
+    max_pixels: int,
+    remarks: list[str] | None,
+) -> tuple[Image.Image, bool, bool]:
+    """The image that `normalise` stores, whether its bytes are the input's own, and whether these are a JPEG's."""
+    with _without_pillow_limit:
         image: Image.Image = Image.open(io.BytesIO(data))
         width, height = image.size
         if width * height > max_pixels and max_side is not None and box is None:
@@ -82,30 +124,58 @@ def normalise(
         if box is not None:
             image, keep = _crop_to_box(image, box), False
     deep = image.mode.startswith("I;16") or (data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips at 255
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no known range: convert them to 8 bits")
+    image = _in_eight_bits(image)
     if remarks is not None and deep and _brightest(image) < 32:
         remarks.append(DARK)
-    turn = _TURNS.get(_orientation(image))
-    if turn is not None:
-        image, keep = image.transpose(turn), False
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    upright = _upright_on_white(image)
+    image, keep = upright, keep and upright is image
     if max_side is not None and max(image.size) > max_side:
         image, keep = image.convert("RGB"), False
         image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
-    if keep:
-        decode(data)  # the very decoder that training uses must read it
-        return data
+    return image, keep, lossy
+
+
+def _encoded(image: Image.Image, lossy: bool) -> bytes:
     out = io.BytesIO()
     if lossy:
         image.convert("RGB").save(out, "JPEG", quality=95)
     else:
         image.convert("RGB").save(out, "PNG")
     return out.getvalue()
+
+
+def _pixels(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+    import torch
+
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def rgb_pixels(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+    """The pixels of an image of Pillow, as `normalise` would store them without loss: 8 bits, upright, on white.
+
+    Raises:
+        ValueError: Its pixels have 32 bits.
+    """
+    return _pixels(_upright_on_white(_in_eight_bits(image)))
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips at 255
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no known range: convert them to 8 bits")
+    return image
+
+
+def _upright_on_white(image: Image.Image) -> Image.Image:
+    """The image turned as its metadata say, without transparency; the image itself where there is nothing to do."""
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
 def _brightest(image: Image.Image) -> int:
@@ -123,14 +193,28 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-@contextlib.contextmanager
-def _without_pillow_limit() -> Iterator[None]:
-    """A block in which Pillow has no limit on pixels of its own, since `max_pixels` is the limit."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+class _WithoutPillowLimit:
+    """Blocks in which Pillow has no limit on pixels of its own, since `max_pixels` is the limit; in any number of threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entered = 0
+        self._limit: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._entered:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._entered -= 1
+            if not self._entered:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_without_pillow_limit = _WithoutPillowLimit()
 
 
 def _crop_to_box(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:

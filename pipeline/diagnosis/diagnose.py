@@ -29,8 +29,8 @@ from pipeline.distributed.ray_session import (
     ray_session,
 )
 from pipeline.errors import RunError, UserError, one_line
-from pipeline.evaluation.build import num_classes
 from pipeline.mining.server_bytes import ServerBytes, memory_bytes, server_bytes
+from pipeline.model.network import num_classes
 from pipeline.storage import Folder
 from pipeline.training.checks import needed_cpus
 from pipeline.training.parts import cache_folder, server_spec

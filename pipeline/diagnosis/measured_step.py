@@ -33,8 +33,8 @@ from pipeline.data.loader import ImageSource
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import RunError, UserError, one_line
-from pipeline.evaluation.build import build_network, num_classes
 from pipeline.evaluation.embedder import Embedder
+from pipeline.model.network import build_network, num_classes
 from pipeline.model.trunk import Trunk
 from pipeline.storage import Folder
 from pipeline.training.context import RunContext

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from methods import Method
+from pipeline.config import Config
 from pipeline.data.loader import ImageSource, LoadRequest, load
+from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks, gather
 from pipeline.evaluation.tracklets import TrackSums
+from pipeline.model.network import trunk_features
 from pipeline.model.trunk import Trunk
 
 
@@ -99,8 +102,18 @@ class Embedder:
         return torch.zeros(0, 3, size, size, dtype=torch.uint8, device=self.device)
 
 
-def trunk_features(trunk: Callable[[Tensor], Tensor], pixels: Tensor, precision: str) -> Tensor:
-    """Pooled features in at least float32, with the run's precision inside the trunk."""
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        features = trunk(pixels)
-    return features if features.dtype == torch.float64 else features.float()
+def build_embedder(
+    config: Config, store: Store, device: torch.device, ranks: Ranks, loader: str, loader_cpus: int
+) -> Embedder:
+    """An embedder of a store's images with the transforms of evaluation, read without the cache.
+
+    Args:
+        config: The run's configuration.
+        store: The dataset.
+        device: Device of trunk and method.
+        ranks: The ranks that share the work.
+        loader: "ray" or "in_process".
+        loader_cpus: CPUs of a Ray Data pipeline.
+    """
+    source = ImageSource(store.folder.uri, store.fingerprint, None, config.data.transforms)
+    return Embedder(source, loader, loader_cpus, config.evaluation.batch_size, config.precision, device, ranks)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,13 +14,15 @@ from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
-from pipeline.evaluation.build import build_embedder, build_network, num_classes
-from pipeline.evaluation.embedder import Embedder
+from pipeline.model.network import build_network, num_classes, untrained
 from pipeline.model.trunk import Trunk
-from pipeline.runs.checkpoint import Checkpoints
+from pipeline.runs.checkpoint import METHOD, TRUNK, Checkpoints
 from pipeline.runs.records import find_run
-from pipeline.runs.run_folder import CHECKPOINT, DATASET, checkpoint_folder, read_config
+from pipeline.runs.run_folder import CLASS_NAMES, DATASET, read_config, read_values
 from pipeline.storage import Folder
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.embedder import Embedder
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,12 @@ class TrainedModel:
 
     Attributes:
         run: The run's folder.
-        config: Its configuration.
         dataset, fingerprint: Address of its store, and the content that it must have.
         kind: The checkpoint's folder, "checkpoints" or "best".
         step: Steps done at the checkpoint.
     """
 
     run: Folder
-    config: Config
     dataset: str
     fingerprint: str
     kind: str
@@ -58,10 +60,16 @@ class TrainedModel:
 
     def weights(self) -> dict[str, str]:
         """SHA-256 of the files of trunk and method, which identify the network whatever its run is called."""
-        checksums = self.run.read_json(f"{checkpoint_folder(self.kind, self.step)}/{CHECKPOINT}")["sha256"]
-        return {name: checksums[name] for name in ("trunk.safetensors", "method.safetensors")}
+        checksums = Checkpoints(self.run).checksums(self.kind, self.step)
+        return {name: checksums[name] for name in (TRUNK, METHOD)}
 
-    def _num_classes(self) -> int:
+    @functools.cached_property
+    def config(self) -> Config:
+        """Its configuration."""
+        return read_config(self.run)
+
+    @functools.cached_property
+    def num_classes(self) -> int:
         """Number of training classes: recorded, or (in runs of earlier versions) counted in the training dataset."""
         recorded = self.run.read_json(DATASET).get("classes") if self.run.exists(DATASET) else None
         if recorded is not None:
@@ -75,13 +83,18 @@ class TrainedModel:
             ) from error
         return num_classes(store.select(["train"], without_fold=self.config.data.validation_fold))
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the training classes by label; empty in runs of earlier versions."""
+        return tuple(self.run.read_json(CLASS_NAMES)) if self.run.exists(CLASS_NAMES) else ()
+
     def load(self, store: Store, device: torch.device) -> tuple[Embedder, Trunk, Method]:
-        """The network with the checkpoint's weights, and an embedder of a store's images for this process."""
-        config = self.config
-        untrained = config.model_copy(update={"model": config.model.model_copy(update={"weights": "none"})})
-        trunk, method = build_network(untrained, self._num_classes(), device)
+        """The network, and an embedder of a store's images for this process."""
+        from pipeline.evaluation.embedder import build_embedder  # 0.4 CPU-s that the network alone does not need
+
+        trunk, method = build_network(untrained(self.config), self.num_classes, device)
         Checkpoints(self.run).load(self.kind, self.step, trunk, method)
-        return build_embedder(config, store, device, Ranks(), "in_process", 1), trunk, method
+        return build_embedder(self.config, store, device, Ranks(), "in_process", 1), trunk, method
 
 
 def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
@@ -98,9 +111,14 @@ def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
     record = folder.read_json(DATASET)
     for plugins_folder in [os.getcwd(), *record.get("plugin_folders", [])]:
         plugins.add_folder(plugins_folder)
-    config = read_config(folder)
-    kind, step = _checkpoint(checkpoint or config.evaluation.checkpoint, Checkpoints(folder))
-    return TrainedModel(folder, config, record["dataset"], record["fingerprint"], kind, step)
+    kind, step = _checkpoint(checkpoint or _configured_checkpoint(folder), Checkpoints(folder))
+    return TrainedModel(folder, record["dataset"], record["fingerprint"], kind, step)
+
+
+def _configured_checkpoint(run: Folder) -> str:
+    """The run's `evaluation.checkpoint`, read without the rest of the configuration, which imports what only trains."""
+    name = read_values(run)["evaluation"].get("checkpoint")
+    return str(name or read_config(run).evaluation.checkpoint)
 
 
 def _checkpoint(name: str, checkpoints: Checkpoints) -> tuple[str, int]:

@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ from methods.plans import Plan
 from pipeline.errors import DivergedError, RunError, UserError, joined_lines, one_line
 from pipeline.runs.run_folder import CHECKPOINT, INCARNATION, checkpoint_folder, step_of
 from pipeline.storage import Folder
+
+TRUNK, METHOD = "trunk.safetensors", "method.safetensors"
 
 
 @dataclass
@@ -132,8 +134,8 @@ class Checkpoints:
         state: dict[str, Any] = {"optimizers": {name: o.inner.state_dict() for name, o in optimizers.items()}}
         torch.save(state, buffer)
         files = {
-            "trunk.safetensors": save_safetensors(_contiguous(trunk)),
-            "method.safetensors": save_safetensors(_contiguous(method)),
+            TRUNK: save_safetensors(cpu_tensors(trunk)),
+            METHOD: save_safetensors(cpu_tensors(method)),
             "optimizers.pt": buffer.getvalue(),
         }
         if plan is not None:
@@ -205,6 +207,40 @@ class Checkpoints:
         record = self.run.read_json(f"{checkpoint_folder(kind, step)}/{CHECKPOINT}")
         return TrainingState(**record["progress"])
 
+    def checksums(self, kind: str, step: int) -> dict[str, str]:
+        """SHA-256 of the files of a checkpoint, by name."""
+        record: dict[str, str] = self.run.read_json(f"{checkpoint_folder(kind, step)}/{CHECKPOINT}")["sha256"]
+        return record
+
+    def tensors(self, kind: str, step: int, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint's file, TRUNK or METHOD.
+
+        Raises:
+            UserError: It is missing or damaged.
+        """
+        data = self._read(kind, step, name)
+        with self.fitting(kind, step):
+            return load_safetensors(data)
+
+    @contextlib.contextmanager
+    def fitting(self, kind: str, step: int) -> Iterator[None]:
+        """A block that puts a checkpoint's tensors into a network: those that do not fit become a UserError."""
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:
+            base = f"{self.run}/{checkpoint_folder(kind, step)}"
+            raise UserError(f"{base} does not fit the configured model: {joined_lines(error)}") from error
+
+    def _read(self, kind: str, step: int, name: str) -> bytes:
+        """A file of a checkpoint, whose checksum is right."""
+        base = checkpoint_folder(kind, step)
+        path = f"{base}/{name}"
+        data = self.run.read(path) if self.run.exists(path) else None
+        if data is None or hashlib.sha256(data).hexdigest() != self.checksums(kind, step)[name]:
+            problem = "missing" if data is None else "damaged (checksum)"
+            raise UserError(f"{self.run}/{path} is {problem}: remove {base} to resume from the previous checkpoint")
+        return data
+
     def load(
         self,
         kind: str,
@@ -226,27 +262,16 @@ class Checkpoints:
             UserError: A file is damaged (named), or the tensors do not fit.
         """
         base = checkpoint_folder(kind, step)
-        checksums: dict[str, str] = self.run.read_json(f"{base}/{CHECKPOINT}")["sha256"]
-
-        def read(name: str) -> bytes:
-            path = f"{base}/{name}"
-            data = self.run.read(path) if self.run.exists(path) else None
-            if data is None or hashlib.sha256(data).hexdigest() != checksums[name]:
-                problem = "missing" if data is None else "damaged (checksum)"
-                raise UserError(f"{self.run}/{path} is {problem}: remove {base} to resume from the previous checkpoint")
-            return data
-
-        try:
-            trunk.load_state_dict(load_safetensors(read("trunk.safetensors")))
+        with self.fitting(kind, step):
+            trunk.load_state_dict(self.tensors(kind, step, TRUNK))
             if method is not None:
-                method.load_state_dict(load_safetensors(read("method.safetensors")))
-        except (RuntimeError, SafetensorError) as error:
-            raise UserError(f"{self.run}/{base} does not fit the configured model: {joined_lines(error)}") from error
+                method.load_state_dict(self.tensors(kind, step, METHOD))
         if optimizers is None:
             return None
         try:
-            state = torch.load(io.BytesIO(read("optimizers.pt")), map_location="cpu", weights_only=True)
-            plan = _unpack(read("plan.npz")) if "plan.npz" in checksums else None
+            optimizers_state = self._read(kind, step, "optimizers.pt")
+            state = torch.load(io.BytesIO(optimizers_state), map_location="cpu", weights_only=True)
+            plan = _unpack(self._read(kind, step, "plan.npz")) if "plan.npz" in self.checksums(kind, step) else None
         except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"{self.run}/{base} contains objects other than tensors ({one_line(error)}): remove {base}"
@@ -259,7 +284,8 @@ class Checkpoints:
         return plan
 
 
-def _contiguous(module: nn.Module) -> dict[str, torch.Tensor]:
+def cpu_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a module as safetensors takes them: contiguous copies on the CPU."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
 
 

@@ -81,9 +81,14 @@ def find_run(name: str) -> Folder:
         UserError: There is no such run.
     """
     for folder in (Folder(name), Folder(home()) / "runs" / name):
-        if folder.exists(CONFIG):
+        if is_run(folder):
             return folder
     raise UserError(f"{name!r} is neither a run folder nor a run in {home()}/runs (no config.yaml)")
+
+
+def is_run(folder: Folder) -> bool:
+    """True if a folder is that of a run."""
+    return folder.exists(CONFIG)
 
 
 def read_run(folder: Folder) -> RunRecord:

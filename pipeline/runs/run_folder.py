@@ -2,6 +2,7 @@
 
 config.yaml                 the resolved configuration
 run.json                    folder and fingerprint of the dataset
+class_names.json            names of the training classes, by label
 changes.jsonl               changes of runtime keys between starts
 incarnation                 number of the newest start of the workers
 state.json, stop.json       whether it runs, and the request to stop it, see `run_state`
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, joined_lines
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:  # the config imports the methods and with them PyTorch: nothing that names files needs that
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # the config imports the methods and with them PyTorch: nothi
 
 CONFIG = "config.yaml"
 DATASET = "run.json"
+CLASS_NAMES = "class_names.json"
 CHANGES = "changes.jsonl"
 INCARNATION = "incarnation"
 METRICS = "metrics.jsonl"
@@ -44,6 +46,21 @@ def run_folder(config: Config) -> Folder:
     return Folder(config.root) / "runs" / config.name
 
 
+def read_values(run: Folder) -> dict[str, Any]:
+    """The values of a run's config.yaml as they are there.
+
+    Raises:
+        UserError: It is not YAML, or not the configuration of a run.
+    """
+    try:
+        values = yaml.safe_load(run.read(CONFIG))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{run}/{CONFIG} is damaged ({joined_lines(error)}): restore it") from error
+    if not isinstance(values, dict) or "evaluation" not in values:
+        raise UserError(f"{run}/{CONFIG} is not the config of a run: restore it, or remove the folder")
+    return values
+
+
 def read_config(run: Folder) -> Config:
     """The configuration that a run was started with; keys that did not exist then have their defaults.
 
@@ -53,7 +70,7 @@ def read_config(run: Folder) -> Config:
     from pipeline.config import build_config
 
     try:
-        return build_config(yaml.safe_load(run.read(CONFIG)))
+        return build_config(read_values(run))
     except UserError as error:
         raise UserError(
             f"run {run} was started by another version, this one does not accept its config.yaml ({error}): use that "

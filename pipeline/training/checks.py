@@ -17,8 +17,8 @@ from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, node_groups, on_cluster
 from pipeline.errors import NameTakenError, UserError
-from pipeline.evaluation.build import build_method, num_classes
 from pipeline.evaluation.tasks import test_task, validation_task
+from pipeline.model.network import build_method, num_classes
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, DATASET, read_config
 from pipeline.storage import Folder

@@ -22,9 +22,10 @@ from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks, gather
 from pipeline.distributed.seeding import seeded_generator
 from pipeline.errors import NonFiniteError, RunError
-from pipeline.evaluation.embedder import Embedder, trunk_features
+from pipeline.evaluation.embedder import Embedder
 from pipeline.mining.method_view import MethodMining
 from pipeline.model.forward_mode import Outputs
+from pipeline.model.network import trunk_features
 from pipeline.model.trunk import Trunk
 from pipeline.training.derivatives import RoleSlots, trunk_gradient, trunk_jvp
 from pipeline.training.nonfinite import StepUndo, name_samples

@@ -13,8 +13,8 @@ from torch import Tensor
 from methods.base import Gradient
 from pipeline.distributed.collectives import Ranks, gather
 from pipeline.errors import RunError
-from pipeline.evaluation.embedder import trunk_features
 from pipeline.model.forward_mode import Outputs, derivative
+from pipeline.model.network import trunk_features
 from pipeline.model.trunk import Trunk
 
 # Pixels of one forward-mode pass, beside the step's own graph in memory: 40 images of 128 × 128 pixels, 13 of 224 × 224.

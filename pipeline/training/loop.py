@@ -24,8 +24,9 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.hang_watch import HangWatch
 from pipeline.distributed.run_status import RunStatus, RunStatusProxy
 from pipeline.errors import NonFiniteError, RunError
-from pipeline.evaluation.build import build_embedder, build_network, num_classes
+from pipeline.evaluation.embedder import build_embedder
 from pipeline.mining.transport import Transport
+from pipeline.model.network import build_network, num_classes
 from pipeline.runs.checkpoint import Checkpoints, TrainingState
 from pipeline.runs.run_folder import read_changes, run_folder
 from pipeline.runs.tracking import Tracker

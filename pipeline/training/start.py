@@ -18,11 +18,11 @@ from pipeline.data.store import Store
 from pipeline.distributed import jobs
 from pipeline.distributed.ray_session import on_cluster, ray_session
 from pipeline.errors import RunError, UserError
-from pipeline.evaluation.build import num_classes
+from pipeline.model.network import num_classes
 from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.report_page import write_report
-from pipeline.runs.run_folder import CHANGES, CONFIG, DATASET, REPORT, SUMMARY, read_changes, run_folder
+from pipeline.runs.run_folder import CHANGES, CLASS_NAMES, CONFIG, DATASET, REPORT, SUMMARY, read_changes, run_folder
 from pipeline.runs.run_state import check_not_running
 from pipeline.runs.summary import finished_length
 from pipeline.runs.terminal import Display, show_summary
@@ -195,6 +195,7 @@ def record(config: Config, folder: Folder, store: Store, changes: list[str]) -> 
     }
     if plugins.loaded:
         record["plugin_folders"] = plugins.folders()  # for commands that read the run from another folder
+    folder.write(CLASS_NAMES, json.dumps(samples.class_names).encode())
     folder.write_json(DATASET, record)
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from pipeline import prepare
-from pipeline.config import Config, build_config
+from pipeline.config import Config, build_config, to_yaml
 from pipeline.data import loader, own_images
 from pipeline.data.entries import Entry
 from pipeline.data.loader import LoadRequest, load
@@ -30,7 +30,7 @@ from pipeline.errors import RunError, UserError
 from pipeline.inference import embed
 from pipeline.inference.trained_model import TrainedModel
 from pipeline.runs.checkpoint import Checkpoints
-from pipeline.runs.run_folder import run_folder
+from pipeline.runs.run_folder import CONFIG, run_folder
 from pipeline.storage import Folder
 from pipeline.testing.tiny import tiny_values, write_images, write_tiny_store
 from pipeline.training.launch import run_in_process
@@ -64,8 +64,9 @@ def test_embeddings_are_the_same_on_ray_and_in_process(ray_here: Any, tmp_path: 
     store = write_tiny_store(tmp_path)
     config = build_config(tiny_values(str(tmp_path), store.folder.uri, {"name": "done", "length": "2 steps"}))
     run_in_process(config, store.folder.uri, silent)
-    elsewhere = config.model_copy(update={"runtime": config.runtime.model_copy(update={"gpus_per_worker": 1})})
-    trained = TrainedModel(run_folder(config), elsewhere, store.folder.uri, store.fingerprint, "checkpoints", 2)
+    with_gpu = config.model_copy(update={"runtime": config.runtime.model_copy(update={"gpus_per_worker": 1})})
+    run_folder(config).write(CONFIG, to_yaml(with_gpu).encode())
+    trained = TrainedModel(run_folder(config), store.folder.uri, store.fingerprint, "checkpoints", 2)
     monkeypatch.setattr(embed, "ROWS_PER_FILE", 7)
     here, there = (Folder(tmp_path / name) for name in ("here", "there"))
     found = [embed.embed(trained, ("train", "test"), to, workers) for to, workers in ((here, 0), (there, 2))]
