@@ -24,6 +24,7 @@ COMMANDS = {  # name: module, purpose
     "stop": ("pipeline.stop", "ask a run or a sweep to save and to end, from any machine that sees its storage"),
     "evaluate": ("pipeline.evaluate", "exact retrieval metrics of a run or of arrays; embeddings of a run's images"),
     "report": ("pipeline.report", "write report.html of a finished run"),
+    "explore": ("pipeline.explore", "a map of a split's images and the classes that fail; TensorBoard's projector"),
     "list": (
         "pipeline.show_list",
         "names of presets, runs, sweeps, sweep files, datasets, methods, losses, miners or backbones",

@@ -61,7 +61,7 @@ def compose(
         book: Collects the pictures of the store of the images.
         found: Their neighbours.
         sample: Their embeddings; None: no map.
-        ids: Images that are compared with the training images: those of the sample, if there is one.
+        ids: Test images that are compared with the training images.
         train: Store of the training images; None: nothing is compared.
         what: What the images are, in words.
         max_train: Training images that are compared at most.
@@ -76,11 +76,11 @@ def compose(
         pairs = list(each_image(store, sample.ids, lambda image: (tile(image, side), small_pixels(image)), 2 * side))
         drawn = map_section(sample, make_sheet([picture for picture, _ in pairs]), store, what)
         pixels = np.stack([values for _, values in pairs])
-    elif compared:
-        pixels = pixel_rows(store, ids)
     classes = class_sections(found, book) if found is not None else ""
     search, text, train_book = None, "", book
     if train is not None and compared:
+        if drawn is None or sample is None or not np.array_equal(sample.ids, ids):
+            pixels = pixel_rows(store, ids)
         search = find_duplicates(store, ids, pixels, train, max_train)
         if train.fingerprint != store.fingerprint:
             train_book = PictureBook(train, "t")

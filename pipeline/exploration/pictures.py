@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -95,18 +95,24 @@ def tile(image: Image.Image, side: int) -> Image.Image:
     return square
 
 
-def make_sheet(tiles: list[Image.Image], max_bytes: int | None = SHEET_BYTES) -> Sheet:
-    """Puts tiles of one size into a sheet that is about square; coarser where it would be larger than `max_bytes`."""
+def tile_grid(tiles: Sequence[Image.Image]) -> tuple[Image.Image, int]:
+    """Tiles of one size in an image that is about square, row by row; and how many stand in a row."""
     side = tiles[0].width
     columns = math.isqrt(len(tiles) - 1) + 1
-    sheet = Image.new("RGB", (columns * side, -(-len(tiles) // columns) * side), "white")
+    grid = Image.new("RGB", (columns * side, -(-len(tiles) // columns) * side), "white")
     for place, image in enumerate(tiles):
-        sheet.paste(image, (place % columns * side, place // columns * side))
+        grid.paste(image, (place % columns * side, place // columns * side))
+    return grid, columns
+
+
+def make_sheet(tiles: Sequence[Image.Image], max_bytes: int = SHEET_BYTES) -> Sheet:
+    """Puts tiles of one size into a JPEG; coarser where it would be larger than `max_bytes`, if that is possible."""
+    grid, columns = tile_grid(tiles)
     for quality in QUALITIES:
-        data = _jpeg(sheet, quality)
-        if max_bytes is None or len(data) <= max_bytes:
+        data = _jpeg(grid, quality)
+        if len(data) <= max_bytes:
             break
-    return Sheet(data, side, columns)
+    return Sheet(data, tiles[0].width, columns)
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:
