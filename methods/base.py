@@ -59,6 +59,14 @@ class MethodConfig(BaseConfig):
         return False
 
     @property
+    def nested_dims(self) -> tuple[int, ...]:
+        """Dimensions of the prefixes that are trained to serve alone, ascending, the whole one last; empty: none.
+
+        Evaluation measures each of them.
+        """
+        return ()
+
+    @property
     def mining(self) -> MiningRequirements | None:
         """The method's requirements of the mining server; None: no server is started."""
         return None

@@ -13,6 +13,14 @@ Two ways to look beyond the batch, each with a weight, through the mining server
   the image's own stored embedding; asked for one step ahead, so that no step waits for them:
   L + hard_weight * loss(z, y, miner(z, y, H), H).
 
+Prefixes that serve alone: `matryoshka: [16, 32, 64]` (Matryoshka representation learning; Kusupati et al., NeurIPS 2022,
+arXiv 2205.13147) trains the first 16, 32 and 64 dimensions too, each at length one, with a miner's choice of its own:
+
+    L = sum over m in {16, 32, 64, D} of loss_m(z_m, y, miner(z_m, y)),    z_m = z[:m] / |z[:m]|
+
+A loss with parameters or running statistics has them for each prefix (the paper's MRL, not MRL-E), all weights are 1 as in
+the paper, and the memory and the hard negatives are cut likewise. Evaluation measures each of these dimensions.
+
 Deviations: XBM's memory is the one before the batch (the batch itself is in L); past embeddings of the same image stay in.
 A loss or miner that draws random numbers draws them from (seed, step) instead of a global generator, so that a run can be
 repeated and continued. A loss with parameters (proxies) is trained at `loss_lr_multiplier`.
@@ -20,17 +28,17 @@ repeated and continued. A loss with parameters (proxies) is trained at `loss_lr_
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from methods.base import Batch, Context, Method, MethodConfig, MethodError
 from methods.config import Length
-from methods.functional import global_generators
+from methods.functional import global_generators, prefix
 from methods.metric_learning import build_loss, build_miner, evaluate_loss, loss_classes, miner_classes
 from methods.mining import Mining, MiningRequirements
 
@@ -61,6 +69,15 @@ class BaselineConfig(MethodConfig):
         description="number of nearest samples of other classes mined for each image, from the whole training set; 0: none",
     )
     hard_weight: float = Field(1.0, ge=0, description="weight of the loss over the hard negatives")
+    matryoshka: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None,
+        description="dimensions of prefixes of the embedding that are trained beside the whole one, ascending, so that a "
+        "prefix at length one serves alone; null: the whole embedding only",
+    )
+
+    @property
+    def nested_dims(self) -> tuple[int, ...]:
+        return () if self.matryoshka is None else tuple(dict.fromkeys((*self.matryoshka, self.embedding_dim)))
 
     @property
     def mining(self) -> MiningRequirements | None:
@@ -72,15 +89,26 @@ class BaselineConfig(MethodConfig):
     def _check(self) -> BaselineConfig:
         if self.miner is None and self.miner_args:
             raise ValueError("miner_args are given, but no miner: set miner, or leave out miner_args")
+        self._check_prefixes()
         with global_generators(0):
-            loss = build_loss(self.loss, self.loss_args, 2, self.embedding_dim)
             miner = build_miner(self.miner, self.miner_args) if self.miner else None
-            self._try_once(loss, miner)
+            for dim in self.nested_dims or (self.embedding_dim,):
+                self._try_once(build_loss(self.loss, self.loss_args, 2, dim), miner, dim)
         return self
 
-    def _try_once(self, loss: Any, miner: Any) -> None:
+    def _check_prefixes(self) -> None:
+        dims = self.matryoshka
+        if dims is None:
+            return
+        if not dims or list(dims) != sorted(set(dims)) or dims[-1] > self.embedding_dim:
+            raise ValueError(
+                f"matryoshka is {list(dims)}, expected ascending dimensions of at most embedding_dim, {self.embedding_dim}, "
+                "such as [16, 32, 64]; null trains the whole embedding only"
+            )
+
+    def _try_once(self, loss: Any, miner: Any, dim: int) -> None:
         """Calls loss and miner once: many wrong argument values fail only in the call, which would be the first step."""
-        embeddings, labels = torch.randn(8, self.embedding_dim), torch.arange(8) // 4
+        embeddings, labels = torch.randn(8, dim), torch.arange(8) // 4
         try:
             evaluate_loss(loss, miner, embeddings, labels)
             if self.mining is not None:
@@ -99,8 +127,16 @@ class Baseline(Method):
     def __init__(self, config: BaselineConfig, features: int, num_classes: int) -> None:
         super().__init__(config, features, num_classes)
         self.loss_function = build_loss(config.loss, config.loss_args, num_classes, config.embedding_dim)
+        self.prefix_losses = nn.ModuleDict(
+            {
+                str(dim): build_loss(config.loss, config.loss_args, num_classes, dim)
+                for dim in config.nested_dims
+                if dim < config.embedding_dim
+            }
+        )
         self.miner = build_miner(config.miner, config.miner_args) if config.miner else None
-        for module in self.loss_function.modules():  # running statistics in plain tensors: into the state dict
+        for module in (*self.loss_function.modules(), *self.prefix_losses.modules()):
+            # running statistics in plain tensors: into the state dict
             for name in [n for n, value in vars(module).items() if isinstance(value, Tensor)]:
                 value = vars(module).pop(name)
                 module.register_buffer(name, value)
@@ -116,19 +152,26 @@ class Baseline(Method):
             memory = mining.memory
             if memory is not None and config.memory_start.fraction_done(context.clock) >= 1 and len(memory.labels):
                 past = (memory.features.to(embeddings.dtype), memory.labels)
-                terms["memory"] = config.memory_weight * self._against(past, embeddings, batch.labels)
+                terms["memory"] = config.memory_weight * self._sum_over_prefixes(embeddings, batch.labels, past)
             if negatives is not None:
                 hard = (negatives[0].to(embeddings), negatives[1])
-                terms["hard"] = config.hard_weight * self._against(hard, embeddings, batch.labels)
+                terms["hard"] = config.hard_weight * self._sum_over_prefixes(embeddings, batch.labels, hard)
         loss = torch.stack(list(terms.values())).sum()
         context.backward(loss)
         context.step("main")
         mining.put(batch.ids, embeddings, batch.labels)
         return {"loss": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
 
-    def _against(self, references: tuple[Tensor, Tensor], embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of the batch against constant embeddings and their labels."""
-        return evaluate_loss(self.loss_function, self.miner, embeddings, labels, references)
+    def _sum_over_prefixes(
+        self, embeddings: Tensor, labels: Tensor, references: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The loss of the batch, among itself or against constant embeddings and their labels, over the nested prefixes."""
+        total = evaluate_loss(self.loss_function, self.miner, embeddings, labels, references)
+        for name, loss in self.prefix_losses.items():
+            dim = int(name)
+            cut = None if references is None else (prefix(references[0], dim), references[1])
+            total = total + evaluate_loss(loss, self.miner, prefix(embeddings, dim), labels, cut)
+        return total
 
     def _hard_negatives(self, batch: Batch, context: Context, mining: Mining) -> tuple[Tensor, Tensor] | None:
         """Embeddings and classes of the distinct neighbours of the batch's images; None in the first steps."""
@@ -153,10 +196,10 @@ class Baseline(Method):
     def loss(
         self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"], context: Context
     ) -> Float[Tensor, ""]:
-        for statistic in self.loss_function.buffers():
+        for statistic in (*self.loss_function.buffers(), *self.prefix_losses.buffers()):
             statistic.detach_()  # some keep the graph of the step before
         with global_generators(context.seed, context.clock.step):
-            return evaluate_loss(self.loss_function, self.miner, embeddings, labels)
+            return self._sum_over_prefixes(embeddings, labels)
 
 
 __all__ = ["Baseline", "BaselineConfig", "loss_classes", "miner_classes"]

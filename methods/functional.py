@@ -23,6 +23,11 @@ class Head(nn.Module):
         return nn.functional.normalize(self.linear(features))
 
 
+def prefix(embeddings: Float[Tensor, "rows dim"], dim: int) -> Float[Tensor, "rows prefix"]:
+    """The first `dim` dimensions of each embedding, at length one."""
+    return F.normalize(embeddings[:, :dim])
+
+
 class PlusOneAttention(nn.Module):
     """Multi-head attention whose softmax has one more logit, a constant zero: weights sum to less than 1.
 

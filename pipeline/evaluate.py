@@ -8,6 +8,7 @@
     python -m pipeline.evaluate emoji --embed-to FOLDER        its embeddings, as Parquet files (see `pipeline.inference.embed`)
     python -m pipeline.evaluate x.npy y.npy                    leave-one-out over [N, D] embeddings and [N] labels
     python -m pipeline.evaluate x.npy y.npy --gallery g.npy h.npy   queries against another set
+    python -m pipeline.evaluate emoji --dims 16 32 64 --quantise int8 binary   a run or arrays: what fewer dimensions and bits cost
 
 Neighbours are exact (float64, ties by row).
 """
@@ -19,15 +20,19 @@ import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.entries import SPLITS
 from pipeline.errors import RunError, UserError, fail
+from pipeline.metric_names import COUNTS
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
+    from pipeline.evaluation.compact import CompactRow
     from pipeline.evaluation.reid import ReidRetrieval
     from pipeline.evaluation.retrieval import Distance, Retrieval
 
@@ -45,6 +50,7 @@ class Figures:
         labels, names: Number of each query's class, and the classes' names.
         lines: Text above the table and below it.
         partial: A sentence for each thing that the dataset lacks.
+        compact: Figures by dimensions and precision.
     """
 
     metrics: dict[str, Any]
@@ -53,6 +59,7 @@ class Figures:
     names: list[str]
     lines: tuple[list[str], list[str]] = ([], [])
     partial: tuple[str, ...] = ()
+    compact: tuple[CompactRow, ...] = ()
 
 
 def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
@@ -87,6 +94,26 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser.add_argument(
         "--per-class", metavar="PATH.csv", help="write the figures of every class into this file, worst first"
     )
+    parser.add_argument(
+        "--dims",
+        nargs="+",
+        type=int,
+        metavar="D",
+        help="measure the first D dimensions of the embeddings as well (default: those that the run trained by "
+        "method.matryoshka)",
+    )
+    parser.add_argument(
+        "--quantise",
+        nargs="+",
+        choices=("int8", "binary"),
+        help="measure embeddings of one byte or one bit a dimension as well, with and without re-scoring",
+    )
+    parser.add_argument(
+        "--oversample",
+        type=int,
+        metavar="N",
+        help="with --quantise: candidates that are scored again, as a multiple of the neighbours that a query needs (default: 4)",
+    )
     parser.add_argument("--clustering", action="store_true", help="measure NMI and AMI as well")
     parser.add_argument(
         "--save", metavar="PREFIX", help="with a run: write PREFIX.embeddings.npy and PREFIX.labels.npy"
@@ -110,6 +137,8 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     try:
         if options.recall_at and min(options.recall_at) < 1:
             raise UserError(f"--recall-at {options.recall_at}: every K has to be at least 1")
+        if options.oversample is not None and (not options.quantise or options.oversample < 1):
+            raise UserError(f"--oversample {options.oversample}: expected 1 or more, and --quantise")
         if options.embed_to:
             _embed(options)
             return 0
@@ -118,7 +147,9 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
             return 0
         figures = _measure_run(options) if len(options.inputs) == 1 else _measure_arrays(options)
         if options.json:
-            notes = {"partial": list(figures.partial)} if figures.partial else {}
+            notes: dict[str, Any] = {"partial": list(figures.partial)} if figures.partial else {}
+            if figures.compact:
+                notes["compact"] = [row.as_json() for row in figures.compact]
             _write(options.json, json.dumps(figures.metrics | notes, indent=1).encode())
         if options.per_class:
             from pipeline.evaluation.per_class import as_csv, per_class
@@ -139,9 +170,24 @@ def main(arguments: list[str] | None = None, prog: str = PROG) -> int:
     for line in (" ".join(options.inputs), *above):
         out.print(line, highlight=False, soft_wrap=True)
     out.print(metrics_table(figures.metrics))
+    if figures.compact:
+        from pipeline.console import aligned
+
+        for line in aligned(_compact_table(figures.compact)):
+            out.print(line, highlight=False, soft_wrap=True)
     for line in below:
         out.print(line, highlight=False, soft_wrap=True)
     return 0
+
+
+def _compact_table(rows: Sequence[CompactRow]) -> list[tuple[str, ...]]:
+    """Rows of text: how embeddings are stored and searched, their bytes, and the figures in percent."""
+    names = [name for name in rows[0].metrics if name not in COUNTS]
+    table = [("dims", "stored", "bytes", "found by", "ranked by", *names)]
+    for row in rows:
+        figures = (f"{row.metrics[name]:.2f}" for name in names)
+        table.append((str(row.dim), row.stored, f"{row.bytes_per_image:,}", row.found_by, row.ranked_by, *figures))
+    return table
 
 
 def _write(path: str, data: bytes) -> None:
@@ -183,9 +229,25 @@ def _measure_arrays(options: argparse.Namespace) -> Figures:
             from pipeline.evaluation.clustering import clustering
 
             metrics |= clustering(embeddings[0], labels[0])
+        compact = _compact_arrays(options, embeddings, labels) if options.dims or options.quantise else ()
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Figures(metrics, result, labels[0].numpy(), names, ([], [f"distance: {distance}"]))
+    return Figures(metrics, result, labels[0].numpy(), names, ([], [f"distance: {distance}"]), compact=compact)
+
+
+def _compact_arrays(
+    options: argparse.Namespace, embeddings: list[Tensor], labels: list[Tensor]
+) -> tuple[CompactRow, ...]:
+    from pipeline.evaluation.compact import OVERSAMPLE, measure_compact
+
+    gallery, gallery_labels = (embeddings[1], labels[1]) if options.gallery else (None, None)
+    return tuple(
+        measure_compact(
+            embeddings[0], labels[0], gallery, gallery_labels, dims=options.dims or (), quantise=options.quantise or (),
+            recall_at=options.recall_at or (1, 2, 4, 8), distance=options.distance or "cosine",
+            oversample=options.oversample or OVERSAMPLE,
+        )
+    )  # fmt: skip
 
 
 def _measure_run(options: argparse.Namespace) -> Figures:
@@ -203,6 +265,7 @@ def _measure_run(options: argparse.Namespace) -> Figures:
     found = measure(
         options.inputs[0], options.checkpoint, options.split, data=options.data, distance=options.distance,
         recall_at=options.recall_at, clustering=options.clustering, embeddings=bool(options.save),
+        dims=options.dims, quantise=options.quantise or (), oversample=options.oversample,
     )  # fmt: skip
     queries = found.result.queries
     _tell_partial(found.partial)
@@ -215,13 +278,13 @@ def _measure_run(options: argparse.Namespace) -> Figures:
             _write(f"{options.save}.{name}.npy", buffer.getvalue())
     return Figures(
         found.result.metrics, found.result.retrieval, queries.labels, list(queries.class_names),
-        ([found.title, *found.notes], [f"protocol: {found.protocol}"]), found.partial,
+        ([found.title, *found.notes], [f"protocol: {found.protocol}"]), found.partial, found.compact,
     )  # fmt: skip
 
 
 def _measure_runs(options: argparse.Namespace) -> None:
     """Prints the figures of several runs on the test classes, and of their concatenated embeddings."""
-    for option in ("gallery", "split", "data", "distance", "per_class", "save", "workers"):
+    for option in ("gallery", "split", "data", "distance", "per_class", "save", "workers", "dims", "quantise"):
         if getattr(options, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} goes with one run, got {len(options.inputs)}")
     from pipeline.runs.records import find_run
@@ -229,7 +292,6 @@ def _measure_runs(options: argparse.Namespace) -> None:
     folders = [find_run(name) for name in options.inputs]  # before PyTorch is loaded
     from pipeline.console import aligned
     from pipeline.inference.ensemble import measure_runs
-    from pipeline.metric_names import COUNTS
 
     found = measure_runs(
         folders, checkpoint=options.checkpoint, recall_at=options.recall_at, clustering=options.clustering
@@ -262,10 +324,10 @@ def _tell_partial(partial: tuple[str, ...]) -> None:
 def _embed(options: argparse.Namespace) -> None:
     """Writes the embeddings of a run's images into files; measures nothing."""
     measuring = (options.gallery, options.save, options.recall_at, options.clustering, options.data, options.per_class)
-    if len(options.inputs) != 1 or any(measuring) or options.distance:
+    if len(options.inputs) != 1 or any(measuring) or options.distance or options.dims or options.quantise:
         raise UserError(
-            "--embed-to goes with one run, and neither --gallery, --save, --recall-at, --data, --per-class, --distance nor "
-            "--clustering"
+            "--embed-to goes with one run, and neither --gallery, --save, --recall-at, --data, --per-class, --distance, --dims, "
+            "--quantise nor --clustering"
         )
     if options.workers is not None and options.workers < 0:
         raise UserError(f"--workers is {options.workers}, expected 0 (this process) or more")

@@ -92,7 +92,7 @@ def explore(options: argparse.Namespace) -> None:
     from pipeline.inference.measure import measure
 
     print("embedding and searching ...", file=sys.stderr)
-    found = measure(run.uri, options.checkpoint, options.split, data=options.data)
+    found = measure(run.uri, options.checkpoint, options.split, data=options.data, dims=())
     sample = draw_sample(*found.result.embedded.each_once(), found.distance)
     name = name or f"explore-{found.split}{f'-{found.store.name}' if options.data else ''}.html"
     print(f"drawing {len(sample.ids):,} of {sample.total:,} images ...", file=sys.stderr)

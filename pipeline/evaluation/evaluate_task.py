@@ -32,7 +32,7 @@ class EvaluationResult:
         retrieval: Ranks and neighbours of the queries.
         queries, gallery: The images; tracklets are represented by their first frames.
         unit_length: All embeddings have length one, but for rounding: both distances then rank alike.
-        embedded: Their embeddings.
+        embedded: The embeddings.
     """
 
     metrics: dict[str, float]

@@ -249,7 +249,7 @@ class _Ranking:
         classes, num_relevant = self.query_classes[part], self.num_relevant[part]
         average_precision, r_precision = np.zeros(len(places)), np.zeros(len(places))
         neighbours = np.full((len(places), self.keep), -1)
-        _precisions(
+        precisions(
             starts, counts, ids, self.gallery_classes, classes, num_relevant, average_precision, r_precision, neighbours
         )
         result.average_precision[places], result.r_precision[places] = average_precision, r_precision
@@ -323,7 +323,7 @@ def _largest_of_class(tile, queries, rows, classes, row_classes, leave_one_out, 
 
 
 @compiled
-def _precisions(starts, counts, ids, row_classes, classes, num_relevant, average_precision, r_precision, neighbours):
+def precisions(starts, counts, ids, row_classes, classes, num_relevant, average_precision, r_precision, neighbours):
     """MAP@R's term and R-Precision of each query, 0 where nothing is relevant; sums run from the nearest on."""
     for query in range(counts.size):
         found = ids[starts[query] : starts[query] + counts[query]]

@@ -14,7 +14,9 @@ from pipeline.config import Config
 from pipeline.data.entries import SPLITS
 from pipeline.data.find_store import find_store
 from pipeline.data.store import Store
+from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
+from pipeline.evaluation.compact import OVERSAMPLE, CompactRow, Precision, check_dims, measure_compact, measure_dims
 from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
 from pipeline.evaluation.tasks import RetrievalTask, all_task, test_task, validation_task
 from pipeline.inference.trained_model import TrainedModel, load_run
@@ -41,6 +43,7 @@ class Measurement:
         partial: A sentence for each thing that the dataset lacks.
         trained, store: The checkpoint and the dataset.
         split, distance: Which images, and what nearest means.
+        compact: Figures by dimensions and precision, if they were asked for or the run trained nested dimensions.
     """
 
     result: EvaluationResult
@@ -54,6 +57,7 @@ class Measurement:
     store: Store
     split: Split
     distance: Literal["cosine", "euclidean"]
+    compact: tuple[CompactRow, ...] = ()
 
 
 def measure(
@@ -66,6 +70,9 @@ def measure(
     recall_at: Sequence[int] | None = None,
     clustering: bool = False,
     embeddings: bool = False,
+    dims: Sequence[int] | None = None,
+    quantise: Sequence[Precision] = (),
+    oversample: int | None = None,
 ) -> Measurement:
     """Measures a checkpoint of a run.
 
@@ -79,9 +86,13 @@ def measure(
         recall_at: None: the run's.
         clustering: Measure NMI and AMI as well.
         embeddings: Return the embeddings of the queries as well.
+        dims: Measure these first dimensions of the embeddings as well; None: those that the run's method trained.
+        quantise: Measure int8 or binary embeddings as well.
+        oversample: As `measure_compact` takes it; None: its default.
 
     Raises:
-        UserError: There is no such run, checkpoint or dataset, or it has no such images.
+        UserError: There is no such run, checkpoint or dataset, or it has no such images; embeddings do not have these
+            dimensions, or cannot be compared so.
         RunError: The embeddings cannot be measured.
     """
     trained = load_run(name, checkpoint)
@@ -107,6 +118,11 @@ def measure(
         )
     split = split or "test"
     task, what = _task(config, store, split)
+    if quantise and task.reid:
+        raise UserError(
+            "int8 and binary embeddings are measured for retrieval, not for re-identification: leave out --quantise"
+        )
+    check_dims(dims or (), config.method.embedding_dim)
     gpu = torch.cuda.is_available() and config.runtime.gpus_per_worker
     torch.set_num_threads(os.cpu_count() or 1)
     embedder, trunk, method = trained.load(store, torch.device("cuda" if gpu else "cpu"))
@@ -117,6 +133,27 @@ def measure(
     return Measurement(
         result, queries, task.queries.labels, f"{what} of {store.title}, {trained.title}", tuple(notes), _protocol(config, store, trained),
         tuple(store.partial), trained, store, split, task.distance,
+        _compact(task, result, config, dims, quantise, oversample),
+    )  # fmt: skip
+
+
+def _compact(
+    task: RetrievalTask, result: EvaluationResult, config: Config, dims: Sequence[int] | None,
+    quantise: Sequence[Precision], oversample: int | None,
+) -> tuple[CompactRow, ...]:  # fmt: skip
+    """Figures by dimensions and precision; empty if there is nothing to compare."""
+    dims = config.method.nested_dims if dims is None else dims
+    recall_at = [int(key.partition("@")[2]) for key in result.metrics if key.startswith(("recall@", "cmc@"))]
+    embedded = result.embedded
+    if not quantise:
+        return tuple(measure_dims(task, embedded, Ranks(), dims, recall_at)) if dims else ()
+    gallery = None if task.gallery is None else embedded.rows[embedded.gallery_rows]
+    return tuple(
+        measure_compact(
+            embedded.rows[embedded.query_rows], torch.from_numpy(embedded.queries.labels), gallery,
+            None if gallery is None else torch.from_numpy(embedded.gallery.labels), dims=dims, quantise=quantise,
+            recall_at=recall_at, distance=task.distance, oversample=oversample or OVERSAMPLE,
+        )
     )  # fmt: skip
 
 

@@ -169,6 +169,7 @@ def _metrics(summary: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -
         )
         caption = f"Test classes, never seen in training: %, {final['queries']:,.0f} queries{left_out}"
         tables += _table(caption, final, summary["frozen"])
+        tables += _dims_table(summary.get("by_dim", {}))
     if validation:
         classes = "test" if summary["protocol"]["profile"] == "paper" else "held-out training"
         tables += _table(f"Best validation, on {classes} classes: %, {validation['queries']:,.0f} queries", validation)
@@ -202,6 +203,22 @@ def _table(caption: str, trained: Mapping[str, float], frozen: Mapping[str, floa
             cells = ["–", *cells, "–"] if before is None else [f"{before:.2f}", *cells, f"{value - before:+.2f}"]
         data = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f'<tr data-metric="{escape(name)}"><th scope="row">{escape(metric_title(name))}</th>{data}</tr>')
+    return "\n".join([*lines, "</table>\n"])
+
+
+def _dims_table(by_dim: Mapping[str, Mapping[str, float]]) -> str:
+    """A table with a row for each number of dimensions kept; nothing without any."""
+    if not by_dim:
+        return ""
+    names = [name for name in next(iter(by_dim.values())) if name not in COUNTS]
+    head = "".join(f'<th scope="col">{escape(metric_title(name))}</th>' for name in names)
+    rows = [
+        f'<tr data-dim="{escape(dim)}"><th scope="row">{escape(dim)}</th>'
+        f"{''.join(f'<td>{found[name]:.2f}</td>' for name in names)}</tr>"
+        for dim, found in by_dim.items()
+    ]
+    caption = "By dimensions kept: the first of the embedding, at length one, %"
+    lines = [f"<table>\n<caption>{caption}</caption>", f'<tr><th scope="col">dimensions</th>{head}</tr>', *rows]
     return "\n".join([*lines, "</table>\n"])
 
 

@@ -56,9 +56,17 @@ def protocol(config: Config, store: Store) -> dict[str, Any]:
 
 
 def summarise(
-    config: Config, store: Store, progress: TrainingState, metrics: dict[str, float], changes: Sequence[dict[str, Any]]
+    config: Config,
+    store: Store,
+    progress: TrainingState,
+    metrics: dict[str, float],
+    changes: Sequence[dict[str, Any]],
+    by_dim: Mapping[int, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """The content of summary.json; metrics in percent, `seconds` spent in training steps, `validation_seconds` beside them."""
+    """The content of summary.json; metrics in percent, `seconds` spent in training steps, `validation_seconds` beside them.
+
+    `by_dim`: the metrics by number of dimensions kept, if the run trained nested ones.
+    """
     changed_keys = {change.split(":")[0] for line in changes for change in line["changes"]}
     copied = {change.split(":")[0] for line in changes if "copied_from_trial" in line for change in line["changes"]}
     affecting = sorted((changed_keys & set(RESULT_KEYS)) | copied)
@@ -67,6 +75,7 @@ def summarise(
         "name": config.name,
         "frozen": _rounded(progress.frozen),
         "final": _rounded(metrics),
+        **({"by_dim": {str(dim): _rounded(found) for dim, found in by_dim.items()}} if by_dim else {}),
         "validation": _rounded(progress.best_metrics),
         "step": progress.step,
         "images": progress.images,

@@ -103,11 +103,24 @@ def metrics_table(metrics: dict[str, Any], before: dict[str, Any] | None = None)
     return table
 
 
+def dims_table(by_dim: dict[str, dict[str, Any]]) -> Table:
+    """Metrics in percent by number of dimensions kept, a row each."""
+    names = [name for name in next(iter(by_dim.values())) if name not in COUNTS]
+    table = Table()
+    for column in ("dimensions", *names):
+        table.add_column(column, justify="right")
+    for dim, metrics in by_dim.items():
+        table.add_row(dim, *(f"{metrics[name]:.2f}" for name in names))
+    return table
+
+
 def show_summary(folder: Folder) -> None:
     summary = folder.read_json(SUMMARY)
     out = Console(markup=False, emoji=False)
     out.print(f"{summary['name']}: retrieval on classes never seen in training", highlight=False, soft_wrap=True)
     out.print(summary_table(summary))
+    if "by_dim" in summary:
+        out.print(dims_table(summary["by_dim"]))
     out.print(
         f"{summary['images']:,} images in {summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s; "
         f"protocol: {summary['protocol']['profile']}, {summary['protocol']['checkpoint']} checkpoint",

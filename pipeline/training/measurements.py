@@ -13,6 +13,7 @@ from methods import Method
 from methods.config import Clock
 from pipeline.config import Config
 from pipeline.data.store import Store
+from pipeline.evaluation.compact import measure_dims
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
 from pipeline.evaluation.tasks import RetrievalTask, test_task, validation_task
@@ -132,11 +133,15 @@ class Measurements:
             self.load_best()
         task = self._test_task()
         metrics: dict[str, Any] = {}
+        by_dim: dict[int, dict[str, float]] = {}
         if task is not None:
             self.publish({"phase": "evaluating on the test classes"})
             evaluation = self.config.evaluation
             result = evaluate(task, self.embedder, self.trunk, self.method, evaluation.recall_at, evaluation.clustering)
             metrics = result.metrics
+            if nested := self.config.method.nested_dims:
+                rows = measure_dims(task, result.embedded, ranks, nested, evaluation.recall_at)
+                by_dim = {row.dim: row.metrics for row in rows}
             if ranks.rank == 0:
                 self._save_for_report(result, task)
         if tracker is not None:
@@ -144,7 +149,8 @@ class Measurements:
                 tracker.log(progress.step, "test", metrics)
             tracker.sync()
         if ranks.rank == 0:
-            run.write_json(SUMMARY, summarise(self.config, self.store, progress, metrics, read_changes(run)))
+            summary = summarise(self.config, self.store, progress, metrics, read_changes(run), by_dim)
+            run.write_json(SUMMARY, summary)
         progress.finished = True
         if ranks.rank == 0:
             self.checkpoints.update(progress)

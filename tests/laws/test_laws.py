@@ -87,7 +87,11 @@ TRIPLETS: dict[str, Any] = {
 }
 METHOD_CASES: dict[str, dict[str, Any]] = {
     "multi_similarity": {"method.loss": "MultiSimilarityLoss"},
-    "proxies": {"method.loss": "ProxyAnchorLoss", "method.optimizer.loss_lr_multiplier": 10},
+    "proxies": {
+        "method.loss": "ProxyAnchorLoss",
+        "method.optimizer.loss_lr_multiplier": 10,
+        "method.matryoshka": [4],  # proxies of a prefix, too
+    },
     "miner": {"method.loss": "TripletMarginLoss", "method.miner": "TripletMarginMiner"},
     "random_miner": {"method.loss": "TripletMarginLoss", "method.miner": "DistanceWeightedMiner"},
     "mined": {"method.hard_negatives": 3, "method.memory": 8, "mining.engine": "ivf"},

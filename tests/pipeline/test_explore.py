@@ -109,8 +109,6 @@ def test_another_dataset_is_compared_with_the_runs_training_images(
     html = page_of("--data", store.folder.uri)
     assert "1 of 6 test images" in html and "another dataset than the run" in html
     assert re.search(rf'class="thumb small +t{train[0]}"', html), "its picture is the training store's"
-        f"small  t{train[0]}", f'"t{train[0]}"'
-    )  # its picture is the training store's
     assert f".t{train[0]}{{background-image" in html and "identical byte by byte" not in html
 
 
