@@ -16,7 +16,7 @@ from jaxtyping import Float32, Int64
 from pipeline.data.store import Store
 from pipeline.exploration.embedding_sample import EmbeddingSample
 from pipeline.exploration.pictures import Sheet, data_url
-from pipeline.exploration.projection import nearest, project
+from pipeline.exploration.projection import FEWEST_FOR_TSNE, nearest, project
 from pipeline.exploration.retrieved import labels_of
 from pipeline.exploration.shown_names import shown_name
 
@@ -26,8 +26,7 @@ FILES_BYTES = 300_000  # of the images' file names; where they take more, images
 _NONE = 65535  # a place without a neighbour, an image of no class
 
 HOW_TO_READ = (
-    "Each point is an image; near points have like embeddings (principal components, then t-SNE: distances between far "
-    "groups mean nothing). A class has the colour of its middle's place, so a point in a colour other than those around it "
+    "Each point is an image; near points have like embeddings ({method}). A class has the colour of its middle's place, so a point in a colour other than those around it "
     "lies far from its class."
 )
 
@@ -51,10 +50,16 @@ def map_section(sample: EmbeddingSample, sheet: Sheet, store: Store, what: str =
     )  # the same text in JSON, and no tag in HTML
     drawn = "all" if len(sample.ids) == sample.total else f"{len(sample.ids):,} of"
     of_what = f"{drawn} {sample.total:,} {what}" + (", whole classes drawn with a fixed seed" if drawn != "all" else "")
+    few = len(sample.ids) < FEWEST_FOR_TSNE
+    method = (
+        "two principal components"
+        if few
+        else "principal components, then t-SNE: distances between far groups mean nothing"
+    )
     hint = f"Click a point, or move to it with the arrow keys and press Enter: its nearest {what} are listed here."
     html = f"""<section id="map">
 <h2>Map of the {escape(what)}</h2>
-<p class="note">Shown: {escape(of_what)}. {HOW_TO_READ}</p>
+<p class="note">Shown: {escape(of_what)}. {HOW_TO_READ.format(method=method)}</p>
 <noscript><p>The map is drawn by a script, which is off here; all else on this page needs none.</p></noscript>
 <div class="map-controls">
 <fieldset><legend>Colour</legend>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.decomposition import PCA
 
 from pipeline.errors import UserError
 from pipeline.exploration.embedding_sample import EmbeddingSample, draw_sample
@@ -72,7 +73,18 @@ def test_a_map_keeps_clusters_together_and_is_the_same_each_time() -> None:
     places = project(rows)
     assert places.tobytes() == project(rows).tobytes()
     assert (labels[nearest(places, 1)[:, 0]] == labels).mean() > 0.95
-    assert places.min() == pytest.approx(0, abs=1e-6) or places.max() == pytest.approx(1, abs=1e-6)
+    assert np.ptp(places, axis=0).max() == pytest.approx(1, abs=1e-6)
+
+
+def test_few_images_lie_by_their_principal_components() -> None:
+    rows = np.random.default_rng(0).normal(size=(30, 6)).astype("f") * np.array([9, 4, 1, 1, 1, 1], "f")
+    components = PCA(2).fit_transform(rows.astype(float))
+    places = project(rows)
+    for axis in (0, 1):
+        assert abs(np.corrcoef(places[:, axis], components[:, axis])[0, 1]) == pytest.approx(1, abs=1e-5)
+    assert np.ptp(places, axis=0) == pytest.approx(
+        np.ptp(components, axis=0) / np.ptp(components, axis=0).max(), abs=1e-5
+    )
 
 
 def test_neighbours_are_exact() -> None:
