@@ -13,7 +13,7 @@ HEAVY = {
     "torch", "torchvision", "torch._dynamo", "ray", "timm", "faiss", "scipy", "sklearn", "numba", "matplotlib", "pandas",
     "pytorch_metric_learning", "tensorboardX", "optuna", "plotly",
 }  # fmt: skip
-COMMANDS = ["train", "doctor", "prepare", "evaluate", "report", "watch", "stop", "search", "serve"]
+COMMANDS = ["train", "doctor", "prepare", "evaluate", "explore", "report", "watch", "stop", "search", "serve"]
 
 
 def imported(code: str, *arguments: object) -> tuple[set[str], str]:
@@ -47,6 +47,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         ("evaluate", ["a.npy", "b", "c"], "got 3 inputs"),
         ("evaluate", ["a", "b", "c"], "'a' is neither a run folder nor a run"),
         ("evaluate", ["a", "b", "--save", "x"], "--save goes with one run, got 2"),
+        ("explore", ["--split", "x", "run"], "invalid choice: 'x'"),
+        ("explore", ["no_such"], "'no_such' is neither a run folder nor a run"),
         ("report", [], "the following arguments are required"),
         ("watch", ["--every", "0", "x"], "expected more than 0 seconds"),
         ("watch", ["no_such"], "'no_such' is neither a folder of a run or a sweep, nor"),
