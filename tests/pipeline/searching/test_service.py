@@ -45,7 +45,8 @@ def test_a_query_gets_what_the_index_finds(served: InProcess, base: Base) -> Non
     path = next((base.root / "images" / "test02").iterdir())
     answer = served.ask("POST", "/search?k=3", path.read_bytes())
     assert answer.status == 200 and answer.headers["content-type"] == "application/json"
-    expected = [dataclasses.asdict(hit) for hit in served.service.index.search(str(path), 3)[0]]
+    hits = served.service.index.search(str(path), 3)[0]
+    expected = [{**dataclasses.asdict(hit), "shown_name": hit.class_name} for hit in hits]
     assert answer.json["neighbours"] == expected and len(expected) == 3
     assert expected[0]["path"] == str(path) and expected[0]["class_name"] == "test02"
     assert served.ask("POST", "/search?k=3", *form(path.read_bytes())).json["neighbours"] == expected
