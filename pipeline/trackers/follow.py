@@ -9,13 +9,14 @@ the next start of the same command. Workers that are killed and resumed write th
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from methods import plugins
@@ -98,7 +99,8 @@ class FollowedTracker:
         if self.problem is None or now or time.monotonic() >= self._again_at:
             self.attempt(lambda: self._follow(told))
 
-    def attempt(self, work: Any) -> None:
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Does something that may fail for any reason."""
         try:
             work()
             self.problem = None
@@ -196,7 +198,7 @@ class RunTracking:
             for entry in self.trackers:
                 entry.follow(self._told[entry.name], now=True)
                 if entry.started and entry.problem is None:
-                    entry.attempt(lambda entry=entry: entry.tracker.finish(self._state, figures, report))
+                    entry.attempt(functools.partial(entry.tracker.finish, self._state, figures, report))
         self._keep()
 
     def _keep(self) -> None:
