@@ -134,7 +134,8 @@ class OnnxNetwork(nn.Module):
         self.name = self.session.get_inputs()[0].name
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.session.run(None, {self.name: images.cpu().numpy()})[0])
+        given = images.cpu() if len(images) else torch.zeros(1, *images.shape[1:], dtype=images.dtype)  # no empty batch
+        return torch.from_numpy(self.session.run(None, {self.name: given.numpy()})[0])[: len(images)]
 
     def set_mode(self, training: bool, ranks: Any) -> None:
         """As a trunk's, for an embedder: there is evaluation only."""
