@@ -30,14 +30,13 @@ def push(folder: Path, repository: str, private: bool) -> str:
         RunError: The Hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     token = os.environ[TOKEN]
     api = HfApi(token=token, library_name="raydml")
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported by raydml")
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the client's own errors, and those of its HTTP library
         reason = one_line(error).replace(token, "***")
         raise RunError(
             f"{repository} cannot be uploaded to the Hugging Face Hub ({reason}): the folder is written, upload it by `hf upload`"
