@@ -1,4 +1,4 @@
-"""What commands print with: the console on stderr for progress and messages, and columns of text."""
+"""What commands print with: the console on stderr for progress and messages, numbers of things, and columns of text."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +11,11 @@ console = Console(stderr=True, markup=False, emoji=False)
 def say(line: str) -> None:
     """Prints one line of text as it is: not coloured, and not wrapped at the terminal's width."""
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def counted(number: float | int, noun: str) -> str:
+    """A number and what is counted: "1 worker", "0.5 GPUs", "2 workers"."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             hub.files.setdefault(name, {})
-            hub.private.setdefault(name, bool(asked.get("private")))
+            hub.private.setdefault(name, "private" in (asked.get("visibility"), asked.get("private") and "private"))
             return self._answer(200, {"url": f"{hub.url}/{name}", "id": name})
         name = "/".join(path.split("/")[3:5])
         if "/preupload/" in path:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipeline.config import Config
+from pipeline.console import counted
 from pipeline.data import own_images
 from pipeline.data.store import Store
 from pipeline.diagnosis.rows import Row, graded
@@ -45,11 +46,13 @@ def check_recipe(config: Config) -> CheckedRecipe:
 
     runtime, data = config.runtime, config.data
     number = (
-        f"{runtime.min_workers} to {runtime.max_workers}"
+        f"{runtime.min_workers} to {runtime.max_workers} workers"
         if runtime.min_workers < runtime.max_workers
-        else runtime.workers
+        else counted(runtime.max_workers, "worker")
     )
-    asked = f"{number} workers, {runtime.cpus_per_worker} CPUs and {runtime.gpus_per_worker:g} GPUs each"
+    asked = (
+        f"{number}, {counted(runtime.cpus_per_worker or 1, 'CPU')} and {counted(runtime.gpus_per_worker, 'GPU')} each"
+    )
     attempt("machine", asked, "what this machine has", lambda: _machine(config, asked))
     if uses_ray(config) and not on_cluster():
         attempt("home folder", "~/.ray", "a folder for the token of Ray", _home)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import Config
+from pipeline.console import counted
 from pipeline.diagnosis.measured_step import MeasuredStep
 from pipeline.diagnosis.node_facts import NodeFacts
 from pipeline.diagnosis.node_rows import each
@@ -14,6 +15,7 @@ from pipeline.distributed.ray_session import OBJECT_STORE_BYTES
 from pipeline.mining.server_bytes import ServerBytes
 from pipeline.training.checks import bundles_on, placement_problems, requested, server_bundle
 from pipeline.training.elastic import worker_resources
+from pipeline.training.node_labels import asked_labels, has_labels, label_text
 
 FULL = 0.8  # of a node's memory, from which on there is a warning: Ray ends processes from 95 % on
 GPU_FULL = 0.9
@@ -71,7 +73,7 @@ def resources(
         free: What is free on each node now.
     """
     wanted = {name: amount for name, amount in requested(config).items() if amount}
-    asked = f"{_amounts(wanted)} for {config.runtime.max_workers} workers, their loaders and mining servers"
+    asked = f"{_amounts(wanted)} for {counted(config.runtime.max_workers, 'worker')}, their loaders and mining servers"
     largest = _amounts({name: maximum.get(name, 0.0) for name in ("CPU", "GPU")})
     problems = list(placement_problems(config, maximum, groups))
     rows = [Row("resources", "fails", f"at most {largest}", asked, problem) for problem in problems]
@@ -84,13 +86,13 @@ def resources(
     total_free = {name: sum(node.get(name, 0.0) for node in free) for name in wanted}
     short = [f"{name}s" for name, amount in wanted.items() if total_free[name] < amount]
     grows = any(count > 1 for _, count in groups)
-    found = f"{_amounts(total_free)} free: room for {min(room, config.runtime.max_workers)} of {config.runtime.max_workers} workers"
-    found += f" and {min(server_room, servers)} of {servers} mining servers" if servers else ""
+    found = f"{_amounts(total_free)} free: room for {min(room, config.runtime.max_workers)} of {counted(config.runtime.max_workers, 'worker')}"
+    found += f" and {min(server_room, servers)} of {counted(servers, 'mining server')}" if servers else ""
     waits = "the run waits until the autoscaler has started nodes" if grows else "the run waits until others have ended"
     lacking = room < config.runtime.max_workers or server_room < servers or bool(short)
     change = f"{waits}; or reduce runtime.workers" if lacking else ""
     if config.runtime.min_workers <= room < config.runtime.max_workers and server_room >= servers:
-        change = f"the run starts with {room} workers, and with more as soon as there is room"
+        change = f"the run starts with {counted(room, 'worker')}, and with more as soon as there is room"
     rows.append(graded("resources now", found, asked, warning=change))
     return rows
 
@@ -103,24 +105,15 @@ def labels(config: Config, nodes: Sequence[NodeFacts], grows: bool) -> list[Row]
         nodes: The nodes that are up.
         grows: Whether an autoscaler may start others.
     """
-    asked = {
-        "runtime.worker_labels": config.runtime.worker_labels,
-        "runtime.loader_labels": config.runtime.loader_labels,
-    }
-    if config.method.mining is not None:
-        asked["mining.labels"] = config.mining.labels
     rows = []
-    for key, wanted in asked.items():
-        if not wanted:
-            continue
-        matching = [n.node for n in nodes if all(_matches(n.labels.get(name), value) for name, value in wanted.items())]
-        text = ", ".join(f"{name}: {value}" for name, value in wanted.items())
+    for key, wanted in asked_labels(config).items():
+        matching = [n.node for n in nodes if has_labels(n.labels, wanted)]
         change = f"start nodes with these labels (ray start --labels), or change {key}"
         rows.append(
             graded(
                 "labels",
-                f"{len(matching)} nodes" + (f": {named(matching)}" if matching else ""),
-                f"{key} {text}",
+                counted(len(matching), "node") + (f": {named(matching)}" if matching else ""),
+                f"{key} {label_text(wanted)}",
                 fails="" if matching or grows else change,
                 warning="" if matching else f"none is up: the autoscaler has to start one; else {change}",
             )
@@ -128,17 +121,8 @@ def labels(config: Config, nodes: Sequence[NodeFacts], grows: bool) -> list[Row]
     return rows
 
 
-def _matches(label: str | None, condition: str) -> bool:
-    """Whether a node's label meets a condition of Ray's: VALUE, !VALUE, in(A, B), !in(A, B)."""
-    text = condition.strip()
-    positive = not text.startswith("!")
-    text = text.removeprefix("!")
-    values = [v.strip() for v in text[3:-1].split(",")] if text.startswith("in(") and text.endswith(")") else [text]
-    return (label in values) == positive
-
-
 def _amounts(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in values.items()) or "nothing"
+    return ", ".join(counted(amount, name) for name, amount in values.items()) or "nothing"
 
 
 def step_row(step: MeasuredStep, config: Config, made_up: bool) -> Row:

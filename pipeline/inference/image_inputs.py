@@ -21,6 +21,7 @@ from pipeline.storage import Folder
 from pipeline.storage.folder import read_file
 
 ImageInput = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+_TYPES = (str, os.PathLike, bytes, Image.Image, np.ndarray, Tensor)  # what `isinstance` takes
 _EXPECTED = "a path, a folder, bytes, an image of Pillow, or uint8 [3, H, W] or [H, W, 3], or several of these"
 
 
@@ -52,7 +53,7 @@ def image_inputs(images: Any) -> Iterator[tuple[str, ImageInput]]:
     """
     place = 0
     for image in _several(images):
-        if not isinstance(image, ImageInput):
+        if not isinstance(image, _TYPES):
             raise UserError(f"got an image of type {type(image).__name__}, expected {_EXPECTED}")
         for name, found in _named(image):
             yield name or f"image {place}", found
@@ -61,7 +62,7 @@ def image_inputs(images: Any) -> Iterator[tuple[str, ImageInput]]:
 
 def _several(images: Any) -> Iterable[Any]:
     is_batch = isinstance(images, Tensor | np.ndarray) and images.ndim == 4
-    if isinstance(images, ImageInput) and not is_batch:
+    if isinstance(images, _TYPES) and not is_batch:
         return [images]
     if not isinstance(images, Iterable):
         raise UserError(f"got images of type {type(images).__name__}, expected {_EXPECTED}")

@@ -56,22 +56,24 @@ class Index:
     Attributes:
         report: The parameters and the recall of the index.
         rows: Number of indexed rows, the first ones of the table.
+        search_parameter: Where faiss keeps how much a search visits ("nprobe", "hnsw.efSearch").
+        overfetch: How many times k rows it proposes.
     """
 
     def __init__(
         self, index: Any, search_parameter: str, rows: int, overfetch: int, largest_class: int, gpu: bool
     ) -> None:
         self._index = index
-        self._search_parameter = search_parameter
+        self.search_parameter = search_parameter
         self.rows = rows
-        self._overfetch = overfetch
+        self.overfetch = overfetch
         self._largest_class = largest_class
         self._gpu = gpu
         self.report = IndexReport("exact")
 
     def set_search_width(self, value: int) -> None:
         """Sets how much of the index a search visits (nprobe, efSearch or search_L)."""
-        owner, _, name = self._search_parameter.rpartition(".")
+        owner, _, name = self.search_parameter.rpartition(".")
         if self._gpu:
             faiss.GpuParameterSpace().set_index_parameter(self._index, name, value)
         else:
@@ -79,10 +81,14 @@ class Index:
 
     def candidates(self, values: np.ndarray, k: int, class_filter: ClassFilter = "all") -> np.ndarray:
         """Positions of proposed rows [queries, c], -1 where there are fewer: k, and as many as the class filter may remove."""
-        num_candidates = self._overfetch * (k + 1)
+        num_candidates = self.overfetch * (k + 1)
         if class_filter == "other":
             num_candidates += min(self._largest_class, 4 * k + 64)
         return self._index.search(np.ascontiguousarray(values, np.float32), min(num_candidates, self.rows))[1]
+
+    def save(self, path: str) -> None:
+        """Writes the faiss index into a file, from which it can be memory-mapped."""
+        faiss.write_index(faiss.index_gpu_to_cpu(self._index) if self._gpu else self._index, path)
 
 
 def build(

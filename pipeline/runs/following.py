@@ -16,6 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from pipeline.console import aligned
 from pipeline.errors import RunError, one_line
 
 Rows = list[tuple[str, ...]]
@@ -50,7 +51,6 @@ class View(Generic[Seen]):
         read: Reads it as it is now.
         headlines: Its first lines.
         tables: Its tables, none of them empty.
-        as_lines: Everything as plain text.
         changes: What happened between two moments, a line each.
         as_json: Everything as JSON.
     """
@@ -59,9 +59,15 @@ class View(Generic[Seen]):
     read: Callable[[], Seen]
     headlines: Callable[[Seen], Iterable[str]]
     tables: Callable[[Seen], Sequence[Table]]
-    as_lines: Callable[[Seen], Iterable[str]]
     changes: Callable[[Seen, Seen], Iterable[str]]
     as_json: Callable[[Seen], Any]
+
+    def as_lines(self, seen: Seen) -> Iterator[str]:
+        """Everything as plain text."""
+        yield from self.headlines(seen)
+        for table in self.tables(seen):
+            yield ""
+            yield from aligned(table.rows)
 
 
 def follow(view: View[Seen], first: Seen, every_s: float, as_json: bool = False) -> Seen:

@@ -17,9 +17,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pipeline.console import say
 from pipeline.errors import RunError, UserError, one_line
@@ -214,25 +214,70 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class LastSign(NamedTuple):
+    """The last sign of life of a run or a sweep.
+
+    Attributes:
+        sign: Changes with every sign of life.
+        host, pid: Of the process that gave it.
+        position: How far it was, ", step 7"; empty where that is not known.
+    """
+
+    sign: Hashable
+    host: str
+    pid: int
+    position: str = ""
+
+
 def check_not_running(run: Folder) -> None:
     """Waits, where the last start of a run left no word of its end, whether it gives another sign of life.
 
     Raises:
         UserError: It does: a second start would take the run from it.
     """
+
+    def read() -> LastSign | None:
+        state = read_run_state(run)
+        if state is None or state.ended:
+            return None
+        return LastSign((state.token, state.beat), state.host, state.pid, f", step {state.progress.get('step', 0)}")
+
     before = read_run_state(run)
-    if before is None or before.ended or is_gone(before.host, before.pid):
+    if before is not None:
+        refuse_second_start("run", run, read, 2.5 * before.every_s)
+
+
+def refuse_second_start(what: str, folder: Folder, read: Callable[[], LastSign | None], seconds: float) -> None:
+    """Waits, where the last start left no word of its end, whether it gives another sign of life.
+
+    Args:
+        what: "run" or "sweep".
+        folder: Its folder.
+        read: Gives its last sign of life; None once it has ended.
+        seconds: Longest time between two signs of life, with a reserve.
+
+    Raises:
+        UserError: It gives one: a second start would take the folder from it.
+    """
+    before = read()
+    if before is None or is_gone(before.host, before.pid):
         return
-    seconds = 2.5 * before.every_s
     say(
-        f"{run} has no word of the end of its last start, on {before.host}: looking up to {seconds:g} s whether it still runs"
+        f"{folder} has no word of the end of its last start, on {before.host}: looking up to {seconds:g} s whether it still runs"
     )
-    found = wait_for_change(run, before, seconds)
-    if not found.ended and (found.token, found.beat) != (before.token, before.beat):
-        raise UserError(
-            f"run {run} is running (on {found.host}, process {found.pid}, step {found.progress.get('step', 0)}): wait for its end, "
-            f"stop it with `raydml stop {run}`, or give this run another name"
-        )
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(0.5, seconds / 10))
+        found: LastSign | None = before
+        with contextlib.suppress(RunError, OSError):  # a storage that does not answer may do so later
+            found = read()
+        if found is None:
+            return
+        if found.sign != before.sign:
+            raise UserError(
+                f"{what} {folder} is running (on {found.host}, process {found.pid}{found.position}): wait for its end, stop it with "
+                f"`raydml stop {folder}`, or give this {what} another name"
+            )
 
 
 def is_gone(host: str, pid: int) -> bool:

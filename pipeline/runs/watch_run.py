@@ -7,11 +7,10 @@ agree. Nothing is written, and nothing imports PyTorch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.console import aligned
 from pipeline.errors import UserError
 from pipeline.metric_names import COUNTS
 from pipeline.runs.following import Table, View, span
@@ -117,7 +116,7 @@ def require_state(run: Folder) -> RunState:
 
 
 def run_view(reader: RunReader) -> View[RunSeen]:
-    return View("the run", reader.read, headlines, tables, as_lines, _Changes(), as_json)
+    return View("the run", reader.read, headlines, tables, _Changes(), as_json)
 
 
 def headlines(run: RunSeen) -> Iterator[str]:
@@ -192,14 +191,6 @@ def tables(run: RunSeen) -> list[Table]:
     header = ("step", "epoch", "images", "metrics")
     rows = [(f"{p['step']:,}", f"{p['epoch']:.2f}", f"{p['images']:,}", metrics(p, run.state.metric)) for p in points]
     return [Table("validations", [header, *rows])]
-
-
-def as_lines(run: RunSeen) -> Iterable[str]:
-    """Everything as plain text."""
-    yield from headlines(run)
-    for table in tables(run):
-        yield ""
-        yield from aligned(table.rows)
 
 
 def as_json(run: RunSeen) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from methods import Context
 from methods.config import Clock
 from pipeline.config import Config, RuntimeConfig, changed_keys, differences, name_for
+from pipeline.console import counted
 from pipeline.data.cache import split_bytes
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
@@ -23,6 +24,7 @@ from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, DATASET, read_config
 from pipeline.storage import Folder
 from pipeline.training.elastic import worker_resources
+from pipeline.training.node_labels import asked_labels, unmet_labels
 
 
 class _PlanContext(Context):
@@ -253,16 +255,16 @@ def placement_problems(
     for resource, amount in requested(config, workers).items():
         if amount > limits.get(resource, 0.0):
             yield (
-                f"{amount:g} {resource}s requested ({workers} workers, their loaders, mining servers), the cluster "
+                f"{counted(amount, resource)} requested ({counted(workers, 'worker')}, their loaders, mining servers), the cluster "
                 f"has at most {limits.get(resource, 0.0):g}: reduce runtime.workers or cpus_per_worker, or enlarge the cluster"
             )
     room = sum(count * bundles_on(node, bundle) for node, count in groups)
     if room < workers:
-        wanted = " and ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
+        wanted = " and ".join(counted(amount, name) for name, amount in bundle.items())
         largest = max((dict(node) for node, _ in groups), key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), default={})
-        has = " and ".join(f"{largest.get(name, 0):g} {name}s" for name in bundle)
+        has = " and ".join(counted(largest.get(name, 0), name) for name in bundle)
         yield (
-            f"{workers} workers of {wanted} each requested, the nodes of the cluster at its largest have room for {room} (the "
+            f"{counted(workers, 'worker')} of {wanted} each requested, the nodes of the cluster at its largest have room for {room} (the "
             f"largest node has {has}): reduce runtime.workers, cpus_per_worker or gpus_per_worker, or enlarge the cluster"
         )
     resource_name = config.mining.resource
@@ -274,12 +276,14 @@ def placement_problems(
 
 
 def check_cluster(config: Config, ray: Any) -> None:
-    """Checks that a cluster can provide the run's resources, and that all its nodes see the storage.
+    """Checks that Ray's nodes can provide the run's resources and have its labels, and that all of them see the storage.
 
     Raises:
-        UserError: more resources than the cluster has at its largest, or storage that not all nodes
+        UserError: Labels that no node has, more resources than the cluster has at its largest, or storage that not all nodes
             see.
     """
+    for problem in unmet_labels(asked_labels(config), ray):
+        raise UserError(problem)
     if not on_cluster() or config.runtime.max_workers == 0:
         return
     for problem in placement_problems(config, cluster_maximum(ray), node_groups(ray)):

@@ -36,7 +36,14 @@ from pipeline.tuning.answer import Answer
 from pipeline.tuning.checks import check_sweep
 from pipeline.tuning.ensembles import missing_ensembles, write_ensembles
 from pipeline.tuning.population import KEEP, present_setting
-from pipeline.tuning.resources import TrialResources, local_cpus, trial_resources, trials_here, trials_on_cluster
+from pipeline.tuning.resources import (
+    TrialResources,
+    check_labels,
+    local_cpus,
+    trial_resources,
+    trials_here,
+    trials_on_cluster,
+)
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.schedulers import MethodSchedulers
 from pipeline.tuning.search import Search
@@ -147,6 +154,7 @@ def train(
     at_once = sweep.trials_at_once or trials_here(trials.values())
     console.print(f"starting Ray {'on the cluster' if on_cluster() else 'on this machine'} ...")
     with ray_session(local_cpus(at_once, trials.values())):
+        check_labels(ray, trials.values())
         if on_cluster():
             check_visible(ray, Folder(sweep.root), "storage")
             at_once = min(trials_on_cluster(ray, trials.values()), sweep.trials_at_once or sys.maxsize)
@@ -235,7 +243,10 @@ class SweepRun:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what happens is told by the recorder
         os.environ.update(_TUNE_ENVIRONMENT, TUNE_MAX_PENDING_TRIALS_PG=str(self.at_once))
         parameters = {"sweep": self.sweep.model_dump(mode="json"), "stores": stores, "status": status}
-        bundles = {label: tune.PlacementGroupFactory([trial.bundle]) for label, trial in self.trials.items()}
+        bundles = {
+            label: tune.PlacementGroupFactory([trial.bundle], bundle_label_selector=[trial.bundle_labels])
+            for label, trial in self.trials.items()
+        }
         place = self.folder.folder / "tune"
         place.remove()  # of an earlier start
         return tune.Tuner(

@@ -24,9 +24,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from pipeline.console import say
 from pipeline.errors import RunError, UserError
-from pipeline.runs.run_state import is_gone
+from pipeline.runs.run_state import LastSign, refuse_second_start
 from pipeline.storage import Folder, home
 
 SWEEP = "sweep.yaml"
@@ -255,21 +254,14 @@ def check_not_running(folder: Folder) -> None:
     Raises:
         UserError: It does: a second command would take the sweep from it.
     """
-    before = read_state(folder)
-    if before is None or before.state != "running" or is_gone(before.host, before.pid):
-        return
-    say(f"{folder} has no word of the end of its last start: looking up to {SILENCE_S:g} s whether it still runs")
-    deadline = time.monotonic() + SILENCE_S
-    while time.monotonic() < deadline:
+
+    def read() -> LastSign | None:
         found = read_state(folder)
-        if found is None or found.state != "running":
-            return
-        if found.heartbeat != before.heartbeat:
-            raise UserError(
-                f"sweep {folder} is running (on {found.host}, process {found.pid}): wait for its end, stop it with "
-                f"`raydml stop {folder}`, or give this sweep another name"
-            )
-        time.sleep(0.5)
+        return (
+            LastSign(found.heartbeat, found.host, found.pid) if found is not None and found.state == "running" else None
+        )
+
+    refuse_second_start("sweep", folder, read, SILENCE_S)
 
 
 def read_state(folder: Folder) -> SweepState | None:

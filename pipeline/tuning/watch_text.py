@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.console import aligned
 from pipeline.runs.following import Rows, Table, View, span
 from pipeline.tuning.sweep_folder import STATES, TrialRecord, best_trial, final_trials
 from pipeline.tuning.watch import Snapshot, SweepReader
@@ -21,7 +20,7 @@ _ENDS = {
 
 
 def sweep_view(reader: SweepReader) -> View[Snapshot]:
-    return View("the sweep", reader.read, headlines, tables, as_lines, changes, as_json)
+    return View("the sweep", reader.read, headlines, tables, changes, as_json)
 
 
 def headlines(sweep: Snapshot) -> Iterator[str]:
@@ -189,14 +188,6 @@ def log_line(line: Mapping[str, Any]) -> str:
     values = [f"{key} {_value(v)}" for key, v in line.items() if key not in skipped and "/" not in key]
     kind = "" if line["kind"] == "train" else f"{line['kind']} "
     return f"{kind}step {line['step']:,}: {', '.join(values[:4])}"
-
-
-def as_lines(sweep: Snapshot) -> Iterable[str]:
-    """Everything as plain text."""
-    yield from headlines(sweep)
-    for table in tables(sweep):
-        yield ""
-        yield from aligned(table.rows)
 
 
 def as_json(sweep: Snapshot) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -69,6 +70,9 @@ class Writer:
 
     def read(self) -> Any:
         """What is there, in a form that can be compared; None if there is nothing. Damaged content raises."""
+
+    def start_over(self) -> None:
+        """Removes what was finished before a kill came, where a further start would find nothing to do."""
 
 
 class StoreWriter(Writer):
@@ -132,6 +136,9 @@ class EmbeddingsWriter(Writer):
         if not tables:
             return None
         return {path.name: np.stack(t["embedding"].to_numpy()).tobytes() for path, t in zip(files, tables, strict=True)}
+
+    def start_over(self) -> None:
+        shutil.rmtree(self.root / "embeddings")
 
 
 class RunWriter(Writer):
@@ -198,7 +205,8 @@ def main(kind: str, folder: str, kills: int, seed: int) -> dict[str, int]:
         child = in_child(broken.write)
         time.sleep(draw.uniform(0, seconds / (4 if kind == "run" else 1)))
         os.kill(child, signal.SIGKILL)
-        found["killed"] += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        found["killed"] += killed
 
         def read() -> None:
             try:
@@ -211,6 +219,8 @@ def main(kind: str, folder: str, kills: int, seed: int) -> dict[str, int]:
         found["nothing there"] += int((Path(folder) / "nothing").read_text())
         if found["killed"] >= kills:
             break
+        if not killed:
+            broken.start_over()
     assert ended_well(in_child(broken.write))
 
     def compare() -> None:

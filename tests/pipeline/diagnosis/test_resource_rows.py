@@ -29,6 +29,7 @@ from pipeline.mining.embedding_table import Table
 from pipeline.mining.memory import EmbeddingMemory
 from pipeline.mining.messages import ServerSpec
 from pipeline.mining.server_bytes import ServerBytes, memory_bytes, server_bytes
+from pipeline.training.node_labels import asked_labels, label_problems
 
 GB = 1 << 30
 Make = Callable[..., Config]
@@ -96,6 +97,13 @@ def test_a_range_of_workers_starts_with_those_that_fit(make_config: Make) -> Non
     assert status(resources(config, {"CPU": 1.0}, [({"CPU": 1.0}, 1)], [{"CPU": 1.0}])) == ["fails", "fails"]
 
 
+def test_labels_of_parts_that_no_run_of_ray_has_are_not_asked_for(make_config: Make) -> None:
+    given = {"runtime.worker_labels": {"a": "1"}, "runtime.loader_labels": {"a": "2"}, "mining.labels": {"a": "3"}}
+    assert asked_labels(make_config(mined(**given, **{"runtime.loader": "ray"}))) == given
+    assert set(asked_labels(make_config(given | {"runtime.workers": 1}))) == {"runtime.worker_labels"}
+    assert asked_labels(make_config(mined(**given, **{"runtime.workers": 0}))) == {}, "it is all in one process"
+
+
 @pytest.mark.parametrize(
     ("condition", "expected"),
     [
@@ -109,10 +117,15 @@ def test_a_range_of_workers_starts_with_those_that_fit(make_config: Make) -> Non
     ],
 )
 def test_labels(condition: str, expected: str, make_config: Make) -> None:
-    config = make_config({"runtime.worker_labels": {"ray.io/accelerator-type": condition}})
+    config = make_config({"runtime.workers": 1, "runtime.worker_labels": {"ray.io/accelerator-type": condition}})
     nodes = [replace(HERE, node="gpu", labels={"ray.io/accelerator-type": "L4"}), replace(HERE, node="head")]
     assert status(labels(config, nodes, grows=False)) == [expected]
     assert status(labels(config, nodes, grows=True)) == ["ok" if expected == "ok" else "warning"]
+    text = "runtime.worker_labels asks for a node of the labels ray.io/accelerator-type: "
+    problems = list(label_problems(asked_labels(config), [node.labels for node in nodes]))
+    assert [problem.startswith(f"{text}{condition}, which no node has") for problem in problems] == [True] * (
+        expected == "fails"
+    )
     assert labels(make_config({"mining.labels": {"a": "b"}}), nodes, False) == [], "it does not mine"
     assert status(labels(make_config(mined(**{"mining.labels": {"a": "b"}})), nodes, False)) == ["fails"]
 

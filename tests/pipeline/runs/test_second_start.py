@@ -68,7 +68,7 @@ def test_a_sweep_that_runs_is_refused_and_a_silent_one_is_not(tmp_path: Path, mo
     sweep_folder.check_not_running(folder)
     write_state(folder, "running")
     sweep_folder.check_not_running(folder)  # no further sign of life
-    monkeypatch.setattr(sweep_folder.time, "sleep", lambda _: write_state(folder, "running"))
+    monkeypatch.setattr(run_state.time, "sleep", lambda _: write_state(folder, "running"))
     with pytest.raises(
         UserError, match=rf"is running \(on {socket.gethostname()}, process {os.getpid()}\).*raydml stop"
     ):

@@ -11,8 +11,16 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.training import node_labels
 from pipeline.tuning import resources
-from pipeline.tuning.resources import TrialResources, local_cpus, trial_resources, trials_here, trials_on_cluster
+from pipeline.tuning.resources import (
+    TrialResources,
+    check_labels,
+    local_cpus,
+    trial_resources,
+    trials_here,
+    trials_on_cluster,
+)
 
 Nodes = list[Any]  # resources of a node, and how many there are
 
@@ -53,6 +61,32 @@ def test_what_a_trial_holds(make_config: Callable[..., Config]) -> None:
     assert str(gpus) == "2 CPUs, 1 GPU"
 
 
+def test_a_trial_of_one_worker_is_placed_by_the_workers_labels(make_config: Callable[..., Config]) -> None:
+    labels = {"runtime.worker_labels": {"side": "left"}}
+    one, two = (trial_resources(make_config(labels | {"runtime.workers": workers})) for workers in (1, 2))
+    assert one.bundle_labels == {"side": "left"} and two.bundle_labels == {}, "of two, Ray Train places the workers"
+    assert one.labels == two.labels == labels
+
+
+@pytest.mark.parametrize("autoscaled", [False, True])
+def test_labels_that_no_node_has(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, autoscaled: bool
+) -> None:
+    """An autoscaler does not tell the labels of the nodes that it may start."""
+    monkeypatch.setattr(node_labels, "node_groups", lambda ray: [({"CPU": 1.0}, 2 if autoscaled else 1)])
+    nodes = [{"Alive": True, "Labels": {"side": "right"}}, {"Alive": False, "Labels": {"side": "left"}}]
+    ray = SimpleNamespace(nodes=lambda: nodes)
+    one = trial_resources(make_config({"runtime.workers": 1, "runtime.worker_labels": {"side": "left"}}))
+    check_labels(ray, [trial_resources(make_config())])
+    if autoscaled:
+        check_labels(ray, [one])
+    else:
+        with pytest.raises(
+            UserError, match=r"^runtime.worker_labels asks for .* side: left, which no node has \(labels .*: side\)"
+        ):
+            check_labels(ray, [one])
+
+
 def test_trials_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(5))
     assert trials_here([trial(cpus=2)]) == 2
@@ -82,9 +116,9 @@ def test_trials_of_a_cluster_at_its_largest(
 @pytest.mark.parametrize(
     ("nodes", "one", "said"),
     [
-        ([({"CPU": 4}, 8)], trial(cpus=6), "1 workers of 6 CPUs each, .* has room for 0 .its largest node has 4 CPUs"),
+        ([({"CPU": 4}, 8)], trial(cpus=6), "1 worker of 6 CPUs each, .* has room for 0 .its largest node has 4 CPUs"),
         ([({"CPU": 4}, 2)], trial(workers=3, cpus=4), "needs 3 workers of 4 CPUs each, .* has room for 2"),
-        ([({"CPU": 4}, 8)], trial(cpus=1, gpus=1), "1 GPUs"),
+        ([({"CPU": 4}, 8)], trial(cpus=1, gpus=1), "1 GPU "),
         (
             [({"CPU": 4}, 1)],
             trial(cpus=2, more=4),

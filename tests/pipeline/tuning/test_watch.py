@@ -33,7 +33,7 @@ from pipeline.tuning.sweep_folder import (
     write_state,
 )
 from pipeline.tuning.watch import Snapshot, SweepReader, last_line
-from pipeline.tuning.watch_text import as_lines, changes, sweep_view
+from pipeline.tuning.watch_text import changes, sweep_view
 from tests.pipeline.tuning.synthetic import final, make_sweep, search
 
 
@@ -69,9 +69,14 @@ def sweep(tmp_path: Path) -> Sweep:
     return Sweep(Folder(tmp_path))
 
 
+def as_lines(folder: Folder) -> list[str]:
+    reader = SweepReader(folder)
+    return list(sweep_view(reader).as_lines(reader.read()))
+
+
 def shown(sweep: Sweep) -> dict[str, list[str]]:
     """The lines of --once by their first word."""
-    return {line.split()[0]: line.split()[1:] for line in as_lines(SweepReader(sweep.folder).read()) if line}
+    return {line.split()[0]: line.split()[1:] for line in as_lines(sweep.folder) if line}
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -109,7 +114,7 @@ def test_the_tables(sweep: Sweep, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_a_sweep_without_trials(sweep: Sweep) -> None:
-    lines = list(as_lines(SweepReader(sweep.folder).read()))
+    lines = as_lines(sweep.folder)
     assert lines[0] == "made_up: not started yet, 0 trials"
     assert lines[1] == "spent: 0 s of trials, 0.00 GPU-hours; budget: 6 trials a method, 2 hours"
     assert lines[4].split() == ["a", "0", "0", "0", "0", "0", "of", "2", "-", "-", "-"]
@@ -117,7 +122,7 @@ def test_a_sweep_without_trials(sweep: Sweep) -> None:
 
 def test_many_rows_are_cut(sweep: Sweep) -> None:
     sweep.write(*(running(number, "a", retried=[f"reason {number}"]) for number in range(25)))
-    lines = list(as_lines(SweepReader(sweep.folder).read()))
+    lines = as_lines(sweep.folder)
     assert "... 5 more" in lines and "... 17 earlier ones" in lines and lines[-1].endswith("reason 24")
     assert sum(line.endswith(("-", "0%")) or " 0% " in line for line in lines) >= 20
 
@@ -190,14 +195,9 @@ def test_the_state_of_a_sweep(sweep: Sweep) -> None:
 def test_an_old_sign_of_life_is_told(sweep: Sweep) -> None:
     for age, told in ((10, False), (500, True)):
         sweep.folder.write_json(STATE, {"state": "running", "heartbeat": time.time() - age, "message": ""})
-        assert (
-            any(
-                line.startswith(f"no sign of life for {age} s: ") for line in as_lines(SweepReader(sweep.folder).read())
-            )
-            == told
-        )
+        assert any(line.startswith(f"no sign of life for {age} s: ") for line in as_lines(sweep.folder)) == told
     sweep.folder.write_json(STATE, {"state": "finished", "heartbeat": time.time() - 500, "message": ""})
-    assert "life" not in "\n".join(as_lines(SweepReader(sweep.folder).read()))
+    assert "life" not in "\n".join(as_lines(sweep.folder))
 
 
 def test_silence_is_of_the_watchers_own_clock_once_it_has_seen_a_sign_of_life(
