@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.exporting import onnx_files, parity
 from pipeline.exporting.hub import check_hub, push
@@ -155,6 +156,7 @@ class _Export:
         self.what = f"backbone {model.settings.model.backbone!r}"
         self.size = (model.transforms.size, model.transforms.size)
         self.measured: dict[str, Any] = {}
+        self.store = int8_store(model.config, options.data, options.trained_on) if options.int8 else None
         self.notes: list[str] = []
         if refines(model):
             self.notes.append(
@@ -215,7 +217,7 @@ class _Export:
         if self.options.preprocessing:
             whole, before = OnnxNetwork(self.folder / ONNX), OnnxNetwork(self.folder.parent / _BEFORE)
             self._embeddings(whole, "the ONNX network with preprocessing", network, before)
-        cost = self._int8(plain) if self.options.int8 else None
+        cost = None if self.store is None else self._int8(plain, self.store)
         name = IMAGES if self.options.preprocessing else PIXELS
         usage = (
             "import onnxruntime",
@@ -252,7 +254,8 @@ class _Export:
 
     def write_timm(self) -> Exported:
         pooled, difference = write_timm(self.model, self.folder)
-        self._record("max_difference", parity.check(difference, parity.BOUND, "the timm model"))
+        self.measured["max_difference"] = parity.check(difference, parity.BOUND, "the timm model")
+        self.say(f"the timm model: max difference {difference:.2g} (at most {parity.BOUND:g})")
         gives = "the pooled features of the trunk" if pooled else "the last map or tokens, before the pooling"
         self.notes.append(
             f"The timm model is the backbone alone: it gives {gives}, not the embedding, for which the method's head is needed "
@@ -292,13 +295,11 @@ class _Export:
             self._pixels(OnnxNetwork(before))
         onnx_files.join(before, plain, self.folder / name)
 
-    def _int8(self, plain: Path) -> Int8Cost:
-        config = self.model.config
-        store = int8_store(config, self.options.data, self.options.trained_on)
+    def _int8(self, plain: Path, store: Store) -> Int8Cost:
         small = self.folder.parent / "pixels.int8.onnx"
         onnx_files.write_int8(plain, small)
         self.say("measuring the int8 network ...")
-        cost = int8_cost(config, store, plain, small)
+        cost = int8_cost(self.model.config, store, plain, small)
         for line in cost.lines:
             self.say(line)
         self._finish_onnx(small, INT8)
@@ -330,19 +331,16 @@ class _Export:
             return found
 
         difference = parity.check(parity.embedding_difference(network, reference, images), parity.BOUND, what)
-        self._record("max_difference", max(difference, self.measured.get("max_difference", 0.0)))
+        self.measured["max_difference"] = max(difference, self.measured.get("max_difference", 0.0))
         num = sum(map(len, images))
         self.say(f"{what}: max difference {difference:.2g} on {num} images (at most {parity.BOUND:g})")
 
     def _pixels(self, preprocess: Any) -> None:
         sizes = [self.options.image_size] if self.options.image_size else parity.sizes_to_try(self.model.transforms)
         difference = parity.pixel_difference(preprocess, self.model.transforms, sizes)
-        parity.check(difference, parity.PIXEL_BOUND, "a pixel of the preprocessing in the network")
-        self._record("max_pixel_difference", difference)
-        self.say(f"preprocessing: max difference {difference} of 255 (at most {parity.PIXEL_BOUND})")
-
-    def _record(self, key: str, value: float) -> None:
-        self.measured[key] = value
+        parity.check(float(difference), parity.PIXEL_BOUND, "a pixel of the preprocessing in the network")
+        self.measured["max_pixel_difference"] = difference
+        self.say(f"preprocessing: max difference {difference} of 255 (at most {parity.PIXEL_BOUND:g})")
 
     def _shape(self) -> str:
         height, width = self.options.image_size or self.size

@@ -68,6 +68,10 @@ def write_onnx(
                 verbose=False,
             )
             assert program is not None
+            shape: Any = program.model.graph.inputs[0].shape
+            fixed = [name for axis, name in enumerate(free) if name is not None and isinstance(shape[axis], int)]
+            if fixed:  # the exporter takes the example's length where the network allows no other
+                raise ValueError(f"it takes inputs of one {' and one '.join(fixed)} only")
             program.save(path)
     except Exception as error:  # whatever the exporter raises of a network that it cannot trace
         raise UserError(
