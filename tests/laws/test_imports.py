@@ -21,6 +21,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
         "tune",
         "watch",
         "stop",
+        "export",
         "search",
         "serve",
     },

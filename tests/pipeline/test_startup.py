@@ -13,7 +13,7 @@ HEAVY = {
     "torch", "torchvision", "torch._dynamo", "ray", "timm", "faiss", "scipy", "sklearn", "numba", "matplotlib", "pandas",
     "pytorch_metric_learning", "tensorboardX", "optuna", "plotly",
 }  # fmt: skip
-COMMANDS = ["train", "doctor", "prepare", "evaluate", "explore", "report", "watch", "stop", "search", "serve"]
+COMMANDS = ["train", "doctor", "prepare", "evaluate", "explore", "report", "export", "watch", "stop", "search", "serve"]
 
 
 def imported(code: str, *arguments: object) -> tuple[set[str], str]:
@@ -50,6 +50,10 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         ("explore", ["--split", "x", "run"], "invalid choice: 'x'"),
         ("explore", ["no_such"], "'no_such' is neither a run folder nor a run"),
         ("report", [], "the following arguments are required"),
+        ("export", ["run"], "the following arguments are required: --to"),
+        ("export", ["run", "--to", "x", "--format", "caffe"], "invalid choice: 'caffe'"),
+        ("export", ["run", "--to", ".", "--private"], "--private goes with --push-to-hub"),
+        ("export", ["run", "--to", "."], "is not empty: choose another folder"),
         ("watch", ["--every", "0", "x"], "expected more than 0 seconds"),
         ("watch", ["no_such"], "'no_such' is neither a folder of a run or a sweep, nor"),
         ("search", ["query", "no_such", "a.png"], "holds no index"),
