@@ -23,9 +23,11 @@ COMMANDS = {  # name: module, purpose
     "watch": ("pipeline.watch", "a run or a sweep while it runs, from another shell or machine"),
     "stop": ("pipeline.stop", "ask a run or a sweep to save and to end, from any machine that sees its storage"),
     "evaluate": ("pipeline.evaluate", "exact retrieval metrics of a run or of arrays; embeddings of a run's images"),
+    "export": ("pipeline.export", "a trained model for other programs: safetensors, ONNX, torch.export, timm, the Hub"),
     "search": ("pipeline.search", "an index of images: build, query, add, remove"),
     "serve": ("pipeline.serve", "an index as an HTTP service, and a page to drop an image on"),
     "report": ("pipeline.report", "write report.html of a finished run"),
+    "explore": ("pipeline.explore", "a map of a split's images and the classes that fail; TensorBoard's projector"),
     "list": (
         "pipeline.show_list",
         "names of presets, runs, sweeps, sweep files, datasets, methods, losses, miners or backbones",

@@ -94,7 +94,8 @@ class Embedder:
                 yield self._embed(pixels.to(self.device), trunk, method)
 
     def _embed(self, pixels: Tensor, trunk: Trunk, method: Method | None) -> Tensor:
-        features = trunk_features(trunk, pixels, self.precision)
+        given = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])  # some networks take no empty batch
+        features = trunk_features(trunk, given, self.precision)[: len(pixels)]
         return features if method is None else method.embed(features)
 
     def _no_pixels(self) -> Tensor:

@@ -68,6 +68,10 @@ def write_onnx(
                 verbose=False,
             )
             assert program is not None
+            shape: Any = program.model.graph.inputs[0].shape
+            fixed = [name for axis, name in enumerate(free) if name is not None and isinstance(shape[axis], int)]
+            if fixed:  # the exporter takes the example's length where the network allows no other
+                raise ValueError(f"it takes inputs of one {' and one '.join(fixed)} only")
             program.save(path)
     except Exception as error:  # whatever the exporter raises of a network that it cannot trace
         raise UserError(
@@ -134,7 +138,8 @@ class OnnxNetwork(nn.Module):
         self.name = self.session.get_inputs()[0].name
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.session.run(None, {self.name: images.cpu().numpy()})[0])
+        given = images.cpu() if len(images) else torch.zeros(1, *images.shape[1:], dtype=images.dtype)  # no empty batch
+        return torch.from_numpy(self.session.run(None, {self.name: given.numpy()})[0])[: len(images)]
 
     def set_mode(self, training: bool, ranks: Any) -> None:
         """As a trunk's, for an embedder: there is evaluation only."""

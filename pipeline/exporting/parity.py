@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from pipeline.data.transforms import TransformConfig, evaluation_pixels
 from pipeline.errors import RunError
 
 BOUND = 1e-5  # of an element of an embedding, relative to the longest embedding
-PIXEL_BOUND = 2  # of 255
+PIXEL_BOUND = 2.0  # of 255
 BATCHES = (1, 5)  # images, as the number in a batch is free
 
 Network = Callable[[Tensor], Tensor]
@@ -77,6 +77,6 @@ def sizes_to_try(config: TransformConfig) -> list[tuple[int, int]]:
     ]  # fmt: skip
 
 
-def batches(num_pixels: tuple[int, int]) -> list[Float[Tensor, "batch 3 height width"]]:
+def batches(num_pixels: tuple[int, int]) -> list[UInt8[Tensor, "batch 3 height width"]]:
     """Batches of different numbers of images of one size."""
     return [made_images(num, *num_pixels, seed=num) for num in BATCHES]

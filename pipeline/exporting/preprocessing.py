@@ -55,7 +55,7 @@ class Preprocessing(nn.Module):
         narrow = (images.float() @ across).round().clamp(0, 255)  # torchvision rounds between its two passes as well
         return (down @ narrow).round().clamp(0, 255).to(torch.uint8)
 
-    def _matrices(self, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    def _matrices(self, num_rows: int | torch.SymInt, num_columns: int | torch.SymInt) -> tuple[Tensor, Tensor]:
         """D [S, H] and A [W, S] for images of this size."""
         height, width = (torch.scalar_tensor(side, dtype=torch.float64) for side in (num_rows, num_columns))
         if self.squash:
@@ -65,7 +65,7 @@ class Preprocessing(nn.Module):
             rows, columns = (torch.floor(self.shorter * side / shortest) for side in (height, width))
         return self._filter(height, rows, num_rows), self._filter(width, columns, num_columns).T
 
-    def _filter(self, source: Tensor, target: Tensor, num: int) -> Float[Tensor, "size num"]:
+    def _filter(self, source: Tensor, target: Tensor, num: int | torch.SymInt) -> Float[Tensor, "size num"]:
         """Weights of the pixels of a resized line that the centre crop shows, for all pixels of the line.
 
         Args:

@@ -210,10 +210,11 @@ class EmbeddingModel:
     @torch.no_grad()
     def embed_pixels(self, pixels: UInt8[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch dim"]:
         """Embeddings of preprocessed images, on the model's device."""
+        given = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])  # some networks take no empty batch
         with self._lock:
-            features = trunk_features(self.trunk, pixels.to(self.device), self.settings.precision)
+            features = trunk_features(self.trunk, given.to(self.device), self.settings.precision)
             embeddings: Tensor = self.method.embed(features)
-            return embeddings
+            return embeddings[: len(pixels)]
 
     def preprocess(self, image: ImageInput) -> UInt8[Tensor, "3 size size"]:
         """The pixels of an image that the network sees: resized and cropped as in an evaluation.
@@ -223,7 +224,9 @@ class EmbeddingModel:
         """
         return evaluation_pixels(read_input("image", image), self.transforms)
 
-    def similarity(self, a: Float[Tensor, "num dim"], b: Float[Tensor, "others dim"]) -> Float[Tensor, "num others"]:
+    def similarity(
+        self, a: Float[Tensor, "num dim"], b: Float[Tensor, "others same_dim"]
+    ) -> Float[Tensor, "num others"]:
         """How similar each row of `a` is to each of `b`, larger is nearer: the cosine, or minus the Euclidean distance.
 
         Which of them is the run's `evaluation.distance`.

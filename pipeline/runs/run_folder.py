@@ -11,6 +11,7 @@ metrics.jsonl, tensorboard/ losses and metrics by step
 summary.json                the final figures
 tracking.json               the run with the services that track it, see `pipeline.trackers`
 test_neighbours.npz         the neighbours of each test query
+test_embeddings.npz         embeddings of the test images, or of a sample of them
 report.html                 the report
 """
 
@@ -37,6 +38,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 TRACKING = "tracking.json"
 NEIGHBOURS = "test_neighbours.npz"
+EMBEDDINGS = "test_embeddings.npz"
 REPORT = "report.html"
 CHECKPOINT = "checkpoint.json"  # in the folder of a checkpoint; written last
 

@@ -129,9 +129,17 @@ class MlflowTracker:
         found = self.client.get_experiment_by_name(self.experiment)
         if found is None:
             with contextlib.suppress(MlflowException):  # another was first
-                return str(self.client.create_experiment(self.experiment))
+                return str(self.client.create_experiment(self.experiment, artifact_location=self._artifacts()))
             found = self.client.get_experiment_by_name(self.experiment)
         return str(found.experiment_id)
+
+    def _artifacts(self) -> str | None:
+        """Where artifacts of a new experiment lie: beside a database, which would put them into the working folder otherwise."""
+        address = urlparse(self.uri)
+        if address.scheme != "sqlite":
+            return None
+        database = os.path.abspath(address.path.removeprefix("/"))
+        return os.path.join(os.path.dirname(database), "mlflow-artifacts")
 
     def _log_config(self, config: Mapping[str, Any]) -> None:
         """Parameters, which MLflow never changes: a key that has changed since the first start becomes a tag."""

@@ -105,6 +105,8 @@ def test_a_run_and_its_continuation_in_both(store: Store, tmp_path: Path, capsys
     assert only.data.params["method.optimizer.lr"] == "0.003" and only.data.tags["a"] == "1"
     assert only.data.tags["test.map_at_r"] == f"{figures['map@r']:.4f}"
     assert [artifact.path for artifact in found.list_artifacts(identifier)] == [REPORT]
+    assert only.info.artifact_uri.startswith(str(tmp_path)), "beside the database, not in the working folder"
+    assert list((tmp_path / "mlflow-artifacts").rglob(REPORT))
 
 
 KILLED = """
