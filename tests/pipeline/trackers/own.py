@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.trackers.tracker import Started, State, TrackedRun
@@ -26,6 +28,26 @@ class Remembers:
 
     def finish(self, state: State, figures: Mapping[str, float], report: str | None) -> None:
         self.calls.append(("finish", state, dict(figures), report))
+
+
+class Writes:
+    """Writes all calls into the run's folder, where another process can read them."""
+
+    def start(self, run: TrackedRun) -> Started:
+        assert run.local is not None
+        self.path = Path(run.local, "tracked.jsonl")
+        self._write("start", run.group, run.id)
+        return Started(run.name)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._write("log", step, dict(values))
+
+    def finish(self, state: State, figures: Mapping[str, float], report: str | None) -> None:
+        self._write("finish", state, dict(figures))
+
+    def _write(self, *call: Any) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(call) + "\n")
 
 
 class Fails(Remembers):
