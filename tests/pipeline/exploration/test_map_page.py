@@ -17,10 +17,14 @@ from pipeline.data.entries import Entry
 from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_serially
+from pipeline.exploration.compose import compose
 from pipeline.exploration.embedding_sample import draw_sample
+from pipeline.exploration.picture_book import PictureBook
+from pipeline.exploration.retrieved import Retrieved
 from pipeline.runs.report_page import write_report
 from pipeline.storage import Folder
 from tests.browser import Browser
+from tests.pipeline.evaluation.test_tracklets import write_video
 from tests.pipeline.runs.page import COLOUR_OF, HOSTILE, Page
 from tests.pipeline.runs.test_report_page import make_neighbours, make_run, make_store, train_lines
 
@@ -134,6 +138,31 @@ def test_worst_classes_and_confusions(page: Page, store: Store) -> None:
     items = re.findall(r"<li data-classes=.*?</li>", page.html, re.DOTALL)
     told = [re.search(r"<span>(\d+) of (?:.*; (\d+) of \d+ the other way)?", item) for item in items]
     assert sum(int(t[1]) + int(t[2] or 0) for t in told if t) == counted > 0
+
+
+def test_images_of_no_class_are_on_the_map_and_are_nobodys(tmp_path: Path) -> None:
+    """Re-identification: distractors and junk have negative labels."""
+    video = write_video(tmp_path)
+    tested = video.split != "train"
+    ids, labels = video.sample_id[tested], video.label[tested]
+    rows = np.random.default_rng(0).normal(size=(len(ids), 5)).astype("f")
+    found = Retrieved.of(
+        {
+            "query": ids[labels >= 0][:3],
+            "neighbours": np.array([[ids[labels < 0][0], -1], [ids[labels < 0][1], ids[0]], [ids[0], -1]]),
+            "average_precision": np.zeros(3),
+            "relevant": np.ones(3, np.int64),
+        },
+        video,
+    )
+    book = PictureBook(video)
+    sections = compose(book, found, draw_sample(ids, labels, rows, "cosine"), ids, video)
+    assert sections.map is not None and sections.search is not None
+    data = map_data(sections.map.html)
+    shown = np.frombuffer(base64.b64decode(data["labels"]), "<u2")
+    assert ((shown == 65535) == (labels < 0)).all() and len(data["classes"]) == len(set(labels[labels >= 0].tolist()))
+    assert "CMC@1" in sections.classes and sections.search.compared == (len(ids), int((~tested).sum()))
+    assert book.name_of(int(ids[labels < 0][0])) == "no class"
 
 
 @pytest.mark.browser
