@@ -88,13 +88,13 @@ class MlflowTracker:
 
     def start(self, run: TrackedRun) -> Started:
         experiment = self._experiment_id()
-        if run.id is None:
+        self.id = run.id or self.id  # that of a start which failed half-way
+        if not self.id:
             group = {"raydml.sweep": run.group} if run.group else {}
             parent = {PARENT: run.parent} if run.parent else {}
             tags = self.tags | group | parent | {"raydml.folder": run.folder}
             self.id = self.client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
         else:
-            self.id = run.id
             self.client.update_run(self.id, status="RUNNING")
         self._log_config(run.config)
         metrics = self.client.get_run(self.id).data.metrics

@@ -31,6 +31,7 @@ class WandbTracker:
         self.arguments = {"project": os.environ.get("WANDB_PROJECT", PROJECT), **arguments}
         self.mode = str(arguments.get("mode") or os.environ.get("WANDB_MODE") or "online")
         self.run: Any = None
+        self.id = ""
         self.earlier: list[Path] = []
 
     def check(self, local: bool) -> None:
@@ -59,7 +60,7 @@ class WandbTracker:
 
         offline = self.mode in OFFLINE
         folder = os.environ.get("WANDB_DIR") or run.local
-        identifier = run.id or uuid.uuid4().hex[:8]
+        identifier = self.id = run.id or self.id or uuid.uuid4().hex[:8]
         if offline and folder is not None:
             self.earlier = list(Path(folder, "wandb").glob(f"offline-run-*-{identifier}"))
         group = {"group": run.group} if run.group else {}

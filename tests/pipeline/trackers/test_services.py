@@ -22,7 +22,7 @@ from pipeline.storage import Folder
 from pipeline.testing.tiny import tiny_values
 from pipeline.trackers import follow
 from pipeline.trackers.follow import RunTracking, lacking, numbers, read_tracking, start_groups
-from pipeline.trackers.mlflow_tracker import PARENT
+from pipeline.trackers.mlflow_tracker import PARENT, MlflowTracker
 from tests.pipeline.trackers.test_follow import lines
 from tests.pipeline.trackers.wandb_file import WandbFile
 
@@ -168,6 +168,28 @@ def test_trials_belong_to_their_sweep(make_config: Make, tmp_path: Path) -> None
     assert sorted(trial.info.run_name for trial in trials) == ["losses-0", "losses-1"]
     assert {trial.info.status for trial in trials} == {"KILLED"}
     assert found.get_run(groups[0]["mlflow"]).info.run_name == "losses"
+
+
+def test_a_start_that_fails_half_way_makes_no_second_run(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, failures = MlflowTracker._log_config, iter([True])
+
+    def fail_once(self: MlflowTracker, config: Any) -> None:
+        if next(failures, False):
+            raise ConnectionError("gone")
+        really(self, config)
+
+    monkeypatch.setattr(MlflowTracker, "_log_config", fail_once)
+    monkeypatch.setattr(follow, "AGAIN_S", 0.0)
+    config = make_config({"tracking": ["mlflow"]})
+    run_folder(config).write(METRICS, lines(1, 2))
+    with RunTracking(config):
+        pass
+    found = client(tmp_path)
+    (experiment,) = found.search_experiments(filter_string="name = 'raydml'")
+    (only,) = found.search_runs([experiment.experiment_id])
+    assert lacking(run_folder(config)) == [] and history_of(found, only.info.run_id) == expected(run_folder(config))
 
 
 def test_mlflows_folder_store_where_it_is_allowed(
