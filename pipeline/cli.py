@@ -27,6 +27,7 @@ COMMANDS = {  # name: module, purpose
     "search": ("pipeline.search", "an index of images: build, query, add, remove"),
     "serve": ("pipeline.serve", "an index as an HTTP service, and a page to drop an image on"),
     "report": ("pipeline.report", "write report.html of a finished run"),
+    "explore": ("pipeline.explore", "a map of a split's images and the classes that fail; TensorBoard's projector"),
     "list": (
         "pipeline.show_list",
         "names of presets, runs, sweeps, sweep files, datasets, methods, losses, miners or backbones",

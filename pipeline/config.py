@@ -25,7 +25,15 @@ from pydantic import (
 from methods import METHODS, MethodConfig, method_class, method_names, plugins
 from methods.config import BaseConfig, Length
 from pipeline.config_problems import explain
-from pipeline.config_runtime import RUNTIME, CacheConfig, CheckpointConfig, MiningConfig, RuntimeConfig, WorkerRange
+from pipeline.config_runtime import (
+    RUNTIME,
+    CacheConfig,
+    CheckpointConfig,
+    MiningConfig,
+    RuntimeConfig,
+    TrackerConfig,
+    WorkerRange,
+)
 from pipeline.data.transforms import TransformConfig
 from pipeline.errors import UserError, check_address_is_public, did_you_mean
 from pipeline.metric_names import metric_key, metric_keys
@@ -184,6 +192,12 @@ class Config(BaseConfig):
     mining: MiningConfig = MiningConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), json_schema_extra=RUNTIME)
+    tracking: tuple[TrackerConfig, ...] = Field(
+        (),
+        description="services and own classes that get config, curves, figures and report, such as [wandb, {name: mlflow, args: "
+        "{experiment: shoes}}]; metrics.jsonl and TensorBoard files are always written",
+        json_schema_extra=RUNTIME,
+    )
     cache: CacheConfig = Field(CacheConfig(), json_schema_extra=RUNTIME)
     runtime: RuntimeConfig = Field(RuntimeConfig(), json_schema_extra=RUNTIME)
 
@@ -253,8 +267,8 @@ def build_config(values: Mapping[str, Any]) -> Config:
         UserError: A key or a value cannot be, or an address holds a secret, which would be written to config.yaml and reports.
     """
     for key, value in _flatten(values):
-        if isinstance(value, str):
-            check_address_is_public(value, key)
+        for text in _texts(value):
+            check_address_is_public(text, key)
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
@@ -264,6 +278,11 @@ def build_config(values: Mapping[str, Any]) -> Config:
 
 def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flat_config(config: Config) -> dict[str, Any]:
+    """The configuration by dotted key."""
+    return dict(_flatten(config.model_dump(mode="json")))
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], runtime: bool) -> dict[str, tuple[Any, Any]]:
@@ -305,6 +324,18 @@ def _runtime_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _runtime_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts within a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

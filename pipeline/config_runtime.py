@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from methods import plugins
 from methods.config import BaseConfig, Length
+from pipeline.errors import did_you_mean
 
 RUNTIME: dict[str, Any] = {"runtime": True}  # a key that may change when a run is continued
 
@@ -156,6 +159,37 @@ class RuntimeConfig(BaseConfig):
     def max_workers(self) -> int:
         """Largest number of workers; 0: the process of the command."""
         return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+
+
+TRACKERS = ("wandb", "mlflow")
+_SECRET = re.compile(r"(^|_)(key|token|password|passwd|secret)s?($|_)", re.IGNORECASE)
+
+
+class TrackerConfig(BaseConfig):
+    """A tracker: its name alone, or with arguments."""
+
+    name: str = Field(description="wandb | mlflow | module:CLASS of your own")
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="wandb: project, entity, group, job_type, notes, tags, mode; mlflow: experiment, tracking_uri, tags; of your "
+        "own class: arguments of its constructor; never a key or a password",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value.strip()} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> TrackerConfig:
+        if self.name not in TRACKERS and not plugins.is_import_string(self.name):
+            raise ValueError(f"tracker {self.name!r} is unknown: {did_you_mean(self.name, TRACKERS)}")
+        secret = next((name for name in self.args if _SECRET.search(name)), None)
+        if secret is not None:
+            raise ValueError(
+                f"args.{secret} of {self.name} looks like a secret, which would be written to config.yaml: set it in the environment"
+            )
+        return self
 
 
 class CacheConfig(BaseConfig):

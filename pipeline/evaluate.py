@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from pipeline.evaluation.arrays import Evaluation
     from pipeline.evaluation.compact import CompactRow
     from pipeline.evaluation.reid import ReidRetrieval
     from pipeline.evaluation.retrieval import Distance, Retrieval
@@ -210,40 +211,34 @@ def _measure_arrays(options: argparse.Namespace) -> Figures:
     if options.checkpoint or options.save or options.split or options.data or options.workers is not None:
         raise UserError("--checkpoint, --save, --split, --data and --workers go with a run, not with arrays")
     # here and below: each kind of evaluation imports what it needs
-    from pipeline.evaluation.array_files import label_numbers, read_embeddings, read_labels
-    from pipeline.evaluation.retrieval import retrieve
+    from pipeline.evaluation.array_files import read_embeddings, read_labels
+    from pipeline.evaluation.arrays import evaluate
 
     pairs = [options.inputs, *([options.gallery] if options.gallery else [])]
     embeddings = [read_embeddings(path) for path, _ in pairs]
-    labels, names = label_numbers(
-        [read_labels(labels, len(x), path) for x, (path, labels) in zip(embeddings, pairs, strict=True)]
-    )
+    labels = [read_labels(labels, len(x), path) for x, (path, labels) in zip(embeddings, pairs, strict=True)]
     gallery, gallery_labels = (embeddings[1], labels[1]) if options.gallery else (None, None)
-    if gallery is not None and gallery.shape[1] != embeddings[0].shape[1]:
-        raise UserError(f"queries have {embeddings[0].shape[1]} dimensions, the gallery has {gallery.shape[1]}")
     distance: Distance = options.distance or "cosine"
-    try:
-        result = retrieve(embeddings[0], labels[0], gallery=gallery, gallery_labels=gallery_labels, distance=distance)
-        metrics: dict[str, Any] = result.summary(options.recall_at or (1, 2, 4, 8))
-        if options.clustering:
-            from pipeline.evaluation.clustering import clustering
-
-            metrics |= clustering(embeddings[0], labels[0])
-        compact = _compact_arrays(options, embeddings, labels) if options.dims or options.quantise else ()
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return Figures(metrics, result, labels[0].numpy(), names, ([], [f"distance: {distance}"]), compact=compact)
+    found = evaluate(
+        embeddings[0], labels[0], gallery=gallery, gallery_labels=gallery_labels, distance=distance,
+        recall_at=options.recall_at or (1, 2, 4, 8), clustering=options.clustering,
+    )  # fmt: skip
+    compact = _compact_arrays(options, embeddings, found) if options.dims or options.quantise else ()
+    lines: tuple[list[str], list[str]] = ([], [f"distance: {distance}"])
+    return Figures(found.metrics, found.retrieval, found.labels, found.class_names, lines, compact=compact)
 
 
-def _compact_arrays(
-    options: argparse.Namespace, embeddings: list[Tensor], labels: list[Tensor]
-) -> tuple[CompactRow, ...]:
+def _compact_arrays(options: argparse.Namespace, embeddings: list[Tensor], found: Evaluation) -> tuple[CompactRow, ...]:
+    import torch
+
     from pipeline.evaluation.compact import OVERSAMPLE, measure_compact
 
-    gallery, gallery_labels = (embeddings[1], labels[1]) if options.gallery else (None, None)
+    labels = torch.from_numpy(found.labels)
+    gallery = embeddings[1] if options.gallery else None
+    gallery_labels = None if found.gallery_labels is None else torch.from_numpy(found.gallery_labels)
     return tuple(
         measure_compact(
-            embeddings[0], labels[0], gallery, gallery_labels, dims=options.dims or (), quantise=options.quantise or (),
+            embeddings[0], labels, gallery, gallery_labels, dims=options.dims or (), quantise=options.quantise or (),
             recall_at=options.recall_at or (1, 2, 4, 8), distance=options.distance or "cosine",
             oversample=options.oversample or OVERSAMPLE,
         )

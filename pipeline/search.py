@@ -164,11 +164,13 @@ def _query(options: argparse.Namespace) -> None:
         print(json.dumps(answers, indent=1))
         return
     from pipeline.console import aligned
+    from pipeline.exploration.shown_names import shown_name
 
     for (name, _), hits in zip(queries, found, strict=True):
         print(name)
         rows = [
-            (f"  {rank}", f"{hit.similarity:.4f}", hit.class_name or "", hit.path) for rank, hit in enumerate(hits, 1)
+            (f"  {rank}", f"{hit.similarity:.4f}", shown_name(hit.class_name or ""), hit.path)
+            for rank, hit in enumerate(hits, 1)
         ]
         print("\n".join(aligned(rows)) if rows else "  nothing: the index is empty")
 

@@ -5,13 +5,14 @@
     RAYDML_SERVE_TOKEN=... python -m pipeline.serve INDEX --host 0.0.0.0
                                                                       for others: clients send Authorization: Bearer TOKEN
 
-Runs with Ray Serve until Ctrl-C or SIGTERM: on a Ray of its own, or on the cluster of RAY_ADDRESS, all of whose nodes see INDEX.
-Images that `search add` appends are found at once. The traffic is not encrypted: put a reverse proxy with TLS before it.
+Runs with Ray Serve, on a Ray of its own on this machine, until Ctrl-C or SIGTERM. Images that `search add` appends are found at
+once. The traffic is not encrypted: put a reverse proxy with TLS before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from pipeline.errors import RunError, UserError, fail, joined_lines
 
 PROG = "python -m pipeline.serve"
 LEAST_TOKEN = 16  # characters
+APPLICATION = "search"
 GRACE_S = 10.0  # for requests under way when the service ends
 
 
@@ -81,6 +83,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(
             f"--host {options.host} lets other machines in: set {TOKEN} to a secret that they have to send, or listen on 127.0.0.1"
         )
+    if os.environ.get("RAY_ADDRESS"):
+        raise UserError("the service starts a Ray of its own on this machine, where its index is: unset RAY_ADDRESS")
     folder = index_folder(options.index)
     check_files(folder, read_manifest(folder))
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -99,8 +103,7 @@ def _is_loopback(host: str) -> bool:
 def _serve(options: argparse.Namespace) -> None:
     """Runs the service until a signal."""
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+    _end_by_signal(ended)
     from pipeline.searching.gate import LOCAL_HOSTS, TOKEN, Limits, announce, digest
 
     token = digest(os.environ.pop(TOKEN, ""))  # popped: no process of Ray's inherits it
@@ -112,16 +115,17 @@ def _serve(options: argparse.Namespace) -> None:
     )
     announce(limits)
     print(f"starting the service of {options.index} ...", file=sys.stderr, flush=True)
-    from pipeline.distributed.ray_session import check_visible, ray_session
+    from pipeline.distributed.ray_session import ray_session
     from pipeline.storage import Folder
 
     cores = os.cpu_count() or 1
     threads = options.threads or max(1, cores // options.replicas)
     folder = Folder(options.index)
-    with ray_session(options.replicas + 1) as ray:
-        check_visible(ray, folder, "the index")
+    with ray_session(options.replicas + 1):
+        _end_by_signal(ended)  # Ray has put its own handler of SIGTERM in place
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:
             _deploy(serve, options, folder.uri, limits, threads)
             shown = f"[{options.host}]" if ":" in options.host else options.host
@@ -132,7 +136,13 @@ def _serve(options: argparse.Namespace) -> None:
             ended.wait()
             print("ending ...", file=sys.stderr, flush=True)
         finally:
-            serve.shutdown()
+            serve.delete(APPLICATION)  # lets requests under way end; Ray ends what else there is
+
+
+def _end_by_signal(ended: threading.Event) -> None:
+    """Ctrl-C and SIGTERM set the event, and do nothing else."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
 
 
 def _deploy(serve: Any, options: argparse.Namespace, index: str, limits: Any, threads: int) -> None:
@@ -159,9 +169,9 @@ def _deploy(serve: Any, options: argparse.Namespace, index: str, limits: Any, th
     )
     try:
         pixels = round(options.max_megapixels * 1e6)
-        serve.run(deployment.bind(index, options.model, limits, pixels, threads), name="search")
+        serve.run(deployment.bind(index, options.model, limits, pixels, threads), name=APPLICATION)
     except RuntimeError as error:
-        found = serve.status().applications.get("search")
+        found = serve.status().applications.get(APPLICATION)
         message = found.message if found is not None else joined_lines(error)
         raise RunError(f"the service cannot start: {message}") from error
 

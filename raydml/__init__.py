@@ -6,6 +6,7 @@
     embeddings = model.embed("photos/")              # [N, D]: paths, a folder, images of Pillow, arrays, an iterator
     model.similarity(embeddings[:1], embeddings)     # [1, N]
     raydml.evaluate(embeddings, labels).metrics      # exact, in percent: recall@1, map@r, ...
+    raydml.open_index("emoji.index").search("a.jpg") # nearest images of an index: path, class, similarity
     raydml.train("baseline/emoji", length="1 epoch") # as `python -m pipeline.train`; gives the run's result
 
 Everything is imported when it is first used: `import raydml` alone takes no time.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.inference.embedding_model import EmbeddingModel
     from pipeline.inference.image_inputs import ImageError
     from pipeline.inference.load_model import load_model as load
+    from pipeline.searching.index import SearchHit, SearchIndex, open_index
     from raydml.training import TrainingResult, train
 
     __version__: str
@@ -30,6 +32,9 @@ _PLACES = {
     "load": ("pipeline.inference.load_model", "load_model"),
     "evaluate": ("pipeline.evaluation.arrays", "evaluate"),
     "train": ("raydml.training", "train"),
+    "open_index": ("pipeline.searching.index", "open_index"),
+    "SearchIndex": ("pipeline.searching.index", "SearchIndex"),
+    "SearchHit": ("pipeline.searching.index", "SearchHit"),
     "EmbeddingModel": ("pipeline.inference.embedding_model", "EmbeddingModel"),
     "Evaluation": ("pipeline.evaluation.arrays", "Evaluation"),
     "TrainingResult": ("raydml.training", "TrainingResult"),
@@ -39,8 +44,8 @@ _PLACES = {
 }
 
 __all__ = [
-    "EmbeddingModel", "Evaluation", "ImageError", "RunError", "TrainingResult", "UserError", "__version__", "evaluate",
-    "load", "train",
+    "EmbeddingModel", "Evaluation", "ImageError", "RunError", "SearchHit", "SearchIndex", "TrainingResult", "UserError",
+    "__version__", "evaluate", "load", "open_index", "train",
 ]  # fmt: skip
 
 

@@ -49,14 +49,16 @@ def screenshot(html: str, folder: Path) -> np.ndarray:
 
 
 class Browser:
-    """A browser with one page, driven by the DevTools protocol over a pipe: JSON messages that end with a zero byte.
+    """A browser with one page (a file, or an address), driven by the DevTools protocol over a pipe: JSON messages that end with a zero byte.
 
     Attributes:
         problems: Errors and warnings in the page's console, uncaught exceptions, and refusals by its policy.
         requests: Addresses that the page has asked for, its own included.
     """
 
-    def __init__(self, page: Path, profile: Path, width: int = 1200, height: int = 1000, dark: bool = False) -> None:
+    def __init__(
+        self, page: Path | str, profile: Path, width: int = 1200, height: int = 1000, dark: bool = False
+    ) -> None:
         self.problems: list[str] = []
         self.requests: list[str] = []
         self._last_id = 0
@@ -83,7 +85,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
         self.wait_for("document.readyState === 'complete'")
 
     def __enter__(self) -> Browser:

@@ -16,6 +16,7 @@ from pipeline.errors import RunError, UserError, one_line
 from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
+from pipeline.trackers.choose import check_trackers
 from pipeline.training.checks import check_dataset, check_machine, check_run, runtime_changes
 from pipeline.training.start import open_dataset, uses_ray
 
@@ -57,6 +58,13 @@ def check_recipe(config: Config) -> CheckedRecipe:
     if uses_ray(config) and not on_cluster():
         attempt("home folder", "~/.ray", "a folder for the token of Ray", _home)
     attempt("run", config.name, "a new name, or a run of the same settings", lambda: _run(config))
+    if config.tracking:
+        attempt(
+            "tracking",
+            ", ".join(entry.name for entry in config.tracking),
+            "trackers that can work",
+            lambda: _trackers(config),
+        )
     name = f"{config.model.backbone}, weights {config.model.weights}"
     attempt("network", name, "a backbone whose weights are there", lambda: _network(config, name))
     attempt("dataset", data.source, "a prepared dataset", lambda: _dataset(config, checked))
@@ -76,6 +84,11 @@ def _machine(config: Config, asked: str) -> Row:
 def _home() -> Row:
     check_token()
     return Row("home folder", "ok", os.path.expanduser("~"), "a folder for the token of Ray")
+
+
+def _trackers(config: Config) -> Row:
+    check_trackers(config)
+    return Row("tracking", "ok", ", ".join(entry.name for entry in config.tracking), "trackers that can work")
 
 
 def _run(config: Config) -> Row:

@@ -27,12 +27,14 @@ class Evaluation:
         retrieval: What each query found: rows of its neighbours, nearest first, its average precision, and more.
         labels: Number of each query's class.
         class_names: The classes' names by number.
+        gallery_labels: Number of each gallery row's class; None without a gallery.
     """
 
     metrics: dict[str, Any]
     retrieval: Retrieval
     labels: np.ndarray
     class_names: list[str]
+    gallery_labels: np.ndarray | None = None
 
 
 def evaluate(
@@ -86,7 +88,7 @@ def evaluate(
             metrics |= cluster(rows[0], numbers[0])
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Evaluation(metrics, retrieval, numbers[0].numpy(), names)
+    return Evaluation(metrics, retrieval, numbers[0].numpy(), names, numbers[1].numpy() if len(numbers) > 1 else None)
 
 
 def _rows(name: str, values: Array) -> Tensor:

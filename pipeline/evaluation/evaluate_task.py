@@ -42,6 +42,16 @@ class EvaluationResult:
     unit_length: bool
     embedded: TaskEmbeddings
 
+    def neighbour_columns(self) -> dict[str, np.ndarray]:
+        """Each query with its nearest gallery images, as store ids, and its figures: what a report shows."""
+        neighbours = self.retrieval.neighbours
+        return {
+            "query": self.queries.ids,
+            "neighbours": np.where(neighbours >= 0, self.gallery.ids[np.maximum(neighbours, 0)], -1),
+            "average_precision": self.retrieval.average_precision,
+            "relevant": self.retrieval.num_relevant,
+        }
+
 
 def evaluate(
     task: RetrievalTask,
@@ -85,6 +95,14 @@ class TaskEmbeddings:
     rows: Tensor
     query_rows: Tensor
     gallery_rows: Tensor
+
+    def each_once(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, labels and embeddings [N, D] of queries and gallery, each image or tracklet once, by id."""
+        ids = np.concatenate([self.queries.ids, self.gallery.ids])
+        labels = np.concatenate([self.queries.labels, self.gallery.labels])
+        rows = torch.cat([self.query_rows, self.gallery_rows])
+        ids, first = np.unique(ids, return_index=True)
+        return ids, labels[first], self.rows[rows[torch.from_numpy(first).to(rows.device)]].float().cpu().numpy()
 
 
 def embed_task(task: RetrievalTask, embedder: Embedder, trunk: Trunk, method: Method | None) -> TaskEmbeddings:

@@ -122,6 +122,18 @@ def test_task(config: Config, store: Store) -> RetrievalTask | None:
     return _retrieval(config, queries, both.subset(~is_query & (both.labels != JUNK)))
 
 
+def all_task(config: Config, store: Store, splits: Sequence[str]) -> RetrievalTask | None:
+    """All images of some splits that have a class, each searched among the others; None without such images.
+
+    In a re-identification store the others include the images of no class.
+    """
+    samples = store.select(splits)
+    queries = samples.subset(samples.labels >= 0)
+    if not len(queries):
+        return None
+    return _reid(config, queries, samples) if store.protocol == "reid" else _retrieval(config, queries)
+
+
 def _retrieval(config: Config, queries: Samples, gallery: Samples | None = None) -> RetrievalTask:
     return RetrievalTask(queries, gallery, distance=config.evaluation.distance)
 

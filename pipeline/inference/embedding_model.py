@@ -224,7 +224,9 @@ class EmbeddingModel:
         """
         return evaluation_pixels(read_input("image", image), self.transforms)
 
-    def similarity(self, a: Float[Tensor, "num dim"], b: Float[Tensor, "others dim"]) -> Float[Tensor, "num others"]:
+    def similarity(
+        self, a: Float[Tensor, "num dim"], b: Float[Tensor, "others same_dim"]
+    ) -> Float[Tensor, "num others"]:
         """How similar each row of `a` is to each of `b`, larger is nearer: the cosine, or minus the Euclidean distance.
 
         Which of them is the run's `evaluation.distance`.

@@ -11,17 +11,20 @@ import numpy as np
 import torch
 
 from pipeline.config import Config
+from pipeline.data.entries import SPLITS
 from pipeline.data.find_store import find_store
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.evaluation.compact import OVERSAMPLE, CompactRow, Precision, check_dims, measure_compact, measure_dims
 from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
-from pipeline.evaluation.tasks import RetrievalTask, test_task, validation_task
+from pipeline.evaluation.tasks import RetrievalTask, all_task, test_task, validation_task
 from pipeline.inference.trained_model import TrainedModel, load_run
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.summary import protocol
 from pipeline.storage import home
+
+Split = Literal["test", "validation", "train", "all"]
 
 _PROTOCOL = ("profile", "trained_on", "checkpoint", "backbone", "weights", "embedding_dim", "test_pixels", "seed")
 
@@ -38,6 +41,8 @@ class Measurement:
         notes: What a reader of the figures has to know, one line each.
         protocol: The conditions, one line.
         partial: A sentence for each thing that the dataset lacks.
+        trained, store: The checkpoint and the dataset.
+        split, distance: Which images, and what nearest means.
         compact: Figures by dimensions and precision, if they were asked for or the run trained nested dimensions.
     """
 
@@ -48,13 +53,17 @@ class Measurement:
     notes: tuple[str, ...]
     protocol: str
     partial: tuple[str, ...]
+    trained: TrainedModel
+    store: Store
+    split: Split
+    distance: Literal["cosine", "euclidean"]
     compact: tuple[CompactRow, ...] = ()
 
 
 def measure(
     name: str,
     checkpoint: str | None = None,
-    split: Literal["test", "validation"] | None = None,
+    split: Split | None = None,
     *,
     data: str | None = None,
     distance: Literal["cosine", "euclidean"] | None = None,
@@ -70,9 +79,9 @@ def measure(
     Args:
         name: The run, as `load_run` takes it.
         checkpoint: As `load_run` takes it.
-        split: Test or validation classes; None: the test classes if the run is finished or `data` is given, else the
-            validation fold.
-        data: Name, folder or URI of another dataset, whose test images are measured.
+        split: Test or validation classes, or all images of the training split or of all splits, each searched among the
+            others; None: the test classes if the run is finished or `data` is given, else the validation fold.
+        data: Name, folder or URI of another dataset, whose images are measured.
         distance: None: the run's.
         recall_at: None: the run's.
         clustering: Measure NMI and AMI as well.
@@ -107,7 +116,8 @@ def measure(
         notes.append(
             "another dataset than the run's: whether the run was trained on some of these classes is not known"
         )
-    task, what = _task(config, store, split or "test")
+    split = split or "test"
+    task, what = _task(config, store, split)
     if quantise and task.reid:
         raise UserError(
             "int8 and binary embeddings are measured for retrieval, not for re-identification: leave out --quantise"
@@ -122,7 +132,8 @@ def measure(
         notes.append("all embeddings have length one: Euclidean distance ranks them as cosine does")
     return Measurement(
         result, queries, task.queries.labels, f"{what} of {store.title}, {trained.title}", tuple(notes), _protocol(config, store, trained),
-        tuple(store.partial), _compact(task, result, config, dims, quantise, oversample),
+        tuple(store.partial), trained, store, split, task.distance,
+        _compact(task, result, config, dims, quantise, oversample),
     )  # fmt: skip
 
 
@@ -146,10 +157,14 @@ def _compact(
     )  # fmt: skip
 
 
-def _task(config: Config, store: Store, split: Literal["test", "validation"]) -> tuple[RetrievalTask, str]:
+def _task(config: Config, store: Store, split: Split) -> tuple[RetrievalTask, str]:
     """The task, and what is measured in words."""
     if split == "test":
         task, what = test_task(config, store), "test classes"
+    elif split == "train":
+        task, what = all_task(config, store, ["train"]), "training classes, each image searched among the others,"
+    elif split == "all":
+        task, what = all_task(config, store, SPLITS), "all classes, each image searched among the others,"
     else:
         task = validation_task(config, store)
         what = f"validation fold {config.data.validation_fold} of the training classes"

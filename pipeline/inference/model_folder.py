@@ -11,6 +11,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -46,7 +49,7 @@ def write_model(model: EmbeddingModel, folder: Folder) -> list[str]:
         CLASS_NAMES: json.dumps(model.class_names).encode(),
     }
     folder.write_together(files)
-    config = {key: value for key, value in model.settings.values.items() if key not in _LEFT_OUT}
+    config = _published(model.settings.values)
     folder.write_json(
         MODEL,
         {
@@ -61,6 +64,16 @@ def write_model(model: EmbeddingModel, folder: Folder) -> list[str]:
         },
     )
     return [MODEL, *files]
+
+
+def _published(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without what is of this machine alone: folders are cut to their names."""
+    config = {key: value for key, value in values.items() if key not in _LEFT_OUT}
+    data, network = dict(config["data"]), dict(config["model"])
+    data["source"] = str(data["source"]).rstrip("/").rpartition("/")[2]
+    if os.path.isabs(str(network["weights"])) or "://" in str(network["weights"]):
+        network["weights"] = str(network["weights"]).rpartition("/")[2]
+    return config | {"data": data, "model": network}
 
 
 def is_model(folder: Folder) -> bool:

@@ -143,10 +143,10 @@ def build_for_embedding(
         of_method = {name: tensor for name, tensor in of_method.items() if name.startswith("head.")}
     else:
         method = build_method(config.whole, trunk.features, classes)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    trunk, method = trunk.to(device, dtype), method.to(device, dtype)  # before loading, which rounds to what is there
     trunk.load_state_dict(of_trunk)
     method.load_state_dict(of_method)
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    trunk, method = trunk.to(device, dtype), method.to(device, dtype)
     trunk.set_mode(False, Ranks())
     method.eval()
     return trunk, method

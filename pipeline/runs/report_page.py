@@ -1,73 +1,48 @@
-"""A finished run as one HTML page that needs no network and no script.
+"""A finished run as one HTML page that needs no network; only the map of the test images needs its script.
 
-Every image that the gallery shows is embedded once, as the background of a CSS class. A full
-gallery (36 queries with 8 neighbours each) takes 1 to 2 MB; pure noise, the worst case for JPEG,
-would take 3.3 MB.
+Every picture is embedded once, as the background of a CSS class. A full gallery (36 queries with 8 neighbours each) takes
+1 to 2 MB; pure noise, the worst case for JPEG, would take 3.3 MB. A map of 8,000 images takes 2.5 MB at most.
 """
 
 from __future__ import annotations
 
-import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
 from jaxtyping import Int64
-from PIL import Image
 
-from pipeline.data.reader import open_reader
 from pipeline.data.store import Store
 from pipeline.errors import UserError
+from pipeline.exploration.compose import compose
+from pipeline.exploration.duplicates import DuplicateSearch, sample_row_groups
+from pipeline.exploration.embedding_sample import MAX_IMAGES, EmbeddingSample
+from pipeline.exploration.html_page import html_page
+from pipeline.exploration.picture_book import PictureBook
+from pipeline.exploration.retrieved import Retrieved
 from pipeline.metric_names import COUNTS, metric_title
 from pipeline.runs.charts import curves_section
-from pipeline.runs.run_folder import CONFIG, NEIGHBOURS, REPORT, SUMMARY, read_changes
+from pipeline.runs.report_gallery import gallery_section
+from pipeline.runs.run_folder import CONFIG, EMBEDDINGS, NEIGHBOURS, REPORT, SUMMARY, read_changes
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 
-Groups = Mapping[str, Sequence["RetrievedNeighbours"]]
-QUERIES_PER_GROUP = 12
-NEIGHBOURS_SHOWN = 8
-THUMBNAIL_SIDE = 96  # pixels, longer side
-
-GROUPS = {
-    "worst": "Worst: lowest average precision",
-    "random": "Random: what to expect (drawn with a fixed seed)",
-    "best": "Best: highest average precision",
-}
-
-HOW_TO_READ = (
-    "At the left a query, then its nearest test images, nearest first. Green with ✓: of the query's class. Red with ✗: "
-    "of another class, named below. AP@R: the query's term of MAP@R, from 0 to 1. R: how many images of its class can "
-    f"be found; where R is below {NEIGHBOURS_SHOWN}, the others shown can only be red."
+NO_MAP = (
+    "This run was finished by an earlier version, which kept no embeddings: <code>raydml explore {run}</code> makes a map of "
+    "its test images."
 )
-
-# The browser loads nothing and runs nothing, whatever text a class name or a config value contains.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{name} – raydml</title>
-<style>{css}</style>
-</head>
-<body>{body}</body>
-</html>
-"""
 
 
 def write_report(run: Folder, store: Store) -> None:
     """Writes report.html into the folder of a finished run.
 
-    Reads summary.json, config.yaml, metrics.jsonl, changes.jsonl, and test_neighbours.npz where
-    there is one; of the dataset it reads only the images that are shown.
+    Reads summary.json, config.yaml, metrics.jsonl, changes.jsonl, and test_neighbours.npz and test_embeddings.npz where
+    there are any; of the dataset the images that are shown, those of the map, and at most 10,000 training images to compare
+    them with. The map of 6,253 images takes some 25 s of CPU time, the comparison 5 to 30 s.
 
     Args:
         run: The run folder.
@@ -82,21 +57,66 @@ def write_report(run: Folder, store: Store) -> None:
     summary = run.read_json(SUMMARY)
     config = run.read(CONFIG).decode()
     metric = yaml.safe_load(config)["evaluation"]["metric"]
-    groups = _choose_queries(run, store)
+    book = PictureBook(store)
+    found = _read_neighbours(run, store)
+    gallery = gallery_section(found, book)
+    sample = EmbeddingSample.from_bytes(run.read(EMBEDDINGS), f"{run}/{EMBEDDINGS}") if run.exists(EMBEDDINGS) else None
+    sections = compose(book, found, sample, _images_to_compare(found, sample), store)
     body = [
-        _header(summary),
+        _header(summary, sections.search),
         _metrics(summary, read_changes(run)),
+        sections.map.html if sections.map else _no_map(found, sample, summary["name"]),
         curves_section(read_metrics(run), summary, metric),
-        _gallery(groups, store),
+        gallery,
+        sections.classes,
+        sections.duplicates,
         f'<section id="config">\n<h2>Configuration</h2>\n<details><summary>The resolved config</summary>'
         f"<pre>{escape(config)}</pre></details>\n</section>",
     ]
-    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8") + _thumbnails(groups, store)
-    page = PAGE.format(policy=POLICY, name=escape(summary["name"]), css=css, body="\n".join(body))
-    run.write(REPORT, page.encode())
+    run.write(REPORT, html_page(summary["name"], page_css() + sections.css(book), "\n".join(body), sections.scripts))
 
 
-def _header(summary: Mapping[str, Any]) -> str:
+def page_css() -> str:
+    """The style of a run's pages, but for the pictures."""
+    names = ("report.css", "explore.css", "print.css")
+    return "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
+
+
+def _read_neighbours(run: Folder, store: Store) -> Retrieved | None:
+    """What the test queries found; None where nothing was measured.
+
+    Raises:
+        UserError: An id is not in the store.
+    """
+    if not run.exists(NEIGHBOURS):
+        return None
+    with np.load(io.BytesIO(run.read(NEIGHBOURS)), allow_pickle=False) as file:
+        columns = dict(file)
+    try:
+        return Retrieved.of(columns, store)
+    except KeyError as error:
+        raise UserError(
+            f"{run} retrieved images that are not in {store.folder}: it was trained on another dataset"
+        ) from error
+
+
+def _images_to_compare(found: Retrieved | None, sample: EmbeddingSample | None) -> Int64[np.ndarray, " images"]:
+    """The test images that are compared with the training images: those of the map, or as many queries."""
+    if sample is not None:
+        return sample.ids
+    return np.empty(0, np.int64) if found is None else np.sort(sample_row_groups(found.query, MAX_IMAGES, 1))
+
+
+def _no_map(found: Retrieved | None, sample: EmbeddingSample | None, name: str) -> str:
+    """A sentence that says how to get the map of a run without embeddings; nothing where there is nothing to draw."""
+    return (
+        f'<p class="note" id="no-map">{NO_MAP.format(run=escape(name))}</p>'
+        if found is not None and sample is None
+        else ""
+    )
+
+
+def _header(summary: Mapping[str, Any], search: DuplicateSearch | None) -> str:
     p = summary["protocol"]
     warning = "choices were made on the test classes themselves, so the figures are higher than new classes would give"
     return f"""<header>
@@ -105,11 +125,22 @@ def _header(summary: Mapping[str, Any]) -> str:
 <p class="key">{_key_sentence(summary)}</p>
 {f'<p class="warning">Paper protocol: {warning}.</p>' if p["profile"] == "paper" else ""}
 {f'<p class="warning">Partial dataset: {escape(p["partial"])}.</p>' if "partial" in p else ""}
+{_leakage(search)}
 <p class="note">{escape(p["method"])} on {escape(p["backbone"])}, dataset
 {escape(p["dataset"])}: {summary["step"]:,} steps, {summary["images"]:,} images in
 {summary["seconds"]:,.0f} s ({summary["images_per_second"]:,.1f} images/s, {summary["waiting_for_data"]:.1%} of the time
 waiting for data)</p>
 </header>"""
+
+
+def _leakage(search: DuplicateSearch | None) -> str:
+    """A line where test images are training images as well."""
+    if search is None or not search.pairs:
+        return ""
+    return (
+        f'<p class="warning"><a href="#duplicates">{len(search.pairs):,} of {search.compared[0]:,} test images</a> are also '
+        "among the training images, all but identical.</p>"
+    )
 
 
 def _key_sentence(summary: Mapping[str, Any]) -> str:
@@ -205,116 +236,3 @@ def _reproducible(summary: Mapping[str, Any]) -> str:
 def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
     items = [f"<li>step {int(line['step']):,}: {escape(change)}</li>" for line in changes for change in line["changes"]]
     return f"<ul>{''.join(items)}</ul>" if items else "none"
-
-
-class RetrievedNeighbours(NamedTuple):
-    """A query and its neighbours.
-
-    Attributes:
-        query: Store id.
-        neighbours: Store ids, nearest first; -1 where the gallery is smaller than that.
-        average_precision: The query's term of MAP@R, 0 to 1.
-        relevant: R, the number of gallery images of its class.
-    """
-
-    query: int
-    neighbours: Int64[np.ndarray, " keep"]
-    average_precision: float
-    relevant: int
-
-
-def _choose_queries(run: Folder, store: Store) -> Groups:
-    """Worst, random and best queries among those that have a positive; empty if there are none.
-
-    Raises:
-        UserError: An id is not in the store.
-    """
-    if not run.exists(NEIGHBOURS):
-        return {}
-    with np.load(io.BytesIO(run.read(NEIGHBOURS)), allow_pickle=False) as file:
-        columns = {name: file[name] for name in RetrievedNeighbours._fields}
-    columns["neighbours"] = columns["neighbours"][:, :NEIGHBOURS_SHOWN]
-    ids = np.append(columns["query"], columns["neighbours"])
-    if not np.isin(ids[ids >= 0], store.sample_id).all():
-        raise UserError(f"{run} retrieved images that are not in {store.folder}: it was trained on another dataset")
-    # Shuffled first, with a fixed seed: among equals, a stable sort then takes images of any class.
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(columns["relevant"] > 0))
-    if not len(rows):
-        return {}
-    precision = columns["average_precision"][rows]
-    groups = {}
-    for name, key in (("worst", precision), ("random", np.zeros(len(rows))), ("best", -precision)):
-        group = rows[np.argsort(key, kind="stable")][:QUERIES_PER_GROUP]
-        groups[name] = [RetrievedNeighbours(*(column[row] for column in columns.values())) for row in group]
-    return groups
-
-
-def _shown(groups: Groups) -> Int64[np.ndarray, " images"]:
-    """Store ids of the distinct images that are shown, ascending."""
-    ids = [sample for group in groups.values() for r in group for sample in (r.query, *r.neighbours) if sample >= 0]
-    return np.unique(np.array(ids, np.int64))
-
-
-def _gallery(groups: Groups, store: Store) -> str:
-    """The section of queries with their neighbours."""
-    note = HOW_TO_READ if groups else "No test query has another image of its class to find."
-    content = f'<p class="note">{note}</p>\n'
-    shown = _shown(groups)
-    labels = store.label[np.searchsorted(store.sample_id, shown)]
-    label_of = dict(zip(shown.tolist(), labels.tolist(), strict=True))
-    file_of = _files(shown, store)
-    for name, group in groups.items():
-        rows = "".join(_row(retrieved, label_of, store.class_name_of, file_of) for retrieved in group)
-        content += f'<div class="group" id="{name}">\n<h3>{GROUPS[name]}</h3>\n{rows}</div>\n'
-    return f'<section id="gallery">\n<h2>What queries find</h2>\n{content}</section>'
-
-
-def _files(shown: Int64[np.ndarray, " images"], store: Store) -> dict[int, str]:
-    """The file of each image below the folder that they share; empty for stores that do not know it."""
-    paths = store.sources(shown) or []
-    shared = os.path.commonprefix(paths).rpartition("/")[0]  # noqa: RUF071  # cut at a slash; URIs as well
-    names = [path.removeprefix(f"{shared}/") for path in paths]
-    return dict(zip(shown.tolist(), names, strict=True)) if names else {}
-
-
-def _row(
-    retrieved: RetrievedNeighbours, label_of: Mapping[int, int], name_of: Mapping[int, str], file_of: Mapping[int, str]
-) -> str:
-    """A query with its neighbours, framed green where their class is the query's, else red."""
-    query_label = label_of[retrieved.query]
-    neighbours = ""
-    for sample in retrieved.neighbours[retrieved.neighbours >= 0].tolist():
-        name = escape(name_of[label_of[sample]])
-        hint = f"{name} ({escape(file_of[sample])})" if sample in file_of else name
-        right = label_of[sample] == query_label
-        verdict = "right" if right else "wrong"
-        neighbours += (
-            f'<figure class="neighbour {verdict}" data-sample="{sample}" title="{hint}">'
-            f'<span class="thumb s{sample}" role="img" aria-label="{verdict}: {name}"></span>'
-            f'<span class="mark" aria-hidden="true">{"✓" if right else "✗"}</span>'
-            f"{'' if right else f'<figcaption>{name}</figcaption>'}</figure>\n"
-        )
-    name = escape(name_of[query_label])
-    hint = f"{name} ({escape(file_of[retrieved.query])})" if retrieved.query in file_of else name
-    return (
-        f'<div class="row">\n<figure class="query" data-sample="{retrieved.query}" title="{hint}">'
-        f'<span class="thumb s{retrieved.query}" role="img" aria-label="query: {name}"></span>'
-        f'<figcaption><span class="name">{name}</span>'
-        f"<small>AP@R {retrieved.average_precision:.2f}, R = {retrieved.relevant:,}</small></figcaption></figure>\n"
-        f'<div class="neighbours">\n{neighbours}</div>\n</div>\n'
-    )
-
-
-def _thumbnails(groups: Groups, store: Store) -> str:
-    """CSS rules, one for each distinct image shown, with a small JPEG of it."""
-    ids = _shown(groups)
-    images = open_reader(store.folder.uri, store.fingerprint, None).read(ids)  # ascending: each row group is read once
-    rules = []
-    for sample, data in zip(ids.tolist(), images, strict=True):
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        out = io.BytesIO()
-        image.save(out, "JPEG", quality=85, optimize=True)
-        encoded = base64.b64encode(out.getvalue()).decode()
-        rules.append(f".s{sample}{{background-image:url(data:image/jpeg;base64,{encoded})}}\n")
-    return "".join(rules)

@@ -9,7 +9,9 @@ state.json, stop.json       whether it runs, and the request to stop it, see `ru
 checkpoints/, best/         step-00000077/ each, see `checkpoint`
 metrics.jsonl, tensorboard/ losses and metrics by step
 summary.json                the final figures
+tracking.json               the run with the services that track it, see `pipeline.trackers`
 test_neighbours.npz         the neighbours of each test query
+test_embeddings.npz         embeddings of the test images, or of a sample of them
 report.html                 the report
 """
 
@@ -34,7 +36,9 @@ CHANGES = "changes.jsonl"
 INCARNATION = "incarnation"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+TRACKING = "tracking.json"
 NEIGHBOURS = "test_neighbours.npz"
+EMBEDDINGS = "test_embeddings.npz"
 REPORT = "report.html"
 CHECKPOINT = "checkpoint.json"  # in the folder of a checkpoint; written last
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from pipeline.metric_names import COUNTS
-from pipeline.runs.run_folder import SUMMARY
+from pipeline.runs.run_folder import SUMMARY, TRACKING
 from pipeline.storage import Folder
 
 LINE_EVERY_S = 15.0
@@ -128,4 +128,7 @@ def show_summary(folder: Folder) -> None:
     )
     if "partial" in summary["protocol"]:
         out.print(f"partial dataset: {summary['protocol']['partial']}", highlight=False, soft_wrap=True)
+    for name, kept in (folder.read_json(TRACKING) if folder.exists(TRACKING) else {}).items():
+        missing = f": failed ({kept['problem']}); the same command sends what is missing" if kept.get("problem") else ""
+        out.print(f"tracking: {name} {kept.get('url', '')}".rstrip() + missing, highlight=False, soft_wrap=True)
     out.print(f"report: {folder}/report.html", highlight=False, soft_wrap=True)

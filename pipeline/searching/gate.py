@@ -121,23 +121,22 @@ class Gate:
         """The body; None if the client has gone."""
         limits = self.limits
         parts: list[bytes] = []
-        size = 0
+        arrived = 0
         try:
             async with asyncio.timeout(limits.upload_s):
-                while True:
-                    if max(size, announced) > limits.upload_bytes:
-                        parts.clear()
-                        await _linger(receive)
-                        raise _RefusedError(413, f"the upload is larger than {limits.upload_bytes:,} bytes")
+                while max(arrived, announced) <= limits.upload_bytes:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if not message.get("more_body", False) and size <= limits.upload_bytes:
+                    arrived += len(parts[-1])
+                    if not message.get("more_body", False) and arrived <= limits.upload_bytes:
                         return b"".join(parts)
         except TimeoutError as error:
             raise _RefusedError(408, f"the upload took more than {limits.upload_s:g} seconds") from error
+        parts.clear()
+        await _linger(receive)
+        raise _RefusedError(413, f"the upload is larger than {limits.upload_bytes:,} bytes")
 
 
 async def _linger(receive: Receive) -> None:

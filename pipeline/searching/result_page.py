@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from pipeline.exploration.shown_names import shown_name
 from pipeline.searching.index import SearchHit, SearchIndex
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -58,7 +59,7 @@ def result_page(
 
 
 def _figure(index: SearchIndex, hit: SearchHit) -> str:
-    name = escape(hit.class_name or "no class")
+    name = escape(shown_name(hit.class_name) if hit.class_name else "no class")
     picture = _image(index.thumbnail(hit.id) or b"", f"{name}, {escape(hit.path)}")
     return (
         f'<li><figure title="{escape(hit.path)}">{picture}<figcaption><span class="class">{name}</span>'

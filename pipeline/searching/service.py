@@ -35,13 +35,14 @@ from torch import Tensor
 
 from pipeline.data.transforms import evaluation_pixels
 from pipeline.errors import UserError, one_line
+from pipeline.exploration.shown_names import shown_name
 from pipeline.inference.image_inputs import ImageError, read_input
 from pipeline.searching.gate import Gate, Limits
 from pipeline.searching.index import SearchHit, SearchIndex
 
 MAX_K = 100
 _SECURITY = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob:; connect-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -118,7 +119,8 @@ class SearchService:
         try:
             return evaluation_pixels(read_input("the image", data, self.max_pixels), self.model.transforms)
         except ImageError as error:
-            raise HTTPException(422, f"the image cannot be read: {error.reason}") from error
+            reason = error.reason.partition(" (")[0]  # what a decoder adds is of use to nobody there
+            raise HTTPException(422, f"the image cannot be read: {reason}") from error
 
     def _search(self, embedding: np.ndarray, k: int) -> list[SearchHit]:
         try:
@@ -150,9 +152,7 @@ def application(service: SearchService, limits: Limits) -> Any:
         hits = await service.search(data, k)
         seconds = time.perf_counter() - began
         service.seconds.observe(seconds)
-        return JSONResponse(
-            {"neighbours": [dataclasses.asdict(hit) for hit in hits], "milliseconds": round(1e3 * seconds, 1)}
-        )
+        return JSONResponse({"neighbours": [_as_json(hit) for hit in hits], "milliseconds": round(1e3 * seconds, 1)})
 
     async def thumbnail(request: Request) -> Response:
         data = service.index.thumbnail(request.path_params["image"])
@@ -230,6 +230,11 @@ def _k(request: Request) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_K):
         raise HTTPException(400, f"k has to be a number from 1 to {MAX_K}")
     return int(text)
+
+
+def _as_json(hit: SearchHit) -> dict[str, Any]:
+    """What is told of an image that was found; `shown_name` is the name of its class in words."""
+    return {**dataclasses.asdict(hit), "shown_name": None if hit.class_name is None else shown_name(hit.class_name)}
 
 
 async def _upload(request: Request) -> bytes:

@@ -17,10 +17,11 @@ from pipeline.evaluation.compact import measure_dims
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
 from pipeline.evaluation.tasks import RetrievalTask, test_task, validation_task
+from pipeline.exploration.embedding_sample import draw_sample
 from pipeline.metric_names import COUNTS
 from pipeline.model.trunk import Trunk
 from pipeline.runs.checkpoint import Checkpoints, TrainingState
-from pipeline.runs.run_folder import NEIGHBOURS, SUMMARY, read_changes
+from pipeline.runs.run_folder import EMBEDDINGS, NEIGHBOURS, SUMMARY, read_changes
 from pipeline.runs.summary import summarise
 from pipeline.runs.tracking import Tracker
 from pipeline.training.frozen_figures import frozen_figures
@@ -142,7 +143,7 @@ class Measurements:
                 rows = measure_dims(task, result.embedded, ranks, nested, evaluation.recall_at)
                 by_dim = {row.dim: row.metrics for row in rows}
             if ranks.rank == 0:
-                self._save_neighbours(result)
+                self._save_for_report(result, task)
         if tracker is not None:
             if metrics:
                 tracker.log(progress.step, "test", metrics)
@@ -158,16 +159,14 @@ class Measurements:
     def _test_task(self) -> RetrievalTask | None:
         return test_task(self.config, self.store) if self.config.evaluation.test else None
 
-    def _save_neighbours(self, result: EvaluationResult) -> None:
-        """Writes the neighbours of each test query, for the report."""
-        neighbours = result.retrieval.neighbours
-        ids = np.where(neighbours >= 0, result.gallery.ids[np.maximum(neighbours, 0)], -1)
+    def _save_for_report(self, result: EvaluationResult, task: RetrievalTask) -> None:
+        """Writes the neighbours of each test query, and embeddings of the test images, for the report."""
+        run = self.checkpoints.run
         buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer, query=result.queries.ids, neighbours=ids, average_precision=result.retrieval.average_precision,
-            relevant=result.retrieval.num_relevant,
-        )  # fmt: skip
-        self.checkpoints.run.write(NEIGHBOURS, buffer.getvalue())
+        np.savez_compressed(buffer, **result.neighbour_columns())  # type: ignore[arg-type]
+        run.write(NEIGHBOURS, buffer.getvalue())
+        ids, labels, embeddings = result.embedded.each_once()
+        run.write(EMBEDDINGS, draw_sample(ids, labels, embeddings, task.distance).to_bytes())
 
 
 def _validation_line(step: int, epoch: float, metrics: dict[str, float], chooses: str, is_best: bool) -> str:

@@ -27,6 +27,8 @@ from pipeline.runs.run_state import check_not_running
 from pipeline.runs.summary import finished_length
 from pipeline.runs.terminal import Display, show_summary
 from pipeline.storage import Folder
+from pipeline.trackers.choose import check_trackers
+from pipeline.trackers.follow import RunTracking, lacking
 from pipeline.training.checks import (
     check_cluster,
     check_dataset,
@@ -61,6 +63,10 @@ def run(config: Config, fresh: bool = False) -> int | None:
         check_input(config)  # what is wrong in itself is told before what differs from the earlier run
         raise
     if not fresh and is_finished(config, folder) and not changes and folder.exists(REPORT):
+        if is_rank0 and config.tracking and lacking(folder):
+            check_trackers(config)
+            with RunTracking(config) as tracking:
+                tracking.finished()
         show_summary(folder)
         return None
     store = check_input(config)
@@ -80,6 +86,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
             if fresh:  # only after all checks
                 folder.remove()
             record(config, folder, store, changes)
+            tracking = stack.enter_context(RunTracking(config))
         with Display(console) as display:
             uri = store.folder.uri
             if config.runtime.max_workers and not under_torchrun():
@@ -89,8 +96,10 @@ def run(config: Config, fresh: bool = False) -> int | None:
                     raise ray_error(error) from error
             else:
                 signal = run_in_process(config, uri, display)
+        if is_rank0 and is_finished(config, folder):
+            write_report(folder, store)
+            tracking.finished()
     if is_rank0 and is_finished(config, folder):
-        write_report(folder, store)
         show_summary(folder)
     return signal
 
@@ -125,9 +134,10 @@ def check_input(config: Config) -> Store | None:
     """Checks backbone, weights and dataset before Ray starts; returns the dataset, or None if the demo is to be prepared.
 
     Raises:
-        UserError: The backbone is unknown, its weights do not exist or do not fit, there is no such dataset, or the recipe
+        UserError: A tracker could not do its work, the backbone is unknown, its weights do not exist or do not fit, there is no such dataset, or the recipe
             does not fit it.
     """
+    check_trackers(config)
     note = build_trunk(config.model, config.data.transforms.size).weights_note
     if note:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

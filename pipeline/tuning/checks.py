@@ -15,6 +15,7 @@ from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks import test_task
 from pipeline.model.trunk import build_trunk
+from pipeline.trackers.choose import check_trackers
 from pipeline.training.checks import check_run
 from pipeline.training.start import open_dataset
 from pipeline.tuning.run_configs import Stage, run_configs
@@ -80,6 +81,8 @@ def check_sweep(sweep: SweepConfig, weights: bool = True) -> dict[str, Store]:
             f"methods.{first} trains on {source}, methods.{label} on {other}: figures of two datasets cannot be compared, "
             "make a sweep of each (data.source)"
         )
+    for config in {setting.label: setting.config for setting in settings}.values():
+        check_trackers(config)
     if weights:
         _check_networks(settings)
     store = open_dataset(settings[0].config)

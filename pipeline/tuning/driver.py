@@ -29,6 +29,7 @@ from pipeline.distributed.run_status import start_status
 from pipeline.errors import RunError, UserError
 from pipeline.runs.run_state import stop_requested
 from pipeline.storage import Folder
+from pipeline.trackers.follow import start_groups
 from pipeline.training.checks import check_machine
 from pipeline.training.launch import StopSignals
 from pipeline.training.start import must_prepare, prepare_demo
@@ -163,6 +164,8 @@ def train(
             stores = check_sweep(sweep)
         folder.acquire()
         folder.folder.write(SWEEP, dump_sweep(sweep).encode())
+        for config in configs.values():
+            start_groups(config, sweep.name, folder.folder)
         console.print(f"{at_once} {'trials' if at_once > 1 else 'trial'} at once, {next(iter(trials.values()))} each")
         run = SweepRun(sweep, folder, search, at_once, trials)
         run.train({label: store.folder.uri for label, store in stores.items()}, trainable)

@@ -6,8 +6,6 @@ their hashes, so no text of a name or a value is ever run, and nothing can be lo
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pipeline.runs
+from pipeline.exploration.html_page import script_hash
 from pipeline.metric_names import metric_title
 from pipeline.tuning import sweep_charts as charts
 from pipeline.tuning import sweep_tables as tables
@@ -91,17 +90,13 @@ def sweep_page(
     )
     scripts = {"plotly": get_plotlyjs(), "own": Path(__file__).with_name("sweep.js").read_text(encoding="utf-8")}
     return PAGE.format(
-        policy=POLICY.format(hashes=" ".join(map(_hash, scripts.values()))),
+        policy=POLICY.format(hashes=" ".join(map(script_hash, scripts.values()))),
         name=escape(sweep.name),
         css=css,
         body="\n".join(body),
         data=data.replace("<", "\\u003c"),  # the same text in JSON, and no tag in HTML
         **scripts,
     )
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _header(sweep: SweepConfig, records: Sequence[TrialRecord], answer: Answer) -> str:

@@ -33,6 +33,7 @@ from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import SUMMARY, run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
+from pipeline.trackers.follow import RunTracking, read_tracking
 from pipeline.training.checks import check_dataset, runtime_changes
 from pipeline.training.launch import device_of, no_space_error, state_writer
 from pipeline.training.loop import Worker
@@ -42,7 +43,7 @@ from pipeline.tuning.population import adopt, copied_from, save_copy
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.schedulers import LATEST, SCORE, TIME, curve
 from pipeline.tuning.sweep_config import SweepConfig
-from pipeline.tuning.sweep_folder import RunProgress, TrialRecord
+from pipeline.tuning.sweep_folder import RunProgress, TrialRecord, sweep_folder
 
 STOP_TIMEOUT_S = 120.0  # at the end of a trial's process, which ends in any case
 ASK_EVERY_S = 1.0
@@ -120,7 +121,12 @@ class Trial(tune.Trainable):
 
     def run_one(self, config: Config, store: Store, runner: TrialRunner) -> None:
         """Trains one run to its end or to a stop request; replaced where the trials' own work is to be left out."""
-        train_run(config, store, runner)
+        name, run = self.sweep.name, run_folder(config)
+        groups = read_tracking(sweep_folder(self.sweep.storage, name)) if config.tracking else {}
+        with RunTracking(config, name, {label: group["id"] for label, group in groups.items()}) as tracking:
+            train_run(config, store, runner)
+            if is_finished(config, run):
+                tracking.finished()
 
 
 class TrialRunner:

@@ -147,7 +147,7 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 def test_ray_job_submit_runs_the_same_program(store: Store, tmp_path: Path, head: dict[str, str]) -> None:
     """The submitted job trains on the cluster; its status and last line are the run's own; results are in the storage."""
     recipe = write_recipe(
-        tmp_path, store, **{"storage": "", "runtime.workers": 2, "length": "1 epochs", "runtime.loader": "ray"}
+        tmp_path, store, **{"storage": "", "runtime.workers": 1, "length": "1 epochs", "runtime.loader": "ray"}
     )
     with ThreadPoolExecutor(1) as beside:
         refused = beside.submit(submit, head, str(recipe), "--set", "method.optimizer.lrr=1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from pipeline.inference.trained_model import load_run
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import read_changes, read_config
 from pipeline.runs.run_state import read_run_state
+from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 from pipeline.training.launch import run_in_process
 from pipeline.tuning.driver import SweepResult, run_sweep
@@ -59,7 +61,8 @@ def figures(records: list[TrialRecord]) -> dict[int, Any]:
 
 
 def test_a_sweep_to_its_answer(ray_here: Any, store: Store, tmp_path: Path) -> None:
-    sweep = tiny_sweep(tmp_path, store, settings=settings(), trials_at_once=2, **WHOLE)
+    short = settings("2 epochs") | {"tracking": ["tests.pipeline.trackers.own:Writes"]}
+    sweep = tiny_sweep(tmp_path, store, settings=short, trials_at_once=2, **WHOLE)
     result = run_sweep(sweep)
     assert left_behind(ray_here) == []
     records = result.records
@@ -76,6 +79,11 @@ def test_a_sweep_to_its_answer(ray_here: Any, store: Store, tmp_path: Path) -> N
     assert not [name for name in (folder / "tune").find() if name.endswith(".safetensors")], "no run is copied"
     assert {row.method for row in result.answer.rows} == {"triplet", "contrastive"}
 
+    for record in records:
+        run = Folder(tmp_path / "runs" / record.runs[0].name)
+        calls = [json.loads(line) for line in run.read("tracked.jsonl").splitlines()]
+        assert calls[0] == ["start", sweep.name, None] and calls[-1][:2] == ["finish", "finished"]
+        assert [call[1] for call in calls[1:-1]] == [line["step"] for line in read_metrics(run)]
     run = Folder(tmp_path / "runs" / searched[0].runs[0].name)
     config = read_config(run)
     alone = config.model_copy(update={"storage": str(tmp_path / "alone")})
@@ -89,28 +97,29 @@ def test_a_sweep_to_its_answer(ray_here: Any, store: Store, tmp_path: Path) -> N
         r.starts for r in records
     ]
     grown = run_sweep(
-        tiny_sweep(tmp_path, store, settings=settings(), trials_at_once=2, **{**WHOLE, "budget": {"trials": 3}})
+        tiny_sweep(tmp_path, store, settings=short, trials_at_once=2, **{**WHOLE, "budget": {"trials": 3}})
     )
     assert [r.stage for r in grown.records].count("search") == 6
     assert {n: f for n, f in figures(grown.records).items() if n < 8} == figures(records)
     with pytest.raises(UserError, match="belongs to a sweep of other settings"):
-        run_sweep(tiny_sweep(tmp_path, store, settings=settings(), **{**WHOLE, "metric": "r_precision"}))
+        run_sweep(tiny_sweep(tmp_path, store, settings=short, **{**WHOLE, "metric": "r_precision"}))
 
 
+@pytest.mark.parametrize("trials", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_stopped_trials_leave_their_workers_groups_with_one_cpu_too_few(
-    ray_here: Any, store: Store, tmp_path: Path
+    ray_here: Any, store: Store, tmp_path: Path, trials: int
 ) -> None:
-    """Two trials of two workers want 8 of the 6 CPUs: each that is stopped has to make room for the next."""
+    """Two trials of two workers want 8 of the 6 CPUs: each that has ended or is stopped has to make room for the next."""
     sweep = tiny_sweep(
         tmp_path, store, settings=settings(workers=2, cpus_per_worker=2), trials_at_once=2, final=None,
-        scheduler={"name": "asha", "grace": 0.3}, budget={"trials": 3},
+        scheduler={"name": "asha", "grace": 0.3}, budget={"trials": trials},
         space={"method.optimizer.lr": {"log_uniform": [1e-9, 1e-2]}},
-        methods={"triplet": {"recipe": str(tmp_path / "tiny.yaml"), "points": points(3e-3, 1e-8, 1e-9)}},
+        methods={"triplet": {"recipe": str(tmp_path / "tiny.yaml"), "points": points(3e-3, 1e-8, 1e-9)[:trials]}},
     )  # fmt: skip
     result = run_sweep(sweep)
     assert left_behind(ray_here) == []
     states = [record.state for record in result.records]
-    assert len(states) == 3 and set(states) == {"finished", "stopped"}
+    assert len(states) == trials and set(states) == {"finished", "stopped"}
 
 
 def points(*rates: float) -> list[dict[str, float]]:

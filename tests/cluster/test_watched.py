@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,17 @@ from tests.cluster.test_ray import on_ray, silent, tensors
 
 pytestmark = pytest.mark.cluster
 LOSSES = "tests.cluster.loss_that_prints"
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[Any]:
+    """Ray whose nodes show their gauges every second, instead of every ten."""
+    from pipeline.distributed.ray_session import ray_session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        with ray_session(6) as ray:
+            yield ray
 
 
 def scrape(ray: Any, name: str) -> dict[str, float]:

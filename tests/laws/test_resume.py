@@ -73,9 +73,11 @@ def references(make_run: MakeRun) -> dict[str, Reference]:
 
 
 def test_killed_at_random_moments(make_run: MakeRun, references: dict[str, Reference]) -> None:
+    """Every method once; chains of kills are in the matrix below."""
+
     def kill_and_compare(method: str, seed: int) -> None:
         expected, run = references[method].left, make_run(method)
-        assert kill_often(run, seed, kills=2, first=6, total=len(expected["lines"]))
+        assert kill_often(run, seed, kills=1, first=6, total=len(expected["lines"]))
         assert "resumed at step" in (run.root / "log").read_text()
         same(run.left(), expected)
 

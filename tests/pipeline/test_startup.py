@@ -13,7 +13,7 @@ HEAVY = {
     "torch", "torchvision", "torch._dynamo", "ray", "timm", "faiss", "scipy", "sklearn", "numba", "matplotlib", "pandas",
     "pytorch_metric_learning", "tensorboardX", "optuna", "plotly",
 }  # fmt: skip
-COMMANDS = ["train", "doctor", "prepare", "evaluate", "report", "export", "watch", "stop"]
+COMMANDS = ["train", "doctor", "prepare", "evaluate", "explore", "report", "export", "watch", "stop", "search", "serve"]
 
 
 def imported(code: str, *arguments: object) -> tuple[set[str], str]:
@@ -47,6 +47,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         ("evaluate", ["a.npy", "b", "c"], "got 3 inputs"),
         ("evaluate", ["a", "b", "c"], "'a' is neither a run folder nor a run"),
         ("evaluate", ["a", "b", "--save", "x"], "--save goes with one run, got 2"),
+        ("explore", ["--split", "x", "run"], "invalid choice: 'x'"),
+        ("explore", ["no_such"], "'no_such' is neither a run folder nor a run"),
         ("report", [], "the following arguments are required"),
         ("export", ["run"], "the following arguments are required: --to"),
         ("export", ["run", "--to", "x", "--format", "caffe"], "invalid choice: 'caffe'"),
@@ -54,6 +56,12 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         ("export", ["run", "--to", "."], "is not empty: choose another folder"),
         ("watch", ["--every", "0", "x"], "expected more than 0 seconds"),
         ("watch", ["no_such"], "'no_such' is neither a folder of a run or a sweep, nor"),
+        ("search", ["query", "no_such", "a.png"], "holds no index"),
+        ("search", ["query", "s3://x/y", "a.png"], "has to lie in a local folder"),
+        ("search", ["info", "no_such"], "holds no index"),
+        ("search", ["build", "run", "--to", "s3://x/y"], "has to lie in a local folder"),
+        ("serve", ["no_such"], "holds no index"),
+        ("serve", ["--port", "0", "no_such"], "expected 1 to 65535"),
         ("stop", ["--timeout", "-1", "x"], "expected 0 or more seconds"),
         ("stop", ["no_such"], "'no_such' is neither a folder of a run or a sweep, nor"),
     ],
@@ -95,6 +103,7 @@ def test_evaluation_of_arrays_imports_what_it_needs(tmp_path: Path) -> None:
         ("pipeline.tuning.watch_text", HEAVY),  # of a shell that watches a sweep
         ("pipeline.runs.watch_run", HEAVY),  # of a shell that watches a run
         ("pipeline.distributed.spot_notice", HEAVY),  # beside Ray on every node; Ray itself is loaded when it waits
+        ("pipeline.searching.index_files", HEAVY),  # of a command that says what is wrong with an index
         ("pipeline.diagnosis.node_facts", HEAVY),  # of a node that is asked what it is
         ("pipeline.data.write_store", HEAVY),  # of a task that prepares images
         ("pipeline.inference.embed", {"matplotlib", "sklearn", "pytorch_metric_learning"}),  # of a task that embeds

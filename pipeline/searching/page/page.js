@@ -38,9 +38,9 @@ const neighbour = (hit) => {
   const figure = document.createElement("figure");
   figure.title = hit.path;
   const image = document.createElement("img");
-  image.alt = `${hit.class_name ?? "no class"}, ${hit.path}`;
+  image.alt = `${hit.shown_name ?? "no class"}, ${hit.path}`;
   const caption = document.createElement("figcaption");
-  for (const [kind, text] of [["class", hit.class_name ?? "no class"], ["similarity", hit.similarity.toFixed(3)]]) {
+  for (const [kind, text] of [["class", hit.shown_name ?? "no class"], ["similarity", hit.similarity.toFixed(3)]]) {
     const span = document.createElement("span");
     span.className = kind;
     span.textContent = text;

@@ -57,6 +57,10 @@ class Raises(Good):
 
 def test_a_method_that_keeps_the_laws() -> None:
     check_method(Good, {"classes_per_batch": 3, "samples_per_class": 4}, model__batch_norm="frozen")
+
+
+@pytest.mark.slow
+def test_a_method_of_the_program_keeps_the_laws() -> None:
     check_method(Baseline, {"loss": "ProxyAnchorLoss"})
 
 
@@ -74,7 +78,7 @@ def test_a_method_that_keeps_the_laws() -> None:
             r"on 2 workers \(rank 0\) the gradient of .* differs at optimizer step 0",
             marks=pytest.mark.slow,
         ),
-        (SeesNothing, "no gradient reaches the trunk"),
+        pytest.param(SeesNothing, "no gradient reaches the trunk", marks=pytest.mark.slow),
         (Raises, "KeyError: 'margin'"),
     ],
 )
