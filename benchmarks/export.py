@@ -38,7 +38,7 @@ from pipeline.inference.embedding_model import EmbeddingModel
 from pipeline.model.network import EmbeddingConfig, build_network
 
 LITE = "tf_efficientnet_lite0"
-BACKBONES = (LITE, "resnet50", "vit_small_patch16_224")
+BACKBONES = (LITE, "resnet50", "vit_tiny_patch16_224")
 SIZE, RESIZE = 224, 256
 TIMED_S = 3.0
 

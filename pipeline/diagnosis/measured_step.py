@@ -33,9 +33,8 @@ from pipeline.data.loader import ImageSource
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import RunError, UserError, one_line
-from pipeline.evaluation.embedder import Embedder
+from pipeline.evaluation.embedder import Embedder, EvaluatedTrunk
 from pipeline.model.network import build_network, num_classes
-from pipeline.model.trunk import Trunk
 from pipeline.storage import Folder
 from pipeline.training.context import RunContext
 from pipeline.training.parts import build_mining
@@ -86,7 +85,7 @@ class SyntheticEmbedder(Embedder):
     """Embeds one batch of noise, for the memory that takes, and gives random embeddings of all samples."""
 
     @torch.no_grad()
-    def __call__(self, ids: np.ndarray, trunk: Trunk, method: Method | None) -> Tensor:
+    def __call__(self, ids: np.ndarray, trunk: EvaluatedTrunk, method: Method | None) -> Tensor:
         trunk.set_mode(False, self.ranks)
         if method is not None:
             method.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +19,15 @@ from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks, gather
 from pipeline.evaluation.tracklets import TrackSums
 from pipeline.model.network import trunk_features
-from pipeline.model.trunk import Trunk
+
+
+@runtime_checkable
+class EvaluatedTrunk(Protocol):
+    """What an evaluation needs of a trunk: an exported network has it, too."""
+
+    def set_mode(self, training: bool, ranks: Ranks) -> None: ...
+
+    def __call__(self, pixels: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Embedder:
 
     @torch.no_grad()
     def __call__(
-        self, ids: Int64[np.ndarray, " images"], trunk: Trunk, method: Method | None
+        self, ids: Int64[np.ndarray, " images"], trunk: EvaluatedTrunk, method: Method | None
     ) -> Float[Tensor, "images dim"]:
         """Embeddings of the given store ids (pooled features if there is no method), on every rank.
 
@@ -60,7 +69,7 @@ class Embedder:
         self,
         ids: Int64[np.ndarray, " frames"],
         tracks: Int64[np.ndarray, " frames"],
-        trunk: Trunk,
+        trunk: EvaluatedTrunk,
         method: Method | None,
     ) -> Float[Tensor, "tracks dim"]:
         """The mean embedding of each tracklet, at length one, tracklets ascending, on every rank.
@@ -79,7 +88,7 @@ class Embedder:
         totals = (self.ranks.sum(t.to(self.device)).cpu() for t in (sums.sums, sums.counts))
         return TrackSums(sums.tracks, *totals).rows()
 
-    def _batches(self, ids: np.ndarray, trunk: Trunk, method: Method | None) -> Iterator[Tensor]:
+    def _batches(self, ids: np.ndarray, trunk: EvaluatedTrunk, method: Method | None) -> Iterator[Tensor]:
         """Embeddings of this rank's share, batch by batch."""
         trunk.set_mode(False, self.ranks)
         if method is not None:
@@ -93,7 +102,7 @@ class Embedder:
             for pixels in pixel_stream:
                 yield self._embed(pixels.to(self.device), trunk, method)
 
-    def _embed(self, pixels: Tensor, trunk: Trunk, method: Method | None) -> Tensor:
+    def _embed(self, pixels: Tensor, trunk: EvaluatedTrunk, method: Method | None) -> Tensor:
         given = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])  # some networks take no empty batch
         features = trunk_features(trunk, given, self.precision)[: len(pixels)]
         return features if method is None else method.embed(features)

@@ -15,12 +15,11 @@ from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import DivergedError
 from pipeline.evaluation.clustering import clustering
-from pipeline.evaluation.embedder import Embedder
+from pipeline.evaluation.embedder import Embedder, EvaluatedTrunk
 from pipeline.evaluation.reid import ReidRetrieval, ReidSet, match
 from pipeline.evaluation.reranking import KNearestAndFarthest, Reranking
 from pipeline.evaluation.retrieval import Retrieval, retrieve
 from pipeline.evaluation.tasks import RetrievalTask, retrieval_units
-from pipeline.model.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class EvaluationResult:
 def evaluate(
     task: RetrievalTask,
     embedder: Embedder,
-    trunk: Trunk,
+    trunk: EvaluatedTrunk,
     method: Method | None,
     recall_at: Sequence[int],
     cluster: bool = False,
@@ -105,7 +104,7 @@ class TaskEmbeddings:
         return ids, labels[first], self.rows[rows[torch.from_numpy(first).to(rows.device)]].float().cpu().numpy()
 
 
-def embed_task(task: RetrievalTask, embedder: Embedder, trunk: Trunk, method: Method | None) -> TaskEmbeddings:
+def embed_task(task: RetrievalTask, embedder: Embedder, trunk: EvaluatedTrunk, method: Method | None) -> TaskEmbeddings:
     """Embeds the images of a task, each once.
 
     Raises:

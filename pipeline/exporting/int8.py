@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -94,8 +93,7 @@ def int8_cost(config: Config, store: Store, full: Path, small: Path) -> Int8Cost
     embedder = build_embedder(config, store, torch.device("cpu"), Ranks(), "in_process", 1)
     found = []
     for path in (full, small):
-        network = cast(Any, OnnxNetwork(path))
-        found.append(evaluate(task, embedder, network, None, config.evaluation.recall_at).metrics)
+        found.append(evaluate(task, embedder, OnnxNetwork(path), None, config.evaluation.recall_at).metrics)
     sides = [task.queries, *([] if task.gallery is None else [task.gallery])]
     num = len(np.unique(np.concatenate([side.ids for side in sides])))
     size = config.data.transforms.size

@@ -203,12 +203,13 @@ def test_sweep_files_are_valid(page: str, body: str, tmp_path: Path) -> None:
 def test_keys_that_are_named_exist() -> None:
     """`section.key` in prose, for the sections of a recipe but the method's, whose keys depend on its name."""
     sections = {"data", "model", "mining", "evaluation", "checkpoint", "cache", "runtime"}
+    file_endings = ("py", "json", "onnx", "pt2", "safetensors")  # model.json and so on
     dumped = load_config("baseline/emoji").model_dump()
     wrong = []
     for page in PAGES:
         for quoted in QUOTED.findall(FENCE.sub("", page.read_text())):
             found = re.fullmatch(r"(?:--set )?(\w+)\.(\w+)(?:[=:].*)?", quoted)
-            if found and found[1] in sections and found[2] not in (*dumped[found[1]], "py"):
+            if found and found[1] in sections and found[2] not in (*dumped[found[1]], *file_endings):
                 wrong.append((name_of(page), quoted))
     assert not wrong
 
