@@ -2,7 +2,8 @@
 
 Both load `torch._dynamo` when they are imported, for a decorator each that acts only within `torch.compile`. It takes
 1.4 CPU-s, more than half of what a process needs before its first image. While they are imported, a module of the same
-name stands in for it, and loads the real one as soon as anything else is asked of it.
+name stands in for it, and loads the real one as soon as anything else is asked of it. timm also imports wandb where that is
+installed, 0.5 CPU-s for a logger of its own training script: it is told that wandb is not there, unless it is loaded already.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torchvision
 
 _COMPILER, _COMPILER_UTILS = "torch._dynamo", "torch._dynamo.utils"
+_OPTIONAL = {"wandb"}
 _lock = threading.RLock()
 
 
@@ -82,10 +84,14 @@ def _without_compiler() -> Iterator[None]:
         vars(utils).update(is_compile_supported=_is_compile_supported)
         sys.modules[_COMPILER], sys.modules[_COMPILER_UTILS] = compiler, utils
         torch._dynamo = compiler  # as an import of a submodule sets it
+        hidden = _OPTIONAL - set(sys.modules)
+        sys.modules.update(dict.fromkeys(hidden, None))  # type: ignore[arg-type]  # None: an import of it fails
         try:
             yield
         finally:
             _remove_stand_ins()
+            for name in hidden:
+                sys.modules.pop(name, None)
 
 
 def __getattr__(name: str) -> ModuleType:

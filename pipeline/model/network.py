@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +135,8 @@ def build_for_embedding(
     Raises:
         RuntimeError: The weights do not fit.
     """
-    trunk = build_trunk(config.model.model_copy(update={"weights": "none"}), config.transforms.size)
+    with _one_thread():
+        trunk = build_trunk(config.model.model_copy(update={"weights": "none"}), config.transforms.size)
     kind = METHODS.get(config.method)
     of_trunk, of_method = tensors
     if kind is not None and kind.embed is Method.embed:
@@ -150,6 +152,17 @@ def build_for_embedding(
     trunk.set_mode(False, Ranks())
     method.eval()
     return trunk, method
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A block whose passes over a single image are computed by one thread: more of them would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def trunk_features(trunk: Callable[[Tensor], Tensor], pixels: Tensor, precision: str) -> Tensor:

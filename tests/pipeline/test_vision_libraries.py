@@ -23,7 +23,8 @@ def test_the_compiler_is_not_loaded(first: str) -> None:
         net = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
         torchvision.transforms.v2.functional.resize(torch.zeros(3, 9, 9, dtype=torch.uint8), [8, 8])
         net(torch.zeros(1, 3, 32, 32))
-        print([name for name in sys.modules if name.startswith("torch._dynamo")])
+        print([name for name in sys.modules if name.startswith(("torch._dynamo", "wandb"))])
+        import wandb
     """
     assert run(code) == "[]"
 
