@@ -35,10 +35,11 @@ from pipeline.exporting.preprocessing import Preprocessing
 from pipeline.exporting.timm_folder import write_timm
 from pipeline.exporting.torch_program import load_program, write_program
 from pipeline.inference.embedding_model import EmbeddingModel
+from pipeline.inference.load_model import OTHER_EXPORT
 from pipeline.inference.model_folder import MODEL, read_model, write_model
 from pipeline.storage import Folder
 
-RECORD = "export.json"
+RECORD = OTHER_EXPORT
 ONNX, INT8, PROGRAM = "model.onnx", "model.int8.onnx", "model.pt2"
 _BEFORE = "preprocessing.onnx"  # beside the folder, until both parts are joined
 FORMAT = 1  # of export.json

@@ -15,6 +15,7 @@ from pipeline.runs.run_folder import CONFIG, SUMMARY, read_values
 from pipeline.storage import Folder, home
 
 HUB = "hf://"
+OTHER_EXPORT = "export.json"  # in a folder that was exported in another format than safetensors
 
 
 def load_model(
@@ -41,6 +42,12 @@ def load_model(
         if is_model(folder):
             _no_checkpoint(source, checkpoint)
             return read_model(folder, where)
+        if folder.exists(OTHER_EXPORT):
+            exported = folder.read_json(OTHER_EXPORT).get("format")
+            raise UserError(
+                f"{folder} is a model exported as {exported}, for other programs; raydml.load reads the format safetensors: "
+                "python -m pipeline.export RUN --to FOLDER"
+            )
         if is_run(folder):
             break
     else:

@@ -300,6 +300,14 @@ def test_other_weights_are_another_model(model: raydml.EmbeddingModel) -> None:
     assert other.fingerprint != model.fingerprint
 
 
+def test_an_export_for_other_programs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "export.json").write_text('{"format": "onnx"}')
+    with pytest.raises(
+        UserError, match=f"^{tmp_path} is a model exported as onnx, for other programs; raydml.load reads"
+    ):
+        raydml.load(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
