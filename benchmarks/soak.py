@@ -2,12 +2,14 @@
 
     python -m benchmarks.soak [--minutes 60] [--every 120] [--seed 0] [--root FOLDER] [--json PATH]
 
-Trains a small mined run (hard negatives and a cross-batch memory; two workers and two mining servers on Ray) for about the given time.
-Every so many seconds one process is killed or stopped at random: a worker, a mining server, Ray Train's controller, a process that loads
-images, or a worker that hangs (SIGSTOP). Then the same run is trained undisturbed in one process, and the weights are compared.
+Trains a small mined run (hard negatives and a cross-batch memory; two workers and two mining servers on Ray) for the given time, then
+stops it as `raydml stop` does. Every so many seconds one process is killed or stopped at random: a worker, a mining server, Ray Train's
+controller, a process that loads images, or a worker that hangs (SIGSTOP). Then the same run is trained undisturbed in one process to the
+same step, which takes half as long again, and the weights are compared.
 
-Memory is the resident memory of each process, sampled every second from a minute after its start; its growth is the slope of a line through
-the means of each minute of all processes of a kind, each process with a level of its own, with Student's 95 % interval.
+Memory is the resident memory of each process, sampled every second from a minute on after training was first seen in it; its growth is the
+slope of a line through the means of each minute of all processes of a kind, each process with a level of its own, with Student's 95 %
+interval.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from pipeline.config import Config, build_config
 from pipeline.distributed.ray_session import ray_session
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
+from pipeline.runs.run_state import read_run_state, request_stop
+from pipeline.storage import Folder
 from pipeline.testing.tiny import tiny_values, write_tiny_store
 from pipeline.training.launch import run_in_process
 from pipeline.training.ray_train import run_on_ray
@@ -51,7 +55,7 @@ TITLES = {  # part of a process's title
 WARM_UP_S = 60.0
 HANG_S = 20.0  # the run's hang_timeout_s
 GROWTH_MIB_H = 64.0  # by which memory may grow in an hour, at most, at the upper end of the interval
-CALIBRATION_STEPS = 200
+ENDLESS_STEPS = 10**6
 
 
 def processes(title: str) -> list[psutil.Process]:
@@ -67,16 +71,24 @@ def processes(title: str) -> list[psutil.Process]:
 
 
 class Memory(threading.Thread):
-    """Samples the resident memory of the driver, the workers and the mining servers once a second."""
+    """Samples the resident memory of the driver, the workers and the mining servers once a second, while the run trains.
+
+    Attributes:
+        training: True while it does; a process that is being started, and grows, is not sampled.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.ended = threading.Event()
+        self.training = False
+        self._trained_since: dict[int, float] = {}
         self.samples: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
 
     def run(self) -> None:
         kinds = {"worker": TITLES["worker"], "mining server": TITLES["mining server"]}
         while not self.ended.wait(1.0):
+            if not self.training:
+                continue
             self._sample("driver", psutil.Process())
             for kind, title in kinds.items():
                 for process in processes(title):
@@ -84,9 +96,11 @@ class Memory(threading.Thread):
 
     def _sample(self, kind: str, process: psutil.Process) -> None:
         try:
-            age, rss = time.time() - process.create_time(), process.memory_info().rss
+            rss = process.memory_info().rss
         except psutil.Error:
             return
+        now = time.monotonic()
+        age = now - self._trained_since.setdefault(process.pid, now)
         if age >= WARM_UP_S:
             self.samples[kind][process.pid].append((age / 3600, rss / 2**20))
 
@@ -181,41 +195,50 @@ def unfinished_files(root: Path) -> Iterator[str]:
             yield str(path.relative_to(root))
 
 
+def stop_the_run(run: Folder, faults: Faults, memory: Memory) -> None:
+    """Ends faults and samples, and asks the run to save and to end, until a start of it has heard."""
+    faults.ended.set()
+    memory.ended.set()
+    while (state := read_run_state(run)) is not None and state.state == "running":
+        request_stop(run, state.start, state.token)
+        time.sleep(5)
+
+
+def names_of_actors(ray: Any) -> list[str]:
+    """Classes of the actors that are not dead."""
+    return sorted(a["ActorClassName"] for a in ray._private.state.actors().values() if a["State"] != "DEAD")
+
+
 def soak(root: str, minutes: float, every_s: float, seed: int) -> list[Row]:
     store = write_tiny_store(Path(root)).folder.uri
     shared_before, descriptors = set(os.listdir("/dev/shm")), psutil.Process().num_fds()
     memory, faults = Memory(), Faults(every_s, seed)
     with ray_session(8) as ray:
-        calibration = config_of(f"{root}/calibration", store, CALIBRATION_STEPS)
-        rates: list[tuple[float, int]] = []
-
-        def rate(state: dict[str, Any]) -> None:
-            rates.append((time.monotonic(), state["progress"].get("step", 0)))
-
-        run_on_ray(calibration, store, rate, ray)
-        trained = [(at, step) for at, step in rates if step]
-        speed = (trained[-1][1] - trained[0][1]) / max(trained[-1][0] - trained[0][0], 1e-9)
-        steps = max(200, int(60 * minutes * speed * 0.7))  # the rest goes into starts
-        config = config_of(f"{root}/soak", store, steps)
+        config = config_of(f"{root}/soak", store, ENDLESS_STEPS)
         messages: list[str] = []
 
         def follow(state: dict[str, Any]) -> None:
             messages.extend(state["messages"])
-            faults.training = state["progress"].get("phase") == "training"
+            faults.training = memory.training = state["progress"].get("phase") == "training"
             for text in state["messages"]:
                 print(text, file=sys.stderr)
 
         memory.start()
         faults.start()
         start = time.monotonic()
+        stopper = threading.Timer(60 * minutes, stop_the_run, (run_folder(config), faults, memory))
+        stopper.start()
         try:
             run_on_ray(config, store, follow, ray)
         finally:
+            stopper.cancel()
             faults.ended.set()
             memory.ended.set()
         wall = time.monotonic() - start
         faults.join()
         actors, groups = left_behind(ray)
+        print(f"actors left: {', '.join(names_of_actors(ray)) or 'none'}", file=sys.stderr)
+    steps = Checkpoints(run_folder(config)).steps()[-1]
     time.sleep(5)
     left = [process for title in set(TITLES.values()) for process in processes(title)]
     whole = config_of(f"{root}/whole", store, steps, workers=0, loader="in_process")
@@ -248,7 +271,7 @@ def soak(root: str, minutes: float, every_s: float, seed: int) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="about how long the disturbed run takes")
+    parser.add_argument("--minutes", type=float, default=60, help="how long the disturbed run takes")
     parser.add_argument("--every", type=float, default=120, metavar="SECONDS", help="time between two faults")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of faults")
     parser.add_argument("--root", help="keep the runs in this folder, which has to be empty")

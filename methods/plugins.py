@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,8 +71,11 @@ def load(name: str, what: str, base: type | None = None) -> Any:
     return found
 
 
-def method_entry_points() -> dict[str, EntryPoint]:
-    """Methods of installed packages, by name."""
+def method_entry_points() -> dict[str, Any]:
+    """Entry points of the methods of installed packages, by name.
+
+    They are of `importlib.metadata`, or of its backport where another package has imported that.
+    """
     return {point.name: point for point in entry_points(group=METHOD_GROUP)}
 
 

@@ -60,6 +60,7 @@ class Embedder:
 
         Leaves trunk and method in evaluation mode.
         """
+        self._set_evaluation_mode(trunk, method)
         local = self.ranks.slice(len(ids))
         batches = [*self._batches(ids, trunk, method)] or [self._embed(self._no_pixels(), trunk, method)]
         return gather(torch.cat(batches), local.start, len(ids), self.ranks)
@@ -80,6 +81,7 @@ class Embedder:
         Raises:
             ValueError: The mean of a tracklet is zero or not finite.
         """
+        self._set_evaluation_mode(trunk, method)  # before any pass: one in training mode would move running statistics
         sums = TrackSums.empty(tracks, self._embed(self._no_pixels(), trunk, method).shape[1])
         start = self.ranks.slice(len(ids)).start
         for embeddings in self._batches(ids, trunk, method):
@@ -88,11 +90,13 @@ class Embedder:
         totals = (self.ranks.sum(t.to(self.device)).cpu() for t in (sums.sums, sums.counts))
         return TrackSums(sums.tracks, *totals).rows()
 
-    def _batches(self, ids: np.ndarray, trunk: EvaluatedTrunk, method: Method | None) -> Iterator[Tensor]:
-        """Embeddings of this rank's share, batch by batch."""
+    def _set_evaluation_mode(self, trunk: EvaluatedTrunk, method: Method | None) -> None:
         trunk.set_mode(False, self.ranks)
         if method is not None:
             method.eval()
+
+    def _batches(self, ids: np.ndarray, trunk: EvaluatedTrunk, method: Method | None) -> Iterator[Tensor]:
+        """Embeddings of this rank's share, batch by batch."""
         local = self.ranks.slice(len(ids))
         requests = [
             LoadRequest(ids[i : min(i + self.batch_size, local.stop)])

@@ -21,13 +21,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         x = input if input.dtype == torch.float64 else input.float()
-        count = self._sum(torch.full((), x.numel() // max(1, x.shape[1]), dtype=x.dtype, device=x.device))
-        count = count.clamp(min=1)
+        num = self._sum(torch.full((), x.numel() // max(1, x.shape[1]), dtype=x.dtype, device=x.device))
+        count = num.clamp(min=1)
         mean = self._sum(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
         variance = self._sum((centred * centred).sum((0, 2, 3))) / count
         with torch.no_grad():
-            if self.track_running_stats and self.num_batches_tracked is not None:
+            # no image on any rank: nothing to learn from
+            if num > 0 and self.track_running_stats and self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
                 momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
                 unbiased = variance * (count / (count - 1).clamp(min=1))

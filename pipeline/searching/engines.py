@@ -83,6 +83,8 @@ class Engine:
         self.record, self.rows = record, rows
         library: Any = faiss  # whose stubs lack parameters of searches
         self._index = library.read_index(folder.path(record.file), library.IO_FLAG_MMAP_IFC)
+        # faiss.contrib.torch_utils, which other libraries import, replaces `search` by one that takes no parameters.
+        self._search = getattr(self._index, "search_numpy", self._index.search)
         name = record.search_parameter.rpartition(".")[2]
         options: dict[str, Any] = {name: record.parameters[name]}
         if len(removed):
@@ -100,5 +102,5 @@ class Engine:
         """Positions of proposed rows, -1 where there are fewer."""
         count = min(self.record.overfetch * (k + 1), self.rows)
         with faiss_threads(len(queries)):
-            found = self._index.search(np.ascontiguousarray(queries, np.float32), count, params=self._parameters)[1]
+            found = self._search(np.ascontiguousarray(queries, np.float32), count, params=self._parameters)[1]
         return found.astype(np.int64)

@@ -9,6 +9,9 @@
     presets.json                the resolved config of every preset
     about.json                  which program, and which libraries, recorded all that
 
+killed/osm_caa_video was recorded later than the others: until then, evaluations of tracklets moved the running statistics of a
+batch normalisation over all ranks.
+
 Only commands are used (`main` of pipeline.prepare, train, evaluate) and recipes, since modules move. Paths below the folder in which it
 was recorded read "/recorded". A later program adds a recording of its own beside this one where it changes a format.
 """

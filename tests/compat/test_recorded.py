@@ -24,7 +24,7 @@ from pipeline import evaluate, report, train
 from tests.compat.record import CASES, RECORDED, ROOT, TEXT, resolved_presets
 
 TOLERANCE = 1e-6  # relative; of a tensor to its largest element
-TIMED = re.compile(r"images_per_second|waiting|waiting_for_data|seconds(/.*)?")
+TIMED = re.compile(r"images_per_second|waiting|waiting_for_data|(validation_)?seconds(/.*)?")
 
 
 def restore(root: Path, name: str) -> Path:
