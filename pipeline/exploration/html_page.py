@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 # The browser loads nothing, and runs only scripts whose hash is named, whatever text a class name or a config value contains.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src {images}; style-src 'unsafe-inline'"
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -25,10 +25,10 @@ _PAGE = """<!doctype html>
 """
 
 
-def html_page(title: str, css: str, body: str, scripts: Sequence[str] = ()) -> bytes:
-    """The page as UTF-8; `title` is escaped, all else is put in as it is."""
+def html_page(title: str, css: str, body: str, scripts: Sequence[str] = (), images: str = "data:") -> bytes:
+    """The page as UTF-8; `title` is escaped, all else is put in as it is; `images`: where pictures may come from."""
     hashes = " ".join(map(script_hash, scripts))
-    policy = f"{POLICY}; script-src {hashes}" if scripts else POLICY
+    policy = POLICY.format(images=images) + (f"; script-src {hashes}" if scripts else "")
     tags = "".join(f"\n<script>{script}</script>" for script in scripts)
     return _PAGE.format(policy=policy, title=escape(title), css=css, body=body, scripts=tags).encode()
 

@@ -7,26 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from pipeline.exploration.html_page import html_page
 from pipeline.exploration.shown_names import shown_name
 from pipeline.searching.index import SearchHit, SearchIndex
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>Neighbours – raydml</title>
-<style>{css}</style>
-</head>
-<body>
-<header><h1>Neighbours</h1><p class="note">{about}</p></header>
-<main>{body}</main>
-</body>
-</html>
-"""
 
 
 def result_page(
@@ -55,7 +38,8 @@ def result_page(
             f"<figcaption>query</figcaption></figure>\n<ol>{figures}</ol></div>\n</section>"
         )
     css = (Path(__file__).parent / "page" / "results.css").read_text(encoding="utf-8")
-    return PAGE.format(policy=POLICY, css=css, about=about, body="\n".join(sections)).encode()
+    header = f'<header><h1>Neighbours</h1><p class="note">{about}</p></header>'
+    return html_page("Neighbours", css, "\n".join([header, "<main>", *sections, "</main>"]))
 
 
 def _figure(index: SearchIndex, hit: SearchHit) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pipeline.runs
-from pipeline.exploration.html_page import script_hash
+from pipeline.exploration.html_page import html_page
 from pipeline.metric_names import metric_title
 from pipeline.tuning import sweep_charts as charts
 from pipeline.tuning import sweep_tables as tables
@@ -25,25 +25,6 @@ from pipeline.tuning.sweep_folder import TrialRecord
 
 if TYPE_CHECKING:
     from pipeline.tuning.sweep_config import SweepConfig
-
-POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {hashes}"
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{name} – raydml</title>
-<style>{css}</style>
-</head>
-<body>{body}
-<script type="application/json" id="charts">{data}</script>
-<script>{plotly}</script>
-<script>{own}</script>
-</body>
-</html>
-"""
 
 HOW_TO_READ_TRIALS = (
     "Each line is a trial: where it lies on each axis is its value of that key, at the right its score; the stronger, the better. "
@@ -88,15 +69,10 @@ def sweep_page(
         path.read_text(encoding="utf-8")
         for path in (Path(pipeline.runs.__file__).with_name("report.css"), Path(__file__).with_name("sweep.css"))
     )
-    scripts = {"plotly": get_plotlyjs(), "own": Path(__file__).with_name("sweep.js").read_text(encoding="utf-8")}
-    return PAGE.format(
-        policy=POLICY.format(hashes=" ".join(map(script_hash, scripts.values()))),
-        name=escape(sweep.name),
-        css=css,
-        body="\n".join(body),
-        data=data.replace("<", "\\u003c"),  # the same text in JSON, and no tag in HTML
-        **scripts,
-    )
+    data = data.replace("<", "\\u003c")  # the same text in JSON, and no tag in HTML
+    body.append(f'<script type="application/json" id="charts">{data}</script>')
+    scripts = (get_plotlyjs(), Path(__file__).with_name("sweep.js").read_text(encoding="utf-8"))
+    return html_page(sweep.name, css, "\n".join(body), scripts, images="data: blob:").decode()
 
 
 def _header(sweep: SweepConfig, records: Sequence[TrialRecord], answer: Answer) -> str:

@@ -74,4 +74,4 @@ class Refuses:
 
 class LacksMethods:
     def start(self, run: TrackedRun) -> Started:
-        raise NotImplementedError
+        return Started("unused")
