@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.table import Row, finish
 from pipeline.config import LITE0, build_config
 from pipeline.distributed.collectives import Ranks
+from pipeline.exporting.int8 import images_per_second
 from pipeline.exporting.network import DeployedNetwork
 from pipeline.exporting.onnx_files import EMBEDDINGS, IMAGES, PIXELS, OnnxNetwork, join, write_int8, write_onnx
 from pipeline.exporting.parity import (
@@ -40,7 +39,6 @@ from pipeline.model.network import EmbeddingConfig, build_network
 LITE = "tf_efficientnet_lite0"
 BACKBONES = (LITE, "resnet50", "vit_tiny_patch16_224")
 SIZE, RESIZE = 224, 256
-TIMED_S = 3.0
 
 
 def made_model(backbone: str) -> EmbeddingModel:
@@ -61,18 +59,6 @@ def made_model(backbone: str) -> EmbeddingModel:
     trunk.set_mode(False, Ranks())
     settings = EmbeddingConfig.read(config.model_dump(mode="json"), backbone)
     return EmbeddingModel(backbone, settings, trunk, method.eval(), torch.device("cpu"), {}, 10)
-
-
-def rate(network: Callable[[Tensor], Tensor]) -> float:
-    """Images a second, batches of 8."""
-    pixels = made_images(8, SIZE, SIZE)
-    with torch.no_grad():
-        network(pixels)
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < TIMED_S:
-            network(pixels)
-            done += len(pixels)
-    return done / (time.perf_counter() - start)
 
 
 def rows_of(backbone: str, folder: Path) -> list[Row]:
@@ -101,9 +87,12 @@ def rows_of(backbone: str, folder: Path) -> list[Row]:
     )
     table.append(Row(f"{backbone}: with preprocessing", difference, promised=f"<= {BOUND:g}", ok=difference <= BOUND))
     torch.set_num_threads(1)
-    ours, torch_rate = rate(OnnxNetwork(plain, threads=1)), rate(model.embed_pixels)
+    ours, torch_rate = (
+        images_per_second(OnnxNetwork(plain, threads=1), SIZE),
+        images_per_second(model.embed_pixels, SIZE),
+    )
     table.append(Row(f"{backbone}: images/s, ONNX Runtime and PyTorch", ours, torch_rate, ours / torch_rate))
-    int8 = rate(OnnxNetwork(small, threads=1))
+    int8 = images_per_second(OnnxNetwork(small, threads=1), SIZE)
     table.append(Row(f"{backbone}: images/s, int8 and float", int8, ours, int8 / ours))
     sizes_mb = [path.stat().st_size / 1e6 for path in (small, plain)]
     table.append(Row(f"{backbone}: MB, int8 and float", *sizes_mb, sizes_mb[0] / sizes_mb[1]))

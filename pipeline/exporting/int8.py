@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.find_store import find_store
@@ -113,8 +115,13 @@ def _some_classes(samples: Samples) -> Samples:
 
 
 def _rate(path: Path, size: int) -> float:
-    """Images a second of a network on one thread, batches of 8."""
-    network, pixels = OnnxNetwork(path, threads=1), made_images(8, size, size)
+    return images_per_second(OnnxNetwork(path, threads=1), size)
+
+
+@torch.no_grad()
+def images_per_second(network: Callable[[Tensor], Tensor], size: int) -> float:
+    """Images a second of a network of pixels [B, 3, S, S], in batches of 8, over some seconds."""
+    pixels = made_images(8, size, size)
     network(pixels)
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < _TIMED_S:
