@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benchmarks.table import Row, finish
 from pipeline.config import LITE0, build_config
@@ -35,6 +36,7 @@ from pipeline.exporting.parity import (
 from pipeline.exporting.preprocessing import Preprocessing
 from pipeline.inference.embedding_model import EmbeddingModel
 from pipeline.model.network import EmbeddingConfig, build_network
+from pipeline.model.trunk import Trunk
 
 LITE = "tf_efficientnet_lite0"
 BACKBONES = (LITE, "resnet50", "vit_tiny_patch16_224")
@@ -42,7 +44,7 @@ SIZE, RESIZE = 224, 256
 
 
 def made_model(backbone: str) -> EmbeddingModel:
-    """A network with the weights that can be had without a download, and statistics of batch normalisation at random."""
+    """A network with the weights that can be had without a download; else at random, such that its embeddings tell images apart."""
     lite = backbone == LITE
     config = build_config(
         {
@@ -52,13 +54,28 @@ def made_model(backbone: str) -> EmbeddingModel:
         }
     )
     trunk, method = build_network(config, 10, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    for name, buffer in trunk.named_buffers():
-        if not lite and name.endswith(("running_mean", "running_var")):
-            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    if not lite:
+        take_statistics(trunk)
     trunk.set_mode(False, Ranks())
     settings = EmbeddingConfig.read(config.model_dump(mode="json"), backbone)
-    return EmbeddingModel(backbone, settings, trunk, method.eval(), torch.device("cpu"), {}, 10)
+    model = EmbeddingModel(backbone, settings, trunk, method.eval(), torch.device("cpu"), {}, 10)
+    embeddings = model.embed_pixels(made_images(8, SIZE, SIZE))
+    if float((embeddings @ embeddings.T).min()) > 0.9999:
+        raise RuntimeError(f"{backbone} embeds all images alike: their differences would say nothing")
+    return model
+
+
+@torch.no_grad()
+def take_statistics(trunk: Trunk) -> None:
+    """Scales of batch normalisation at random, where some start at 0, and statistics of images, as a trained network has them."""
+    generator = torch.Generator().manual_seed(0)
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the average over the batches
+            module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+    trunk.train()
+    for seed in range(4):
+        trunk(made_images(8, SIZE, SIZE, seed))
 
 
 def rows_of(backbone: str, folder: Path) -> list[Row]:

@@ -8,7 +8,7 @@ controller, a process that loads images, or a worker that hangs (SIGSTOP). Then 
 same step, which takes half as long again, and the weights are compared.
 
 Memory is the resident memory of each process, sampled every second from a minute on after training was first seen in it; its growth is the
-slope of a line through the means of each minute of all processes of a kind, each process with a level of its own, with Student's 95 %
+slope of a line through the means of each 20 s of all processes of a kind, each process with a level of its own, with Student's 95 %
 interval.
 """
 
@@ -53,6 +53,7 @@ TITLES = {  # part of a process's title
     "hanging worker": "RayTrainWorker",
 }
 WARM_UP_S = 60.0
+MEAN_OVER_S = 20.0  # a worker lives for some minutes
 HANG_S = 20.0  # the run's hang_timeout_s
 GROWTH_MIB_H = 64.0  # by which memory may grow in an hour, at most, at the upper end of the interval
 ENDLESS_STEPS = 10**6
@@ -108,10 +109,10 @@ class Memory(threading.Thread):
         """MiB an hour, half of its 95 % interval, and the number of processes."""
         times, sizes, units = list[float](), list[float](), 0
         for points in self.samples[kind].values():
-            minutes = defaultdict(list)
+            parts = defaultdict(list)
             for hour, mib in points:
-                minutes[int(hour * 60)].append((hour, mib))
-            means = np.array([np.mean(group, axis=0) for group in minutes.values()])
+                parts[int(hour * 3600 / MEAN_OVER_S)].append((hour, mib))
+            means = np.array([np.mean(group, axis=0) for group in parts.values()])
             if len(means) > 1:
                 units += 1
                 times += list(means[:, 0] - means[:, 0].mean())

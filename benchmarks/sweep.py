@@ -43,7 +43,7 @@ from pipeline.tuning.trial import Trial, TrialRunner
 QUICK_S, QUICK_TRIALS = 600, 8
 COST = 0.20  # of the time in training steps and validations
 GROWTH = 1.10  # of the driver's memory, from a fifth of the trials to the last
-RAYS_OWN = ("_AutoscalingCoordinatorActor", "TrainStateActor")  # actors of Ray, one a cluster
+RAYS_OWN = ("_AutoscalingCoordinatorActor", "TrainStateActor", "_StatsActor")  # actors of Ray, one a cluster
 LEFT_S = 10.0  # within which everything has to be given back
 
 

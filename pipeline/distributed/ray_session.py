@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,26 +247,59 @@ def draining_nodes(ray: Any) -> dict[str, int]:
     return {str(node): int(deadline) for node, deadline in state.get_draining_nodes().items()}
 
 
-def clean_up_after_controller(ray: Any) -> None:
-    """Gives back what Ray Train's controller held when it died: its placement groups, and the actor that watches over them.
+def clean_up_after_controllers(ray: Any, wait_s: float = 0.0) -> None:
+    """Gives back what Ray Train's dead controllers of this job held: placement groups, and the actors that watch over these.
 
-    That actor does the same, but only where Ray runs with its dashboard, and else waits for ever. Touches nothing of other jobs.
+    Those actors do the same, but only where Ray runs with its dashboard, and else wait for ever. What living controllers hold, those
+    of other trials for example, is left alone.
+
+    Args:
+        ray: The ray module, connected to a cluster.
+        wait_s: How long to wait for an actor that is still being started, since it cannot be ended before.
     """
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup
 
+    deadline = time.monotonic() + wait_s
     context = ray.get_runtime_context()
-    job, here = context.get_job_id(), context.get_node_id()
-    for identifier, group in ray.util.placement_group_table().items():
-        if group["state"] != "REMOVED" and identifier.endswith(
-            job
-        ):  # the last part of the id of all that the job has made
-            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identifier))))
-    for actor in ray._private.state.actors().values():
-        is_cleaner = actor["ActorClassName"] == "PlacementGroupCleaner" and actor["State"] == "ALIVE"
-        if is_cleaner and actor["JobID"] == job and actor["Address"]["NodeID"] == here:  # it has no name to kill it by
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(actor["Pid"], signal.SIGKILL)
+    job, here = context.get_job_id(), bytes.fromhex(context.get_node_id())
+    while True:
+        actors = _actors_of_job(job)
+        dead = [a for a in actors if a.class_name == "TrainController" and a.state == a.DEAD]
+        controllers, processes = {a.actor_id for a in dead}, {a.address.worker_id for a in dead}
+        for group in _placement_group_table():
+            if group.creator_actor_id in controllers and group.state != group.REMOVED:
+                ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+        watching = [a for a in actors if a.class_name == "PlacementGroupCleaner" and a.state != a.DEAD]
+        watching = [a for a in watching if a.owner_address.worker_id in processes]
+        for actor in watching:
+            if actor.state == actor.ALIVE and actor.address.node_id == here:  # it has no name to end it by
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(actor.pid, signal.SIGKILL)
+        if not watching or time.monotonic() >= deadline:
+            return
+        time.sleep(0.1)
+
+
+def _actors_of_job(job: str) -> list[Any]:
+    """What Ray knows of a job's actors, with who owns them, which `ray.util.state` does not tell without a dashboard."""
+    from ray import JobID
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+
+    generated: Any = gcs_pb2
+    table = state._connect_and_get_accessor().get_actor_table(JobID(bytes.fromhex(job)), None)
+    return [generated.ActorTableData.FromString(entry) for entry in table]
+
+
+def _placement_group_table() -> list[Any]:
+    """What Ray knows of the placement groups of all jobs, with the actors that made them."""
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+
+    generated: Any = gcs_pb2
+    table = state._connect_and_get_accessor().get_placement_group_table()
+    return [generated.PlacementGroupTableData.FromString(entry) for entry in table]
 
 
 def _path_exists_on(ray: Any, node: str, path: str) -> bool:

@@ -220,11 +220,18 @@ class Folder:
             self.fs.rm(self.path(name), recursive=True)
 
     def check_writable(self) -> None:
-        """Raises UserError in one line unless a file can be written and removed here."""
+        """Raises UserError in one line unless a file can be written and removed here; makes no folder.
+
+        Where the folder does not exist yet, in the nearest one above it that does.
+        """
         probe = f".write-test-{uuid.uuid4().hex}"
+        folder = self
+        if self.is_local:
+            path = Path(self.uri)
+            folder = Folder(str(next(place for place in (path, *path.parents) if os.path.lexists(place))))
         try:
-            self.write(probe, bytes(PROBE_BYTES))
-            self.remove(probe)
+            folder.write(probe, bytes(PROBE_BYTES))
+            folder.remove(probe)
         except Exception as error:  # every file system has its own errors for "not allowed"
             raise UserError(f"storage {self.uri!r} is not writable ({one_line(error)})") from error
 

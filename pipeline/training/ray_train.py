@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from pipeline.config import Config, WorkerRange, build_config
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
-from pipeline.distributed.ray_session import clean_up_after_controller
+from pipeline.distributed.ray_session import clean_up_after_controllers
 from pipeline.distributed.run_status import RunStatusProxy, start_status, worker_label
 from pipeline.distributed.worker_log import log_failure, worker_log
 from pipeline.errors import DivergedError, RunError, UserError, one_line
@@ -36,6 +36,7 @@ HEALTH_CHECK_TIMEOUT = (
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 LOST_CONNECTION = "lost the connection to another worker"
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+CLEAN_UP_S = 30.0  # after the death of Ray Train's controller
 STOP_TIMEOUT_S = 120  # after a stop request; the driver then ends, and with it the workers
 
 
@@ -65,7 +66,6 @@ def run_on_ray(
     loop_config = {"config": config.model_dump(mode="json"), "store": store_uri, "status": actor, "servers": servers}
     stop_times: list[float] = []
     controller_failures = 0
-    in_driver = ray.get_runtime_context().get_actor_id() is None  # a trial shares its job with others
 
     def stop() -> None:
         stop_times.append(time.monotonic())
@@ -77,7 +77,7 @@ def run_on_ray(
         return bool(stop_times)
 
     with (
-        _killed_at_the_end(ray, actor),
+        _killed_at_the_end(ray, [actor, *servers]),
         state_writer(config, lambda: ray.get(actor.summary.remote()), stop) as state,
         StopSignals(stop) as signals,
         status_display(lambda *seen: ray.get(actor.read.remote(*seen)), show),
@@ -101,8 +101,7 @@ def run_on_ray(
                     controller_failures += 1
                     actor.add_message.remote("Ray Train's controller died: starting again")
                     actor.workers_failed.remote({})
-                    if in_driver:
-                        clean_up_after_controller(ray)
+                    clean_up_after_controllers(ray, CLEAN_UP_S)
                     continue
                 if fit.error is not None:
                     cause = root_cause(fit.error, lambda rank: ray.get(actor.label.remote(rank)))
@@ -115,12 +114,13 @@ def run_on_ray(
 
 
 @contextlib.contextmanager
-def _killed_at_the_end(ray: Any, actor: Any) -> Iterator[None]:
-    """Ends an actor with the block: other handles of it may live on in objects that wait for the garbage collector."""
+def _killed_at_the_end(ray: Any, actors: Sequence[Any]) -> Iterator[None]:
+    """Ends actors with the block: other handles of them may live on in objects that wait for the garbage collector."""
     try:
         yield
     finally:
-        ray.kill(actor)
+        for actor in actors:
+            ray.kill(actor)
 
 
 class _Fit(threading.Thread):
@@ -188,7 +188,7 @@ def ray_trainer(config: Config, workers: int | tuple[int, int], loop_config: dic
 
 
 def mining_servers(config: Config, ray: Any) -> list[Any]:
-    """Starts the mining servers that the run's method needs; they end with this process."""
+    """Starts the mining servers that the run's method needs."""
     mining = config.mining
     if config.method.mining is None:
         return []

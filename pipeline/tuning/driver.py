@@ -24,7 +24,7 @@ from ray import tune
 from pipeline.config import Config
 from pipeline.console import console
 from pipeline.data.store import Store
-from pipeline.distributed.ray_session import check_visible, on_cluster, ray_session
+from pipeline.distributed.ray_session import check_visible, clean_up_after_controllers, on_cluster, ray_session
 from pipeline.distributed.run_status import start_status
 from pipeline.errors import RunError, UserError
 from pipeline.runs.run_state import stop_requested
@@ -226,6 +226,8 @@ class SweepRun:
                 if time.monotonic() - written > HEARTBEAT_S:
                     written = time.monotonic()
                     write_state(self.folder.folder, "running", recorder.overview(), self.search.hours)
+                    if not all(trial.in_process for trial in self.trials.values()):
+                        clean_up_after_controllers(ray)  # of trials whose process was lost
                     if not stop.is_set() and stop_requested(self.folder.folder, self.folder.start):
                         console.print("stopping, as `raydml stop` asks: the trials save their checkpoints ...")
                         asked.set()

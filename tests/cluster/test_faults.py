@@ -5,15 +5,16 @@ The reference is the same run undisturbed in one process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -31,15 +32,12 @@ KILLS = 3  # of each method's run: 21 in all
 
 
 def processes(title: str) -> list[int]:
-    """Process ids of this machine's Ray processes whose title contains a text."""
+    """Process ids of the processes below this one whose title contains a text."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if title in (entry / "cmdline").read_text():
-                    found.append(int(entry.name))
-            except (OSError, UnicodeDecodeError):
-                continue
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()):
+                found.append(process.pid)
     return found
 
 
@@ -101,6 +99,8 @@ def test_a_worker_killed_at_random_steps(
 
 
 def test_ray_trains_controller_killed(ray_here: Any, make_config: Callable[..., Config], store: Store) -> None:
+    """What it held is given back, what others hold in the same job is not."""
+    anothers = ray_here.util.placement_group([{"CPU": 0.01}])
     changes = {"length": "160 steps", "checkpoint.every": "3 steps", "evaluation.every": "40 steps"}
     config = on_ray(make_config(changes, name="controller"), workers=2, cpus_per_worker=2, loader="in_process")
     kill = KillAt("TrainController", [60])
@@ -110,6 +110,13 @@ def test_ray_trains_controller_killed(ray_here: Any, make_config: Callable[..., 
     first, second = tensors(config), tensors(alone(config, store))
     for name, value in second.items():
         torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-8)
+    table = ray_here.util.placement_group_table()
+    assert [name for name, group in table.items() if group["state"] != "REMOVED"] == [anothers.id.hex()]
+    ray_here.util.remove_placement_group(anothers)
+    deadline = time.monotonic() + 10
+    while processes("PlacementGroupCleaner"):
+        assert time.monotonic() < deadline, "the actor that watches over the dead controller's groups is left"
+        time.sleep(0.2)
 
 
 def test_a_loaders_process_killed(ray_here: Any, make_config: Callable[..., Config], store: Store) -> None:

@@ -29,7 +29,7 @@ TIMEOUT_S = 900
 class Sweep:
     """A sweep over a baseline and a method with a mining server, in a process of its own."""
 
-    def __init__(self, root: Path, store: Store, trials: int) -> None:
+    def __init__(self, root: Path, store: Store, trials: int, workers: int = 1) -> None:
         self.root = root
         root.mkdir()
         changes = {
@@ -50,7 +50,7 @@ class Sweep:
             "methods": {name: {"recipe": f"{name}.yaml"} for name in changes},
             "settings": {
                 "length": "60 steps", "evaluation.every": "20 steps", "checkpoint.every": "5 steps",
-                "runtime": {"workers": 1, "cpus_per_worker": 1, "loader": "in_process"},
+                "runtime": {"workers": workers, "cpus_per_worker": 1, "loader": "in_process"},
             },
             "space": {"method.optimizer.lr": {"log_uniform": [1e-3, 1e-2]}},
             "searcher": {"name": "random"},
@@ -121,6 +121,26 @@ def test_trials_and_mining_servers_are_killed(
     if title == "ray::ResourceTrainable":
         retried = [reason for record in records for reason in record.retried]
         assert len(retried) == 5 and log.count("is started again from its checkpoint") == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["ray::TrainController", "ray::ResourceTrainable"])
+def test_trials_of_several_workers_leave_nothing(store: Store, tmp_path: Path, title: str) -> None:
+    """Room for one trial alone: what a dead controller or trial held has to be given back, or nothing goes on."""
+    sweep = Sweep(tmp_path / "sweep", store, trials=2, workers=2)
+    driver = sweep.start()
+    kills = 0
+    while driver.poll() is None:
+        time.sleep(1)
+        training = [record for record in sweep.folder.read() if any(run.curve for run in record.runs)]
+        victims = sweep.processes(driver, title)
+        if victims and len(training) > kills and kills < 2:
+            victims[0].send_signal(signal.SIGKILL)
+            kills += 1
+    log = (sweep.root / "log").read_text()
+    assert driver.returncode == 0, log[-3000:]
+    assert kills == 2
+    assert [record.state for record in sweep.folder.read()] == ["finished"] * 4
 
 
 @pytest.mark.slow

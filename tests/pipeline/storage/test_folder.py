@@ -104,6 +104,7 @@ def test_json(folder: Folder) -> None:
 
 def test_check_writable_leaves_nothing(folder: Folder) -> None:
     folder.check_writable()
+    (folder / "runs" / "new").check_writable()
     assert folder.names() == []
 
 
