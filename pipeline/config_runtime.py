@@ -134,6 +134,11 @@ class RuntimeConfig(BaseConfig):
         description="largest number of steps in a row that are left out because features, loss or gradient are not finite; the "
         "next such step ends the run",
     )
+    images_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="largest number of images that the trunk is given at once: a larger batch of a worker passes in parts, with the "
+        "memory of one part, the same gradients and a third more computing; auto: as many as fit a GPU's memory (none: the whole batch)",
+    )
     deterministic: bool = Field(True, description="use deterministic torch kernels")
     memory_per_worker: int = Field(
         0, ge=0, description="memory that a node must have free for each worker, bytes; 0: not asked for"

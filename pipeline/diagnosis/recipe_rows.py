@@ -13,11 +13,10 @@ from pipeline.data.store import Store
 from pipeline.diagnosis.rows import Row, graded
 from pipeline.distributed.ray_session import check_token, on_cluster
 from pipeline.errors import RunError, UserError, one_line
-from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.trackers.choose import check_trackers
-from pipeline.training.checks import check_dataset, check_machine, check_run, runtime_changes
+from pipeline.training.checks import check_dataset, check_machine, check_run, checked_trunk, runtime_changes
 from pipeline.training.start import open_dataset, uses_ray
 
 
@@ -101,7 +100,7 @@ def _run(config: Config) -> Row:
 
 
 def _network(config: Config, name: str) -> Row:
-    trunk = build_trunk(config.model, config.data.transforms.size)
+    trunk = checked_trunk(config)
     parameters = sum(p.numel() for p in trunk.parameters())
     found = f"{name}: {parameters / 1e6:.1f} million parameters, {trunk.features} features"
     return Row(

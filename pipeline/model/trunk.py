@@ -17,6 +17,7 @@ from pipeline.errors import UserError, joined_lines
 from pipeline.model.backbones import build_backbone
 from pipeline.model.batch_norm import SyncBatchNorm2d, SyncBatchNormAct2d
 from pipeline.model.bn_folding import Folding
+from pipeline.model.cached_gradients import in_parts
 from pipeline.model.pooling import Pool, layout_of
 from pipeline.vision_libraries import timm
 
@@ -79,7 +80,18 @@ class Trunk(nn.Module):
         x = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x
 
-    def forward(self, pixels: UInt8[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch features"]:
+    def forward(
+        self, pixels: UInt8[Tensor, "batch 3 size size"], images_per_pass: int | None = None
+    ) -> Float[Tensor, "batch features"]:
+        """Pooled features.
+
+        Args:
+            pixels: Images.
+            images_per_pass: The batch is passed in parts of so many images, for its gradients too (see `in_parts`); None: whole.
+        """
+        return in_parts(self._features, pixels, images_per_pass)
+
+    def _features(self, pixels: Tensor) -> Tensor:
         with self.folding() if self.folding else nullcontext():
             maps = self.backbone(self.normalise(pixels))
         return self._pooled(maps)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from methods import Context
 from methods.config import Clock
@@ -20,6 +21,7 @@ from pipeline.distributed.ray_session import check_visible, cluster_maximum, nod
 from pipeline.errors import NameTakenError, UserError
 from pipeline.evaluation.tasks import test_task, validation_task
 from pipeline.model.network import build_method, num_classes
+from pipeline.model.trunk import Trunk, build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, DATASET, read_config
 from pipeline.storage import Folder
@@ -77,6 +79,26 @@ def check_run(config: Config, store: Store) -> CheckedRun:
         raise UserError(f"method: {error}") from error
     _check_evaluation(config, store)
     return CheckedRun(epoch_shape, tuple(_notes(config, store, samples)))
+
+
+def checked_trunk(config: Config) -> Trunk:
+    """Builds the run's trunk with its weights.
+
+    Raises:
+        UserError: As `build_trunk`; or it cannot be passed a batch in parts, which `runtime.images_per_pass` asks for.
+    """
+    trunk = build_trunk(config.model, config.data.transforms.size)
+    asked, batch_norm = config.runtime.images_per_pass, config.model.batch_norm
+    if asked is not None and batch_norm != "frozen" and any(isinstance(m, _BatchNorm) for m in trunk.modules()):
+        raise UserError(
+            f"runtime.images_per_pass is {asked}, but model.batch_norm is {batch_norm}: statistics of a batch need all of its images "
+            "in one pass. Set model.batch_norm to frozen, choose a backbone without batch normalisation, or leave images_per_pass out"
+        )
+    if asked == "auto" and not config.runtime.gpus_per_worker:
+        raise UserError(
+            "runtime.images_per_pass: auto measures the memory of a GPU, runtime.gpus_per_worker is 0: give a number, such as 32"
+        )
+    return trunk
 
 
 def _notes(config: Config, store: Store, samples: Samples) -> Iterator[str]:

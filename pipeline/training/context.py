@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,7 @@ class RunContext:
         load_best: Loads the best weights into trunk and method.
         mining: The mining server, if the method mines.
         undoes: Whether a step can be left out (`undo_step`), which takes a copy of all buffers each step.
+        images_per_pass: Largest number of images that the trunk is given at once; None: all of this rank's.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class RunContext:
         load_best: Callable[[], None],
         mining: MethodMining | None = None,
         undoes: bool = False,
+        images_per_pass: int | None = None,
     ) -> None:
         self.samples = samples
         self.labels = samples.labels
@@ -93,6 +96,7 @@ class RunContext:
         self.shards: Sequence[slice] = ()
         self.next_ids: Int64[np.ndarray, " slots"] | None = None
         self.mining: MethodMining | None = mining
+        self.images_per_pass = images_per_pass
         self._undo = StepUndo([trunk, method], self.optimizers) if undoes else None
         self._gathered: tuple[np.ndarray, Tensor] | None = None  # slots and features of this step's last `encode`
         self._plan_row: tuple[Plan, int] | None = None
@@ -138,11 +142,13 @@ class RunContext:
         if self._awaits_backward:
             raise RuntimeError("a second encode before backward: ask for all roles in one call")
         role_slots = self._role_slots(role)
-        # outputs under autocast cannot be reused: the derivative is computed in higher precision
-        self._outputs = Outputs() if keep_for_jvp and self.precision != "bf16" else None
+        # Outputs under autocast cannot be reused: the derivative is computed in higher precision. Of parts they are not kept.
+        in_parts = self.images_per_pass is not None and len(role_slots.pixels) > self.images_per_pass
+        self._outputs = Outputs() if keep_for_jvp and self.precision != "bf16" and not in_parts else None
         self._kept_role = role
         with self._outputs or nullcontext():
-            local = trunk_features(self.ddp, role_slots.pixels, self.precision)
+            whole = functools.partial(self.ddp, images_per_pass=self.images_per_pass)
+            local = trunk_features(whole, role_slots.pixels, self.precision)
         self._features = local.detach()
         self._awaits_backward = torch.is_grad_enabled() and local.requires_grad
         self._num_encoded += 1  # dropout in the method: the same on every rank, however much the trunk has drawn here
@@ -163,15 +169,18 @@ class RunContext:
         shift: Mapping[str, Tensor] | None = None,
     ) -> Gradient:
         return trunk_gradient(
-            self.trunk, self.ranks, self.precision, self._role_slots(role), objective, extra, shift, self._check_finite
-        )
+            self.trunk, self.ranks, self.precision, self._role_slots(role), objective, extra, shift, self._check_finite,
+            self.images_per_pass,
+        )  # fmt: skip
 
     def jvp(
         self, role: str | Sequence[str] | None, direction: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch features"]]:
         outputs = self._outputs if role == self._kept_role else None
         self._outputs = None  # used once: they take as much memory as a graph
-        return trunk_jvp(self.trunk, self.ranks, self._role_slots(role), direction, outputs, self._features)
+        return trunk_jvp(
+            self.trunk, self.ranks, self._role_slots(role), direction, outputs, self._features, self.images_per_pass
+        )
 
     def _role_slots(self, role: str | Sequence[str] | None) -> RoleSlots:
         """This rank's images among the slots of a role."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from methods.base import Gradient
 from pipeline.distributed.collectives import Ranks, gather
 from pipeline.errors import RunError
+from pipeline.model.cached_gradients import in_parts
 from pipeline.model.forward_mode import Outputs, derivative
 from pipeline.model.network import trunk_features
 from pipeline.model.trunk import Trunk
@@ -44,6 +45,7 @@ def trunk_gradient(
     extra: Sequence[Tensor],
     shift: Mapping[str, Tensor] | None,
     check_finite: Callable[[Tensor], None],
+    images_per_pass: int | None = None,
 ) -> Gradient:
     """Gradient of an objective of the gathered features; see `methods.base.Context.gradient`.
 
@@ -56,6 +58,7 @@ def trunk_gradient(
         extra: Further tensors to differentiate with respect to.
         shift: Offsets to add to the trunk's parameters first, by name.
         check_finite: Raises unless the objective is finite on every rank.
+        images_per_pass: Largest number of images of one pass through the trunk; None: all.
     """
     trained = {n: p for n, p in trunk.named_parameters() if p.requires_grad}
     if shift is None:
@@ -67,7 +70,8 @@ def trunk_gradient(
         return torch.func.functional_call(trunk, dict(parameters), (pixels,))
 
     with torch.enable_grad():
-        local = trunk_features(shifted_trunk, role_slots.pixels, precision)
+        whole = functools.partial(in_parts, shifted_trunk, images_per_pass=images_per_pass)
+        local = trunk_features(whole, role_slots.pixels, precision)
         loss = objective(gather(local, role_slots.start, role_slots.total, ranks))
     check_finite(loss)
     inputs = [*parameters.values(), *extra]
@@ -85,6 +89,7 @@ def trunk_jvp(
     direction: Mapping[str, Tensor],
     outputs: Outputs | None,
     features: Tensor,
+    images_per_pass: int | None = None,
 ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch features"]]:
     """Gathered features and their derivative along `direction`; see `methods.base.Context.jvp`.
 
@@ -95,13 +100,15 @@ def trunk_jvp(
         direction: Tangents of the trunk's parameters, by name.
         outputs: Outputs kept by the forward pass of the same images, if any.
         features: This rank's features of that pass.
+        images_per_pass: Largest number of images of one pass; None: as many as fit beside the step's own graph.
 
     Raises:
         RunError: The pass in forward mode gives other features than the kept one.
     """
     tangents = {n: direction[n] for n, p in trunk.named_parameters() if n in direction}
     pixels = role_slots.pixels
-    images_per_pass = max(1, _PIXELS_PER_PASS // pixels[0].numel() if len(pixels) else 1)
+    fitting = max(1, _PIXELS_PER_PASS // pixels[0].numel() if len(pixels) else 1)
+    images_per_pass = min(fitting, images_per_pass or fitting)
     passes = []
     for start in range(0, max(1, len(pixels)), images_per_pass):
         block = slice(start, start + images_per_pass)

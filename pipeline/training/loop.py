@@ -26,6 +26,7 @@ from pipeline.distributed.run_status import RunStatus, RunStatusProxy
 from pipeline.errors import NonFiniteError, RunError
 from pipeline.evaluation.embedder import build_embedder
 from pipeline.mining.transport import Transport
+from pipeline.model.cached_gradients import fits_gpu, largest_fitting
 from pipeline.model.network import build_network, num_classes
 from pipeline.runs.checkpoint import Checkpoints, TrainingState
 from pipeline.runs.run_folder import read_changes, run_folder
@@ -36,6 +37,8 @@ from pipeline.training.context import RunContext, learning_rates
 from pipeline.training.measurements import Measurements
 from pipeline.training.nonfinite import count_skipped
 from pipeline.training.parts import build_mining, image_source
+
+MOST_IMAGES = 4096  # of one pass through the trunk that `runtime.images_per_pass: auto` tries
 
 
 class Worker:
@@ -81,7 +84,7 @@ class Worker:
         self.context = RunContext(
             samples=self.samples, seed=config.seed, length=config.length, precision=config.precision, device=device,
             ranks=ranks, trunk=self.trunk, method=self.method, embedder=self.embedder, load_best=self._load_best,
-            mining=self.mining, undoes=config.runtime.skip_nonfinite > 0,
+            mining=self.mining, undoes=config.runtime.skip_nonfinite > 0, images_per_pass=self._images_per_pass(device),
         )  # fmt: skip
         self.progress = TrainingState()
         self.batches = PlannedBatches(
@@ -94,6 +97,21 @@ class Worker:
             say=status.add_message, tell=self._tell_validation, report=report,
         )  # fmt: skip
         self.tracker: Tracker | None = None
+
+    def _images_per_pass(self, device: torch.device) -> int | None:
+        """`runtime.images_per_pass`, where it is `auto` measured by the first worker."""
+        asked, size = self.config.runtime.images_per_pass, self.config.data.transforms.size
+        if asked != "auto":
+            return asked
+        found = 0
+        if self.ranks.rank == 0:
+            self.trunk.set_mode(True, self.ranks)
+            precision = self.config.precision
+            found = largest_fitting(MOST_IMAGES, lambda images: fits_gpu(self.trunk, images, size, precision, device))
+            self.status.add_message(
+                f"runtime.images_per_pass: auto found room for {found:,} images of a worker in one pass"
+            )
+        return int(self.ranks.broadcast(found))
 
     # ---- the run -------------------------------------------------------------------------------------------------
 

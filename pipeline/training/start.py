@@ -19,7 +19,6 @@ from pipeline.distributed import jobs
 from pipeline.distributed.ray_session import on_cluster, ray_session
 from pipeline.errors import RunError, UserError
 from pipeline.model.network import num_classes
-from pipeline.model.trunk import build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.report_page import write_report
 from pipeline.runs.run_folder import CHANGES, CLASS_NAMES, CONFIG, DATASET, REPORT, SUMMARY, read_changes, run_folder
@@ -34,6 +33,7 @@ from pipeline.training.checks import (
     check_dataset,
     check_machine,
     check_run,
+    checked_trunk,
     needed_cpus,
     runtime_changes,
     with_machine_defaults,
@@ -138,9 +138,9 @@ def check_input(config: Config) -> Store | None:
             does not fit it.
     """
     check_trackers(config)
-    note = build_trunk(config.model, config.data.transforms.size).weights_note
-    if note:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    trunk = checked_trunk(config)
+    if trunk.weights_note:
+        console.print(trunk.weights_note, markup=False, highlight=False, soft_wrap=True)
     store = open_dataset(config)
     for line in check_run(config, store).notes if store is not None else ():
         console.print(line)

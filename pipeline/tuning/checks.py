@@ -14,9 +14,8 @@ from pipeline.console import console
 from pipeline.data.store import Store
 from pipeline.errors import UserError
 from pipeline.evaluation.tasks import test_task
-from pipeline.model.trunk import build_trunk
 from pipeline.trackers.choose import check_trackers
-from pipeline.training.checks import check_run
+from pipeline.training.checks import check_run, checked_trunk
 from pipeline.training.start import open_dataset
 from pipeline.tuning.run_configs import Stage, run_configs
 from pipeline.tuning.space import Space
@@ -265,13 +264,14 @@ def _check_networks(settings: Sequence[Setting]) -> None:
     """Builds each network once, with its weights."""
     seen = set()
     for setting in settings:
-        model, size = setting.config.model, setting.config.data.transforms.size
-        key = json.dumps([model.model_dump(mode="json"), size], sort_keys=True)
+        config = setting.config
+        model, size = config.model.model_dump(mode="json"), config.data.transforms.size
+        key = json.dumps([model, size, config.runtime.images_per_pass], sort_keys=True)
         if key in seen:
             continue
         seen.add(key)
         try:
-            note = build_trunk(model, size).weights_note
+            note = checked_trunk(config).weights_note
         except UserError as error:
             raise UserError(f"methods.{setting.label}: {error}") from None
         if note:

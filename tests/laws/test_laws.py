@@ -176,10 +176,17 @@ class Runs:
         self.single = functools.cache(lambda *key: self(*key, (12,))[0])
 
     def __call__(
-        self, method: str, optimizer: str, batch_norm: str, shares: tuple[int, ...], defect: str | None = None
+        self,
+        method: str,
+        optimizer: str,
+        batch_norm: str,
+        shares: tuple[int, ...],
+        defect: str | None = None,
+        parts: int | None = None,
     ) -> list[Seen]:
-        name = "-".join([method, optimizer, batch_norm, *map(str, shares), str(defect is not None)])
-        values = tiny_values(self.root, self.store, {"name": name, **case(method, optimizer, batch_norm)})
+        name = "-".join([method, optimizer, batch_norm, *map(str, shares), str(defect is not None), str(parts)])
+        changes = {"name": name, "runtime.images_per_pass": parts, **case(method, optimizer, batch_norm)}
+        values = tiny_values(self.root, self.store, changes)
         return self.pool(train, len(shares), values, shares, defect)
 
 
@@ -242,6 +249,19 @@ def test_any_optimizer_trains_the_same(
         runs(method, optimizer, batch_norm, shares),
         runs.single(method, optimizer, batch_norm),
         zero_gradient(method, batch_norm) | SMALL,
+    )
+
+
+CACHED = [(method, (12,), 5) for method in METHOD_CASES] + [(m, (7, 5), 3) for m in ("mined", "mmsi", "gca_hng")]
+
+
+@pytest.mark.parametrize(("method", "shares", "parts"), CACHED)
+def test_any_parts_of_a_batch_train_the_same(runs: Runs, method: str, shares: tuple[int, ...], parts: int) -> None:
+    """With cached gradients: `runtime.images_per_pass` images at once."""
+    check(
+        runs(method, "adamw", "frozen", shares, None, parts),
+        runs.single(method, "adamw", "frozen"),
+        zero_gradient(method, "frozen") | SMALL,
     )
 
 
