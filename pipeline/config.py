@@ -270,6 +270,16 @@ class Config(BaseConfig):
     cache: CacheConfig = Field(CacheConfig(), json_schema_extra=RUNTIME)
     runtime: RuntimeConfig = Field(RuntimeConfig(), json_schema_extra=RUNTIME)
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _precision(cls, value: Any) -> Any:
+        if str(value).strip().lower() in ("fp16", "float16", "half", "16", "16-mixed"):
+            raise ValueError(
+                f"got {value!r}: float16 needs its loss scaled, and one scale cannot serve the methods' several losses, gradients along "
+                "the way and optimizers; use bf16, which is as fast, takes as little memory and needs no scale"
+            )
+        return value
+
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Any:
