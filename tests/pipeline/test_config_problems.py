@@ -106,7 +106,7 @@ def test_spellings_that_are_accepted(override: str, value: Any) -> None:
 
 @pytest.mark.parametrize("text", ["fp16", "float16", "16"])
 def test_half_precision_says_what_to_use(text: str) -> None:
-    with pytest.raises(UserError, match="float16 needs its loss scaled.* use bf16"):
+    with pytest.raises(UserError, match=r"float16 needs its loss scaled.* use bf16"):
         load_config(None, [f"precision={text}"])
 
 
