@@ -35,7 +35,7 @@ from methods.base import Batch, Context, Method, MethodConfig
 from methods.functional import PlusOneAttention
 from methods.intra_batch_reciprocal import reciprocal_neighbours
 from methods.optim import Optimizer, OptimizerConfig, build_optimizer
-from methods.plans import Plan, class_balanced, combine_sampler, number_sampler
+from methods.plans import Plan, combine_sampler, number_sampler
 
 
 class IntraBatchConfig(MethodConfig):
@@ -64,6 +64,10 @@ class IntraBatchConfig(MethodConfig):
     neighbours: int = Field(7, ge=2, description="inference reciprocal: images of a test graph")
     reciprocal_k: int = Field(30, ge=1, description="inference reciprocal: k of the k-reciprocal neighbours")
     optimizer: OptimizerConfig = OptimizerConfig(name="radam", lr=1e-4, decoupled=True)
+
+    @property
+    def is_class_balanced(self) -> bool:
+        return self.sampler == "balanced"
 
     @model_validator(mode="after")
     def _check(self) -> IntraBatchConfig:
@@ -141,7 +145,9 @@ class IntraBatch(Method):
 
     def plan(self, epoch: int, context: Context) -> Plan:
         c = self.config
-        make_plan = {"combine": combine_sampler, "number": number_sampler, "balanced": class_balanced}[c.sampler]
+        if c.sampler == "balanced":
+            return super().plan(epoch, context)
+        make_plan = {"combine": combine_sampler, "number": number_sampler}[c.sampler]
         return make_plan(context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch)
 
     def optimizers(self, trunk: nn.Module) -> dict[str, Optimizer]:

@@ -88,6 +88,10 @@ class MmsiConfig(MethodConfig):
     optimizer: OptimizerConfig = OptimizerConfig(name="adam", lr=1e-7, weight_decay=5e-4)
 
     @property
+    def is_class_balanced(self) -> bool:
+        return False
+
+    @property
     def constants(self) -> Constants:
         """The constants of the loss, with its default margin if none is given."""
         margin = self.margin if self.margin is not None else MARGINS[self.loss]

@@ -67,6 +67,10 @@ class OsmCaaConfig(MethodConfig):
     )
     frames: int = Field(1, ge=1, description="video: consecutive slots of a class that form a tracklet")
 
+    @property
+    def is_class_balanced(self) -> bool:
+        return self.frames == 1
+
     @model_validator(mode="after")
     def _check(self) -> OsmCaaConfig:
         if self.samples_per_class % self.frames:
