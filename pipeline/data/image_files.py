@@ -58,12 +58,17 @@ def _decoder() -> tuple[Any, Any]:
 
 def _decode_reduced(data: bytes, least_side: int) -> UInt8[Tensor, "3 height width"] | None:
     """A JPEG at the smallest of 1/8, 1/4 and 1/2 whose shorter side is at least `least_side`; None if there is none."""
+    import torch
+
     with _without_pillow_limit:
         image = Image.open(io.BytesIO(data))
     for divisor in (8, 4, 2):
         if min(image.size) // divisor >= least_side:
             image.draft(None, (image.width // divisor, image.height // divisor))
-            return _pixels(image)
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return torch.from_numpy(pixels).permute(
+                2, 0, 1
+            )  # in memory as torchvision's decoder gives it: fast to resize
     return None
 
 
