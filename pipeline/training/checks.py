@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from methods import Context
@@ -20,13 +21,17 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, node_groups, on_cluster
 from pipeline.errors import NameTakenError, UserError
 from pipeline.evaluation.tasks import test_task, validation_task
+from pipeline.model.layers import prepare_training
 from pipeline.model.network import build_method, num_classes
+from pipeline.model.run_weights import load_head, run_of
 from pipeline.model.trunk import Trunk, build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, DATASET, read_config
 from pipeline.storage import Folder
 from pipeline.training.elastic import worker_resources
 from pipeline.training.node_labels import asked_labels, unmet_labels
+
+LONG_EPOCH = 1.5  # times the images, from which on it is told
 
 
 class _PlanContext(Context):
@@ -72,24 +77,61 @@ def check_run(config: Config, store: Store) -> CheckedRun:
         raise UserError(f"{store.folder} has no training images")
     if config.protocol == "paper" and not (store.split != "train").any():
         raise UserError("the paper protocol chooses on test classes, but the dataset has none")
-    method = build_method(config, 8, num_classes(samples))
     try:
+        method = build_method(config, 8, num_classes(samples))
+        method.optimizers(nn.Linear(1, 1))
         epoch_shape = method.epoch_shape(_PlanContext(samples, config.seed))  # type: ignore[abstract]
     except ValueError as error:
         raise UserError(f"method: {error}") from error
+    _check_best(config, epoch_shape)
     _check_evaluation(config, store)
-    return CheckedRun(epoch_shape, tuple(_notes(config, store, samples)))
+    return CheckedRun(epoch_shape, tuple(_notes(config, store, samples, epoch_shape)))
+
+
+def _check_best(config: Config, epoch_shape: tuple[int, int] | None) -> None:
+    """Checks that there is a best checkpoint when the method first loads it.
+
+    Raises:
+        UserError: There is none.
+    """
+    first, every = config.method.loads_best_after, config.evaluation.every
+    if first is None:
+        return
+    times = (first.value, every.value)
+    if first.unit != every.unit:
+        if epoch_shape is None:
+            return
+        times = (first.steps(epoch_shape[0]), every.steps(epoch_shape[0]))
+    if times[1] > times[0]:
+        raise UserError(
+            f"the method returns to the best weights after {first}, but evaluation.every is {every}: none are known by then. Set "
+            f"evaluation.every to {first} or less, or let the method return later"
+        )
 
 
 def checked_trunk(config: Config) -> Trunk:
     """Builds the run's trunk with its weights.
 
     Raises:
-        UserError: As `build_trunk`; or it cannot be passed a batch in parts, which `runtime.images_per_pass` asks for.
+        UserError: As `build_trunk` and `prepare_training`; the head of a run to start from does not fit; or it cannot be passed a batch in parts, which `runtime.images_per_pass` asks for.
     """
     trunk = build_trunk(config.model, config.data.transforms.size)
+    prepare_training(trunk.backbone, config.model)
+    if run_of(config.model.weights) is not None:
+        load_head(config.model, build_method(config, trunk.features, 2).head)
+    if config.model.compile and config.method.requires_frozen_batch_norm:
+        raise UserError(
+            f"model.compile is true, but {config.method.name} takes derivatives in forward mode, which torch.compile has not: leave "
+            "model.compile out"
+        )
     asked, batch_norm = config.runtime.images_per_pass, config.model.batch_norm
-    if asked is not None and batch_norm != "frozen" and any(isinstance(m, _BatchNorm) for m in trunk.modules()):
+    has_statistics = batch_norm != "frozen" and any(isinstance(m, _BatchNorm) for m in trunk.modules())
+    if config.model.activation_checkpointing and has_statistics:
+        raise UserError(
+            f"model.activation_checkpointing passes a batch twice, which would count twice in the statistics of model.batch_norm: "
+            f"{batch_norm}. Set model.batch_norm to frozen, or leave activation_checkpointing out"
+        )
+    if asked is not None and has_statistics:
         raise UserError(
             f"runtime.images_per_pass is {asked}, but model.batch_norm is {batch_norm}: statistics of a batch need all of its images "
             "in one pass. Set model.batch_norm to frozen, choose a backbone without batch normalisation, or leave images_per_pass out"
@@ -101,8 +143,14 @@ def checked_trunk(config: Config) -> Trunk:
     return trunk
 
 
-def _notes(config: Config, store: Store, samples: Samples) -> Iterator[str]:
+def _notes(config: Config, store: Store, samples: Samples, epoch_shape: tuple[int, int] | None) -> Iterator[str]:
     """What is worth knowing of a dataset before a run."""
+    if epoch_shape is not None and (repeats := epoch_shape[0] * epoch_shape[1] / len(samples)) > LONG_EPOCH:
+        sizes = np.bincount(samples.labels)
+        yield (
+            f"an epoch has {epoch_shape[0]:,} steps of {epoch_shape[1]} images, {repeats:.1f} times the {len(samples):,} training images: "
+            f"the largest class has {sizes.max():,} of them, the median class {int(np.median(sizes[sizes > 0])):,}"
+        )
     single_image_classes = np.flatnonzero(np.bincount(samples.labels) == 1)
     if len(single_image_classes):
         example = samples.class_names[single_image_classes[0]]
