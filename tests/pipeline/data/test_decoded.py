@@ -120,7 +120,9 @@ def test_pixels_that_are_too_large_stay_encoded(
 
     def noted(max_bytes: int, store: Store = mixed) -> tuple[Cache | None, list[str]]:
         config = make_config({"cache.decoded": True, "cache.max_bytes": max_bytes})
-        lines = [line for line in _notes(config, store, store.select(["train"])) if line.startswith("cache.decoded")]
+        lines = [
+            line for line in _notes(config, store, store.select(["train"]), None) if line.startswith("cache.decoded")
+        ]
         return image_source(config, store).cache, lines
 
     cache, lines = noted(size)
