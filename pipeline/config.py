@@ -204,6 +204,10 @@ class Config(BaseConfig):
                 f"model.batch_norm is {self.model.batch_norm}, but {self.method.name} needs forward-mode derivatives of the "
                 "trunk, which are only possible with frozen batch normalisation: set model.batch_norm to frozen"
             )
+        if self.cache.decoded and self.data.transforms.decode_at_least is not None:
+            raise ValueError(
+                "cache.decoded keeps whole images, data.transforms.decode_at_least decodes smaller ones: leave one of them out"
+            )
         if self.runtime.gpus_per_worker and self.precision == "float64":
             raise ValueError("precision float64 is for the CPU; use float32 or bf16 on a GPU")
         if isinstance(self.runtime.workers, WorkerRange) and self.runtime.gpus_per_worker % 1:

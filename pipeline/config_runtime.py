@@ -208,3 +208,8 @@ class CacheConfig(BaseConfig):
         ge=0,
         description="largest size of all copies together, bytes; a larger split is read from the store instead",
     )
+    decoded: bool = Field(
+        False,
+        description="copies hold decoded pixels: no step decodes, for some ten times the room of JPEGs; a split whose pixels "
+        "take more than max_bytes is kept encoded. Nothing computed changes",
+    )

@@ -1,6 +1,7 @@
 """This node's copies of training splits: memory-mapped Arrow files, shared by all workers and trials of the node.
 
-A copy is made once, from shards whose checksums are compared, and keeps a checksum of every image.
+A copy holds encoded images, or decoded pixels (`pipeline.data.decoded`). It is made once, from
+shards whose checksums are compared, and keeps a checksum of every image.
 The copies in a folder together stay below a number of bytes: the least recently used are removed
 first, never one that a process has open. A lock lets one process build at a time; an unfinished
 copy of a killed process is removed by the next.
@@ -15,8 +16,9 @@ import re
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -40,10 +42,12 @@ class Cache(NamedTuple):
     Attributes:
         folder: A folder on this node's disk.
         max_bytes: Upper bound for all copies in it together.
+        decoded: Copies hold decoded pixels instead of encoded images.
     """
 
     folder: str
     max_bytes: int
+    decoded: bool = False
 
 
 class CacheFull(Exception):
@@ -52,24 +56,65 @@ class CacheFull(Exception):
 
 def split_bytes(store: Store, split: str) -> int:
     """Size of a split's shards; a copy of it takes nearly as much."""
-    return sum(s["bytes"] for s in _shards(store, split))
+    return sum(s["bytes"] for s in split_shards(store, split))
 
 
-def copy_name(store: Store, split: str) -> str:
-    """File name of a split's copy."""
+@dataclass(frozen=True)
+class Copy:
+    """What a copy is made of.
+
+    Attributes:
+        name: Its file name.
+        what: What it is, for messages.
+        num_bytes: Its size, nearly.
+        schema: Its columns.
+        batches: Makes its content.
+    """
+
+    name: str
+    what: str
+    num_bytes: int
+    schema: pa.Schema
+    batches: Callable[[], Iterator[pa.RecordBatch]]
+
+
+def copy_name(store: Store, split: str, kind: str = f"v{_FORMAT}") -> str:
+    """File name of a split's copy.
+
+    Args:
+        store: The images.
+        split: The split.
+        kind: Content and version of the layout.
+    """
     name = re.sub(r"[^\w.-]", "_", store.name)
-    return f"{name}-{store.fingerprint}-{split}.v{_FORMAT}.arrow"
+    return f"{name}-{store.fingerprint}-{split}.{kind}.arrow"
 
 
 def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
-    """Opens this node's copy of a split, made now if there is none; safe to call from several processes.
+    """Opens this node's copy of a split's encoded images, made now if there is none; safe to call from several processes.
 
     Raises:
         CacheFull: Copies in use leave no room.
         RunError: A shard is damaged, the disk is too full, the folder cannot be written, or the
             copy is damaged.
     """
-    path = Path(cache.folder) / copy_name(store, split)
+    copy = Copy(
+        copy_name(store, split),
+        f"the copy of {split}",
+        split_bytes(store, split),
+        _SCHEMA,
+        lambda: _encoded_batches(store, split),
+    )
+    return MappedReader(*open_copy(copy, cache), _SCHEMA)
+
+
+def open_copy(copy: Copy, cache: Cache) -> tuple[Path, IO[bytes]]:
+    """A copy's path and its file, open under a shared lock; the copy is made now if there is none.
+
+    Raises:
+        CacheFull, RunError: As `open_local_copy`.
+    """
+    path = Path(cache.folder) / copy.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -78,14 +123,14 @@ def open_local_copy(store: Store, cache: Cache, split: str) -> MappedReader:
                     for unfinished in path.parent.glob("*.part"):
                         unfinished.unlink()  # its builder was killed: we hold the lock
                     if not path.exists():
-                        _evict(path.parent, split_bytes(store, split), cache.max_bytes)
-                        _write(store, path, split)
+                        _evict(path.parent, copy.num_bytes, cache.max_bytes)
+                        _write(copy, path)
             file = _open_shared(path)
             if file is not None:
-                return MappedReader(path, file)
+                return path, file
     except OSError as error:
         reason = f"{type(error).__name__}: {error}"
-        raise RunError(f"the copy of {split} cannot be made in {path.parent} ({reason}): set cache.folder") from error
+        raise RunError(f"{copy.what} cannot be made in {path.parent} ({reason}): set cache.folder") from error
 
 
 def _open_shared(path: Path) -> IO[bytes] | None:
@@ -123,33 +168,37 @@ def _evict(folder: Path, new_bytes: int, max_bytes: int) -> None:
         )
 
 
-def _write(store: Store, path: Path, split: str) -> None:
-    new_bytes = split_bytes(store, split)
+def _write(copy: Copy, path: Path) -> None:
     free_bytes = shutil.disk_usage(path.parent).free
-    if new_bytes > free_bytes:
+    if copy.num_bytes > free_bytes:
         raise RunError(
-            f"{path.parent} has {free_bytes >> 20} MiB free, the copy of {split} needs {new_bytes >> 20}: "
+            f"{path.parent} has {free_bytes >> 20} MiB free, {copy.what} needs {copy.num_bytes >> 20}: "
             "set cache.folder to a folder with more room"
         )
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     try:
         with (
-            disk_full_as_error(path, new_bytes),
+            disk_full_as_error(path, copy.num_bytes),
             pa.OSFile(str(unfinished), "wb") as sink,
-            pa.ipc.new_file(sink, _SCHEMA) as writer,
+            pa.ipc.new_file(sink, copy.schema) as writer,
         ):
-            for table in _tables(store, split):
-                images = table["image"].cast(pa.large_binary()).combine_chunks()
-                crc = pa.array([zlib.crc32(image.as_buffer()) for image in images], pa.uint32())
-                writer.write_batch(pa.record_batch([table["sample_id"].combine_chunks(), images, crc], schema=_SCHEMA))
+            for batch in copy.batches():
+                writer.write_batch(batch)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _tables(store: Store, split: str) -> Iterator[pa.Table]:
+def _encoded_batches(store: Store, split: str) -> Iterator[pa.RecordBatch]:
+    for table in split_tables(store, split):
+        images = table["image"].cast(pa.large_binary()).combine_chunks()
+        crc = pa.array([zlib.crc32(image.as_buffer()) for image in images], pa.uint32())
+        yield pa.record_batch([table["sample_id"].combine_chunks(), images, crc], schema=_SCHEMA)
+
+
+def split_tables(store: Store, split: str) -> Iterator[pa.Table]:
     """The split's shards, in order, a few of them read at once."""
-    records, pending = iter(_shards(store, split)), deque[Future[pa.Table]]()
+    records, pending = iter(split_shards(store, split)), deque[Future[pa.Table]]()
     with ThreadPoolExecutor(_PREFETCH_SHARDS) as pool:
         try:
             for record in itertools.islice(records, _PREFETCH_SHARDS):
@@ -163,48 +212,50 @@ def _tables(store: Store, split: str) -> Iterator[pa.Table]:
                 future.cancel()
 
 
-def _shards(store: Store, split: str) -> list[dict[str, Any]]:
+def split_shards(store: Store, split: str) -> list[dict[str, Any]]:
+    """The manifest's records of a split's shards."""
     return [s for s in store.manifest["shards"] if s["file"].startswith(f"shards/{split}-")]
 
 
-class MappedReader:
-    """Random access into a node's copy; the operating system's page cache keeps the parts that are used often.
+class MappedCopy:
+    """A node's copy, mapped; the operating system's page cache keeps the parts that are used often.
 
     Args:
         path: The copy's file.
         file: The same file, open under a shared lock, so that it is not removed to make room.
+        schema: Its columns: sample_id, image and crc first.
 
     Raises:
         RunError: The copy is damaged.
     """
 
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
+    def __init__(self, path: Path, file: IO[bytes], schema: pa.Schema) -> None:
         self.path, self.file = path, file
         try:
             mapped = pa.ipc.open_file(pa.memory_map(str(path)))
-            if not mapped.schema.equals(_SCHEMA):
+            if not mapped.schema.equals(schema):
                 raise pa.ArrowInvalid(f"it has the columns {mapped.schema.names}")
-            batches = [mapped.get_batch(i) for i in range(mapped.num_record_batches)]
+            self.batches = [mapped.get_batch(i) for i in range(mapped.num_record_batches)]
         except pa.ArrowException as error:
             raise self._damaged(str(error)) from error
-        self.ids = np.concatenate([np.asarray(b.column(0)) for b in batches])
-        self.starts = np.cumsum([0, *(len(b) for b in batches)])
-        self.images = [b.column(1) for b in batches]
-        self.sums = np.concatenate([np.asarray(b.column(2)) for b in batches])
+        self.ids = self._column(0)
+        self.starts = np.cumsum([0, *(len(b) for b in self.batches)])
+        self.columns = [b.column(1) for b in self.batches]
+        self.sums = self._column(2)
 
-    def read(self, ids: Int64[np.ndarray, " images"]) -> list[bytes]:
-        """Encoded images of these sample ids, in order.
+    def buffers(self, ids: Int64[np.ndarray, " images"]) -> Iterator[tuple[int, pa.Buffer]]:
+        """The row and the mapped bytes of each of these sample ids, in order.
 
         Raises:
             RunError: An image does not match its checksum.
         """
         rows = np.searchsorted(self.ids, ids)
         batches = np.searchsorted(self.starts, rows, side="right") - 1
-        images = [self.images[b][int(r - self.starts[b])].as_py() for b, r in zip(batches, rows, strict=True)]
-        for image, row in zip(images, rows, strict=True):
-            if zlib.crc32(image) != self.sums[row]:
+        for batch, row in zip(batches.tolist(), rows.tolist(), strict=True):
+            buffer = self.columns[batch][row - int(self.starts[batch])].as_buffer()
+            if zlib.crc32(buffer) != self.sums[row]:
                 raise self._damaged(f"sample {self.ids[row]} does not match its checksum")
-        return images
+            yield row, buffer
 
     def prefetch(self, ids: Int64[np.ndarray, " images"]) -> None:
         """Does nothing: the file is mapped."""
@@ -212,8 +263,35 @@ class MappedReader:
     def clear(self) -> None:
         """Does nothing: the operating system drops pages by itself."""
 
+    def _column(self, number: int) -> np.ndarray:
+        return np.concatenate([np.asarray(b.column(number)) for b in self.batches])
+
     def _damaged(self, reason: str) -> RunError:
         return RunError(f"{self.path} is damaged ({reason}): remove it, and the next start makes it again")
 
 
-__all__ = ["Cache", "CacheFull", "MappedReader", "copy_name", "open_local_copy", "split_bytes"]
+class MappedReader(MappedCopy):
+    """Random access to the encoded images of a node's copy."""
+
+    def read(self, ids: Int64[np.ndarray, " images"]) -> list[bytes]:
+        """Encoded images of these sample ids, in order.
+
+        Raises:
+            RunError: An image does not match its checksum.
+        """
+        return [buffer.to_pybytes() for _, buffer in self.buffers(ids)]
+
+
+__all__ = [
+    "Cache",
+    "CacheFull",
+    "Copy",
+    "MappedCopy",
+    "MappedReader",
+    "copy_name",
+    "open_copy",
+    "open_local_copy",
+    "split_bytes",
+    "split_shards",
+    "split_tables",
+]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+import struct
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,14 +30,56 @@ _TURNS = {
 }  # by EXIF's orientation: how the pixels are turned for display
 
 
-def decode(data: bytes) -> UInt8[Tensor, "3 height width"]:
-    """Decodes an image of a store, in the form that `normalise` writes."""
+def decode(data: bytes, least_side: int | None = None) -> UInt8[Tensor, "3 height width"]:
+    """Decodes an image of a store, in the form that `normalise` writes.
+
+    Args:
+        data: The image.
+        least_side: A JPEG is decoded at a half, a quarter or an eighth of its size as long as its
+            shorter side keeps this many pixels; None: whole.
+    """
     import torch  # here, with torchvision: 2 CPU-s that `python -m pipeline.prepare` does not need for its arguments
 
+    if least_side is not None and data.startswith(b"\xff\xd8\xff"):
+        reduced = _decode_reduced(data, least_side)
+        if reduced is not None:
+            return reduced
+    decode_image, mode = _decoder()
+    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+
+
+@functools.cache
+def _decoder() -> tuple[Any, Any]:
+    """torchvision's decoder, and the mode of 3 channels; looked up once, since that takes as long as a tenth of an image."""
     from pipeline.vision_libraries import torchvision
 
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return torchvision.io.decode_image(buffer, mode=torchvision.io.ImageReadMode.RGB)
+    return torchvision.io.decode_image, torchvision.io.ImageReadMode.RGB
+
+
+def _decode_reduced(data: bytes, least_side: int) -> UInt8[Tensor, "3 height width"] | None:
+    """A JPEG at the smallest of 1/8, 1/4 and 1/2 whose shorter side is at least `least_side`; None if there is none."""
+    import torch
+
+    with _without_pillow_limit:
+        image = Image.open(io.BytesIO(data))
+    for divisor in (8, 4, 2):
+        if min(image.size) // divisor >= least_side:
+            image.draft(None, (image.width // divisor, image.height // divisor))
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return torch.from_numpy(pixels).permute(
+                2, 0, 1
+            )  # in memory as torchvision's decoder gives it: fast to resize
+    return None
+
+
+def image_area(data: bytes) -> int:
+    """Width × height of an image that `normalise` wrote, by its header."""
+    if data.startswith(b"\x89PNG"):
+        width, height = struct.unpack(">II", data[16:24])
+        return int(width * height)
+    with _without_pillow_limit:
+        image = Image.open(io.BytesIO(data))
+    return image.width * image.height
 
 
 def read_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 height width"]:

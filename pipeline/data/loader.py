@@ -1,11 +1,13 @@
 """Plan rows to pixels: one function that fetches, decodes and augments, run in this process or as a Ray Data pipeline.
 
 Both engines take the same requests and give the same bytes in the same order. The Ray engine is a
-pipeline inside each worker over that worker's slice of the plan: several requests in a block (one
-task has some 40 ms of overhead), uint8 pixels, order preserved, limited to the worker's share of
-loader CPUs. It takes seconds to start the first time in a cluster and a tenth of a second later, so
-one pipeline serves a whole segment of the plan; but every block is put into the object store before
-the first is fetched, which takes 5 CPU-ms of each, so a long segment is served by several.
+pipeline inside each worker over that worker's slice of the plan: several requests in a block, several blocks from a task
+(one task has some 40 ms of overhead), uint8 pixels, order preserved, limited to the worker's share of
+loader CPUs. A task gives its blocks one after the other, as they are fetched, so that its overhead is
+that of several blocks. It takes seconds to start the first time in a cluster and a tenth of a second
+later, so one pipeline serves a whole segment of the plan; but the requests of every task are put into
+the object store before the first is fetched, which takes 5 CPU-ms of each, so a long segment is served
+by several.
 """
 
 from __future__ import annotations
@@ -26,14 +28,18 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from pipeline.data.cache import Cache
+from pipeline.data.decoded import DecodedReader
 from pipeline.data.image_files import decode
-from pipeline.data.reader import open_reader
+from pipeline.data.reader import Reader, open_images
 from pipeline.data.transforms import TransformConfig, evaluation_pixels, training_pixels
 
 PREFETCH = 2  # requests fetched before they are needed, in process
 BLOCK_BYTES = 32 * 2**20  # pixels in one Ray Data block
 MAX_REQUESTS_PER_BLOCK = 8
-REQUESTS_PER_PIPELINE = 4096  # upper bound for one Ray Data pipeline: 2.5 CPU-seconds before its first block
+BLOCKS_PER_TASK = (
+    8  # of all tasks that run at once together: what waits for an earlier task stays within so many blocks
+)
+REQUESTS_PER_PIPELINE = 4096  # upper bound for one Ray Data pipeline, of which little is kept when training stops early
 PAUSE_S = 0.02  # between two steps of Ray Data's scheduling loop
 
 
@@ -43,7 +49,7 @@ class ImageSource:
 
     Attributes:
         uri, fingerprint: Address of the store, and the content that it must have.
-        cache: The folder of this node's copy of the training split; None: row groups are read.
+        cache: The folder of this node's copy of the training split, encoded or decoded; None: row groups are read.
         transforms: Settings that turn images into pixels.
         seed: The run's seed, first number of every augmentation's key.
         node_labels: Labels of the nodes that Ray Data fetches images on; empty: any node.
@@ -84,15 +90,14 @@ def fetch(
         next_request: The request after it, whose bytes are prefetched meanwhile.
         out: Array to write into; None: a new one.
     """
-    reader = open_reader(source.uri, source.fingerprint, source.cache)
+    reader = open_images(source.uri, source.fingerprint, source.cache)
     reader.prefetch(request.ids)
     if next_request is not None:
         reader.prefetch(next_request.ids)
     size = source.transforms.size
     if out is None:
         out = np.empty((len(request.ids), 3, size, size), dtype=np.uint8)
-    for i, data in enumerate(reader.read(request.ids)):
-        image = decode(data)
+    for i, image in enumerate(_images(reader, request, source.transforms)):
         if request.key is None:
             pixels = evaluation_pixels(image, source.transforms)
         else:
@@ -101,6 +106,14 @@ def fetch(
             pixels = training_pixels(image, source.transforms, random)
         out[i] = pixels.numpy()
     return out
+
+
+def _images(reader: Reader | DecodedReader, request: LoadRequest, transforms: TransformConfig) -> Iterator[Tensor]:
+    """Decoded images of a request, one after the other."""
+    if isinstance(reader, DecodedReader):
+        return reader.images(request.ids)
+    least_side = None if request.key is None else transforms.decode_at_least
+    return (decode(data, least_side) for data in reader.read(request.ids))
 
 
 def load(
@@ -159,20 +172,27 @@ def request_blocks(requests: Sequence[LoadRequest], per_block: int) -> list[pa.T
     return [table.slice(i, per_block) for i in range(0, len(requests), per_block)]
 
 
-def _fetch_block(rows: pa.Table, source: ImageSource) -> pa.Table:
+def _fetch_blocks(rows: pa.Table, source: ImageSource, per_block: int) -> Iterator[pa.Table]:
+    """Pixels of the requests of a task, `per_block` requests at a time."""
     torch.set_num_threads(1)  # one task, one CPU
     requests = []
     for row in rows.to_pylist():
         key = None if row["epoch"] < 0 else (row["epoch"], row["step"], row["slot"])
         requests.append(LoadRequest(np.array(row["ids"], dtype=np.int64), key))
+    pairs = list(_with_next(requests))
+    for start in range(0, len(pairs), per_block):
+        yield _fetch_block(pairs[start : start + per_block], source)
+
+
+def _fetch_block(pairs: list[tuple[LoadRequest, LoadRequest | None]], source: ImageSource) -> pa.Table:
     # the buffer that Ray ships: pixels are written once
-    offsets = np.cumsum([0, *(len(request.ids) for request in requests)])
+    offsets = np.cumsum([0, *(len(request.ids) for request, _ in pairs)])
     size = source.transforms.size
     pixels = np.empty((offsets[-1], 3, size, size), dtype=np.uint8)
-    for pair, start, stop in zip(_with_next(requests), offsets[:-1], offsets[1:], strict=True):
+    for pair, start, stop in zip(pairs, offsets[:-1], offsets[1:], strict=True):
         fetch(source, *pair, out=pixels[start:stop])
     buffers = [None, pa.py_buffer(offsets * (3 * size * size)), pa.py_buffer(pixels)]
-    return pa.table({"pixels": pa.Array.from_buffers(pa.large_binary(), len(requests), buffers)})
+    return pa.table({"pixels": pa.Array.from_buffers(pa.large_binary(), len(pairs), buffers)})
 
 
 class ThrottleCallback:
@@ -205,11 +225,14 @@ def _load_ray(source: ImageSource, requests: Sequence[LoadRequest], loader_cpus:
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=loader_cpus)
     size = source.transforms.size
     largest = max(len(request.ids) for request in requests) * 3 * size * size
-    blocks = request_blocks(requests, max(1, min(MAX_REQUESTS_PER_BLOCK, BLOCK_BYTES // largest)))
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        functools.partial(_fetch_block, source=source), batch_size=None, batch_format="pyarrow", num_cpus=1,
-        label_selector=source.node_labels or None,
+    per_block = max(1, min(MAX_REQUESTS_PER_BLOCK, BLOCK_BYTES // largest))
+    shares = -(-len(requests) // (per_block * loader_cpus))  # blocks for each CPU
+    per_task = per_block * max(1, min(BLOCKS_PER_TASK // loader_cpus, shares))
+    dataset = ray.data.from_arrow(request_blocks(requests, per_task)).map_batches(
+        functools.partial(_fetch_blocks, source=source, per_block=per_block),
+        batch_size=None, batch_format="pyarrow", num_cpus=1, label_selector=source.node_labels or None,
     )  # fmt: skip
+    dataset.context.target_max_block_size = per_block * largest  # a full block is given at once
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for value in block["pixels"]:
             pixels = np.frombuffer(value.as_buffer(), dtype=np.uint8).reshape(-1, 3, size, size)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from pipeline.data.cache import Cache, CacheFull, open_local_copy
+from pipeline.data.decoded import DecodedReader, open_decoded_copy
 from pipeline.data.store import Store
 from pipeline.errors import RunError
 from pipeline.storage import Folder
@@ -137,11 +138,7 @@ def open_reader(uri: str, fingerprint: str, cache: Cache | None) -> Reader:
     Raises:
         RunError: The store has another fingerprint, or `open_local_copy` fails.
     """
-    store = Store(Folder(uri))
-    if store.fingerprint != fingerprint:
-        raise RunError(
-            f"dataset {uri} changed while it was in use: fingerprint {store.fingerprint}, expected {fingerprint}"
-        )
+    store = _opened(uri, fingerprint)
     if cache is not None:
         try:
             return open_local_copy(store, cache, "train")
@@ -152,4 +149,44 @@ def open_reader(uri: str, fingerprint: str, cache: Cache | None) -> Reader:
     return RowGroupReader(store)
 
 
-__all__ = ["Reader", "RowGroupReader", "open_reader"]
+def open_images(uri: str, fingerprint: str, cache: Cache | None) -> Reader | DecodedReader:
+    """The reader of a store's images, one for each process: of decoded pixels where the cache keeps those.
+
+    Args:
+        uri, fingerprint, cache: As for `open_reader`. If copies in use leave no room for decoded
+            pixels, encoded images are read, with a warning.
+
+    Raises:
+        RunError: As `open_reader`.
+    """
+    decoded = None
+    if cache is not None and cache.decoded:
+        decoded = open_decoded(uri, fingerprint, cache)
+        cache = cache._replace(decoded=False)
+    return decoded or open_reader(uri, fingerprint, cache)
+
+
+@functools.lru_cache(maxsize=8)
+def open_decoded(uri: str, fingerprint: str, cache: Cache) -> DecodedReader | None:
+    """This node's copy of a store's decoded training split, one for each process; None where it has no room, with a warning.
+
+    Raises:
+        RunError: As `open_reader`.
+    """
+    try:
+        return open_decoded_copy(_opened(uri, fingerprint), cache, "train")
+    except CacheFull as full:
+        warnings.warn(f"images are decoded in every step, which is slower: {full}; raise cache.max_bytes", stacklevel=2)
+        return None
+
+
+def _opened(uri: str, fingerprint: str) -> Store:
+    store = Store(Folder(uri))
+    if store.fingerprint != fingerprint:
+        raise RunError(
+            f"dataset {uri} changed while it was in use: fingerprint {store.fingerprint}, expected {fingerprint}"
+        )
+    return store
+
+
+__all__ = ["Reader", "RowGroupReader", "open_decoded", "open_images", "open_reader"]

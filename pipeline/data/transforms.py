@@ -6,6 +6,7 @@ on nothing else.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -37,6 +38,12 @@ class TransformConfig(BaseConfig):
     size: int = Field(224, ge=8, description="side of the square that the network sees, pixels")
     resize: int | None = Field(None, ge=8, description="evaluation: shorter side before the centre crop (none: size)")
     squash: bool = Field(False, description="evaluation: resize both sides to `size`, ignoring the aspect ratio")
+    decode_at_least: int | None = Field(
+        None,
+        ge=8,
+        description="training: JPEGs are decoded at 1/2, 1/4 or 1/8 as long as their shorter side keeps this many pixels (none: "
+        "whole); faster for large photographs, the pixels differ",
+    )
     crop_scale: tuple[float, float] = Field(
         (0.16, 1.0), description="training: share of the area that a crop covers; [1, 1]: the whole image, not cropped"
     )
@@ -73,13 +80,16 @@ class TransformConfig(BaseConfig):
             raise ValueError(str(error)) from error
         if self.resize is not None and self.resize < self.size:
             raise ValueError(f"resize is {self.resize}, smaller than size {self.size}")
+        if self.decode_at_least is not None and self.decode_at_least < self.size:
+            raise ValueError(f"decode_at_least is {self.decode_at_least}, smaller than size {self.size}")
         return self
 
 
+@functools.cache
 def _torchvision() -> tuple[Any, Any]:
     """torchvision's functions on images and its enumeration of interpolations.
 
-    Imported at the first image: every config imports this module.
+    Imported at the first image: every config imports this module. Looked up once: it takes as long as a tenth of a crop.
     """
     from pipeline.vision_libraries import torchvision
 
@@ -136,9 +146,9 @@ def training_pixels(
         image = resized_on_white(image, top - pad, left - pad, height, width, config.size)
     else:
         image = F.pad(image, [pad], fill=255) if pad else image
-        image = F.resized_crop(image, top, left, height, width, [config.size, config.size], antialias=True)
+        image = F.resized_crop_image(image, top, left, height, width, [config.size, config.size], antialias=True)
     if random.random() < config.flip:
-        image = F.horizontal_flip(image)
+        image = F.horizontal_flip_image(image)
     if config.jitter:
         brightness, contrast, saturation = random.uniform(1 - config.jitter, 1 + config.jitter, 3).tolist()
         image = F.adjust_contrast(F.adjust_brightness(image, brightness), contrast)

@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from pipeline.data.copies import Copies, find_copies
 from pipeline.data.entries import DISTRACTOR, JUNK, LABELS, MAX_PIXELS, OWN_SOURCES, SPLITS, Entry, by_hash
 from pipeline.data.image_faults import explain
-from pipeline.data.image_files import DARK, normalise
+from pipeline.data.image_files import DARK, image_area, normalise
 from pipeline.data.store import CATALOG, FORMAT, ROW_GROUP, SOURCE, Store
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder, read_file
@@ -122,14 +122,14 @@ def write_shard(
     """Reads, checks and writes the images of one shard.
 
     Returns:
-        Its record for the manifest (file, rows, bytes, sha256), and what `write_store` needs: its
+        Its record for the manifest (file, rows, bytes, sha256, pixels: the sum of width × height), and what `write_store` needs: its
         catalogue, the rejected images, a hash of each file's bytes, the remarks on images, and a
         checksum that does not depend on where the images lay.
     """
     schema = pa.schema([*CATALOG, *(pa.field(name, pa.int64()) for name in shard.extra_columns), SOURCE])
     columns: dict[str, list[Any]] = {name: [] for name in (*schema.names, "image")}
     rejected: list[tuple[str, str, str]] = []
-    hashes, remarks = [], list[str]()
+    hashes, remarks, pixels = [], list[str](), 0
     for offset, (entry, label, fold) in enumerate(zip(shard.entries, shard.labels, shard.folds, strict=True)):
         data = None
         try:
@@ -143,6 +143,7 @@ def write_shard(
             continue
         extra_values = (values[offset] for values in shard.extra_columns.values())
         source = entry.path or entry.source
+        pixels += image_area(image)
         row = (shard.first_id + offset, label, entry.class_name, entry.split, fold, *extra_values, source, image)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -156,7 +157,7 @@ def write_shard(
         record["content"] = hashlib.sha256(content).hexdigest()
         data = _parquet(table, row_group_size=ROW_GROUP)
         target.write(shard.file, data)
-        record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        record |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pixels": pixels}
     return record | {"catalog": catalog, "hashes": np.array(hashes, np.uint64), "remarks": remarks}
 
 

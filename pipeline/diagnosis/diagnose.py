@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.data.cache import copy_name, split_bytes
+from pipeline.data.decoded import training_copy
 from pipeline.data.find_store import find_store
 from pipeline.data.store import Store
 from pipeline.diagnosis import node_rows, resource_rows
@@ -95,7 +95,7 @@ def diagnose(config: Config, say: Say) -> list[Row]:
     copies = config.checkpoint.keep + 2  # the best one, and one that is being written
     expected = None if isinstance(step, Row) else step.checkpoint_bytes * copies
     rows += node_rows.storage(answering, config.root, expected)
-    split = None if checked.store is None else split_bytes(checked.store, "train")
+    split = None if checked.store is None else _copy(config, checked.store)[1]
     rows += node_rows.cache(answering, cache_folder(config), split, config.cache.max_bytes)
     rows += node_rows.limits(answering, uses_ray(config))
     if supply is not None:
@@ -112,11 +112,16 @@ def _store_uri(config: Config) -> str | None:
         return None
 
 
+def _copy(config: Config, store: Store) -> tuple[str, int]:
+    """File name and size of the copy of the training split that each node keeps."""
+    return training_copy(store, config.cache.max_bytes, config.cache.decoded)
+
+
 def _gather(config: Config, store: Store | None, ray: Any) -> tuple[NodeFacts, Supply | None]:
     """Facts of this machine and of the cluster."""
     folder = Folder(config.root)
     address = None if ray is None else str(ray.get_runtime_context().gcs_address)
-    copy = None if store is None else copy_name(store, "train")
+    copy = None if store is None else _copy(config, store)[0]
     port = None if address is None else int(address.rpartition(":")[2])
     wanted = Wanted(config.root, None, cache_folder(config), copy, port)
     driver = NodeFacts(socket.gethostname(), **gather(wanted, import_facts))

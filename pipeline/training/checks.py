@@ -15,7 +15,7 @@ from methods import Context
 from methods.config import Clock
 from pipeline.config import Config, RuntimeConfig, changed_keys, differences, name_for
 from pipeline.console import counted
-from pipeline.data.cache import split_bytes
+from pipeline.data.decoded import decoded_bytes, training_copy
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, node_groups, on_cluster
@@ -155,12 +155,30 @@ def _notes(config: Config, store: Store, samples: Samples, epoch_shape: tuple[in
     if len(single_image_classes):
         example = samples.class_names[single_image_classes[0]]
         yield f"{len(single_image_classes):,} training classes have one image each (first: {example}): used as negatives only"
-    num_bytes = split_bytes(store, "train")
+    if config.cache.decoded:
+        yield _note_on_decoded(config, store)
+    num_bytes = training_copy(store, config.cache.max_bytes, config.cache.decoded)[1]
     if num_bytes > config.cache.max_bytes:
         yield (
             f"the training split has {num_bytes / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: "
             "images are read from the store in every epoch"
         )
+
+
+def _note_on_decoded(config: Config, store: Store) -> str:
+    """The room that decoded pixels take on a node, or why they are not kept."""
+    num_bytes, max_bytes = decoded_bytes(store, "train"), config.cache.max_bytes
+    if num_bytes is None:
+        return (
+            "cache.decoded has no effect: the dataset was prepared by an earlier version, which did not note how many pixels it "
+            "has; prepare it again to keep decoded pixels"
+        )
+    if num_bytes > max_bytes:
+        return (
+            f"cache.decoded has no effect: the decoded training split takes {num_bytes / 1e9:.1f} GB, cache.max_bytes allows "
+            f"{max_bytes / 1e9:.1f}; encoded images are kept instead"
+        )
+    return f"cache.decoded: each node keeps {num_bytes / 1e9:.2g} GB of decoded pixels in its cache folder"
 
 
 def _check_evaluation(config: Config, store: Store) -> None:

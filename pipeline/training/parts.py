@@ -8,6 +8,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.cache import Cache, split_bytes
+from pipeline.data.decoded import keeps_decoded
 from pipeline.data.loader import ImageSource
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
@@ -21,8 +22,11 @@ from pipeline.storage import Folder
 
 def image_source(config: Config, store: Store) -> ImageSource:
     """The source of the run's pixels: this node's copy of the training split, or row groups where that is too large."""
-    fits_in_cache = split_bytes(store, "train") <= config.cache.max_bytes
-    cache = Cache(Folder(cache_folder(config)).uri, config.cache.max_bytes) if fits_in_cache else None
+    max_bytes = config.cache.max_bytes
+    decoded = config.cache.decoded and keeps_decoded(store, max_bytes)
+    cache = None
+    if decoded or split_bytes(store, "train") <= max_bytes:
+        cache = Cache(Folder(cache_folder(config)).uri, max_bytes, decoded)
     labels = config.runtime.loader_labels
     return ImageSource(store.folder.uri, store.fingerprint, cache, config.data.transforms, config.seed, labels)
 

@@ -5,6 +5,7 @@ it is whole, or it is not there. At the end the work is done undisturbed, and ha
 
 store       a dataset, over one that is there
 cache       a node's copy of a dataset
+decoded     a node's copy of its decoded pixels
 embeddings  those of a run's images
 run         a mined run: checkpoints with snapshots of its mining server
 """
@@ -30,6 +31,7 @@ import torch
 from pipeline.config import build_config, to_yaml
 from pipeline.data import own_images
 from pipeline.data.cache import Cache, open_local_copy
+from pipeline.data.decoded import DecodedReader, open_decoded_copy
 from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_serially
 from pipeline.errors import UserError
@@ -115,6 +117,20 @@ class CacheWriter(Writer):
         return [hash(image) for image in reader.read(ids)]
 
 
+class DecodedWriter(CacheWriter):
+    def write(self) -> None:
+        self._open()
+
+    def read(self) -> Any:
+        if not list((self.root / "cache").glob("*.arrow")):
+            return None
+        ids = self.store.select(["train"]).ids
+        return [hash(image.numpy().tobytes()) for image in self._open().images(ids)]
+
+    def _open(self) -> DecodedReader:
+        return open_decoded_copy(self.store, Cache(str(self.root / "cache"), 2**30), "train")
+
+
 class EmbeddingsWriter(Writer):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -165,7 +181,7 @@ class RunWriter(Writer):
 
 
 WRITERS: dict[str, Callable[[Path], Writer]] = {
-    "store": StoreWriter, "cache": CacheWriter, "embeddings": EmbeddingsWriter, "run": RunWriter,
+    "store": StoreWriter, "cache": CacheWriter, "decoded": DecodedWriter, "embeddings": EmbeddingsWriter, "run": RunWriter,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["store", "cache", "embeddings", "run"])
+@pytest.mark.parametrize("kind", ["store", "cache", "decoded", "embeddings", "run"])
 def test_fifty_kills_while_it_is_written(kind: str, tmp_path: Path) -> None:
     kills(kind, tmp_path, 50)
 

@@ -17,7 +17,7 @@ import yaml
 
 from pipeline import prepare, train
 from pipeline.data.image_files import decode
-from pipeline.data.reader import RowGroupReader, open_reader
+from pipeline.data.reader import RowGroupReader, open_decoded, open_reader
 from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_serially
 from pipeline.storage import Folder
@@ -126,8 +126,10 @@ def rejected(store: Folder) -> dict[str, str]:
 def fresh_readers() -> Iterator[None]:
     """Readers are kept for the life of a process."""
     open_reader.cache_clear()
+    open_decoded.cache_clear()
     yield
     open_reader.cache_clear()
+    open_decoded.cache_clear()
 
 
 @pytest.fixture
