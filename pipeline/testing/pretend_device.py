@@ -45,9 +45,9 @@ class MixedDevices(RuntimeError):
 
 
 class PretendTensor(Tensor):
-    """A tensor of the device; `values` holds what it is on the CPU."""
+    """A tensor of the device; `held` holds what it is on the CPU."""
 
-    values: Tensor
+    held: Tensor
     is_meta = False  # type: ignore[assignment]  # nothing is to be treated as if it had no values
 
     @staticmethod
@@ -55,15 +55,15 @@ class PretendTensor(Tensor):
         made: PretendTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype, device=DEVICE
         )  # fmt: skip
-        made.values = values
+        made.held = values
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"PretendTensor({self.values})"
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PretendTensor({self.held})"
 
     def tolist(self) -> Any:
         _count("tolist")
-        return self.values.tolist()
+        return self.held.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         if not force:
@@ -74,10 +74,12 @@ class PretendTensor(Tensor):
         return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **options})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.values.__reduce_ex__(protocol)  # as saved by a GPU, and loaded with map_location="cpu"
+        return self.held.__reduce_ex__(protocol)  # as saved by a GPU, and loaded with map_location="cpu"
 
     @classmethod
-    def __torch_dispatch__(cls, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operation: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
         return _run(operation, arguments, options or {})
 
 
@@ -144,9 +146,9 @@ def _run(operation: Any, arguments: Any, options: dict[str, Any]) -> Any:
     if pretended or on_device:
         _refuse_generator(name, options.get("generator"), on_device)
         _count_waits(name, arguments, options, on_device)
-    wrappers = {id(x.values): x for x in tensors if isinstance(x, PretendTensor)}
+    wrappers = {id(x.held): x for x in tensors if isinstance(x, PretendTensor)}
     bare_arguments, bare_options = tree_map(
-        lambda x: x.values if isinstance(x, PretendTensor) else x, (arguments, dict(options))
+        lambda x: x.held if isinstance(x, PretendTensor) else x, (arguments, dict(options))
     )
     if wanted is not None and on_device:
         bare_options["device"] = "cpu"
@@ -182,7 +184,9 @@ def _refuse_mixed(operation: Any, name: str, arguments: Any, options: Any, tenso
         raise MixedDevices(f"{operation} changes a tensor of the CPU by one of the accelerator")
     on_cpu = [x for x in on_cpu if x.dim()]  # numbers may be mixed
     if on_cpu:
-        raise MixedDevices(f"{operation} mixes devices: a CPU tensor of {tuple(on_cpu[0].shape)} beside the accelerator's")
+        raise MixedDevices(
+            f"{operation} mixes devices: a CPU tensor of {tuple(on_cpu[0].shape)} beside the accelerator's"
+        )
 
 
 def _refuse_generator(name: str, generator: Any, on_device: bool) -> None:
@@ -197,7 +201,11 @@ def _count_waits(name: str, arguments: Any, options: dict[str, Any], on_device: 
         source = arguments[1] if name == "copy_" else arguments[0]
         target = isinstance(arguments[0], PretendTensor) if name == "copy_" else on_device
         blocking = not (options.get("non_blocking") or (name == "copy_" and len(arguments) > 2 and arguments[2]))
-        if blocking and isinstance(source, PretendTensor) != target and (source.dim() or isinstance(source, PretendTensor)):
+        if (
+            blocking
+            and isinstance(source, PretendTensor) != target
+            and (source.dim() or isinstance(source, PretendTensor))
+        ):
             _count(f"{name} to the {'device' if target else 'host'}")
     elif name in _INDEXING:
         indices = [x for x in arguments[1] if x is not None]
@@ -264,6 +272,6 @@ def _tensor_maker(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _from_dlpack(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def share(data: Any, **options: Any) -> Tensor:
-        return PretendTensor(original(data.values)) if isinstance(data, PretendTensor) else original(data, **options)
+        return PretendTensor(original(data.held)) if isinstance(data, PretendTensor) else original(data, **options)
 
     return share
