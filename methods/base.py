@@ -25,7 +25,7 @@ from pydantic import Field, field_serializer
 from torch import Tensor, nn
 
 from methods.config import BaseConfig, Clock, Length
-from methods.functional import Head
+from methods.head import Head, HeadConfig
 from methods.mining import Mining, MiningRequirements
 from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, class_balanced
@@ -42,6 +42,7 @@ class MethodConfig(BaseConfig):
     classes_per_batch: int = Field(24, ge=2, description="P: groups of different classes in a batch")
     samples_per_class: int = Field(4, ge=2, description="K: images of one class in a batch")
     embedding_dim: int = Field(128, ge=1, description="D: dimension of the embedding")
+    head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @field_serializer("name")
@@ -252,7 +253,7 @@ class Method(nn.Module):
     def __init__(self, config: Any, features: int, num_classes: int) -> None:
         super().__init__()
         self.config = config
-        self.head = Head(features, config.embedding_dim)
+        self.head = Head(features, config.embedding_dim, config.head)
 
     def plan(self, epoch: int, context: Context) -> Plan:
         """The plan of an epoch: a pure function of (context.labels, context.seed, epoch) unless `plan_is_stored`."""

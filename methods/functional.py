@@ -12,17 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Head(nn.Module):
-    """Linear layer and L2 norm: pooled features [B, F] to embeddings [B, D] of length 1."""
-
-    def __init__(self, features: int, dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(features, dim)
-
-    def forward(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
-        return nn.functional.normalize(self.linear(features))
-
-
 def prefix(embeddings: Float[Tensor, "rows dim"], dim: int) -> Float[Tensor, "rows prefix"]:
     """The first `dim` dimensions of each embedding, at length one."""
     return F.normalize(embeddings[:, :dim])

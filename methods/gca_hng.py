@@ -30,13 +30,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.base import Batch, Context, Method, MethodConfig, Ranks
 from methods.config import Length
 from methods.gca_hng_graph import CorrelationGraph
+from methods.head import HeadConfig
 from methods.optim import Optimizer, OptimizerConfig, build_optimizer
 from methods.plans import Plan, uniform_classes
 
@@ -86,6 +87,12 @@ class GcaHngConfig(MethodConfig):
     optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-4, weight_decay=1e-4, clip_value=10)
     graph_optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-4, weight_decay=1e-4, clip_value=10)
     classifier_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, weight_decay=0.01)
+
+    @model_validator(mode="after")
+    def _check_head(self) -> GcaHngConfig:
+        if self.head != HeadConfig():
+            raise ValueError("head is for other methods: this one has batch norm and a linear layer (orthogonal_neck)")
+        return self
 
 
 class Neck(nn.Module):

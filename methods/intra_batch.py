@@ -156,7 +156,7 @@ class IntraBatch(Method):
             self.reloads.fill_(num_due)
 
     def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
-        terms = self.terms(self.head.linear(context.encode()), batch.labels)
+        terms = self.terms(self.head.project(context.encode()), batch.labels)
         context.backward(terms["loss"])
         context.step("main")
         return {name: value.detach() for name, value in terms.items()}

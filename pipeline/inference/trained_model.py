@@ -17,8 +17,9 @@ from pipeline.errors import UserError
 from pipeline.model.network import build_network, num_classes, untrained
 from pipeline.model.trunk import Trunk
 from pipeline.runs.checkpoint import METHOD, TRUNK, Checkpoints
+from pipeline.runs.checkpoint_choice import checkpoint_title, choose_checkpoint
 from pipeline.runs.records import find_run
-from pipeline.runs.run_folder import CLASS_NAMES, DATASET, read_config, read_values
+from pipeline.runs.run_folder import CLASS_NAMES, DATASET, read_config
 from pipeline.storage import Folder
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class TrainedModel:
     @property
     def title(self) -> str:
         """The checkpoint in words."""
-        return f"{'best checkpoint' if self.kind == 'best' else 'checkpoint'} of step {self.step:,}"
+        return checkpoint_title(self.kind, self.step)
 
     def store(self) -> Store:
         """Opens the dataset.
@@ -111,33 +112,8 @@ def load_run(name: str, checkpoint: str | None = None) -> TrainedModel:
     record = folder.read_json(DATASET)
     for plugins_folder in [os.getcwd(), *record.get("plugin_folders", [])]:
         plugins.add_folder(plugins_folder)
-    kind, step = _checkpoint(checkpoint or _configured_checkpoint(folder), Checkpoints(folder))
+    kind, step = choose_checkpoint(folder, checkpoint)
     return TrainedModel(folder, record["dataset"], record["fingerprint"], kind, step)
-
-
-def _configured_checkpoint(run: Folder) -> str:
-    """The run's `evaluation.checkpoint`, read without the rest of the configuration, which imports what only trains."""
-    name = read_values(run)["evaluation"].get("checkpoint")
-    return str(name or read_config(run).evaluation.checkpoint)
-
-
-def _checkpoint(name: str, checkpoints: Checkpoints) -> tuple[str, int]:
-    """Kind and step of a checkpoint: the "best", the "last", or that of a step."""
-    steps, best = checkpoints.steps(), checkpoints.steps("best")
-    latest = checkpoints.latest()
-    if latest is None:
-        raise UserError(f"{checkpoints.run} has no checkpoint yet")
-    if name == "best":
-        if latest.best_step not in best:
-            raise UserError(
-                f"{checkpoints.run} has no best checkpoint: nothing was validated yet (--checkpoint last takes the newest one)"
-            )
-        return "best", latest.best_step
-    if name == "last":
-        return "checkpoints", steps[-1]
-    if not name.isdigit() or int(name) not in {*steps, *best}:
-        raise UserError(f"--checkpoint {name}: expected best, last or one of the steps {sorted({*steps, *best})}")
-    return ("checkpoints" if int(name) in steps else "best"), int(name)
 
 
 __all__ = ["TrainedModel", "load_run"]

@@ -16,9 +16,10 @@ from pipeline.config import BN_INCEPTION, LITE0, TORCHVISION, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model import bn_inception
 from pipeline.model.bn_inception import BNInception
+from pipeline.model.run_weights import backbone_tensors, run_of
 from pipeline.model.timm_backbones import build_timm, widths
 from pipeline.model.torchvision_backbones import build_torchvision, list_torchvision
-from pipeline.model.weight_files import load_weights
+from pipeline.model.weight_files import fit_weights, load_weights
 from pipeline.vision_libraries import timm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,6 +56,11 @@ def build_backbone(config: ModelConfig, size: int) -> Backbone:
     if config.weights == LITE0:
         _load_lite0(backbone.net)
         return backbone
+    run = run_of(config.weights)
+    if run is not None:
+        tensors, note = backbone_tensors(run)
+        fit_weights(backbone.net, tensors, config.weights)
+        return backbone._replace(note=note)
     return backbone._replace(note=load_weights(backbone.net, config.weights))
 
 

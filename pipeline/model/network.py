@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from methods import METHODS, Method, MethodConfig, method_class
+from methods.head import HeadConfig
 from pipeline.config import Config, EvaluationConfig, ModelConfig, build_config
 from pipeline.data.store import Samples
 from pipeline.data.transforms import TransformConfig
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError, joined_lines
+from pipeline.model.run_weights import load_head
 from pipeline.model.trunk import Trunk, build_trunk
 
 
@@ -45,12 +47,13 @@ def build_network(config: Config, classes: int, device: torch.device) -> tuple[T
         device: Device of the weights.
 
     Raises:
-        UserError: As `build_trunk`.
+        UserError: As `build_trunk` and `load_head`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         trunk = build_trunk(config.model, config.data.transforms.size)
         method = build_method(config, trunk.features, classes)
+    load_head(config.model, method.head)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     return trunk.to(device, dtype), method.to(device, dtype)
 
@@ -72,6 +75,7 @@ class EmbeddingConfig:
         evaluation: Distance, checkpoint, batch size.
         precision: Number format.
         method, dim: Name of the method, and dimension D of its embeddings.
+        head: Layers of the method's head.
     """
 
     values: Mapping[str, Any]
@@ -82,6 +86,7 @@ class EmbeddingConfig:
     precision: str
     method: str
     dim: int
+    head: HeadConfig
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> EmbeddingConfig:
@@ -104,6 +109,7 @@ class EmbeddingConfig:
                 str(values["precision"]),
                 str(values["method"]["name"]),
                 int(values["method"]["embedding_dim"]),
+                HeadConfig.model_validate(values["method"].get("head") or {}),  # absent in runs of earlier versions
             )
         except (KeyError, TypeError, ValueError) as error:
             problem = f"no key {error}" if isinstance(error, KeyError) else joined_lines(error)
@@ -140,7 +146,7 @@ def build_for_embedding(
     kind = METHODS.get(config.method)
     of_trunk, of_method = tensors
     if kind is not None and kind.embed is Method.embed:
-        settings = MethodConfig(name=config.method, embedding_dim=config.dim)
+        settings = MethodConfig(name=config.method, embedding_dim=config.dim, head=config.head)
         method = Method(settings, trunk.features, classes)
         of_method = {name: tensor for name, tensor in of_method.items() if name.startswith("head.")}
     else:

@@ -84,6 +84,8 @@ def _create(config: ModelConfig, size: int) -> nn.Module:
         usual_size, has_weights = _description(name)
         if download and not has_weights:
             raise UserError(f"timm has no pretrained weights of {name!r}: set model.weights to a file, or to none")
+        if config.drop_path:
+            options.setdefault("drop_path_rate", config.drop_path)
         if usual_size not in (None, size):
             options.setdefault("img_size", size)
         return timm.create_model(name, pretrained=download, num_classes=0, **options)

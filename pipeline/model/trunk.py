@@ -76,6 +76,11 @@ class Trunk(nn.Module):
             )
         return output
 
+    def compile_backbone(self) -> None:
+        """Has the backbone compiled by torch.compile at its first passes; names of weights stay."""
+        self.folding = None  # it changes layers in each pass
+        self.backbone.compile()
+
     def normalise(self, pixels: Tensor) -> Tensor:
         x = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x

@@ -37,9 +37,18 @@ def load_weights(net: nn.Module, weights: str) -> str:
     """
     path = os.path.expanduser(weights)
     if not os.path.isfile(path):
-        raise UserError(f"weights {weights!r}: no such file (other choices: pretrained, none, {LITE0})")
+        raise UserError(f"weights {weights!r}: no such file or run (other choices: pretrained, none, {LITE0})")
+    return fit_weights(net, _read(path, weights), weights)
+
+
+def fit_weights(net: nn.Module, content: Any, weights: str) -> str:
+    """Loads a network's tensors from the content of a file; returns what was taken and what was left out, in one line.
+
+    Raises:
+        UserError: It holds no tensors by name, or some of the network's are missing or of another shape.
+    """
     target = {n: v for n, v in net.state_dict().items() if not n.endswith("num_batches_tracked")}
-    candidates = list(_state_dicts(_read(path, weights)))
+    candidates = list(_state_dicts(content))
     if not candidates:
         raise UserError(
             f"weights {weights!r} hold no state dict (tensors by name): write one with torch.save(model.state_dict(), ...)"

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000077/
         trunk.safetensors, method.safetensors   weights and buffers
+        training.safetensors                    with an average of weights (model.ema), which the two hold then: those that are trained
         optimizers.pt                           moments (tensors only, read with weights_only=True)
         plan.npz                                the current epoch's plan, where it cannot be recomputed
         checkpoint.json                         position, metrics, checksums; written last: without it, no checkpoint
@@ -34,7 +35,7 @@ from pipeline.errors import DivergedError, RunError, UserError, joined_lines, on
 from pipeline.runs.run_folder import CHECKPOINT, INCARNATION, checkpoint_folder, step_of
 from pipeline.storage import Folder
 
-TRUNK, METHOD = "trunk.safetensors", "method.safetensors"
+TRUNK, METHOD, TRAINING = "trunk.safetensors", "method.safetensors", "training.safetensors"
 
 
 @dataclass
@@ -112,10 +113,12 @@ class Checkpoints:
         optimizers: Mapping[str, Optimizer],
         plan: Plan | None = None,
         write_extra: Callable[[Folder], None] | None = None,
+        training: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Writes a checkpoint of `progress.step` below `kind` ("checkpoints" or "best"), then removes older ones.
 
-        `write_extra` writes further files into its folder, before it counts as complete.
+        `write_extra` writes further files into its folder, before it counts as complete. `training` are the weights that are trained,
+        where the network has an average of them.
 
         Raises:
             RunError: Another process now owns the run, or a tensor is not finite; nothing has been
@@ -140,6 +143,8 @@ class Checkpoints:
             METHOD: save_safetensors(cpu_tensors(method)),
             "optimizers.pt": buffer.getvalue(),
         }
+        if training is not None:
+            files[TRAINING] = save_safetensors(dict(training))
         if plan is not None:
             files["plan.npz"] = _pack(plan)
         if self.run.exists(f"{base}/{CHECKPOINT}"):  # the same step again, after a resume: never a mixture of two
@@ -215,7 +220,7 @@ class Checkpoints:
         return record
 
     def tensors(self, kind: str, step: int, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a checkpoint's file, TRUNK or METHOD.
+        """The tensors of a checkpoint's file, TRUNK, METHOD or TRAINING.
 
         Raises:
             UserError: It is missing or damaged.

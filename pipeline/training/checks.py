@@ -20,7 +20,9 @@ from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, node_groups, on_cluster
 from pipeline.errors import NameTakenError, UserError
 from pipeline.evaluation.tasks import test_task, validation_task
+from pipeline.model.layers import prepare_training
 from pipeline.model.network import build_method, num_classes
+from pipeline.model.run_weights import load_head, run_of
 from pipeline.model.trunk import Trunk, build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, DATASET, read_config
@@ -85,11 +87,25 @@ def checked_trunk(config: Config) -> Trunk:
     """Builds the run's trunk with its weights.
 
     Raises:
-        UserError: As `build_trunk`; or it cannot be passed a batch in parts, which `runtime.images_per_pass` asks for.
+        UserError: As `build_trunk` and `prepare_training`; the head of a run to start from does not fit; or it cannot be passed a batch in parts, which `runtime.images_per_pass` asks for.
     """
     trunk = build_trunk(config.model, config.data.transforms.size)
+    prepare_training(trunk.backbone, config.model)
+    if run_of(config.model.weights) is not None:
+        load_head(config.model, build_method(config, trunk.features, 2).head)
+    if config.model.compile and config.method.requires_frozen_batch_norm:
+        raise UserError(
+            f"model.compile is true, but {config.method.name} takes derivatives in forward mode, which torch.compile has not: leave "
+            "model.compile out"
+        )
     asked, batch_norm = config.runtime.images_per_pass, config.model.batch_norm
-    if asked is not None and batch_norm != "frozen" and any(isinstance(m, _BatchNorm) for m in trunk.modules()):
+    has_statistics = batch_norm != "frozen" and any(isinstance(m, _BatchNorm) for m in trunk.modules())
+    if config.model.activation_checkpointing and has_statistics:
+        raise UserError(
+            f"model.activation_checkpointing passes a batch twice, which would count twice in the statistics of model.batch_norm: "
+            f"{batch_norm}. Set model.batch_norm to frozen, or leave activation_checkpointing out"
+        )
+    if asked is not None and has_statistics:
         raise UserError(
             f"runtime.images_per_pass is {asked}, but model.batch_norm is {batch_norm}: statistics of a batch need all of its images "
             "in one pass. Set model.batch_norm to frozen, choose a backbone without batch normalisation, or leave images_per_pass out"

@@ -26,6 +26,7 @@ from pipeline.errors import NonFiniteError, RunError
 from pipeline.evaluation.embedder import Embedder
 from pipeline.mining.method_view import MethodMining
 from pipeline.model.forward_mode import Outputs
+from pipeline.model.layers import TrainedParts
 from pipeline.model.network import trunk_features
 from pipeline.model.trunk import Trunk
 from pipeline.training.derivatives import RoleSlots, trunk_gradient, trunk_jvp
@@ -49,6 +50,7 @@ class RunContext:
         mining: The mining server, if the method mines.
         undoes: Whether a step can be left out (`undo_step`), which takes a copy of all buffers each step.
         images_per_pass: Largest number of images that the trunk is given at once; None: all of this rank's.
+        trained_parts: Which parts of the trunk are trained when; None: all of it.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class RunContext:
         mining: MethodMining | None = None,
         undoes: bool = False,
         images_per_pass: int | None = None,
+        trained_parts: TrainedParts | None = None,
     ) -> None:
         self.samples = samples
         self.labels = samples.labels
@@ -98,6 +101,7 @@ class RunContext:
         self.next_ids: Int64[np.ndarray, " slots"] | None = None
         self.mining: MethodMining | None = mining
         self.images_per_pass = images_per_pass
+        self.trained_parts = trained_parts
         self._undo = StepUndo([trunk, method], self.optimizers) if undoes else None
         self._checks = StepChecks(ranks, device)
         self._gathered: tuple[np.ndarray, Tensor] | None = None  # slots and features of this step's last `encode`
@@ -134,6 +138,8 @@ class RunContext:
         self._pixels = pixels.to(self.device, non_blocking=True)
         self._awaits_backward = False
         self.trunk.set_mode(True, self.ranks)
+        if self.trained_parts is not None:
+            self.trained_parts.set(clock)
         self.method.train()
         host_ids, host_labels = plan.ids[row], self.labels[plan.ids[row]]
         ids, labels = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (host_ids, host_labels))
@@ -151,7 +157,10 @@ class RunContext:
         self._outputs = Outputs() if keep_for_jvp and self.precision != "bf16" and not in_parts else None
         self._kept_role = role
         with self._outputs or nullcontext():
-            whole = functools.partial(self.ddp, images_per_pass=self.images_per_pass)
+            is_trained = any(p.requires_grad for p in self.trunk.parameters())
+            # DDP waits for gradients that a frozen trunk never gets.
+            network = self.ddp if is_trained else self.trunk
+            whole = functools.partial(network, images_per_pass=self.images_per_pass) if in_parts else network
             local = trunk_features(whole, role_slots.pixels, self.precision)
         self._features = local.detach()
         self._awaits_backward = torch.is_grad_enabled() and local.requires_grad

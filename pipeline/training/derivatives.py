@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from methods.base import Gradient
 from pipeline.distributed.collectives import Ranks, gather
 from pipeline.errors import RunError
-from pipeline.model.cached_gradients import in_parts
 from pipeline.model.forward_mode import Outputs, derivative
 from pipeline.model.network import trunk_features
 from pipeline.model.trunk import Trunk
@@ -60,26 +60,33 @@ def trunk_gradient(
         value_of: Value of the objective; raises unless it is finite on every rank.
         images_per_pass: Largest number of images of one pass through the trunk; None: all.
     """
-    trained = {n: p for n, p in trunk.named_parameters() if p.requires_grad}
-    if shift is None:
-        parameters: Mapping[str, Tensor] = trained
-    else:
-        parameters = {n: (p + shift[n]).detach().requires_grad_() for n, p in trained.items()}
-
-    def shifted_trunk(pixels: Tensor) -> Tensor:
-        return torch.func.functional_call(trunk, dict(parameters), (pixels,))
-
-    with torch.enable_grad():
-        whole = functools.partial(in_parts, shifted_trunk, images_per_pass=images_per_pass)
-        local = trunk_features(whole, role_slots.pixels, precision)
-        loss = objective(gather(local, role_slots.start, role_slots.total, ranks))
-    value = value_of(loss)
-    inputs = [*parameters.values(), *extra]
-    partial = torch.autograd.grad(loss, inputs, allow_unused=True)
+    parameters = {n: p for n, p in trunk.named_parameters() if p.requires_grad}
+    with _shifted(parameters, shift or {}):
+        with torch.enable_grad():
+            in_parts = images_per_pass is not None and len(role_slots.pixels) > images_per_pass
+            run = functools.partial(trunk, images_per_pass=images_per_pass) if in_parts else trunk
+            local = trunk_features(run, role_slots.pixels, precision)
+            loss = objective(gather(local, role_slots.start, role_slots.total, ranks))
+        value = value_of(loss)
+        inputs = [*parameters.values(), *extra]
+        partial = torch.autograd.grad(loss, inputs, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, partial, strict=True)]
     # Every rank holds the same loss, so that the backward pass of `gather` has counted each of them.
     summed = [ranks.sum(g) / ranks.world for g in gradients[: len(parameters)]]
     return Gradient(value, dict(zip(parameters, summed, strict=True)), gradients[len(parameters) :])
+
+
+@contextlib.contextmanager
+def _shifted(parameters: Mapping[str, Tensor], shift: Mapping[str, Tensor]) -> Iterator[None]:
+    """A block in which parameters are moved; afterwards they are the very tensors that they were, also for graphs made before."""
+    kept = {name: parameters[name].data for name in shift if name in parameters}
+    try:
+        for name, value in kept.items():
+            parameters[name].data = value + shift[name]
+        yield
+    finally:
+        for name, value in kept.items():
+            parameters[name].data = value
 
 
 def trunk_jvp(
@@ -107,6 +114,10 @@ def trunk_jvp(
     """
     tangents = {n: direction[n] for n, p in trunk.named_parameters() if n in direction}
     pixels = role_slots.pixels
+    if not tangents:  # the trunk is frozen
+        with torch.no_grad():
+            local = gather(trunk_features(trunk, pixels, "float32"), role_slots.start, role_slots.total, ranks)
+        return local, torch.zeros_like(local)
     fitting = max(1, _PIXELS_PER_PASS // pixels[0].numel() if len(pixels) else 1)
     images_per_pass = min(fitting, images_per_pass or fitting)
     passes, same = [], []

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from methods import plugins
-from pipeline.config import Config
+from pipeline.config import Config, ModelConfig
 from pipeline.data.store import Store
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.evaluation.embedder import Embedder
@@ -83,7 +83,7 @@ def frozen_figures(config: Config, store: Store, embedder: Embedder, trunk: Trun
         "format": FORMAT,
         "images": [store.fingerprint, store.protocol],
         "pixels": transforms.model_dump(mode="json", include={"size", "resize", "squash"}),
-        "model": config.model.model_dump(mode="json", exclude={"weights"}),
+        "model": config.model.model_dump(mode="json", exclude=set(ModelConfig.NOT_EMBEDDED - {"channels_last"})),
         "weights": trunk_digest(trunk),
         "evaluation": evaluation.model_dump(
             mode="json", include={"recall_at", "distance", "distractors", "reranking", "batch_size"}

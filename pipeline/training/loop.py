@@ -27,8 +27,9 @@ from pipeline.errors import NonFiniteError, RunError
 from pipeline.evaluation.embedder import build_embedder
 from pipeline.mining.transport import Transport
 from pipeline.model.cached_gradients import fits_gpu, largest_fitting
+from pipeline.model.layers import prepare_training
 from pipeline.model.network import build_network, num_classes
-from pipeline.runs.checkpoint import Checkpoints, TrainingState
+from pipeline.runs.checkpoint import TRAINING, Checkpoints, TrainingState
 from pipeline.runs.run_folder import read_changes, run_folder
 from pipeline.runs.tracking import Tracker
 from pipeline.storage import Folder
@@ -38,6 +39,7 @@ from pipeline.training.measurements import Measurements
 from pipeline.training.nonfinite import count_skipped
 from pipeline.training.parts import build_mining, image_source
 from pipeline.training.step_checks import read_logs
+from pipeline.training.weight_average import WeightAverage
 
 SHOW_EVERY_S = 0.3  # between two reads of a GPU's values for the display alone, which make the step wait
 MOST_IMAGES = 4096  # of one pass through the trunk that `runtime.images_per_pass: auto` tries
@@ -80,6 +82,9 @@ class Worker:
             config, self.store, device, ranks, config.runtime.loader, config.runtime.loader_cpus
         )
         self.trunk, self.method = build_network(config, num_classes(self.samples), device)
+        if config.model.compile:
+            self.trunk.compile_backbone()
+        trained_parts = prepare_training(self.trunk.backbone, config.model)
         self.run = run_folder(config)
         self.checkpoints = Checkpoints(self.run, config.checkpoint.keep)
         self.mining = build_mining(config, len(self.samples), servers, ranks, device)
@@ -87,7 +92,9 @@ class Worker:
             samples=self.samples, seed=config.seed, length=config.length, precision=config.precision, device=device,
             ranks=ranks, trunk=self.trunk, method=self.method, embedder=self.embedder, load_best=self._load_best,
             mining=self.mining, undoes=config.runtime.skip_nonfinite > 0, images_per_pass=self._images_per_pass(device),
+            trained_parts=trained_parts,
         )  # fmt: skip
+        self.average = WeightAverage(self.trunk, self.method, config.model.ema) if config.model.ema else None
         self.progress = TrainingState()
         self.batches = PlannedBatches(
             self.method, self.context, self.samples, image_source(config, self.store),
@@ -96,7 +103,7 @@ class Worker:
         self.measurements = Measurements(
             config, self.store, self.embedder, self.trunk, self.method, self.checkpoints,
             save=self._save, load_best=self._load_best, publish=self._publish,
-            say=status.add_message, tell=self._tell_validation, report=report,
+            say=status.add_message, tell=self._tell_validation, report=report, average=self.average,
         )  # fmt: skip
         self.tracker: Tracker | None = None
         self._shown: dict[str, float] = {}  # the values that were read last, and when
@@ -168,6 +175,10 @@ class Worker:
         self.batches.stored = self.checkpoints.load(
             "checkpoints", step, self.trunk, self.method, self.context.optimizers, saved_options=not copied
         )
+        if self.average is not None:
+            trained = self.checkpoints.tensors("checkpoints", step, TRAINING)
+            with self.checkpoints.fitting("checkpoints", step):
+                self.average.restore(trained)
         self._tell_best()
         if self.ranks.rank == 0 and step:
             self.status.add_message(f"resumed at step {step} (epoch {self.progress.epoch + 1})")
@@ -210,6 +221,8 @@ class Worker:
                 progress.images += 0 if skipped else plan.ids.shape[1]
                 progress.seconds += time.perf_counter() - started
                 progress.waited_s += waited
+                if self.average is not None and not skipped:
+                    self.average.update(progress.step - progress.skipped_steps)
                 after = self._clock(plan)
                 if row + 1 == len(plan):
                     progress.epoch = epoch + 1
@@ -325,9 +338,11 @@ class Worker:
                 if self.tracker is not None:
                     self.tracker.sync()  # before the checkpoint is complete: a resumed run then has these metrics
 
-            self.checkpoints.save(
-                kind, self.progress, self.trunk, self.method, self.context.optimizers, plan, write_extra
-            )
+            training = self.average.trained() if self.average and kind == "checkpoints" else None
+            with self.average.applied() if self.average else contextlib.nullcontext():
+                self.checkpoints.save(
+                    kind, self.progress, self.trunk, self.method, self.context.optimizers, plan, write_extra, training
+                )
             if mining is not None:
                 mining.prune([self.checkpoints.folder(kind, step) for step in self.checkpoints.steps()])
         self.ranks.barrier()

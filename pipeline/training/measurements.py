@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from pipeline.runs.run_folder import EMBEDDINGS, NEIGHBOURS, SUMMARY, read_chang
 from pipeline.runs.summary import summarise
 from pipeline.runs.tracking import Tracker
 from pipeline.training.frozen_figures import frozen_figures
+from pipeline.training.weight_average import WeightAverage
 
 
 class Measurements:
@@ -42,6 +44,7 @@ class Measurements:
         say: Shows a line to the user.
         tell: Tells the driver the metrics of a validation, with step, epoch and images.
         report: Called with the metrics of each validation, if given.
+        average: The average of weights that is evaluated instead of the newest ones, if given.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Measurements:
         say: Callable[[str], None],
         tell: Callable[[dict[str, Any]], None],
         report: Callable[[dict[str, Any]], None] | None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.config = config
         self.store = store
@@ -72,6 +76,7 @@ class Measurements:
         self.say = say
         self.tell = tell
         self.report = report
+        self.average = average
         self.validation = validation_task(config, store)
 
     def frozen(self, progress: TrainingState, tracker: Tracker | None) -> None:
@@ -109,7 +114,8 @@ class Measurements:
         name = self.config.evaluation.metric
         position = {"epoch": round(clock.epoch, 4), "images": progress.images}
         started = time.perf_counter()
-        metrics = evaluate(self.validation, self.embedder, self.trunk, self.method, recall_at).metrics
+        with self._evaluated():
+            metrics = evaluate(self.validation, self.embedder, self.trunk, self.method, recall_at).metrics
         progress.validation_s += time.perf_counter() - started
         if tracker is not None:
             tracker.log(progress.step, "validation", {**position, **metrics})
@@ -137,7 +143,11 @@ class Measurements:
         if task is not None:
             self.publish({"phase": "evaluating on the test classes"})
             evaluation = self.config.evaluation
-            result = evaluate(task, self.embedder, self.trunk, self.method, evaluation.recall_at, evaluation.clustering)
+            loaded = evaluation.checkpoint == "best"  # an average itself, where there is one
+            with contextlib.nullcontext() if loaded else self._evaluated():
+                result = evaluate(
+                    task, self.embedder, self.trunk, self.method, evaluation.recall_at, evaluation.clustering
+                )
             metrics = result.metrics
             if nested := self.config.method.nested_dims:
                 rows = measure_dims(task, result.embedded, ranks, nested, evaluation.recall_at)
@@ -155,6 +165,10 @@ class Measurements:
         if ranks.rank == 0:
             self.checkpoints.update(progress)
         ranks.barrier()
+
+    def _evaluated(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the network has the weights that are evaluated."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     def _test_task(self) -> RetrievalTask | None:
         return test_task(self.config, self.store) if self.config.evaluation.test else None

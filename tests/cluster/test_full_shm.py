@@ -49,7 +49,10 @@ def test_shared_memory_fills_up_while_a_run_trains(
     make_config: Callable[..., Config], store: Store, tmp_path: Path
 ) -> None:
     assert shutil.which("unshare"), "unshare (util-linux) gives the test a /dev/shm of its own"
-    changes: dict[str, Any] = {"length": "1200 steps", "checkpoint.every": "20 steps", "evaluation.every": "600 steps"}
+    changes: dict[str, Any] = {
+        "length": "800 steps", "checkpoint.every": "20 steps", "evaluation.every": "400 steps",
+        "method.optimizer.name": "sgd", "method.optimizer.lr": 1e-3,  # Adam enlarges the rounding of gradients that are zero
+    }  # fmt: skip
     config = make_config({**changes, "runtime": {"workers": 2, "cpus_per_worker": 1, "loader": "ray"}}, name="full")
     recipe = tmp_path / "full.yaml"
     recipe.write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -74,6 +77,7 @@ def test_shared_memory_fills_up_while_a_run_trains(
     whole = make_config({**changes, "runtime": {"workers": 0, "loader": "in_process"}}, name="whole")
     run_in_process(whole, store.folder.uri, lambda _: None)
     one, other = final(folder), final(tmp_path / "runs" / "whole")
-    print("ended with", started.returncode, err.strip().splitlines()[-1:])
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-9)
+    differences = {
+        n: float((one[n].double() - v.double()).norm() / v.double().norm().clamp(min=1e-6)) for n, v in other.items()
+    }
+    assert max(differences.values()) <= 1e-9, max(differences, key=differences.__getitem__)

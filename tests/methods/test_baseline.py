@@ -13,7 +13,8 @@ from pytorch_metric_learning import losses, miners
 from methods import METHODS, Baseline, Batch, Context, Method, MethodConfig
 from methods.baseline import BaselineConfig, loss_classes, miner_classes
 from methods.config import Clock
-from methods.functional import Head, global_generators
+from methods.functional import global_generators
+from methods.head import Head
 from methods.plans import class_balanced
 from pipeline.distributed.collectives import Ranks
 

@@ -104,6 +104,12 @@ def test_spellings_that_are_accepted(override: str, value: Any) -> None:
     assert found == value
 
 
+@pytest.mark.parametrize("text", ["fp16", "float16", "16"])
+def test_half_precision_says_what_to_use(text: str) -> None:
+    with pytest.raises(UserError, match=r"float16 needs its loss scaled.* use bf16"):
+        load_config(None, [f"precision={text}"])
+
+
 @pytest.mark.parametrize("text", ["20 epochs", "20epochs", "20 Epochs", " 20 epoch "])
 def test_spellings_of_a_length(text: str) -> None:
     assert str(build_config({"length": text}).length) == "20 epochs"
