@@ -16,11 +16,12 @@ rounding, streams, autocast, several devices; tensors of other threads are watch
 from __future__ import annotations
 
 import contextlib
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar
 
 import torch
 import torch._dynamo  # before torch.Generator is replaced below: imported by the first cast of a dtype
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
-_ROOT = Path(__file__).parents[2]
+_ROOT = str(Path(__file__).parents[2])
 # Operations whose result depends on values, so that the host has to know them.
 _VALUES_READ = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive",
@@ -97,9 +98,12 @@ class PretendDevice(TorchDispatchMode):
     """A block in which the device is there.
 
     Attributes:
+        entered: The block that runs, if any; of all threads.
         device: The device to give to what runs.
         synchronisations: How often the host has waited for the device: by place in this repository and operation.
     """
+
+    entered: ClassVar[list[PretendDevice]] = []
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +119,7 @@ class PretendDevice(TorchDispatchMode):
         return _run(operation, arguments, options or {})
 
     def __enter__(self) -> PretendDevice:  # type: ignore[override]
-        if _blocks:
+        if self.entered:
             raise RuntimeError("a PretendDevice within another")
         self._replaced = contextlib.ExitStack()
         before = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -130,8 +134,8 @@ class PretendDevice(TorchDispatchMode):
         ):
             self._replaced.callback(setattr, torch, name, getattr(torch, name))
             setattr(torch, name, replacement)
-        _blocks.append(self)
-        self._replaced.callback(_blocks.remove, self)
+        self.entered.append(self)
+        self._replaced.callback(self.entered.remove, self)
         super().__enter__()
         return self
 
@@ -140,7 +144,6 @@ class PretendDevice(TorchDispatchMode):
         self._replaced.close()
 
 
-_blocks: list[PretendDevice] = []  # the block that is entered, if any; of all threads
 _generators: dict[int, torch.Generator] = {}  # the device's, by the address that all Python objects of one share
 
 
@@ -226,16 +229,19 @@ def _count_waits(name: str, arguments: Any, options: dict[str, Any], on_device: 
 
 
 def _count(name: str) -> None:
-    for block in _blocks:
+    for block in PretendDevice.entered:
         block.synchronisations[f"{_place()} {name}"] += 1
 
 
 def _place() -> str:
-    """The innermost line of this repository that is not of this file, and else of any."""
-    frames = [f for f in traceback.extract_stack() if f.filename != __file__]
-    own = [f for f in frames if Path(f.filename).is_relative_to(_ROOT) and "site-packages" not in f.filename]
-    frame = (own or frames)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
+    """The innermost line of this repository that is not of this file."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file != __file__ and file.startswith(_ROOT) and "site-packages" not in file:
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
 
 
 # ---- what is not dispatched ------------------------------------------------------------------------------------------
