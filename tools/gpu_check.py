@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "method.kappa_max": 2, "method.classes_per_batch": 24, "method.samples_per_class": 4,
     },
     "gca_hng": {
-        "method.name": "gca_hng", "method.heads": 2, "method.layers": 1, "method.edge_dropout": 0.0,
+        "method.name": "gca_hng", "method.heads": 2, "method.layers": 1, "method.edge_dropout": 0.0, "method.warmup": "1 epochs",
         "method.graph_optimizer": {"name": "sgd", "lr": 0.1},
     },
 }  # fmt: skip

@@ -156,8 +156,8 @@ def _run(operation: Any, arguments: Any, options: dict[str, Any]) -> Any:
     on_device = pretended if wanted is None else torch.device(wanted).type == DEVICE.type
     if pretended:
         _refuse_mixed(operation, name, arguments, options, tensors)
+    _refuse_generator(name, options.get("generator"), on_device)
     if pretended or on_device:
-        _refuse_generator(name, options.get("generator"), on_device)
         _count_waits(name, arguments, options, on_device)
     wrappers = {id(x.held): x for x in tensors if isinstance(x, PretendTensor)}
     bare_arguments, bare_options = tree_map(
