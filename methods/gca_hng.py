@@ -18,7 +18,8 @@ first. During `warmup` the trunk is not trained. Retrieval uses z / |z|; graph a
 
 Deviations: own-class entries are left out of the similarity term as the formula says (the authors' program leaves out
 others: `similarity_mask: reference`); one dropout mask for E_ij and E_ji, which are equal (`edge_symmetry: false` draws
-two); statistics of the graph's batch norms are not kept, nothing reads them; the sampler's lists start anew each epoch.
+two); statistics of the graph's batch norms are not kept, nothing reads them; the sampler's lists start anew each epoch; images are
+resized bicubically in evaluation, as everywhere in this program, where the authors' program resizes bilinearly.
 `base_loss: proxy_anchor` is ours: Proxy Anchor (Kim et al., CVPR 2020) in place of the N-pair J_m, J_syn as above.
 """
 
@@ -88,8 +89,20 @@ class GcaHngConfig(MethodConfig):
     graph_optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-4, weight_decay=1e-4, clip_value=10)
     classifier_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, weight_decay=0.01)
 
+    @property
+    def has_proxies(self) -> bool:
+        return self.base_loss == "proxy_anchor"
+
+    @property
+    def is_class_balanced(self) -> bool:
+        return False
+
     @model_validator(mode="after")
     def _check_head(self) -> GcaHngConfig:
+        if self.generate and self.embedding_dim % self.heads:
+            raise ValueError(
+                f"heads is {self.heads}, embedding_dim {self.embedding_dim}: the dimension has to be a multiple of the heads"
+            )
         if self.head != HeadConfig():
             raise ValueError("head is for other methods: this one has batch norm and a linear layer (orthogonal_neck)")
         return self
