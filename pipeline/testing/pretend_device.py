@@ -134,6 +134,8 @@ class PretendDevice(TorchDispatchMode):
         ):
             self._replaced.callback(setattr, torch, name, getattr(torch, name))
             setattr(torch, name, replacement)
+        self._replaced.callback(setattr, torch.random, "fork_rng", torch.random.fork_rng)
+        torch.random.fork_rng = _fork_rng(torch.random.fork_rng)
         self.entered.append(self)
         self._replaced.callback(self.entered.remove, self)
         super().__enter__()
@@ -284,6 +286,17 @@ def _tensor_maker(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return original(data, *rest, **options).to(DEVICE).requires_grad_(requires_grad)
 
     return make
+
+
+def _fork_rng(original: Any) -> Any:
+    """`torch.random.fork_rng`, which keeps no state for "meta"; the device draws from the CPU's generators here."""
+
+    def fork(devices: Any = None, enabled: bool = True, *rest: Any, device_type: str = "cuda", **options: Any) -> Any:
+        if device_type == DEVICE.type:
+            devices, device_type = [], "cuda"
+        return original(devices, enabled, *rest, device_type=device_type, **options)
+
+    return fork
 
 
 def _from_dlpack(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
