@@ -1,15 +1,17 @@
 """A long run under random faults: same weights as undisturbed, flat memory, nothing left behind.
 
-    python -m benchmarks.soak [--minutes 60] [--every 120] [--seed 0] [--root FOLDER] [--json PATH]
+    python -m benchmarks.soak [--minutes 60] [--every 120] [--calm 20] [--seed 0] [--root FOLDER] [--json PATH]
 
 Trains a small mined run (hard negatives and a cross-batch memory; two workers and two mining servers on Ray) for the given time, then
 stops it as `raydml stop` does. Every so many seconds one process is killed or stopped at random: a worker, a mining server, Ray Train's
-controller, a process that loads images, or a worker that hangs (SIGSTOP). Then the same run is trained undisturbed in one process to the
-same step, which takes half as long again, and the weights are compared.
+controller, a process that loads images, or a worker that hangs (SIGSTOP). After the given time it trains on without faults for a while
+(`--calm`), since workers that live for minutes do not tell how their memory grows. Then the same run is trained undisturbed in one process
+to the same step, which takes half as long again, and the weights are compared.
 
 Memory is the resident memory of each process but for what it shares with others (Ray's objects), sampled every second from a minute on
-after training was first seen in it; its growth is the slope of a line through the means of each 20 s of all processes of a kind, each
-process with a level of its own, with Student's 95 % interval.
+after training was first seen in it, of a worker from seven minutes on: so long its allocator and Ray's buffers fill. Its growth is the
+slope of a line through the means of each 20 s of all processes of a kind, each process with a level of its own, with Student's 95 %
+interval.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ TITLES = {  # part of a process's title
     "loader": "ray::MapBatches",
     "hanging worker": "RayTrainWorker",
 }
-WARM_UP_S = 60.0
+WARM_UP_S = {"driver": 60.0, "worker": 420.0, "mining server": 60.0}
 MEAN_OVER_S = 20.0  # a worker lives for some minutes
 HANG_S = 20.0  # the run's hang_timeout_s
 GROWTH_MIB_H = 64.0  # by which memory may grow in an hour, at most, at the upper end of the interval
@@ -102,7 +104,7 @@ class Memory(threading.Thread):
             return
         now = time.monotonic()
         age = now - self._trained_since.setdefault(process.pid, now)
-        if age >= WARM_UP_S:
+        if age >= WARM_UP_S[kind]:
             self.samples[kind][process.pid].append((age / 3600, (memory.rss - memory.shared) / 2**20))
 
     def slope(self, kind: str) -> tuple[float, float, int]:
@@ -210,7 +212,7 @@ def names_of_actors(ray: Any) -> list[str]:
     return sorted(a["ActorClassName"] for a in ray._private.state.actors().values() if a["State"] != "DEAD")
 
 
-def soak(root: str, minutes: float, every_s: float, seed: int) -> list[Row]:
+def soak(root: str, minutes: float, every_s: float, calm_minutes: float, seed: int) -> list[Row]:
     store = write_tiny_store(Path(root)).folder.uri
     shared_before, descriptors = set(os.listdir("/dev/shm")), psutil.Process().num_fds()
     memory, faults = Memory(), Faults(every_s, seed)
@@ -227,11 +229,14 @@ def soak(root: str, minutes: float, every_s: float, seed: int) -> list[Row]:
         memory.start()
         faults.start()
         start = time.monotonic()
-        stopper = threading.Timer(60 * minutes, stop_the_run, (run_folder(config), faults, memory))
+        calm = threading.Timer(60 * minutes, faults.ended.set)
+        stopper = threading.Timer(60 * (minutes + calm_minutes), stop_the_run, (run_folder(config), faults, memory))
+        calm.start()
         stopper.start()
         try:
             run_on_ray(config, store, follow, ray)
         finally:
+            calm.cancel()
             stopper.cancel()
             faults.ended.set()
             memory.ended.set()
@@ -274,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="how long the disturbed run takes")
     parser.add_argument("--every", type=float, default=120, metavar="SECONDS", help="time between two faults")
+    parser.add_argument("--calm", type=float, default=20, metavar="MINUTES", help="time without faults after them")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of faults")
     parser.add_argument("--root", help="keep the runs in this folder, which has to be empty")
     parser.add_argument("--json", metavar="PATH", help="write the figures into this file as well")
@@ -281,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="raydml-soak-") as temporary:
         root = os.path.abspath(options.root or temporary)
         os.makedirs(root, exist_ok=True)
-        rows = soak(root, options.minutes, options.every, options.seed)
+        rows = soak(root, options.minutes, options.every, options.calm, options.seed)
     return finish(rows, options.json)
 
 

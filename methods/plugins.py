@@ -106,9 +106,12 @@ def failure(error: BaseException) -> str:
 
 
 def is_own(cls: type) -> bool:
-    """True for a class of a module in one of the added folders."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
-    return any(os.path.abspath(file).startswith(os.path.abspath(folder) + os.sep) for folder in folders())
+    """True for a class of a module in one of the added folders; packages installed in an environment below one are not."""
+    file = Path(os.path.abspath(getattr(sys.modules.get(cls.__module__), "__file__", None) or ""))
+    for folder in map(os.path.abspath, folders()):
+        if file.is_relative_to(folder) and "site-packages" not in file.relative_to(folder).parts:
+            return True
+    return False
 
 
 def _similar(name: str, names: Iterable[str]) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_metric_learning
 import torch
-from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
+from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory, ThresholdConsistentMarginLoss
 from torch import Tensor
 
-from methods import Batch
+from methods import Batch, plugins
 from methods.baseline import Baseline, BaselineConfig
 from methods.config import Clock
 from methods.metric_learning import References, build_loss, build_miner, evaluate_loss
@@ -175,10 +176,17 @@ def test_losses_that_look_at_labels_alone_are_refused(name: str, key: str) -> No
 
 def test_a_loss_that_indexes_the_batch_by_references_is_refused() -> None:
     with pytest.raises(
-        ValueError,
-        match=r"ThresholdConsistentMarginLoss with \{\} fails on a batch of random embeddings: IndexError: index",
+        ValueError, match=r"ThresholdConsistentMarginLoss with \{\} fails on a batch of random embeddings: index"
     ):
         BaselineConfig(loss="ThresholdConsistentMarginLoss", memory=10)
+
+
+def test_a_library_in_the_users_folder_is_not_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = next(p for p in Path(pytorch_metric_learning.__file__).parents if p.name == "site-packages")
+    monkeypatch.setenv(plugins.FOLDERS, str(packages.parent))  # as a project with an environment in it
+    assert not plugins.is_own(ThresholdConsistentMarginLoss)
+    monkeypatch.setenv(plugins.FOLDERS, str(Path(plugins.__file__).parent))
+    assert plugins.is_own(Baseline) and not plugins.is_own(ThresholdConsistentMarginLoss)
 
 
 def test_losses_that_cannot_be_compared_with_others_are_refused() -> None:
