@@ -30,11 +30,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             if self.track_running_stats and self.num_batches_tracked is not None:
                 some = num > 0  # no image on any rank: nothing to learn from; on the device, which nothing waits for
                 self.num_batches_tracked.add_(some)
-                share = 1.0 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
+                share = 1 / self.num_batches_tracked.clamp(min=1).double() if self.momentum is None else self.momentum
                 unbiased = variance * (count / (count - 1).clamp(min=1))
                 for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
                     assert running is not None
-                    running.lerp_(value.to(running.dtype), (some * share).to(running.dtype))
+                    running.lerp_(value.to(running.dtype), (some.double() * share).to(running.dtype))
         normalised = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         if self.affine:
             normalised = normalised * self.weight[:, None, None] + self.bias[:, None, None]
