@@ -116,11 +116,20 @@ class Batch:
         ids: Sample of each slot.
         labels: Class of each slot's sample.
         columns: Further columns of the plan.
+        host_ids, host_labels: `ids` and `labels` on the host, where reading them does not wait for a GPU.
     """
 
     ids: Int64[Tensor, " batch"]
     labels: Int64[Tensor, " batch"]
     columns: Mapping[str, np.ndarray]
+    host_ids: Int64[np.ndarray, " batch"] = None  # type: ignore[assignment]
+    host_labels: Int64[np.ndarray, " batch"] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Copies to the host what is not given there."""
+        for name, values in (("host_ids", self.ids), ("host_labels", self.labels)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, values.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -237,15 +246,18 @@ class Context(Protocol):
         ...
 
     def backward(self, loss: Float[Tensor, ""], retain_graph: bool = False) -> None:
-        """Checks on all ranks that the loss is finite, then runs its backward pass; trunk gradients are summed over ranks.
+        """Runs the backward pass of a loss; trunk gradients are summed over ranks.
 
-        Raises:
-            RunError: The loss is not finite on some rank; this loss has not changed any parameter then.
+        Whether the loss is finite is read by the next `step`, with its gradients: one wait for a GPU.
         """
         ...
 
     def step(self, optimizer: str) -> None:
-        """Updates the parameters of one optimizer at its scheduled rate and clears its gradients."""
+        """Updates the parameters of one optimizer at its scheduled rate and clears its gradients.
+
+        Raises:
+            RunError: A loss since the last `step`, or a gradient, is not finite on some rank; nothing has been updated then.
+        """
         ...
 
     def embed_samples(self, ids: Int64[np.ndarray, " samples"], embed: bool = True) -> Float[Tensor, "samples dim"]:
@@ -306,12 +318,15 @@ class Method(nn.Module):
     def on_epoch_end(self, epoch: int, context: Context, metrics: Mapping[str, float] | None) -> None:
         """Called after the epoch's last step and after its evaluation, whose metrics are given if there was one."""
 
-    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
-        """One step on one batch; returns the metrics to log, "loss" among them."""
+    def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
+        """One step on one batch; returns the metrics to log, "loss" among them: numbers, or tensors of one element.
+
+        A tensor is read where a line is logged; `float(tensor)` makes every step wait for a GPU.
+        """
         loss = self.loss(self.embed(context.encode()), batch.labels, context)
         context.backward(loss)
         context.step("main")
-        return {"loss": float(loss.detach())}
+        return {"loss": loss.detach()}
 
     def loss(
         self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"], context: Context

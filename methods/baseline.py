@@ -35,6 +35,7 @@ nothing is set.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -172,7 +173,7 @@ class Baseline(Method):
                 value = vars(module).pop(name)
                 module.register_buffer(name, value)
 
-    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
+    def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
         config, mining = self.config, context.mining
         if mining is None:
             return super().training_step(batch, context)
@@ -190,8 +191,8 @@ class Baseline(Method):
         loss = torch.stack(list(terms.values())).sum()
         context.backward(loss)
         context.step("main")
-        mining.put(batch.ids, embeddings, batch.labels)
-        return {"loss": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
+        mining.put(torch.from_numpy(batch.host_ids), embeddings, torch.from_numpy(batch.host_labels))
+        return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
 
     def _sum_over_prefixes(self, embeddings: Tensor, labels: Tensor, references: References | None = None) -> Tensor:
         """The loss of the batch, among itself or against references, over the nested prefixes."""
@@ -210,7 +211,7 @@ class Baseline(Method):
         search_options: dict[str, Any] = {"class_filter": "other", "with_embeddings": True, "missing": "empty"}
         neighbours = mining.take_prefetched("hard")
         if neighbours is None:  # the first step of an epoch
-            neighbours = mining.neighbours(k, ids=batch.ids, **search_options)
+            neighbours = mining.neighbours(k, ids=batch.host_ids, **search_options)
         if context.next_ids is not None:
             mining.prefetch("hard", k, ids=context.next_ids, **search_options)
         ids, first_positions = np.unique(neighbours.ids, return_index=True)
@@ -220,7 +221,7 @@ class Baseline(Method):
         assert neighbours.embeddings is not None
         embeddings = neighbours.embeddings.reshape(-1, neighbours.embeddings.shape[-1])[first_positions]
         labels = neighbours.labels.reshape(-1)[first_positions]
-        return torch.from_numpy(embeddings), torch.from_numpy(labels).to(batch.labels.device)
+        return torch.from_numpy(embeddings), torch.from_numpy(labels).to(batch.labels.device, non_blocking=True)
 
     def loss(
         self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"], context: Context

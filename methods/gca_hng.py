@@ -25,7 +25,7 @@ resized bicubically in evaluation, as everywhere in this program, where the auth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
@@ -222,7 +222,7 @@ def similarity_term_mask(layout: BatchLayout, reference: bool) -> Bool[Tensor, "
     """
     k, c = layout.samples, layout.classes
     mask = torch.ones(k * c * c, dtype=torch.bool, device=layout.labels.device)
-    chunk, column = torch.meshgrid(torch.arange(k), torch.arange(c), indexing="ij")
+    chunk, column = torch.meshgrid(*(torch.arange(n, device=mask.device) for n in (k, c)), indexing="ij")
     if reference:
         mask[(column * (k * c) + chunk * c + column).flatten()] = False
     else:
@@ -262,6 +262,8 @@ class GcaHng(Method):
         self.register_buffer("generator_mean", torch.tensor(FIRST_MEAN, dtype=torch.float64))  # J̄_gen
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # of J_m, J_gen and steps, this epoch
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
+        self._begun = False
+        self.register_load_state_dict_post_hook(lambda method, _: setattr(method, "_begun", False))
 
     def plan(self, epoch: int, context: Context) -> Plan:
         c = self.config
@@ -289,19 +291,19 @@ class GcaHng(Method):
             self.generator_mean.copy_(self.sums[1] / steps if self.config.generate else self.generator_mean)
         self.sums.zero_()
 
-    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
+    def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
         frozen = self.config.warmup.fraction_done(context.clock) < 1
         with torch.no_grad() if frozen else nullcontext():
             features = context.encode()
         ranks = context.ranks if self.config.generate and self.config.shard_edges else None
-        order, layout = self._layout(batch.labels, ranks)
+        order, layout = self._layout(batch, ranks)
         uniforms = [self._uniforms(context) for _ in range(2)]
         return self.iterate(features[order], layout, uniforms, context, ranks)
 
-    def _layout(self, labels: Tensor, ranks: Ranks | None) -> tuple[Tensor, BatchLayout]:
+    def _layout(self, batch: Batch, ranks: Ranks | None) -> tuple[Tensor, BatchLayout]:
         """Order of the slots that makes a class-major batch sample-major, and the layout it has then."""
-        k = self.config.samples_per_class
-        grouped = labels.view(-1, k)
+        k, labels = self.config.samples_per_class, batch.labels
+        grouped = batch.host_labels.reshape(-1, k)
         if (grouped != grouped[:, :1]).any():
             raise ValueError(f"every {k} slots have to be of one class: use plans.uniform_classes")
         order = torch.arange(len(labels), device=labels.device).view(-1, k).T.flatten()
@@ -322,7 +324,7 @@ class GcaHng(Method):
         uniforms: Sequence[Tensor],
         context: Context,
         ranks: Ranks | None = None,
-    ) -> dict[str, float]:
+    ) -> Mapping[str, float | Tensor]:
         """The phases A, B and C on one batch, sample-major; returns the metrics to log.
 
         Args:
@@ -349,7 +351,7 @@ class GcaHng(Method):
         loss = metric + weight * synthetic + entropy
         context.backward(loss)
         context.step("main")
-        self._step_graph(context, first=int(self.iterations) == 0)
+        self._step_graph(context, first=self._is_first())
         z = z.detach()
         logs |= {"loss": loss, "synthetic": synthetic, "graph_cross_entropy": entropy}
         del lam, logits, joined
@@ -395,6 +397,12 @@ class GcaHng(Method):
         dtype = self.classifier.weight.dtype
         return torch.exp(-self.config.alpha / self.metric_mean).to(dtype)
 
+    def _is_first(self) -> bool:
+        """Whether this is the first iteration; read from the buffer until it is not, and after weights were loaded."""
+        if not self._begun:
+            self._begun = int(self.iterations) > 0
+        return not self._begun
+
     def _step_graph(self, context: Context, first: bool) -> None:
         """Steps the graph's optimizer; except in its first step, parameters without gradient get the gradient 0."""
         if self.config.zero_gradients and not first:
@@ -405,13 +413,13 @@ class GcaHng(Method):
 
     def _accumulate_and_log(
         self, logs: dict[str, Tensor], metric: Tensor, generator: Tensor | None
-    ) -> dict[str, float]:
+    ) -> Mapping[str, float | Tensor]:
         with torch.no_grad():
             self.sums[0] += metric.clamp(min=1e-6).double()
             self.sums[1] += 0.0 if generator is None else generator.clamp(min=1e-6).double()
             self.sums[2] += 1
             self.iterations += 1
-        return {name: float(value.detach()) for name, value in logs.items()}
+        return {name: value.detach() for name, value in logs.items()}
 
     @staticmethod
     def _copy_to_ranks(x: Tensor, ranks: Ranks | None) -> Tensor:

@@ -69,6 +69,12 @@ class Pairs:
         weight = torch.where(first == second, 1.0, 2.0) if symmetric else torch.ones(len(first), device=device)
         return cls(first, second, weight.to(like.dtype), index, local, ranks, symmetric)
 
+    @property
+    def total(self) -> int:
+        """Number of the edges of all processes."""
+        count = len(self.index)
+        return count * (count + 1) // 2 if self.symmetric else count * count
+
     def row_sums(self, edges: Float[Tensor, "edges dim"]) -> Float[Tensor, "batch dim"]:
         """Σ_j of the edges of every node."""
         node_sums = edges.new_zeros(len(self.index), edges.shape[1]).index_add(0, self.first, edges)
@@ -80,7 +86,7 @@ class Pairs:
     def dense(self, edges: Float[Tensor, "edges dim"]) -> Float[Tensor, "batch batch dim"]:
         """The edges of all processes, by ordered pair, for use by each process in parts."""
         if self.ranks is not None:
-            all_edges = edges.new_zeros(int(self.index.max()) + 1, edges.shape[1])
+            all_edges = edges.new_zeros(self.total, edges.shape[1])
             positions = torch.arange(*self.local.indices(len(all_edges)), device=edges.device)
             edges = self.copy_to_ranks(self.sum_over_ranks(all_edges.index_copy(0, positions, edges)))
         return edges[self.index]
@@ -170,7 +176,7 @@ class EdgeBlock(nn.Module):
 
     def _dropout_weights(self, pairs: Pairs, like: Tensor) -> Tensor:
         """Dropout of the two weights of every edge, drawn for the edges of all processes alike; this process's share."""
-        ones = like.new_ones(int(pairs.index.max()) + 1, 2)
+        ones = like.new_ones(pairs.total, 2)
         return F.dropout(ones, self.dropout, self.training)[pairs.local]
 
 

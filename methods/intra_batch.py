@@ -166,11 +166,11 @@ class IntraBatch(Method):
             context.load_best()
             self.reloads.fill_(num_due)
 
-    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
+    def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
         terms = self.terms(self.head.project(context.encode()), batch.labels)
         context.backward(terms["loss"])
         context.step("main")
-        return {name: float(value.detach()) for name, value in terms.items()}
+        return {name: value.detach() for name, value in terms.items()}
 
     def terms(self, f: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"]) -> Mapping[str, Float[Tensor, ""]]:
         """The loss of a batch and its parts; `f` are the embeddings before normalisation."""

@@ -191,7 +191,7 @@ class References:
         cls, batch: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor, negatives_only: bool
     ) -> References:
         """The batch and others behind it."""
-        embeddings = torch.cat([batch.detach(), others.to(batch)])
+        embeddings = torch.cat([batch.detach(), others.to(batch, non_blocking=True)])
         return cls(embeddings, torch.cat([labels, other_labels]), len(batch), negatives_only)
 
     def prefix(self, dim: int) -> References:

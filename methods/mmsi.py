@@ -39,6 +39,7 @@ import torch
 from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from methods.base import Batch, Context, Gradient, Method, MethodConfig
 from methods.config import Length
@@ -176,7 +177,10 @@ def normalise_weights(
 
 
 def _over_maximum(weights: Tensor) -> Tensor:
-    return weights / weights.max() if weights.numel() and bool(weights.max() > 0) else torch.zeros_like(weights)
+    if not weights.numel():
+        return weights
+    largest = weights.max()
+    return torch.where(largest > 0, weights / torch.where(largest > 0, largest, 1), 0)
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -243,21 +247,22 @@ class Mmsi(Method):
         start = epoch * steps - first * steps_per_pass
         return Plan(source[np.concatenate(passes)[start : start + steps]])
 
-    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
+    def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
         c = self.config
         if not c.meta:
             return super().training_step(batch, context)
         assert context.mining is not None and context.mining.memory is not None
-        role = batch.columns["role"]
-        train, meta = (torch.from_numpy(role == name).to(batch.ids.device) for name in ("train", "meta"))
+        rows = [np.flatnonzero(batch.columns["role"] == name) for name in ("train", "meta")]
+        train, meta = (torch.from_numpy(slots).to(batch.ids.device, non_blocking=True) for slots in rows)
+        host_ids, host_labels = batch.host_ids[rows[0]], batch.host_labels[rows[0]]
         labels, memory = batch.labels[train], context.mining.memory
         plain = c.meta_start.fraction_done(context.clock) < 1
-        num_known_classes = len(memory.classes) + len(set(labels.tolist()).difference(memory.classes))
+        num_known_classes = len(memory.classes) + len(set(host_labels.tolist()).difference(memory.classes))
         with torch.set_grad_enabled(plain or num_known_classes >= self.warmup):
             embeddings = self.embed(
                 context.encode("train", keep_for_jvp=not plain and num_known_classes >= self.warmup)
             )
-        context.mining.put(batch.ids[train], embeddings.detach(), labels)
+        context.mining.put(torch.from_numpy(host_ids), embeddings.detach(), torch.from_numpy(host_labels))
         similarity = embeddings @ embeddings.T
         selection = select_pairs(similarity, labels, c)
         if plain:
@@ -350,20 +355,19 @@ class Mmsi(Method):
 
     def _logs(
         self, value: Tensor, meta: float | None, weights: Tensor | None, selection: Selection
-    ) -> dict[str, float]:
-        logs = {"loss": float(value.detach()), "pairs": float(selection.slots.sum())}
-        logs |= {
-            f"skipped/{n}": float(v) for n, v in zip(("warm_up", "meta_zero", "no_weight"), self.skipped, strict=True)
-        }
+    ) -> Mapping[str, float | Tensor]:
+        logs: dict[str, float | Tensor] = {"loss": value.detach(), "pairs": selection.slots.sum()}
+        names = ("warm_up", "meta_zero", "no_weight")
+        logs |= {f"skipped/{n}": v for n, v in zip(names, self.skipped.clone(), strict=True)}
         if weights is not None and meta is not None:
             logs["meta_loss"] = meta
             signs = {"triplet": selection.slots} if self.config.loss == "triplet" else {
                 "positive": selection.positives, "negative": selection.negatives}  # fmt: skip
             for sign, mask in signs.items():
-                masked_weights = weights[mask] if bool(mask.any()) else weights.new_zeros(1)
+                masked_weights = F.pad((weights * mask).flatten(), (0, 1))  # at least one number; none is negative
                 logs |= {
-                    f"weight/{sign}_max": float(masked_weights.max()),
-                    f"weight/{sign}_mean": float(masked_weights.mean()),
+                    f"weight/{sign}_max": masked_weights.max(),
+                    f"weight/{sign}_mean": masked_weights.sum() / mask.sum().clamp(min=1),
                 }
         return logs
 

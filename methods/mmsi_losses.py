@@ -139,10 +139,12 @@ def _triplet(s: Tensor, w: Tensor | float, selection: Selection, c: Constants) -
 
 
 def _log_sum(exponents: Tensor, mask: Tensor, plus_one: bool) -> Tensor:
-    """log(Σ exp), or log(1 + Σ exp), over the masked entries of each row that has any."""
-    rows = mask.any(1)
-    masked = exponents[rows].masked_fill(~mask[rows], -torch.inf)
-    return torch.logsumexp(F.pad(masked, (0, 1), value=0.0) if plus_one else masked, 1)
+    """log(Σ exp), or log(1 + Σ exp), over the masked entries of each row; 0 of a row that has none."""
+    masked = exponents.masked_fill(~mask, -torch.inf)
+    if plus_one:
+        return torch.logsumexp(F.pad(masked, (0, 1), value=0.0), 1)
+    empty = ~mask.any(1)
+    return torch.logsumexp(masked.masked_fill(empty[:, None], 0.0), 1).masked_fill(empty, 0.0)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ harmless; batches of images are class-balanced and an epoch uses every image, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -194,12 +194,12 @@ class OsmCaa(Method):
             epoch,
         )
 
-    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
+    def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
         z = self.head.project(context.encode())
         terms = self.terms(z, batch.labels, context.shards if not self.config.global_pairs else (slice(None),))
         context.backward(terms["loss"])
         context.step("main")
-        return {name: float(value.detach()) for name, value in terms.items()}
+        return {name: value.detach() for name, value in terms.items()}
 
     def terms(
         self, z: Float[Tensor, "m dim"], labels: Int64[Tensor, " m"], shards: Sequence[slice] = (slice(None),)

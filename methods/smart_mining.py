@@ -327,7 +327,7 @@ class SmartMining(Method):
             self.controller.update(float(self.counts[0]) / max(1, int(self.counts[1])))
         self.counts.zero_()
 
-    def training_step(self, batch: Batch, context: Context) -> dict[str, float]:
+    def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
         c = self.config
         anchor, positive, negative = self.embed(context.encode()).chunk(3)
         triplet, d_positive, d_negative = triplet_loss(anchor, positive, negative, c.margin)
@@ -336,12 +336,12 @@ class SmartMining(Method):
         context.backward(loss)
         context.step("main")
         active = triplet.detach() > 0
-        self.counts += torch.stack([active.sum(), torch.tensor(len(active), device=active.device)]).to(
+        self.counts += torch.stack([active.sum(), torch.full((), len(active), device=active.device)]).to(
             self.counts.device
         )
         kind = batch.columns["kind"][: len(active)]
-        logs = {"loss": float(loss.detach()), "triplet": float(triplet.detach().mean()), "global": float(global_term.detach()),
-                "error": float(self.counts[0]) / float(self.counts[1])}  # fmt: skip
+        logs = {"loss": loss.detach(), "triplet": triplet.detach().mean(), "global": global_term.detach(),
+                "error": self.counts[0].double() / self.counts[1].double()}  # fmt: skip
         logs |= {f"share/{n}": float((kind == k).mean()) for k, n in enumerate(("mined", "half_mined", "random"))}
         if self._mines(context.clock.epoch):
             controller = self.controller

@@ -42,6 +42,14 @@ class Ranks:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def largest(self, values: Tensor) -> Tensor:
+        """Each element's largest value over the ranks, on the device of `values`."""
+        if self.world == 1:
+            return values
+        out = values.clone()
+        dist.all_reduce(out, dist.ReduceOp.MAX)
+        return out
+
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, without gradient."""
         return value if self.world == 1 else SumOverRanks.forward(value.detach())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from methods import Method
 from pipeline.config import Config
+from pipeline.data.copy_ahead import on_device
 from pipeline.data.loader import ImageSource, LoadRequest, load
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks, gather
@@ -102,9 +103,10 @@ class Embedder:
             LoadRequest(ids[i : min(i + self.batch_size, local.stop)])
             for i in range(local.start, local.stop, self.batch_size)
         ]
-        with contextlib.closing(load(self.source, requests, self.engine, self.loader_cpus)) as pixel_stream:
-            for pixels in pixel_stream:
-                yield self._embed(pixels.to(self.device), trunk, method)
+        pixels = load(self.source, requests, self.engine, self.loader_cpus)
+        with contextlib.closing(on_device(pixels, self.device)) as pixel_stream:
+            for batch in pixel_stream:
+                yield self._embed(batch.to(self.device, non_blocking=True), trunk, method)
 
     def _embed(self, pixels: Tensor, trunk: EvaluatedTrunk, method: Method | None) -> Tensor:
         given = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])  # some networks take no empty batch

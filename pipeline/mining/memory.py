@@ -96,20 +96,32 @@ class EmbeddingMemory:
         return self._ids[: self._count]
 
     def append(
-        self, features: Float[Tensor, "rows dim"], labels: Int64[Tensor, " rows"], ids: Int64[Tensor, " rows"]
+        self,
+        features: Float[Tensor, "rows dim"],
+        labels: Int64[Tensor, " rows"],
+        ids: Int64[Tensor, " rows"],
+        host_features: Float[Tensor, "rows dim"] | None = None,
     ) -> None:
         """Adds rows in their order; entries beyond a bound are evicted, the oldest first.
+
+        Args:
+            features: The rows, on any device.
+            labels, ids: Class and sample of each; on the CPU, or the device is waited for.
+            host_features: The features on the CPU, where the caller has them; None: they are copied.
 
         Raises:
             UserError: The dimension differs, or rows are not finite; nothing is stored then.
         """
-        validate_rows(ids.cpu().numpy(), features.detach().float().cpu().numpy(), labels.cpu().numpy(), self.dim)
+        host = features.detach().cpu() if host_features is None else host_features
+        labels, ids = labels.cpu(), ids.cpu()
+        validate_rows(ids.numpy(), host.float().numpy(), labels.numpy(), self.dim)
         slots = [self._place(label) for label in labels.tolist()]
         row_of_slot = {slot: row for row, slot in enumerate(slots)}  # a slot that the batch itself overwrites
-        rows = torch.tensor(list(row_of_slot.values()), dtype=torch.int64, device=ids.device)
-        sequence_numbers = self.version + np.fromiter(row_of_slot.values(), np.int64, len(row_of_slot))
+        rows = np.fromiter(row_of_slot.values(), np.int64, len(row_of_slot))
         overwritten_slots = np.fromiter(row_of_slot.keys(), np.int64, len(row_of_slot))
-        self._write(overwritten_slots, features.detach()[rows], ids[rows], labels[rows], sequence_numbers)
+        on_device = torch.from_numpy(rows).to(features.device, non_blocking=True)
+        kept = (features.detach()[on_device], ids[rows], labels[rows])
+        self._write(overwritten_slots, *kept, self.version + rows)
         self.version += len(slots)
 
     def _place(self, label: int) -> int:
@@ -140,10 +152,10 @@ class EmbeddingMemory:
             self._features = torch.cat([self._features, self._features.new_empty((num_new, self.dim))])
             self._labels, self._ids = (torch.cat([t, t.new_empty(num_new)]) for t in (self._labels, self._ids))
             self._sequence_numbers = np.concatenate([self._sequence_numbers, np.empty(num_new, np.int64)])
-        positions = torch.tensor(slots, device=self._features.device)
-        self._features[positions] = features.to(self._features)
-        self._ids[positions] = ids.to(self._ids)
-        self._labels[positions] = labels.to(self._labels)
+        positions = torch.from_numpy(slots).to(self._features.device, non_blocking=True)
+        self._features[positions] = features.to(self._features, non_blocking=True)
+        self._ids[positions] = ids.to(self._ids, non_blocking=True)
+        self._labels[positions] = labels.to(self._labels, non_blocking=True)
         self._sequence_numbers[slots] = sequence_numbers
 
     def changes_since(self, since: int) -> MemoryChanges:

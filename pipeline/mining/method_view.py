@@ -143,12 +143,16 @@ class MethodMining:
         labels: Int64[Tensor, " rows"],
         tag: str = "",
     ) -> None:
+        embeddings = embeddings.detach()
+        if self.memory is None and self.ranks.rank != 0:
+            return
+        precise = embeddings if self.spec.memory_dtype == "float64" else embeddings.float()
+        on_host = precise.cpu()  # waits for the device, once
+        host_ids, host_labels = ids.cpu(), labels.cpu()
         if self.memory is not None:
-            self.memory.append(embeddings, labels, ids)
+            self.memory.append(embeddings, host_labels, host_ids, on_host)
         if self.ranks.rank == 0:
-            float_embeddings = embeddings.detach()
-            float_embeddings = float_embeddings if self.spec.memory_dtype == "float64" else float_embeddings.float()
-            arrays = (ids.cpu().numpy(), float_embeddings.cpu().numpy(), labels.cpu().numpy())
+            arrays = (host_ids.numpy(), on_host.numpy(), host_labels.numpy())
             self._rank0_client.put(*arrays, self.step, self.needs.table, self.needs.memory, tag)
 
     def neighbours(self, k: int, **search_options: Any) -> SearchResponse:

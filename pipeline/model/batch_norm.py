@@ -27,13 +27,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         centred = x - mean[:, None, None]
         variance = self._sum((centred * centred).sum((0, 2, 3))) / count
         with torch.no_grad():
-            # no image on any rank: nothing to learn from
-            if num > 0 and self.track_running_stats and self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+            if self.track_running_stats and self.num_batches_tracked is not None:
+                some = num > 0  # no image on any rank: nothing to learn from; on the device, which nothing waits for
+                self.num_batches_tracked.add_(some)
+                share = 1 / self.num_batches_tracked.clamp(min=1).double() if self.momentum is None else self.momentum
                 unbiased = variance * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)  # type: ignore[union-attr]
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)  # type: ignore[union-attr]
+                for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    assert running is not None
+                    running.lerp_(value.to(running.dtype), (some.double() * share).to(running.dtype))
         normalised = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         if self.affine:
             normalised = normalised * self.weight[:, None, None] + self.bias[:, None, None]

@@ -126,7 +126,9 @@ class Checkpoints:
         """
         self._require_owner()
         tensors = {**trunk.state_dict(), **{f"method.{n}": t for n, t in method.state_dict().items()}}
-        bad = [n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+        finite = {n: t.isfinite().all() for n, t in tensors.items() if t.is_floating_point()}
+        read = torch.stack(list(finite.values())).tolist()  # the device is waited for once
+        bad = [n for n, is_finite in zip(finite, read, strict=True) if not is_finite]
         if bad:
             raise DivergedError(
                 f"{len(bad)} of {len(tensors)} tensors are not finite at step {progress.step} (first: {bad[0]}): the "

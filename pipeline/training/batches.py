@@ -11,6 +11,7 @@ from methods import Context, Method
 from methods.config import Length
 from methods.plans import Plan
 from pipeline.config import RuntimeConfig
+from pipeline.data.copy_ahead import on_device
 from pipeline.data.loader import ImageSource, LoadRequest, load
 from pipeline.data.store import Samples
 from pipeline.distributed.collectives import Ranks
@@ -82,11 +83,12 @@ class PlannedBatches:
         return plans
 
     def pixels(self, plans: list[tuple[int, Plan]], progress: TrainingState) -> Generator[Tensor, None, None]:
-        """Pixels of this rank's slots for the steps to come, uint8 [slots, 3, S, S] each."""
+        """Pixels of this rank's slots for the steps to come, uint8 [slots, 3, S, S] each; on a GPU, if that is the device."""
         length = self.length
         max_steps = max(0, round(length.value) - progress.step) if length.unit == "steps" else None
         requests = islice(self.requests(plans, progress.step, progress.step_in_epoch), max_steps)
-        return load(self.source, requests, self.runtime.loader, self.runtime.loader_cpus)
+        pixels = load(self.source, requests, self.runtime.loader, self.runtime.loader_cpus)
+        return on_device(pixels, self.context.device)
 
     def requests(self, plans: list[tuple[int, Plan]], step: int, row: int) -> Iterator[LoadRequest]:
         """Load requests of this rank's slots, from a row of the first plan on; lazy, because plans are long."""

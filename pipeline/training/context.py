@@ -31,6 +31,7 @@ from pipeline.model.network import trunk_features
 from pipeline.model.trunk import Trunk
 from pipeline.training.derivatives import RoleSlots, trunk_gradient, trunk_jvp
 from pipeline.training.nonfinite import StepUndo, name_samples
+from pipeline.training.step_checks import StepChecks, overflows
 
 
 class RunContext:
@@ -102,6 +103,7 @@ class RunContext:
         self.images_per_pass = images_per_pass
         self.trained_parts = trained_parts
         self._undo = StepUndo([trunk, method], self.optimizers) if undoes else None
+        self._checks = StepChecks(ranks, device)
         self._gathered: tuple[np.ndarray, Tensor] | None = None  # slots and features of this step's last `encode`
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
@@ -124,6 +126,7 @@ class RunContext:
         self._num_encoded = 0
         self._outputs = None
         self._gathered = None
+        self._checks.begin_step()
         if self._undo is not None:
             self._undo.begin_step()
         self._seed_global()  # dropout inside a backbone: the same after a resume
@@ -138,9 +141,10 @@ class RunContext:
         if self.trained_parts is not None:
             self.trained_parts.set(clock)
         self.method.train()
-        ids = torch.from_numpy(plan.ids[row]).to(self.device)
-        labels = torch.from_numpy(self.labels[plan.ids[row]]).to(self.device)
-        return Batch(ids, labels, {name: column[row] for name, column in plan.columns.items()})
+        host_ids, host_labels = plan.ids[row], self.labels[plan.ids[row]]
+        ids, labels = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (host_ids, host_labels))
+        columns = {name: column[row] for name, column in plan.columns.items()}
+        return Batch(ids, labels, columns, host_ids, host_labels)
 
     def encode(
         self, role: str | Sequence[str] | None = None, keep_for_jvp: bool = False
@@ -178,7 +182,7 @@ class RunContext:
         shift: Mapping[str, Tensor] | None = None,
     ) -> Gradient:
         return trunk_gradient(
-            self.trunk, self.ranks, self.precision, self._role_slots(role), objective, extra, shift, self._check_finite,
+            self.trunk, self.ranks, self.precision, self._role_slots(role), objective, extra, shift, self._value,
             self.images_per_pass,
         )  # fmt: skip
 
@@ -198,7 +202,9 @@ class RunContext:
         slots = self._slots(role)
         shard = self.shards[self.ranks.rank]
         local_slots = slots[(slots >= shard.start) & (slots < shard.stop)] - shard.start
-        pixels = self._pixels if role is None else self._pixels[torch.from_numpy(local_slots).to(self.device)]
+        if role is None:
+            return RoleSlots(self._pixels, int((slots < shard.start).sum()), len(slots))
+        pixels = self._pixels[torch.from_numpy(local_slots).to(self.device, non_blocking=True)]
         return RoleSlots(pixels, int((slots < shard.start).sum()), len(slots))
 
     def _slots(self, role: str | Sequence[str] | None) -> np.ndarray:
@@ -219,17 +225,35 @@ class RunContext:
             torch.cuda.manual_seed(seed)
 
     def backward(self, loss: Float[Tensor, ""], retain_graph: bool = False) -> None:
-        self._check_finite(loss)
         loss.backward(retain_graph=retain_graph)
+        self._checks.add(loss)
         self._awaits_backward = False
 
-    def _check_finite(self, loss: Tensor) -> None:
-        if self.ranks.any(not bool(torch.isfinite(loss.detach()).all()), self.device):
+    def end_step(self) -> None:
+        """Checks the losses that no optimizer has stepped after."""
+        if self._checks.losses:
+            self._read_checks()
+
+    def _read_checks(self, *values: Tensor) -> list[float]:
+        """`values`, the largest of all ranks, read together with the losses' checks.
+
+        Raises:
+            NonFiniteError: A loss is not finite on some rank.
+        """
+        not_finite, read = self._checks.read(*values)
+        if not_finite:
+            assert self._checks.not_finite is not None
             raise NonFiniteError(
-                f"the loss is not finite at step {self.clock.step} ({float(loss.detach())} on rank {self.ranks.rank}): no update "
-                f"was applied and the last checkpoint is intact. Lower the learning rate ({self._rates()}) or inspect these "
-                f"samples: {self._images_of_step()}"
+                f"the loss is not finite at step {self.clock.step} ({float(self._checks.not_finite)} on rank {self.ranks.rank}): "
+                f"no update was applied and the last checkpoint is intact. Lower the learning rate ({self._rates()}) or inspect "
+                f"these samples: {self._images_of_step()}"
             )
+        return read
+
+    def _value(self, loss: Tensor) -> float:
+        """The value of a loss, the same on every rank, checked there."""
+        self._checks.add(loss)
+        return self._read_checks(loss.detach())[0]
 
     def undo_step(self) -> None:
         """Takes back what the present step has changed before it was found to be not finite; see `nonfinite`."""
@@ -263,11 +287,12 @@ class RunContext:
         self.optimizers[optimizer].inner.zero_grad(set_to_none=True)
 
     def _check_gradients(self, optimizer: str) -> None:
-        """Raises NonFiniteError on all ranks if a gradient is not finite on one; one pass over the gradients."""
+        """Raises NonFiniteError on all ranks if a loss or a gradient is not finite on one; one pass over the gradients."""
         groups = self.optimizers[optimizer].inner.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        # A sum is the cheapest pass that nothing infinite gets through; a sum that overflows is looked at again.
-        bad = [p for p in parameters if not bool(p.grad.isfinite().all())] if _overflows(parameters) else []
+        if not self._read_checks(overflows([p.grad for p in parameters], self.device))[0]:
+            return
+        bad = [p for p in parameters if not bool(p.grad.isfinite().all())]  # or only their sum is not
         if not self.ranks.any(bool(bad), self.device):
             return
         names = {
@@ -293,12 +318,6 @@ class RunContext:
                 digest.update(name.encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
-
-
-def _overflows(parameters: Sequence[Tensor]) -> bool:
-    """True if the sum of some gradient is not finite."""
-    sums = [p.grad.sum() for p in parameters if p.grad is not None]
-    return bool(sums) and not bool(torch.stack(sums).isfinite().all())
 
 
 def learning_rates(optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,10 @@ from pipeline.training.context import RunContext, learning_rates
 from pipeline.training.measurements import Measurements
 from pipeline.training.nonfinite import count_skipped
 from pipeline.training.parts import build_mining, image_source
+from pipeline.training.step_checks import read_logs
 from pipeline.training.weight_average import WeightAverage
 
+SHOW_EVERY_S = 0.3  # between two reads of a GPU's values for the display alone, which make the step wait
 MOST_IMAGES = 4096  # of one pass through the trunk that `runtime.images_per_pass: auto` tries
 
 
@@ -104,6 +106,8 @@ class Worker:
             say=status.add_message, tell=self._tell_validation, report=report, average=self.average,
         )  # fmt: skip
         self.tracker: Tracker | None = None
+        self._shown: dict[str, float] = {}  # the values that were read last, and when
+        self._shown_at = -SHOW_EVERY_S
 
     def _images_per_pass(self, device: torch.device) -> int | None:
         """`runtime.images_per_pass`, where it is `auto` measured by the first worker."""
@@ -209,7 +213,7 @@ class Worker:
                 logs = self._training_step(batch)
                 skipped = logs is None
                 if self.mining is not None:
-                    logs = (logs or {}) | self.mining.logs()
+                    logs = {**(logs or {}), **self.mining.logs()}
                 # count
                 progress = self.progress
                 progress.step += 1
@@ -243,11 +247,12 @@ class Worker:
                     return True
         return False
 
-    def _training_step(self, batch: Batch) -> dict[str, float] | None:
+    def _training_step(self, batch: Batch) -> Mapping[str, float | Tensor] | None:
         """The method's step and its metrics; None: it was left out, as its loss or gradient was not finite."""
         progress = self.progress
         try:
             logs = self.method.training_step(batch, self.context)
+            self.context.end_step()
         except MethodError as error:
             raise self.context.step_error(error) from error
         except NonFiniteError as error:
@@ -280,20 +285,34 @@ class Worker:
 
     # ---- log, save -----------------------------------------------------------------------------------------------
 
-    def _log(self, logs: dict[str, float], clock: Clock, plan: Plan) -> None:
+    def _log(self, logs: Mapping[str, float | Tensor], clock: Clock, plan: Plan) -> None:
+        """Logs a step where a line is due and shows it; values on a GPU are read for a line, and now and then to be shown."""
         if self.ranks.rank != 0 or self.tracker is None:
             return
         progress = self.progress
+        due = progress.step % self.config.runtime.log_every == 0 or progress.step == 1
+        values = self._read(logs, due)
         seconds = max(progress.seconds, 1e-9)
         speed = {"images_per_second": progress.images / seconds, "waiting": progress.waited_s / seconds}
         total = self.config.length.steps(len(plan))
         if progress.skipped_steps:
-            logs = logs | {"skipped_steps": float(progress.skipped_steps)}
+            values = values | {"skipped_steps": float(progress.skipped_steps)}
         position = {"step": progress.step, "total": total, "epoch": round(clock.epoch, 4), "images": progress.images}
-        self._publish({"phase": "training", **position, **speed, **logs})
-        if progress.step % self.config.runtime.log_every == 0 or progress.step == 1:
-            values = {"epoch": round(clock.epoch, 4), **logs, **learning_rates(self.context.optimizers)}
+        self._publish({"phase": "training", **position, **speed, **values})
+        if due:
+            values = {"epoch": round(clock.epoch, 4), **values, **learning_rates(self.context.optimizers)}
             self.tracker.log(progress.step, "train", values | speed)
+
+    def _read(self, logs: Mapping[str, float | Tensor], due: bool) -> dict[str, float]:
+        """The step's values, or those that were read last: on a GPU they are read where a line is due, and every `SHOW_EVERY_S`."""
+        now = time.monotonic()
+        if due or self.context.device.type == "cpu" or now - self._shown_at >= SHOW_EVERY_S:
+            self._shown_at = now
+            try:
+                self._shown = read_logs(logs)
+            except MethodError as error:
+                raise self.context.step_error(error) from error
+        return self._shown
 
     def _tell_validation(self, point: dict[str, Any]) -> None:
         self._tell_best()
