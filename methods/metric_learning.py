@@ -179,7 +179,8 @@ def evaluate_loss(
         if references is None:
             tuples = miner(embeddings, labels) if miner is not None else None
             part = loss
-            return (loss(embeddings, labels) if tuples is None else loss(embeddings, labels, tuples)).reshape(())
+            value = loss(embeddings, labels) if tuples is None else loss(embeddings, labels, tuples)
+            return value if value.ndim == 0 else value.reshape(())
         tuples = miner(embeddings, labels, *references) if miner is not None else None
         part = loss
         return loss(embeddings, labels, tuples, ref_emb=references[0], ref_labels=references[1]).reshape(())
