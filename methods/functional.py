@@ -71,12 +71,12 @@ def global_generators(*seed: int) -> Iterator[None]:
     since the states are exchanged, not copied; of numpy's, a spare normal number of `np.random.normal` is not kept.
     """
     words = np.random.SeedSequence(seed).generate_state(2)
-    outside = np.random.get_bit_generator()
+    outside = np.random.get_bit_generator()  # type: ignore[attr-defined]
     inside = _unused.pop() if _unused else np.random.MT19937()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     torch_states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
     try:
-        np.random.set_bit_generator(inside)
+        np.random.set_bit_generator(inside)  # type: ignore[attr-defined]
         np.random.seed(int(words[1]))
         # `torch.manual_seed` seeds the devices too, and keeps a stack trace for a GPU that has not been used yet
         (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(words[0]))
@@ -85,5 +85,5 @@ def global_generators(*seed: int) -> Iterator[None]:
         torch.set_rng_state(torch_states[0])
         for device, state in zip(devices, torch_states[1], strict=True):
             torch.cuda.set_rng_state(state, device)
-        np.random.set_bit_generator(outside)
+        np.random.set_bit_generator(outside)  # type: ignore[attr-defined]
         _unused.append(inside)
