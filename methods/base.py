@@ -85,6 +85,11 @@ class MethodConfig(BaseConfig):
         return False
 
     @property
+    def loads_best_after(self) -> Length | None:
+        """Length of training before the first `load_best`; None: it is not called."""
+        return None
+
+    @property
     def requires_frozen_batch_norm(self) -> bool:
         """True if the method needs frozen batch normalisation, as `Context.jvp` does."""
         return False
@@ -317,6 +322,11 @@ class Method(nn.Module):
     def embed(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
         """Embeddings of pooled features, as used for retrieval."""
         return self.head(features)
+
+    @property
+    def skipped_steps(self) -> Mapping[str, int]:
+        """Numbers of steps so far that changed no weight, by reason; for the summary of a run."""
+        return {}
 
     def refine_embeddings(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "images other"]:
         """Refines all embeddings of an evaluation together; overridden by transductive methods."""

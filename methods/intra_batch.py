@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.base import Batch, Context, Method, MethodConfig
+from methods.config import Length
 from methods.functional import PlusOneAttention
 from methods.intra_batch_reciprocal import reciprocal_neighbours
 from methods.optim import Optimizer, OptimizerConfig, build_optimizer
@@ -84,6 +85,10 @@ class IntraBatchConfig(MethodConfig):
     @property
     def needs_best(self) -> bool:
         return bool(self.reload_best)
+
+    @property
+    def loads_best_after(self) -> Length | None:
+        return Length(value=min(self.reload_best), unit="epochs") if self.reload_best else None
 
 
 class MessageLayer(nn.Module):

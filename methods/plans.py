@@ -75,7 +75,7 @@ def class_balanced(
     Cost: O(N log N + steps·P).
     """
     random = np.random.default_rng([seed, epoch, Stream.CLASS_BALANCED])
-    sizes = np.bincount(labels)
+    sizes = _class_sizes(labels)
     if sizes.max() < 2:
         raise ValueError(
             f"none of the {len(sizes)} training classes has two images: there is no positive pair to train on"
@@ -239,7 +239,7 @@ def number_sampler(
     """
     random = np.random.default_rng([seed, epoch, Stream.NUMBER_SAMPLER])
     slots = groups_per_batch * group_size
-    sizes = np.bincount(labels)
+    sizes = _class_sizes(labels)
     possible_p = [
         p
         for p in range(2, slots // 2 + 1)
@@ -252,7 +252,7 @@ def number_sampler(
 
 
 def _combine_plan(labels: np.ndarray, groups_per_batch: int, group_size: int, random: np.random.Generator) -> Plan:
-    sizes = np.bincount(labels)
+    sizes = _class_sizes(labels)
     padded_sizes = np.maximum(sizes, group_size)
     counts = padded_sizes // group_size + 1
     positions, last_groups = _group_positions(counts, group_size), np.cumsum(counts) - 1
@@ -292,7 +292,7 @@ def uniform_classes(
         ValueError: There are fewer classes than P.
     """
     random = np.random.default_rng([seed, epoch, Stream.UNIFORM_CLASSES])
-    sizes, group_size = np.bincount(labels), samples_per_class
+    sizes, group_size = _class_sizes(labels), samples_per_class
     if len(sizes) < classes_per_batch:
         raise ValueError(
             f"classes_per_batch is {classes_per_batch}, the training set has {len(sizes)} classes: lower classes_per_batch"
@@ -360,6 +360,21 @@ def join_roles(plans_by_role: Mapping[str, Plan]) -> Plan:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _class_sizes(labels: np.ndarray) -> Int64[np.ndarray, " classes"]:
+    """Number of samples of each class.
+
+    Raises:
+        ValueError: The class numbers have gaps.
+    """
+    sizes = np.bincount(labels)
+    if len(sizes) == 0 or sizes.min() == 0:
+        missing = int(sizes.argmin()) if len(sizes) else 0
+        raise ValueError(
+            f"labels are {len(np.unique(labels))} classes numbered up to {len(sizes) - 1}, without {missing}: number them 0, 1, 2, ..."
+        )
+    return sizes
 
 
 def _shuffled(labels: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, " samples"]:

@@ -83,8 +83,30 @@ def check_run(config: Config, store: Store) -> CheckedRun:
         epoch_shape = method.epoch_shape(_PlanContext(samples, config.seed))  # type: ignore[abstract]
     except ValueError as error:
         raise UserError(f"method: {error}") from error
+    _check_best(config, epoch_shape)
     _check_evaluation(config, store)
     return CheckedRun(epoch_shape, tuple(_notes(config, store, samples, epoch_shape)))
+
+
+def _check_best(config: Config, epoch_shape: tuple[int, int] | None) -> None:
+    """Checks that there is a best checkpoint when the method first loads it.
+
+    Raises:
+        UserError: There is none.
+    """
+    first, every = config.method.loads_best_after, config.evaluation.every
+    if first is None:
+        return
+    times = (first.value, every.value)
+    if first.unit != every.unit:
+        if epoch_shape is None:
+            return
+        times = (first.steps(epoch_shape[0]), every.steps(epoch_shape[0]))
+    if times[1] > times[0]:
+        raise UserError(
+            f"the method returns to the best weights after {first}, but evaluation.every is {every}: none are known by then. Set "
+            f"evaluation.every to {first} or less, or let the method return later"
+        )
 
 
 def checked_trunk(config: Config) -> Trunk:
