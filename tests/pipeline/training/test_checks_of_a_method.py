@@ -71,7 +71,14 @@ def test_a_long_epoch_is_told(make_config: Callable[..., Config], tmp_path: Path
     images = write_images(tmp_path / "images", classes, 0)
     entries = [Entry(path, name, "train") for path, name in images]
     store = write_store("tail", entries, Folder(tmp_path / "tail"), run_serially, num_folds=2)
-    config = make_config({"data.validation_fold": None, "method.classes_per_batch": 6, "evaluation.test": False})
+    config = make_config(
+        {
+            "data.validation_fold": None,
+            "method.classes_per_batch": 6,
+            "evaluation.test": False,
+            "evaluation.checkpoint": "last",
+        }
+    )
     notes = check_run(config, store).notes
     assert any(
         "times the 84 training images: the largest class has 60 of them, the median class 3" in n for n in notes
