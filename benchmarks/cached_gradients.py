@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.table import Row, finish
-from pipeline.config import LITE0, ModelConfig, build_config
+from pipeline.config import build_config
+from pipeline.config_model import LITE0, ModelConfig
 from pipeline.distributed.collectives import Ranks
 from pipeline.model.network import trunk_features
 from pipeline.model.trunk import build_trunk

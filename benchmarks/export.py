@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from benchmarks.table import Row, finish
-from pipeline.config import LITE0, build_config
+from pipeline.config import build_config
+from pipeline.config_model import LITE0
 from pipeline.distributed.collectives import Ranks
 from pipeline.exporting.int8 import images_per_second
 from pipeline.exporting.network import DeployedNetwork

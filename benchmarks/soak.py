@@ -7,7 +7,7 @@ stops it as `raydml stop` does. Every so many seconds one process is killed or s
 controller, a process that loads images, or a worker that hangs (SIGSTOP). Then the same run is trained undisturbed in one process to the
 same step, which takes half as long again, and the weights are compared.
 
-Memory is the resident memory of each process, sampled every second from a minute on after training was first seen in it; its growth is the
+Memory is the resident memory of each process but for what it shares with others (Ray's objects), sampled every second from a minute on after training was first seen in it; its growth is the
 slope of a line through the means of each 20 s of all processes of a kind, each process with a level of its own, with Student's 95 %
 interval.
 """
@@ -97,13 +97,13 @@ class Memory(threading.Thread):
 
     def _sample(self, kind: str, process: psutil.Process) -> None:
         try:
-            rss = process.memory_info().rss
+            memory = process.memory_info()
         except psutil.Error:
             return
         now = time.monotonic()
         age = now - self._trained_since.setdefault(process.pid, now)
         if age >= WARM_UP_S:
-            self.samples[kind][process.pid].append((age / 3600, rss / 2**20))
+            self.samples[kind][process.pid].append((age / 3600, (memory.rss - memory.shared) / 2**20))
 
     def slope(self, kind: str) -> tuple[float, float, int]:
         """MiB an hour, half of its 95 % interval, and the number of processes."""

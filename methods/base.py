@@ -21,14 +21,14 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field, field_serializer
+from pydantic import Field, field_serializer, model_validator
 from torch import Tensor, nn
 
 from methods.config import BaseConfig, Clock, Length
 from methods.head import Head, HeadConfig
 from methods.mining import Mining, MiningRequirements
-from methods.optim import Optimizer, OptimizerConfig, build_optimizer
-from methods.plans import Plan, class_balanced
+from methods.optim import Optimizer, OptimizerConfig, build_optimizer, with_loss_rate
+from methods.plans import MAX_REPEATS, Plan, class_balanced
 
 
 class MethodError(Exception):
@@ -41,9 +41,39 @@ class MethodConfig(BaseConfig):
     name: str = Field(description="name of the method, or module:CLASS of your own")
     classes_per_batch: int = Field(24, ge=2, description="P: groups of different classes in a batch")
     samples_per_class: int = Field(4, ge=2, description="K: images of one class in a batch")
+    max_repeats: float = Field(
+        MAX_REPEATS,
+        ge=1,
+        description="largest length of an epoch of class-balanced batches, relative to the shortest that holds every image; a class "
+        "that is too large for so many steps has several groups of images in a step",
+    )
     embedding_dim: int = Field(128, ge=1, description="D: dimension of the embedding")
     head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _check_max_repeats(self) -> MethodConfig:
+        if self.max_repeats != MAX_REPEATS and not self.is_class_balanced:
+            raise ValueError("max_repeats is for class-balanced batches, which these are not: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _fill_rates(self) -> MethodConfig:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, OptimizerConfig):  # frozen, but for its defaults
+                object.__setattr__(self, name, with_loss_rate(value, name == "optimizer" and self.has_proxies))
+        return self
+
+    @property
+    def has_proxies(self) -> bool:
+        """True if the loss has proxies or class centres, which learn faster than the trunk (`loss_lr_multiplier`)."""
+        return False
+
+    @property
+    def is_class_balanced(self) -> bool:
+        """True if the batches are those of `methods.plans.class_balanced`."""
+        return True
 
     @field_serializer("name")
     def _name(self, name: str) -> str:
@@ -53,6 +83,11 @@ class MethodConfig(BaseConfig):
     def needs_best(self) -> bool:
         """True if the method calls `load_best`: the run then needs evaluations during training."""
         return False
+
+    @property
+    def loads_best_after(self) -> Length | None:
+        """Length of training before the first `load_best`; None: it is not called."""
+        return None
 
     @property
     def requires_frozen_batch_norm(self) -> bool:
@@ -246,7 +281,9 @@ class Method(nn.Module):
     def plan(self, epoch: int, context: Context) -> Plan:
         """The plan of an epoch: a pure function of (context.labels, context.seed, epoch) unless `plan_is_stored`."""
         c = self.config
-        return class_balanced(context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch)
+        return class_balanced(
+            context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch, c.max_repeats
+        )
 
     def epoch_shape(self, context: Context) -> tuple[int, int] | None:
         """Steps of the first epoch and slots of a step, before training; None if they are not known from labels and seed."""
@@ -285,6 +322,11 @@ class Method(nn.Module):
     def embed(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
         """Embeddings of pooled features, as used for retrieval."""
         return self.head(features)
+
+    @property
+    def skipped_steps(self) -> Mapping[str, int]:
+        """Numbers of steps so far that changed no weight, by reason; for the summary of a run."""
+        return {}
 
     def refine_embeddings(self, embeddings: Float[Tensor, "images dim"]) -> Float[Tensor, "images other"]:
         """Refines all embeddings of an evaluation together; overridden by transductive methods."""

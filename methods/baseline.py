@@ -7,11 +7,17 @@
 
 Two ways to look beyond the batch, each with a weight, through the mining server:
 
-- `memory`: cross-batch memory (XBM; Wang, Zhang, Huang, Scott, CVPR 2020, arXiv 1912.06798). The loss of the batch against
-  the last so many embeddings, from `memory_start` on:  L + memory_weight * loss(z, y, miner(z, y, M), M).
-- `hard_negatives`: the k nearest of the newest embeddings of all samples of other classes, for every image of the batch, by
+- `memory`: cross-batch memory (XBM; Wang, Zhang, Huang, Scott, CVPR 2020, arXiv 1912.06798). The loss of the batch against itself
+  and the last so many embeddings before it, M, from `memory_start` on:  L + memory_weight * loss(z, y, miner(z, y, M'), M'),
+  M' = [z; M], constant; no image is compared with itself. So every image has its positives of the batch beside those of M, however
+  many classes there are.
+- `hard_negatives`: the k nearest of the newest embeddings of all samples of other classes, H, for every image of the batch, by
   the image's own stored embedding; asked for one step ahead, so that no step waits for them:
-  L + hard_weight * loss(z, y, miner(z, y, H), H).
+  L + hard_weight * loss(z, y, miner(z, y, H'), H'),  H' = [z; H], of which z gives positives only, and H negatives only.
+
+Both need a loss that keeps to the pairs or triplets that it is given: ContrastiveLoss, TripletMarginLoss, MultiSimilarityLoss,
+NTXentLoss, SupConLoss, CircleLoss, MarginLoss, the lifted structure losses, TupletMarginLoss and others; a loss that takes its pairs
+from the labels alone is refused.
 
 Prefixes that serve alone: `matryoshka: [16, 32, 64]` (Matryoshka representation learning; Kusupati et al., NeurIPS 2022,
 arXiv 2205.13147) trains the first 16, 32 and 64 dimensions too, each at length one, with a miner's choice of its own:
@@ -21,9 +27,10 @@ arXiv 2205.13147) trains the first 16, 32 and 64 dimensions too, each at length 
 A loss with parameters or running statistics has them for each prefix (the paper's MRL, not MRL-E), all weights are 1 as in
 the paper, and the memory and the hard negatives are cut likewise. Evaluation measures each of these dimensions.
 
-Deviations: XBM's memory is the one before the batch (the batch itself is in L); past embeddings of the same image stay in.
+Deviations: past embeddings of the same image stay in the memory.
 A loss or miner that draws random numbers draws them from (seed, step) instead of a global generator, so that a run can be
-repeated and continued. A loss with parameters (proxies) is trained at `loss_lr_multiplier`.
+repeated and continued. A loss with parameters is trained at `loss_lr_multiplier`, which is 100 for proxies and class centres where
+nothing is set.
 """
 
 from __future__ import annotations
@@ -39,7 +46,15 @@ from torch import Tensor, nn
 from methods.base import Batch, Context, Method, MethodConfig, MethodError
 from methods.config import Length
 from methods.functional import global_generators, prefix
-from methods.metric_learning import build_loss, build_miner, evaluate_loss, loss_classes, miner_classes
+from methods.metric_learning import (
+    References,
+    build_loss,
+    build_miner,
+    check_references,
+    evaluate_loss,
+    loss_classes,
+    miner_classes,
+)
 from methods.mining import Mining, MiningRequirements
 
 
@@ -80,6 +95,11 @@ class BaselineConfig(MethodConfig):
         return () if self.matryoshka is None else tuple(dict.fromkeys((*self.matryoshka, self.embedding_dim)))
 
     @property
+    def has_proxies(self) -> bool:
+        loss = build_loss(self.loss, self.loss_args, 2, self.embedding_dim)
+        return any(parameter.ndim > 1 for parameter in loss.parameters())
+
+    @property
     def mining(self) -> MiningRequirements | None:
         if not self.memory and not self.hard_negatives:
             return None
@@ -93,7 +113,8 @@ class BaselineConfig(MethodConfig):
         with global_generators(0):
             miner = build_miner(self.miner, self.miner_args) if self.miner else None
             for dim in self.nested_dims or (self.embedding_dim,):
-                self._try_once(build_loss(self.loss, self.loss_args, 2, dim), miner, dim)
+                loss = build_loss(self.loss, self.loss_args, 2, dim)
+                self._try_once(loss, miner, dim)
         return self
 
     def _check_prefixes(self) -> None:
@@ -112,13 +133,23 @@ class BaselineConfig(MethodConfig):
         try:
             evaluate_loss(loss, miner, embeddings, labels)
             if self.mining is not None:
-                evaluate_loss(loss, miner, embeddings, labels, (embeddings[::2], labels[::2]))
+                self._check_references(miner, dim)
         except MethodError as error:
             description = f"{self.loss} with {self.loss_args}" + (
                 f", {self.miner} with {self.miner_args}" if miner is not None else ""
             )
             problem = str(error).partition(": ")[2]
             raise ValueError(f"{description} fails on a batch of random embeddings: {problem}") from None
+
+    def _check_references(self, miner: Any, dim: int) -> None:
+        try:
+            check_references(lambda: build_loss(self.loss, self.loss_args, 8, dim), miner, dim)
+        except ValueError as error:
+            keys = " and ".join(name for name in ("memory", "hard_negatives") if getattr(self, name))
+            raise ValueError(
+                f"{self.loss} cannot be used with {keys}: {error}; choose a loss of given pairs or triplets, such as ContrastiveLoss, "
+                "TripletMarginLoss, MultiSimilarityLoss, NTXentLoss or SupConLoss"
+            ) from None
 
 
 class Baseline(Method):
@@ -152,10 +183,10 @@ class Baseline(Method):
         with global_generators(context.seed, context.clock.step, 1):
             memory = mining.memory
             if memory is not None and config.memory_start.fraction_done(context.clock) >= 1 and len(memory.labels):
-                past = (memory.features.to(embeddings.dtype), memory.labels)
+                past = References.of(embeddings, batch.labels, memory.features, memory.labels, negatives_only=False)
                 terms["memory"] = config.memory_weight * self._sum_over_prefixes(embeddings, batch.labels, past)
             if negatives is not None:
-                hard = (negatives[0].to(embeddings), negatives[1])
+                hard = References.of(embeddings, batch.labels, *negatives, negatives_only=True)
                 terms["hard"] = config.hard_weight * self._sum_over_prefixes(embeddings, batch.labels, hard)
         loss = torch.stack(list(terms.values())).sum()
         context.backward(loss)
@@ -163,14 +194,12 @@ class Baseline(Method):
         mining.put(batch.ids, embeddings, batch.labels)
         return {"loss": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
 
-    def _sum_over_prefixes(
-        self, embeddings: Tensor, labels: Tensor, references: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """The loss of the batch, among itself or against constant embeddings and their labels, over the nested prefixes."""
+    def _sum_over_prefixes(self, embeddings: Tensor, labels: Tensor, references: References | None = None) -> Tensor:
+        """The loss of the batch, among itself or against references, over the nested prefixes."""
         total = evaluate_loss(self.loss_function, self.miner, embeddings, labels, references)
         for name, loss in self.prefix_losses.items():
             dim = int(name)
-            cut = None if references is None else (prefix(references[0], dim), references[1])
+            cut = None if references is None else references.prefix(dim)
             total = total + evaluate_loss(loss, self.miner, prefix(embeddings, dim), labels, cut)
         return total
 

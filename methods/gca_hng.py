@@ -88,8 +88,20 @@ class GcaHngConfig(MethodConfig):
     graph_optimizer: OptimizerConfig = OptimizerConfig(lr=1.5e-4, weight_decay=1e-4, clip_value=10)
     classifier_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, weight_decay=0.01)
 
+    @property
+    def has_proxies(self) -> bool:
+        return self.base_loss == "proxy_anchor"
+
+    @property
+    def is_class_balanced(self) -> bool:
+        return False
+
     @model_validator(mode="after")
     def _check_head(self) -> GcaHngConfig:
+        if self.generate and self.embedding_dim % self.heads:
+            raise ValueError(
+                f"heads is {self.heads}, embedding_dim {self.embedding_dim}: the dimension has to be a multiple of the heads"
+            )
         if self.head != HeadConfig():
             raise ValueError("head is for other methods: this one has batch norm and a linear layer (orthogonal_neck)")
         return self

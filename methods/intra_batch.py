@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.base import Batch, Context, Method, MethodConfig
+from methods.config import Length
 from methods.functional import PlusOneAttention
 from methods.intra_batch_reciprocal import reciprocal_neighbours
 from methods.optim import Optimizer, OptimizerConfig, build_optimizer
-from methods.plans import Plan, class_balanced, combine_sampler, number_sampler
+from methods.plans import Plan, combine_sampler, number_sampler
 
 
 class IntraBatchConfig(MethodConfig):
@@ -65,6 +66,10 @@ class IntraBatchConfig(MethodConfig):
     reciprocal_k: int = Field(30, ge=1, description="inference reciprocal: k of the k-reciprocal neighbours")
     optimizer: OptimizerConfig = OptimizerConfig(name="radam", lr=1e-4, decoupled=True)
 
+    @property
+    def is_class_balanced(self) -> bool:
+        return self.sampler == "balanced"
+
     @model_validator(mode="after")
     def _check(self) -> IntraBatchConfig:
         if self.embedding_dim % self.heads:
@@ -80,6 +85,10 @@ class IntraBatchConfig(MethodConfig):
     @property
     def needs_best(self) -> bool:
         return bool(self.reload_best)
+
+    @property
+    def loads_best_after(self) -> Length | None:
+        return Length(value=min(self.reload_best), unit="epochs") if self.reload_best else None
 
 
 class MessageLayer(nn.Module):
@@ -141,7 +150,9 @@ class IntraBatch(Method):
 
     def plan(self, epoch: int, context: Context) -> Plan:
         c = self.config
-        make_plan = {"combine": combine_sampler, "number": number_sampler, "balanced": class_balanced}[c.sampler]
+        if c.sampler == "balanced":
+            return super().plan(epoch, context)
+        make_plan = {"combine": combine_sampler, "number": number_sampler}[c.sampler]
         return make_plan(context.labels, c.classes_per_batch, c.samples_per_class, context.seed, epoch)
 
     def optimizers(self, trunk: nn.Module) -> dict[str, Optimizer]:

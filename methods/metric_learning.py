@@ -12,14 +12,18 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from methods import plugins
 from methods.base import MethodError
+from methods.functional import global_generators, prefix
 
 DERIVED_ARGUMENTS = {
     "num_classes",
@@ -166,10 +170,63 @@ def first_line(error: BaseException) -> str:
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class References:
+    """Embeddings that a batch is compared with: its own, and others behind them; all of them constant.
+
+    Attributes:
+        embeddings: [R, D].
+        labels: [R].
+        rows: Number B of the first references, which are the batch itself: row i is never compared with reference i.
+        negatives_only: The others are negatives only, and the batch's own rows positives only.
+    """
+
+    embeddings: Float[Tensor, "references dim"]
+    labels: Int64[Tensor, " references"]
+    rows: int
+    negatives_only: bool
+
+    @classmethod
+    def of(
+        cls, batch: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor, negatives_only: bool
+    ) -> References:
+        """The batch and others behind it."""
+        embeddings = torch.cat([batch.detach(), others.to(batch)])
+        return cls(embeddings, torch.cat([labels, other_labels]), len(batch), negatives_only)
+
+    def prefix(self, dim: int) -> References:
+        """With the first dimensions of each embedding, at length one."""
+        return replace(self, embeddings=prefix(self.embeddings, dim))
+
+    def pairs(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which references are positives and which are negatives of each row, bool [B, R]."""
+        same = labels[:, None] == self.labels[None]
+        positive, negative = same.clone(), ~same
+        positive[:, : self.rows].fill_diagonal_(False)
+        if self.negatives_only:
+            positive[:, self.rows :] = False
+            negative[:, : self.rows] = False
+        return positive, negative
+
+    def tuples(self, miner: Any, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Pairs (a1, p, a2, n) or triplets (a, p, n) for a loss of the library: all of them, or those that a miner has chosen."""
+        positive, negative = self.pairs(labels)
+        if miner is None:
+            return (*positive.nonzero(as_tuple=True), *negative.nonzero(as_tuple=True))
+        mined = miner(embeddings, labels, self.embeddings, self.labels)
+        if len(mined) == 3:
+            anchors, positives, negatives = mined
+            kept = positive[anchors, positives] & negative[anchors, negatives]
+            return anchors[kept], positives[kept], negatives[kept]
+        first, positives, second, negatives = mined
+        near, far = positive[first, positives], negative[second, negatives]
+        return first[near], positives[near], second[far], negatives[far]
+
+
 def evaluate_loss(
-    loss: Any, miner: Any, embeddings: Tensor, labels: Tensor, references: tuple[Tensor, Tensor] | None = None
+    loss: Any, miner: Any, embeddings: Tensor, labels: Tensor, references: References | None = None
 ) -> Tensor:
-    """The loss of a batch, among itself or against constant embeddings and their labels; a scalar.
+    """The loss of a batch, among itself or against references; a scalar.
 
     Raises:
         MethodError: Loss or miner raised an error; the line names it.
@@ -181,11 +238,40 @@ def evaluate_loss(
             part = loss
             value = loss(embeddings, labels) if tuples is None else loss(embeddings, labels, tuples)
             return value if value.ndim == 0 else value.reshape(())
-        tuples = miner(embeddings, labels, *references) if miner is not None else None
+        tuples = references.tuples(miner, embeddings, labels)
         part = loss
-        return loss(embeddings, labels, tuples, ref_emb=references[0], ref_labels=references[1]).reshape(())
+        return loss(embeddings, labels, tuples, ref_emb=references.embeddings, ref_labels=references.labels).reshape(())
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a third party's loss raises
         problem = plugins.failure(error) if plugins.is_own(type(part)) else first_line(error)
         raise MethodError(f"{type(part).__name__} failed on a batch of {len(labels)} embeddings: {problem}") from error
+
+
+def check_references(make_loss: Callable[[], Any], miner: Any, dim: int) -> None:
+    """Tries a loss with fewer and with more references than rows, and whether it keeps to the pairs that it is given.
+
+    Args:
+        make_loss: Makes the loss; a new one for each trial, since some keep statistics.
+        miner: The miner, or None.
+        dim: Dimension D of the embeddings.
+
+    Raises:
+        MethodError: It fails.
+        ValueError: It compares other pairs than it is given: rows with themselves.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 2, 3])  # the last two have no positive
+    batch, changed = torch.randn(2, 8, dim, generator=generator)
+    changed = torch.cat([batch[:6], changed[6:]])
+    for number in (4, 12):
+        others, classes = torch.randn(number, dim, generator=generator), torch.arange(number) % 3 + 4
+        values = []
+        for own in (batch, changed):
+            references = References(torch.cat([own, others]), torch.cat([labels, classes]), 8, True)
+            with global_generators(0):
+                values.append(float(evaluate_loss(make_loss(), None, batch, labels, references)))
+        with global_generators(0):
+            evaluate_loss(make_loss(), miner, batch, labels, replace(references, negatives_only=False))
+        if not math.isclose(values[0], values[1], rel_tol=1e-5, abs_tol=1e-7):
+            raise ValueError("it takes its pairs from the labels, and so would compare an image with itself")

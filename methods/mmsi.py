@@ -88,6 +88,10 @@ class MmsiConfig(MethodConfig):
     optimizer: OptimizerConfig = OptimizerConfig(name="adam", lr=1e-7, weight_decay=5e-4)
 
     @property
+    def is_class_balanced(self) -> bool:
+        return False
+
+    @property
     def constants(self) -> Constants:
         """The constants of the loss, with its default margin if none is given."""
         margin = self.margin if self.margin is not None else MARGINS[self.loss]
@@ -185,8 +189,26 @@ class Mmsi(Method):
     def __init__(self, config: MmsiConfig, features: int, num_classes: int) -> None:
         super().__init__(config, features, num_classes)
         self.warmup = min(config.warmup_classes, num_classes)
+        self._check_memory()
         # steps without an update: memory too small, meta loss zero, no weight above zero
         self.register_buffer("skipped", torch.zeros(3, dtype=torch.int64))
+
+    def _check_memory(self) -> None:
+        """Raises ValueError where the memory can never hold the classes of the warm-up, and so nothing would ever be trained.
+
+        Each class puts K images in a row; beside the memory's classes, those of the batch count.
+        """
+        c = self.config
+        if not c.meta or c.memory_total is None:
+            return
+        most = -(-c.memory_total // c.samples_per_class) + c.classes_per_batch
+        if most < self.warmup:
+            needed = (self.warmup - c.classes_per_batch) * c.samples_per_class
+            raise ValueError(
+                f"memory_total is {c.memory_total}, which holds {most - c.classes_per_batch} classes of {c.samples_per_class} images beside "
+                f"the {c.classes_per_batch} of a batch, but nothing is learnt before there are {self.warmup} (warmup_classes): set memory_total "
+                f"to {needed} or more, or lower warmup_classes"
+            )
 
     def plan(self, epoch: int, context: Context) -> Plan:
         """Batches of P classes × K images, each class once an epoch, each with a meta batch (roles `train` and `meta`)."""
@@ -310,6 +332,13 @@ class Mmsi(Method):
                 (feature_tangent, dict(zip(head, gradient.extra, strict=True))),
             )[1]
         return tangent
+
+    @property
+    def skipped_steps(self) -> Mapping[str, int]:
+        reasons = (
+            "the memory held fewer classes than warmup_classes", "the meta loss was zero", "no pair had a weight above zero"
+        )  # fmt: skip
+        return dict(zip(reasons, self.skipped.tolist(), strict=True))
 
     def loss(
         self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"], context: Context

@@ -69,7 +69,12 @@ class OptimizerConfig(BaseConfig):
     name: Literal["adamw", "adam", "sgd", "radam"] = Field("adamw", description="optimizer of torch.optim")
     lr: float = Field(1e-4, gt=0, description="learning rate of the trunk")
     head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the head, relative to the trunk's")
-    loss_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the loss's own parameters (proxies)")
+    loss_lr_multiplier: float | None = Field(
+        None,
+        gt=0,
+        description="learning rate of the loss's own parameters, relative to the trunk's (none: 100 for proxies and class centres, as "
+        "their papers have it, else 1)",
+    )
     weight_decay: float = Field(0.0, ge=0, description="weight decay, 0 for none")
     decay_vectors: bool = Field(
         True, description="weight decay also on biases, scales of normalisations and other vectors"
@@ -96,6 +101,16 @@ class OptimizerConfig(BaseConfig):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}, expected 0 <= beta < 1")
         return self
+
+
+PROXY_RATE = 100.0  # times the trunk's: of the proxies of Proxy Anchor and the centres of SoftTriple
+
+
+def with_loss_rate(config: OptimizerConfig, has_proxies: bool) -> OptimizerConfig:
+    """The configuration with the rate of a loss's parameters filled in: proxies and class centres learn faster than a trunk."""
+    if config.loss_lr_multiplier is not None:
+        return config
+    return config.model_copy(update={"loss_lr_multiplier": PROXY_RATE if has_proxies else 1.0})
 
 
 @dataclass
@@ -126,8 +141,17 @@ def build_optimizer(config: OptimizerConfig, groups: Mapping[str, Iterable[torch
         groups: Parameters by group name: "head" and "loss" have learning-rate multipliers, all other groups the trunk's
             rate. Empty groups are left out. A parameter's attribute `lr_scale`, if it has one, is a further factor on its rate
             (layer-wise rates); parameters of one rate and decay make one group, the highest rate first.
+
+    Raises:
+        ValueError: A multiplier is set for a group without parameters.
     """
-    multiplier = {"head": config.head_lr_multiplier, "loss": config.loss_lr_multiplier}
+    multiplier = {"head": config.head_lr_multiplier, "loss": config.loss_lr_multiplier or 1.0}
+    groups = {name: list(parameters) for name, parameters in groups.items()}
+    for name, value in multiplier.items():
+        if value != 1 and not groups.get(name):
+            raise ValueError(
+                f"{name}_lr_multiplier is {value:g}, but this optimizer has no parameters of the {name}: leave it out"
+            )
     param_groups: list[dict[str, Any]] = []
     for name, parameters in groups.items():
         parts: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}

@@ -67,6 +67,10 @@ class OsmCaaConfig(MethodConfig):
     )
     frames: int = Field(1, ge=1, description="video: consecutive slots of a class that form a tracklet")
 
+    @property
+    def is_class_balanced(self) -> bool:
+        return self.frames == 1
+
     @model_validator(mode="after")
     def _check(self) -> OsmCaaConfig:
         if self.samples_per_class % self.frames:
@@ -98,6 +102,13 @@ def gaussian(value: Tensor, mean: float, sigma: float) -> Tensor:
     return torch.exp(-0.5 * ((value - mean) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
 
 
+def squared_distances(embeddings: Float[Tensor, "m dim"]) -> Float[Tensor, "m m"]:
+    """|z_i - z_j|², from a product in float64: in float32, 1e-8 would be lost in 2 - 2 cos (images 1e-4 apart)."""
+    wide = embeddings if embeddings.device.type == "mps" else embeddings.double()  # which has no float64
+    norms = wide.square().sum(1)
+    return (norms[:, None] + norms[None] - 2 * wide @ wide.T).clamp(min=0).to(embeddings.dtype)
+
+
 def soft_mining_loss(
     embeddings: Float[Tensor, "m dim"],
     labels: Int64[Tensor, " m"],
@@ -115,7 +126,7 @@ def soft_mining_loss(
     Without a positive (or a close negative) pair its term is 0. Sums over ordered pairs are twice those over unordered
     ones, in numerator and denominator alike.
     """
-    squared = (2 - 2 * embeddings @ embeddings.T).clamp(min=0)
+    squared = squared_distances(embeddings)
     hinge = torch.relu(config.alpha - squared.clamp(min=1e-12).sqrt())
     same_class = labels[:, None] == labels[None]
     positives = same_class & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)

@@ -38,10 +38,18 @@ class Plan:
         return len(self.ids)
 
 
+MAX_REPEATS = 2.0  # of an image in an epoch, on average
+
+
 def class_balanced(
-    labels: Int64[np.ndarray, " samples"], classes_per_batch: int, samples_per_class: int, seed: int, epoch: int
+    labels: Int64[np.ndarray, " samples"],
+    classes_per_batch: int,
+    samples_per_class: int,
+    seed: int,
+    epoch: int,
+    max_repeats: float = MAX_REPEATS,
 ) -> Plan:
-    """P×K batches: P groups a step, each of K samples of one class; no class twice in a step.
+    """P×K batches: P groups a step, each of K samples of one class; no class twice in a step, unless it is very large.
 
     Every sample is used at least once an epoch. A class whose size is no multiple of K fills its last group with further
     samples of its own (with repeats only if it has fewer than K). Classes of a single image cannot form a positive pair:
@@ -49,12 +57,17 @@ def class_balanced(
     absent from its step; of larger classes if none is absent). Steps that would be short are filled with groups of absent
     classes: nothing is dropped.
 
+    A class of more groups than steps would make the epoch as long as itself, and its steps would repeat the others again and again. An
+    epoch has at most `max_repeats` times the groups that hold every image once; a class that is too large for so many steps has
+    several groups in a step, of different images.
+
     Args:
         labels: Contiguous class numbers 0..C-1 of the training samples.
         classes_per_batch: P, the number of groups in a batch.
         samples_per_class: K, the size of a group, at least 2.
         seed: Seed of the run.
         epoch: Number of the epoch; every epoch has another plan.
+        max_repeats: Largest length of an epoch, relative to the shortest that holds every image; at least 1.
 
     Raises:
         ValueError: There are fewer groups of distinct classes than P, or no class has two images.
@@ -62,7 +75,7 @@ def class_balanced(
     Cost: O(N log N + steps·P).
     """
     random = np.random.default_rng([seed, epoch, Stream.CLASS_BALANCED])
-    sizes = np.bincount(labels)
+    sizes = _class_sizes(labels)
     if sizes.max() < 2:
         raise ValueError(
             f"none of the {len(sizes)} training classes has two images: there is no positive pair to train on"
@@ -76,12 +89,23 @@ def class_balanced(
             f"classes_per_batch is {classes_per_batch}, but the training set can fill only {len(counts)} groups of "
             f"different classes{shared}: lower classes_per_batch, or train on more classes"
         )
-    steps = max(-(-len(groups) // classes_per_batch), int(counts.max()))
+    shortest = -(-len(groups) // classes_per_batch)
+    steps = max(shortest, min(int(counts.max()), int(max_repeats * len(groups) / classes_per_batch)))
+    counts = _split(counts, steps)
     table = _assign_steps(counts, steps, classes_per_batch, random)
     _fill_steps(table, counts, random)
     ids = groups[table].reshape(steps, classes_per_batch * samples_per_class)
     _fill_slots(ids, labels, order, sizes, random)
     return Plan(ids)
+
+
+def _split(counts: np.ndarray, steps: int) -> Int64[np.ndarray, " owners"]:
+    """Owners of more groups than steps, as several of nearly equal numbers; groups keep their order."""
+    parts = -(-counts // steps)
+    if parts.max() == 1:
+        return counts
+    small, rest = np.divmod(np.repeat(counts, parts), np.repeat(parts, parts))
+    return small + (_ragged_arange(parts) < rest)
 
 
 def _groups(
@@ -215,7 +239,7 @@ def number_sampler(
     """
     random = np.random.default_rng([seed, epoch, Stream.NUMBER_SAMPLER])
     slots = groups_per_batch * group_size
-    sizes = np.bincount(labels)
+    sizes = _class_sizes(labels)
     possible_p = [
         p
         for p in range(2, slots // 2 + 1)
@@ -228,7 +252,7 @@ def number_sampler(
 
 
 def _combine_plan(labels: np.ndarray, groups_per_batch: int, group_size: int, random: np.random.Generator) -> Plan:
-    sizes = np.bincount(labels)
+    sizes = _class_sizes(labels)
     padded_sizes = np.maximum(sizes, group_size)
     counts = padded_sizes // group_size + 1
     positions, last_groups = _group_positions(counts, group_size), np.cumsum(counts) - 1
@@ -268,7 +292,7 @@ def uniform_classes(
         ValueError: There are fewer classes than P.
     """
     random = np.random.default_rng([seed, epoch, Stream.UNIFORM_CLASSES])
-    sizes, group_size = np.bincount(labels), samples_per_class
+    sizes, group_size = _class_sizes(labels), samples_per_class
     if len(sizes) < classes_per_batch:
         raise ValueError(
             f"classes_per_batch is {classes_per_batch}, the training set has {len(sizes)} classes: lower classes_per_batch"
@@ -336,6 +360,21 @@ def join_roles(plans_by_role: Mapping[str, Plan]) -> Plan:
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _class_sizes(labels: np.ndarray) -> Int64[np.ndarray, " classes"]:
+    """Number of samples of each class.
+
+    Raises:
+        ValueError: The class numbers have gaps.
+    """
+    sizes = np.bincount(labels)
+    if len(sizes) == 0 or sizes.min() == 0:
+        missing = int(sizes.argmin()) if len(sizes) else 0
+        raise ValueError(
+            f"labels are {len(np.unique(labels))} classes numbered up to {len(sizes) - 1}, without {missing}: number them 0, 1, 2, ..."
+        )
+    return sizes
 
 
 def _shuffled(labels: np.ndarray, random: np.random.Generator) -> Int64[np.ndarray, " samples"]:

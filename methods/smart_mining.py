@@ -89,6 +89,10 @@ class SmartMiningConfig(MethodConfig):
     )  # fmt: skip
 
     @property
+    def is_class_balanced(self) -> bool:
+        return False
+
+    @property
     def mining(self) -> MiningRequirements | None:
         return MiningRequirements(table=True, neighbours=self.list_length) if self.mined_share else None
 

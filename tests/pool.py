@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["tests.stubs", "tests.pool", "pipeline.train", "pipeline.evaluation.evaluate_task"]
+PRELOAD = ["tests.stubs", "tests.pool", "tests.preload"]
 TIMEOUT_S = 120
 GRACE_S = 5  # after one rank has failed, for the others to notice
 

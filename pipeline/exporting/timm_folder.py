@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from methods import plugins
-from pipeline.config import BN_INCEPTION, TORCHVISION
+from pipeline.config_model import BN_INCEPTION, TORCHVISION
 from pipeline.errors import UserError
 from pipeline.exporting.onnx_files import quiet, root_cause
 from pipeline.exporting.parity import made_images

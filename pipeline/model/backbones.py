@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from methods import plugins
-from pipeline.config import BN_INCEPTION, LITE0, TORCHVISION, ModelConfig
+from pipeline.config_model import BN_INCEPTION, LITE0, TORCHVISION, ModelConfig
 from pipeline.errors import UserError
 from pipeline.model import bn_inception
 from pipeline.model.bn_inception import BNInception

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config import TORCHVISION, ModelConfig
+from pipeline.config_model import TORCHVISION, ModelConfig
 from pipeline.errors import UserError, did_you_mean, joined_lines
 from pipeline.model.pooling import Pool
 from pipeline.vision_libraries import torchvision

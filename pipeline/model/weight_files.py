@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.config import LITE0
+from pipeline.config_model import LITE0
 from pipeline.errors import UserError, one_line
 
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher")  # taken first, as timm does

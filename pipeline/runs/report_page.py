@@ -28,6 +28,7 @@ from pipeline.metric_names import COUNTS, metric_title
 from pipeline.runs.charts import curves_section
 from pipeline.runs.report_gallery import gallery_section
 from pipeline.runs.run_folder import CONFIG, EMBEDDINGS, NEIGHBOURS, REPORT, SUMMARY, read_changes
+from pipeline.runs.summary import skipped_line
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 
@@ -122,7 +123,7 @@ def _header(summary: Mapping[str, Any], search: DuplicateSearch | None) -> str:
     return f"""<header>
 <p class="eyebrow">raydml · deep metric learning · run report</p>
 <h1>{escape(summary["name"])}</h1>
-<p class="key">{_key_sentence(summary)}</p>
+{_skipped(summary)}<p class="key">{_key_sentence(summary)}</p>
 {f'<p class="warning">Paper protocol: {warning}.</p>' if p["profile"] == "paper" else ""}
 {f'<p class="warning">Partial dataset: {escape(p["partial"])}.</p>' if "partial" in p else ""}
 {_leakage(search)}
@@ -141,6 +142,12 @@ def _leakage(search: DuplicateSearch | None) -> str:
         f'<p class="warning"><a href="#duplicates">{len(search.pairs):,} of {search.compared[0]:,} test images</a> are also '
         "among the training images, all but identical.</p>"
     )
+
+
+def _skipped(summary: Mapping[str, Any]) -> str:
+    """A warning above the figures, if most steps changed no weight."""
+    warning = skipped_line(summary)
+    return "" if warning is None else f'<p class="warning">{escape(warning.partition(": ")[2])}</p>'
 
 
 def _key_sentence(summary: Mapping[str, Any]) -> str:

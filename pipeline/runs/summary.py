@@ -62,10 +62,12 @@ def summarise(
     metrics: dict[str, float],
     changes: Sequence[dict[str, Any]],
     by_dim: Mapping[int, dict[str, float]] | None = None,
+    skipped: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json; metrics in percent, `seconds` spent in training steps, `validation_seconds` beside them.
 
-    `by_dim`: the metrics by number of dimensions kept, if the run trained nested ones.
+    `by_dim`: the metrics by number of dimensions kept, if the run trained nested ones. `skipped`: numbers of steps that changed no
+    weight, by the method's reason.
     """
     changed_keys = {change.split(":")[0] for line in changes for change in line["changes"]}
     copied = {change.split(":")[0] for line in changes if "copied_from_trial" in line for change in line["changes"]}
@@ -80,6 +82,7 @@ def summarise(
         "step": progress.step,
         "images": progress.images,
         "skipped_steps": progress.skipped_steps,
+        **({"skipped": {reason: n for reason, n in skipped.items() if n}} if skipped and any(skipped.values()) else {}),
         "seconds": round(progress.seconds, 2),
         "validation_seconds": round(progress.validation_s, 2),
         "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 2),
@@ -88,6 +91,19 @@ def summarise(
         "reproducible": config.runtime.deterministic and not affecting and not asynchronous,
         "changed_while_running": affecting,
     }
+
+
+def skipped_line(summary: Mapping[str, Any]) -> str | None:
+    """A warning, if most steps of a run changed no weight: how many, and why."""
+    reasons = dict(summary.get("skipped", {}))
+    if summary.get("skipped_steps"):  # absent in runs of earlier versions
+        reasons["loss or gradient was not finite"] = summary["skipped_steps"]
+    total = sum(reasons.values())
+    if total <= summary["step"] / 2:
+        return None
+    why = "; ".join(f"{n:,} times {reason}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1]))
+    what = "nothing was trained" if total >= summary["step"] else "most of the run trained nothing"
+    return f"warning: {total:,} of {summary['step']:,} steps changed no weight, {what}: {why}"
 
 
 def finished_length(summary: Mapping[str, Any]) -> Length:

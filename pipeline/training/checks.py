@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from methods import Context
@@ -29,6 +30,8 @@ from pipeline.runs.run_folder import CONFIG, DATASET, read_config
 from pipeline.storage import Folder
 from pipeline.training.elastic import worker_resources
 from pipeline.training.node_labels import asked_labels, unmet_labels
+
+LONG_EPOCH = 1.5  # times the images, from which on it is told
 
 
 class _PlanContext(Context):
@@ -74,13 +77,36 @@ def check_run(config: Config, store: Store) -> CheckedRun:
         raise UserError(f"{store.folder} has no training images")
     if config.protocol == "paper" and not (store.split != "train").any():
         raise UserError("the paper protocol chooses on test classes, but the dataset has none")
-    method = build_method(config, 8, num_classes(samples))
     try:
+        method = build_method(config, 8, num_classes(samples))
+        method.optimizers(nn.Linear(1, 1))
         epoch_shape = method.epoch_shape(_PlanContext(samples, config.seed))  # type: ignore[abstract]
     except ValueError as error:
         raise UserError(f"method: {error}") from error
+    _check_best(config, epoch_shape)
     _check_evaluation(config, store)
-    return CheckedRun(epoch_shape, tuple(_notes(config, store, samples)))
+    return CheckedRun(epoch_shape, tuple(_notes(config, store, samples, epoch_shape)))
+
+
+def _check_best(config: Config, epoch_shape: tuple[int, int] | None) -> None:
+    """Checks that there is a best checkpoint when the method first loads it.
+
+    Raises:
+        UserError: There is none.
+    """
+    first, every = config.method.loads_best_after, config.evaluation.every
+    if first is None:
+        return
+    times = (first.value, every.value)
+    if first.unit != every.unit:
+        if epoch_shape is None:
+            return
+        times = (first.steps(epoch_shape[0]), every.steps(epoch_shape[0]))
+    if times[1] > times[0]:
+        raise UserError(
+            f"the method returns to the best weights after {first}, but evaluation.every is {every}: none are known by then. Set "
+            f"evaluation.every to {first} or less, or let the method return later"
+        )
 
 
 def checked_trunk(config: Config) -> Trunk:
@@ -117,8 +143,14 @@ def checked_trunk(config: Config) -> Trunk:
     return trunk
 
 
-def _notes(config: Config, store: Store, samples: Samples) -> Iterator[str]:
+def _notes(config: Config, store: Store, samples: Samples, epoch_shape: tuple[int, int] | None) -> Iterator[str]:
     """What is worth knowing of a dataset before a run."""
+    if epoch_shape is not None and (repeats := epoch_shape[0] * epoch_shape[1] / len(samples)) > LONG_EPOCH:
+        sizes = np.bincount(samples.labels)
+        yield (
+            f"an epoch has {epoch_shape[0]:,} steps of {epoch_shape[1]} images, {repeats:.1f} times the {len(samples):,} training images: "
+            f"the largest class has {sizes.max():,} of them, the median class {int(np.median(sizes[sizes > 0])):,}"
+        )
     single_image_classes = np.flatnonzero(np.bincount(samples.labels) == 1)
     if len(single_image_classes):
         example = samples.class_names[single_image_classes[0]]

@@ -159,7 +159,9 @@ class Measurements:
                 tracker.log(progress.step, "test", metrics)
             tracker.sync()
         if ranks.rank == 0:
-            summary = summarise(self.config, self.store, progress, metrics, read_changes(run), by_dim)
+            summary = summarise(
+                self.config, self.store, progress, metrics, read_changes(run), by_dim, self.method.skipped_steps
+            )
             run.write_json(SUMMARY, summary)
         progress.finished = True
         if ranks.rank == 0:

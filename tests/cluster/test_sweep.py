@@ -105,6 +105,7 @@ def test_a_sweep_to_its_answer(ray_here: Any, store: Store, tmp_path: Path) -> N
         run_sweep(tiny_sweep(tmp_path, store, settings=short, **{**WHOLE, "metric": "r_precision"}))
 
 
+@pytest.mark.slow
 def test_stopped_trials_leave_their_workers_groups_with_one_cpu_too_few(
     ray_here: Any, store: Store, tmp_path: Path
 ) -> None:

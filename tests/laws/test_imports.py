@@ -34,7 +34,7 @@ FLOORS = [  # from the top; rooms of one floor do not import each other
     {"exploration"},
     {"recipes", "config_text"},
     {"config"},
-    {"config_problems", "config_runtime"},
+    {"config_model", "config_problems", "config_runtime"},
     {"data"},
     {"storage", "neighbours"},
     {"errors", "console", "metric_names", "vision_libraries"},

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pytorch_metric_learning.losses import ContrastiveLoss
+from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory
 from torch import Tensor
 
 from methods import Batch
 from methods.baseline import Baseline, BaselineConfig
 from methods.config import Clock
+from methods.metric_learning import References, build_loss, build_miner, evaluate_loss
 from pipeline.distributed.collectives import Ranks
 from pipeline.mining.messages import ServerSpec
 from pipeline.mining.method_view import MethodMining
@@ -63,7 +64,7 @@ def batches() -> list[np.ndarray]:
 
 
 def test_cross_batch_memory(batches: list[np.ndarray], tmp_path: Path) -> None:
-    """The last 20 embeddings before the batch, oldest out first."""
+    """The batch and the last 20 embeddings before it, oldest out first; as the library's memory, which is given the batch first."""
     loss, seen = ContrastiveLoss(), list[tuple[Tensor, int]]()
     for step, z, logs in train(tmp_path, batches, memory=20, memory_start="2 steps", memory_weight=0.5):
         labels = torch.from_numpy(LABELS[batches[step]])
@@ -74,7 +75,9 @@ def test_cross_batch_memory(batches: list[np.ndarray], tmp_path: Path) -> None:
         else:
             kept = seen[-20:]
             others, classes = torch.stack([f for f, _ in kept]).double(), torch.tensor([y for _, y in kept])
-            term = 0.5 * float(loss(z, labels, ref_emb=others, ref_labels=classes))
+            library = CrossBatchMemory(loss, DIM, memory_size=len(kept) + len(z)).double()
+            library.add_to_memory(others, classes, len(kept))
+            term = 0.5 * float(library(z, labels))
             assert term > 0.01 and logs["memory"] == pytest.approx(term, rel=1e-9)
             expected += term
         assert logs["loss"] == pytest.approx(expected, rel=1e-9)
@@ -97,7 +100,13 @@ def test_hard_negatives_of_the_whole_training_set(batches: list[np.ndarray], tmp
         if chosen:
             negatives = torch.stack([stored[j] for j in sorted(chosen)]).double()
             classes = torch.from_numpy(LABELS[sorted(chosen)])
-            term = float(loss(z, torch.from_numpy(LABELS[ids]), ref_emb=negatives, ref_labels=classes))
+            labels = torch.from_numpy(LABELS[ids])
+            same = labels[:, None] == labels[None]
+            positive = (same & ~torch.eye(len(z), dtype=torch.bool)).nonzero(as_tuple=True)
+            anchors, far = (labels[:, None] != classes[None]).nonzero(as_tuple=True)
+            pairs = (*positive, anchors, far + len(z))
+            references = {"ref_emb": torch.cat([z, negatives]), "ref_labels": torch.cat([labels, classes])}
+            term = float(loss(z, labels, pairs, **references))
             assert logs["hard"] == pytest.approx(term, rel=1e-6)
             compared += 1
         else:
@@ -105,6 +114,70 @@ def test_hard_negatives_of_the_whole_training_set(batches: list[np.ndarray], tmp
         before = dict(table)
         table |= {int(i): f.float() for i, f in zip(ids, z, strict=True)}
     assert compared >= 9
+
+
+PAIR_LOSSES = [
+    "NTXentLoss", "SupConLoss", "CircleLoss", "MarginLoss", "LiftedStructureLoss", "GeneralizedLiftedStructureLoss", "TupletMarginLoss",
+    "TripletMarginLoss", "MultiSimilarityLoss", "ContrastiveLoss", "IntraPairVarianceLoss", "DynamicSoftMarginLoss",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [11_318, 694])
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_every_row_has_a_gradient_from_hard_negatives(name: str, classes: int) -> None:
+    """24 x 4 rows whose neighbours are of as many classes as a large dataset has; 4 of the 96 rows had one before."""
+    random = np.random.default_rng(0)
+    labels = torch.from_numpy(np.repeat(random.choice(classes, 24, replace=False), 4))
+    others = torch.from_numpy(random.choice(classes, 4 * 96))
+    z = torch.nn.functional.normalize(torch.randn(96, 16, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    hard = torch.nn.functional.normalize(torch.randn(len(others), 16, generator=torch.Generator().manual_seed(1)))
+    loss = build_loss(name, {}, classes, 16)
+    evaluate_loss(loss, None, z, labels, References.of(z, labels, hard, others, negatives_only=True)).backward()
+    assert z.grad is not None
+    assert int((z.grad.norm(dim=1) > 0).sum()) >= (90 if name != "TripletMarginLoss" else 60)
+
+
+def test_who_is_compared_with_whom() -> None:
+    labels, others = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 0])
+    make = lambda only: References.of(torch.randn(3, 2), labels, torch.randn(3, 2), others, only)  # noqa: E731
+    positive, negative = make(True).pairs(labels)
+    assert positive.int().tolist() == [[0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+    assert negative.int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]]
+    positive, negative = make(False).pairs(labels)
+    assert positive.int().tolist() == [[0, 1, 0, 0, 0, 1], [1, 0, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]]
+    assert negative.int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "miner", ["MultiSimilarityMiner", "TripletMarginMiner", "BatchHardMiner", "BatchEasyHardMiner"]
+)
+def test_a_miners_choice_keeps_to_them(miner: str) -> None:
+    labels, others = torch.arange(12) // 3, torch.arange(20) % 7
+    batch, hard = torch.randn(12, 4), torch.randn(20, 4)
+    for only in (True, False):
+        references = References.of(batch, labels, hard, others, only)
+        positive, negative = references.pairs(labels)
+        chosen = references.tuples(build_miner(miner, {}), batch, labels)
+        if len(chosen) == 3:
+            chosen = (chosen[0], chosen[1], chosen[0], chosen[2])
+        assert bool(positive[chosen[0], chosen[1]].all()) and bool(negative[chosen[2], chosen[3]].all())
+
+
+@pytest.mark.parametrize("name", ["NCALoss", "AngularLoss"])
+@pytest.mark.parametrize("key", ["memory", "hard_negatives"])
+def test_losses_that_look_at_labels_alone_are_refused(name: str, key: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match=f"{name} cannot be used with {key}: it takes its pairs from the labels.* such as ContrastiveLoss",
+    ):
+        BaselineConfig(loss=name, **{key: 4})  # type: ignore[arg-type]
+
+
+def test_a_loss_that_indexes_the_batch_by_references_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"ThresholdConsistentMarginLoss with \{\} fails on a batch of random embeddings: index"
+    ):
+        BaselineConfig(loss="ThresholdConsistentMarginLoss", memory=10)
 
 
 def test_losses_that_cannot_be_compared_with_others_are_refused() -> None:

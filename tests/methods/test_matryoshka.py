@@ -12,6 +12,7 @@ from torch import Tensor
 
 from methods.baseline import Baseline, BaselineConfig
 from methods.functional import global_generators
+from methods.metric_learning import References
 from tests.methods.test_baseline import CLASSES, DIM, FEATURES, StubContext, batch, build
 
 PREFIXES = [2, 3]
@@ -67,8 +68,13 @@ def test_memory_and_hard_negatives_are_cut_alike() -> None:
     method = build(loss="ContrastiveLoss", matryoshka=PREFIXES, memory=8, hard_negatives=2)
     (embeddings, labels), (past, classes) = batch(), batch(1)
     loss = losses.ContrastiveLoss()
-    terms = [loss(unit(embeddings, d), labels, ref_emb=unit(past, d), ref_labels=classes) for d in (DIM, *PREFIXES)]
-    value = method._sum_over_prefixes(embeddings, labels, (past, classes))
+    references = References.of(embeddings, labels, past, classes, negatives_only=False)
+    terms = []
+    for dim in (DIM, *PREFIXES):
+        cut = References.of(unit(embeddings, dim), labels, unit(past, dim), classes, negatives_only=False)
+        pairs = cut.tuples(None, embeddings, labels)
+        terms.append(loss(unit(embeddings, dim), labels, pairs, ref_emb=cut.embeddings, ref_labels=cut.labels))
+    value = method._sum_over_prefixes(embeddings, labels, references)
     torch.testing.assert_close(value, torch.stack(terms).sum(), rtol=1e-12, atol=0)
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from methods.plans import Plan, class_balanced, combine_sampler, number_sampler, uniform_classes
 
+ANY = 1e9  # repeats
+
 
 def labels_of(sizes: list[int], seed: int = 0) -> np.ndarray:
     """Labels of classes with these sizes, shuffled."""
@@ -37,7 +39,7 @@ def datasets(draw: st.DrawFn) -> tuple[list[int], int, int]:
 def test_every_promise_on_random_datasets(dataset: tuple, seed: int, epoch: int) -> None:
     sizes, p, k = dataset
     labels = labels_of(sizes)
-    plan = class_balanced(labels, p, k, seed, epoch)
+    plan = class_balanced(labels, p, k, seed, epoch, max_repeats=ANY)
     own, mixed = groups_of(sizes, k)
     total = sum(own) + mixed
     assert plan.ids.shape == (max(-(-total // p), max(own)), p * k), "no more steps than the groups need"
@@ -60,8 +62,43 @@ def test_every_promise_on_random_datasets(dataset: tuple, seed: int, epoch: int)
         if len(set(labels[row].tolist())) < len(sizes):  # classes are left over: nobody had to come twice
             strangers = [c for g in row.reshape(p, k) if len(set(labels[g].tolist())) > 1 for c in labels[g].tolist()]
             assert len(set(strangers)) == len(strangers) and not set(strangers) & set(pure)
-    again = class_balanced(labels.copy(), p, k, seed, epoch)
+    again = class_balanced(labels.copy(), p, k, seed, epoch, max_repeats=ANY)
     np.testing.assert_array_equal(plan.ids, again.ids, err_msg="a pure function of its arguments")
+
+
+@settings(max_examples=100, deadline=None)
+@given(datasets(), st.integers(0, 2**40), st.sampled_from([1.0, 1.3, 2.0, 4.0]))
+def test_a_large_class_does_not_stretch_the_epoch(dataset: tuple, seed: int, most: float) -> None:
+    sizes, p, k = dataset
+    labels = labels_of(sizes)
+    ids = class_balanced(labels, p, k, seed, 0, most).ids
+    own, mixed = groups_of(sizes, k)
+    total = sum(own) + mixed
+    shortest = -(-total // p)
+    assert shortest <= len(ids) <= max(shortest, most * total / p)
+    assert set(ids.ravel().tolist()) == set(range(len(labels))), "every sample at least once"
+    if max(own) <= max(shortest, int(most * total / p)):
+        np.testing.assert_array_equal(ids, class_balanced(labels, p, k, seed, 0, ANY).ids, err_msg="nothing changes")
+    allowed = -(-max(own) // len(ids))
+    for row in ids:
+        pure = [g for g in row.reshape(p, k) if len(set(labels[g].tolist())) == 1]
+        assert np.bincount([labels[g[0]] for g in pure], minlength=1).max() <= max(1, allowed)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "before", "now"),
+    [
+        ([10_000] + [4] * 99, 23.1, 2.0),  # one class of nearly all images
+        ([1_000] + [5] * 99, 16.1, 2.4),
+        (list(2 + np.random.default_rng(0).binomial(10, 0.326, 11_318)), 1.3, 1.3),  # as Stanford Online Products
+        (list((1000 / np.arange(1, 5691) ** 0.7).astype(int) + 5), 1.1, 1.1),  # as iNaturalist 2018's classes
+        ([60] * 100, 1.0, 1.0),
+    ],
+)  # fmt: skip
+def test_length_of_an_epoch_in_images(sizes: list[int], before: float, now: float) -> None:
+    labels = labels_of(sizes)
+    lengths = [class_balanced(labels, 24, 4, 0, 0, most).ids.size / len(labels) for most in (ANY, 2.0)]
+    assert lengths[0] == pytest.approx(before, abs=0.06) and lengths[1] == pytest.approx(now, abs=0.06)
 
 
 def test_seed_and_epoch_change_the_plan_and_the_global_generator_does_not() -> None:
@@ -149,7 +186,7 @@ def test_promises_at_two_hundred_thousand_samples(tail: list[int]) -> None:
 def test_short_steps_are_filled_with_all_classes_alike() -> None:
     """One class fills 2,000 steps; of the 20 others each is drawn as often, and each of its groups."""
     labels = labels_of([4 * 2000, *[8] * 20])
-    ids = class_balanced(labels, 3, 4, 0, 0).ids
+    ids = class_balanced(labels, 3, 4, 0, 0, max_repeats=ANY).ids
     drawn = np.bincount(labels[ids.reshape(-1, 4)[:, 0]])
     assert drawn[0] == len(ids) == 2000
     assert drawn[1:].sum() == 4000 and np.abs(drawn[1:] - 200).max() < 5 * 200**0.5

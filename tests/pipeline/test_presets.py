@@ -38,7 +38,8 @@ def test_there_is_one_for_each_paper_dataset_and_backbone_and_for_emoji() -> Non
     mmsi |= {f"mmsi/{d}_bninception_contrastive" for d in ("cub", "cars")}
     smart = {f"smart_mining/{d}_googlenet{profile}" for d in ("cub", "cars") for profile in ("", "_modern")}
     baseline = {f"baseline/{d}_bninception" for d in ("cub", "cars", "sop", "inshop")}
-    assert set(PAPERS) == gca | intra | osm | mmsi | smart | baseline
+    fine_tuned = {f"baseline/{d}_{net}" for d in ("cub", "cars", "sop", "inshop") for net in ("vit", "dinov2")}
+    assert set(PAPERS) == gca | intra | osm | mmsi | smart | baseline | fine_tuned
     assert {f"{method}/emoji" for method in METHODS} <= set(preset_names())
 
 

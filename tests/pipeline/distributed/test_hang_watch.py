@@ -105,11 +105,11 @@ def test_long_work_between_steps_is_no_hang(
         monkeypatch.setattr(self.batches, "pixels", slow_first)
         return pixels(self)
 
-    monkeypatch.setattr(Measurements, "validate", slow_validate)
-    monkeypatch.setattr(Worker, "_train_segment", slow_segment)
     ended = Ended()
     config = make_config({"length": "2 steps", "evaluation.every": "1 steps", "evaluation.test": False})
-    with ended.watch(2.0) as watch:
+    with monkeypatch.context() as patch, ended.watch(2.0) as watch:
+        patch.setattr(Measurements, "validate", slow_validate)
+        patch.setattr(Worker, "_train_segment", slow_segment)
         worker = Worker(config, config.data.source, Ranks(), torch.device("cpu"), RunStatus(), watch=watch)
         worker()
     assert not ended and worker.progress.step == 2

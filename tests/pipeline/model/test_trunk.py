@@ -14,7 +14,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from pipeline.config import BN_INCEPTION, LITE0, ModelConfig
+from pipeline.config_model import BN_INCEPTION, LITE0, ModelConfig
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.model import backbones
