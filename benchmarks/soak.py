@@ -7,9 +7,9 @@ stops it as `raydml stop` does. Every so many seconds one process is killed or s
 controller, a process that loads images, or a worker that hangs (SIGSTOP). Then the same run is trained undisturbed in one process to the
 same step, which takes half as long again, and the weights are compared.
 
-Memory is the resident memory of each process but for what it shares with others (Ray's objects), sampled every second from a minute on after training was first seen in it; its growth is the
-slope of a line through the means of each 20 s of all processes of a kind, each process with a level of its own, with Student's 95 %
-interval.
+Memory is the resident memory of each process but for what it shares with others (Ray's objects), sampled every second from a minute on
+after training was first seen in it; its growth is the slope of a line through the means of each 20 s of all processes of a kind, each
+process with a level of its own, with Student's 95 % interval.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ first. During `warmup` the trunk is not trained. Retrieval uses z / |z|; graph a
 
 Deviations: own-class entries are left out of the similarity term as the formula says (the authors' program leaves out
 others: `similarity_mask: reference`); one dropout mask for E_ij and E_ji, which are equal (`edge_symmetry: false` draws
-two); statistics of the graph's batch norms are not kept, nothing reads them; the sampler's lists start anew each epoch.
+two); statistics of the graph's batch norms are not kept, nothing reads them; the sampler's lists start anew each epoch; images are
+resized bicubically in evaluation, as everywhere in this program, where the authors' program resizes bilinearly.
 `base_loss: proxy_anchor` is ours: Proxy Anchor (Kim et al., CVPR 2020) in place of the N-pair J_m, J_syn as above.
 """
 

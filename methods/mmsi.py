@@ -196,16 +196,17 @@ class Mmsi(Method):
     def _check_memory(self) -> None:
         """Raises ValueError where the memory can never hold the classes of the warm-up, and so nothing would ever be trained.
 
-        Each class puts K images in a row; beside the memory's classes, those of the batch count.
+        Each class puts K images in a row, of which at most `memory_per_class` stay; beside the memory's classes, those of the batch count.
         """
         c = self.config
         if not c.meta or c.memory_total is None:
             return
-        most = -(-c.memory_total // c.samples_per_class) + c.classes_per_batch
+        entries = min(c.samples_per_class, c.memory_per_class)  # of one class
+        most = -(-c.memory_total // entries) + c.classes_per_batch
         if most < self.warmup:
-            needed = (self.warmup - c.classes_per_batch) * c.samples_per_class
+            needed = (self.warmup - c.classes_per_batch) * entries
             raise ValueError(
-                f"memory_total is {c.memory_total}, which holds {most - c.classes_per_batch} classes of {c.samples_per_class} images beside "
+                f"memory_total is {c.memory_total}, which holds {most - c.classes_per_batch} classes of {entries} images beside "
                 f"the {c.classes_per_batch} of a batch, but nothing is learnt before there are {self.warmup} (warmup_classes): set memory_total "
                 f"to {needed} or more, or lower warmup_classes"
             )

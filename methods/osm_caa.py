@@ -16,7 +16,7 @@ with their attention, are classified and compared a second time, as tracklets.
 Deviations: one embedding is classified, compared and retrieved (the authors' network classifies three layers, compares
 the second and retrieves the third); biases of the classifier learn and decay like its weights (theirs at twice the rate,
 without decay); distances below 1e-6 count as 1e-6 in the hinge's gradient, so that the same image twice in a batch is
-harmless.
+harmless; batches of images are class-balanced and an epoch uses every image, where the authors' program draws each batch anew.
 """
 
 from __future__ import annotations

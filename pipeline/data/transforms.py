@@ -166,7 +166,11 @@ def _erase(image: Tensor, config: TransformConfig, random: np.random.Generator) 
 
 
 def _crop(height: int, width: int, config: TransformConfig, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a random crop: area and aspect ratio as configured, cut to the image."""
+    """Top, left, height, width of a random crop: area and aspect ratio as configured, cut to the image.
+
+    One draw: a crop that would be higher or wider than the image gets the image's side. torchvision's RandomResizedCrop draws up to
+    ten times until one fits, and so has fewer crops of the full height or width.
+    """
     if config.crop_scale == (1.0, 1.0):
         return 0, 0, height, width
     area = height * width * random.uniform(*config.crop_scale)

@@ -233,7 +233,10 @@ class Folder:
             folder.write(probe, bytes(PROBE_BYTES))
             folder.remove(probe)
         except Exception as error:  # every file system has its own errors for "not allowed"
-            raise UserError(f"storage {self.uri!r} is not writable ({one_line(error)})") from error
+            reason = one_line(error)
+            if isinstance(error, OSError) and error.filename:  # not the name of the probe
+                reason = f"[Errno {error.errno}] {error.strerror}: {folder.uri!r}"
+            raise UserError(f"storage {self.uri!r} is not writable ({reason})") from error
 
 
 @contextlib.contextmanager

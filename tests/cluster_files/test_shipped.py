@@ -61,7 +61,7 @@ BREAKS: list[tuple[str, str, str, str]] = [  # file, text, what replaces it, wha
     ("gcp.yaml", "distributed.spot_notice", "distributed.spot_notices", "python -m pipeline.distributed.spot_notices: no such module"),
     ("slurm.sh", "-m pipeline.train", "-m pipelin.train", "python -m pipelin.train: no such module"),
     ("gcp.yaml", "docs/guides/clusters.md", "docs/guides/cluster.md", "docs/guides/cluster.md: no such file"),
-    ("kuberay-job.yaml", "baseline/sop_bninception", "baseline/sop_bn", "did you mean the preset 'baseline/sop_bninception'"),
+    ("kuberay-job.yaml", "baseline/sop_bninception", "baseline/sop_bninceptio", "did you mean the preset 'baseline/sop_bninception'"),
     ("kuberay-job.yaml", "runtime.gpus_per_worker", "runtime.gpus", "runtime.gpus"),
     # ray up
     ("aws.yaml", "max_workers: 12", "max_worker: 12", "Additional properties are not allowed ('max_worker'"),

@@ -175,7 +175,8 @@ def test_losses_that_look_at_labels_alone_are_refused(name: str, key: str) -> No
 
 def test_a_loss_that_indexes_the_batch_by_references_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"ThresholdConsistentMarginLoss with \{\} fails on a batch of random embeddings: index"
+        ValueError,
+        match=r"ThresholdConsistentMarginLoss with \{\} fails on a batch of random embeddings: IndexError: index",
     ):
         BaselineConfig(loss="ThresholdConsistentMarginLoss", memory=10)
 

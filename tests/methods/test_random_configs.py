@@ -26,7 +26,7 @@ from pipeline.testing.tiny import tiny_values
 from pipeline.testing.watched_run import make_worker
 from pipeline.training.checks import check_run
 
-EVERY_DAY, SLOW = 8, 340  # settings of each method: 48, and 2,040
+EVERY_DAY, SLOW = 4, 340  # settings of each method: 24, and 2,040
 # Free text, and what costs time rather than being right or wrong.
 CHOICES: dict[str, list[Any]] = {
     "loss": ["MultiSimilarityLoss", "ContrastiveLoss", "TripletMarginLoss", "NTXentLoss", "ProxyAnchorLoss", "SoftTripleLoss", "MarginLoss",

@@ -17,6 +17,7 @@ from methods.intra_batch import IntraBatchConfig
 from methods.mmsi import Mmsi, MmsiConfig, meta_loss
 from methods.osm_caa import OsmCaaConfig, soft_mining_loss, squared_distances
 from methods.plans import class_balanced, combine_sampler, number_sampler, uniform_classes
+from pipeline.mining.memory import EmbeddingMemory
 
 
 @dataclass
@@ -47,25 +48,32 @@ def test_a_memory_that_never_holds_the_classes_of_the_warm_up(total: int | None,
         ):
             Mmsi(config, 8, 100)
     assert Mmsi(config, 8, 10).warmup == 10, "all classes are enough"
+    one = config.model_copy(update={"memory_per_class": 1, "memory_total": 24})
+    assert Mmsi(one, 8, 100).warmup == 30, "one entry of each class: 24 classes, and 6 of the batch"
 
 
 @pytest.mark.parametrize("total", [10, 23, 60, 118, 120])
-def test_that_bound_is_what_a_memory_holds(total: int) -> None:
-    """By simulation: the most classes in the last `total` entries, and the batch's own."""
-    most, entries = 0, list[int]()
-    for epoch in range(6):
-        classes = np.random.default_rng(epoch).permutation(60).reshape(-1, 6)
-        for batch in classes:
-            most = max(most, len(set(entries[-total:]) | set(batch.tolist())))
-            entries += [int(c) for c in batch for _ in range(5)]
-    bound = -(-total // 5) + 6
-    assert bound - 6 <= most <= bound
-    config = MmsiConfig(
-        memory_total=total, warmup_classes=bound, classes_per_batch=6, samples_per_class=5, embedding_dim=4
-    )
-    Mmsi(config, 8, 100)
+@pytest.mark.parametrize("per_class", [1, 3, 5, 100])
+def test_that_bound_is_what_a_memory_holds(total: int, per_class: int) -> None:
+    """The real memory: the most classes that it has ever held, and the batch's own."""
+    memory, most = EmbeddingMemory(2, per_class, total), 0
+    for epoch in range(4):
+        for batch in np.random.default_rng(epoch).permutation(60).reshape(-1, 6):
+            most = max(most, len(set(memory.classes) | set(batch.tolist())))
+            ids = (batch[:, None] * 5 + np.arange(5)).ravel()
+            memory.append(torch.zeros(30, 2), torch.from_numpy(np.repeat(batch, 5)), torch.from_numpy(ids))
+    bound = -(-total // min(5, per_class)) + 6
+    assert min(bound, 60) - 6 <= most <= bound
+    sizes = {
+        "classes_per_batch": 6,
+        "samples_per_class": 5,
+        "embedding_dim": 4,
+        "memory_per_class": per_class,
+        "memory_total": total,
+    }
+    Mmsi(MmsiConfig(warmup_classes=bound, **sizes), 8, 1000)
     with pytest.raises(ValueError, match="memory_total"):
-        Mmsi(config.model_copy(update={"warmup_classes": bound + 1}), 8, 100)
+        Mmsi(MmsiConfig(warmup_classes=bound + 1, **sizes), 8, 1000)
 
 
 def test_reasons_of_skipped_steps() -> None:

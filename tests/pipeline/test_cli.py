@@ -114,11 +114,13 @@ def names(said: Said) -> list[str]:
 
 def test_list_presets(raydml: Raydml) -> None:
     assert names(raydml("list", "presets")) == preset_names()
-    assert names(raydml("list", "presets", "CUB_D")) == ["gca_hng/cub_dino"]
+    assert names(raydml("list", "presets", "CUB_DINO")) == ["baseline/cub_dinov2", "gca_hng/cub_dino"]
     assert names(raydml("list", "presets", "gca*_dino")) == [
         f"gca_hng/{d}_dino" for d in ("cars", "cub", "inshop", "sop")
     ]
-    assert "gca_hng/cub_dino  GCA-HNG on CUB-200-2011, DINO ViT-S/16\n" in raydml("list", "presets", "cub_dino")[1]
+    assert (
+        "gca_hng/cub_dino  GCA-HNG on CUB-200-2011, DINO ViT-S/16\n" in raydml("list", "presets", "gca_hng/cub_dino")[1]
+    )
 
 
 def test_list_runs_and_datasets(raydml: Raydml, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

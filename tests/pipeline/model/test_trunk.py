@@ -220,7 +220,7 @@ class Malicious:
 
 
 UNFIT: list[tuple[object, str]] = [
-    (None, r"no such file \(other choices: pretrained, none"),
+    (None, r"no such file or run \(other choices: pretrained, none"),
     (b"not weights", "cannot be read as tensors"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS, fetch the file itself"),
     ("malicious", "hold no state dict"),
@@ -300,7 +300,7 @@ def test_lite0_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"backbone": "torchvision/resnt18"}, "torchvision has no model 'resnt18': did you mean 'resnet18'"),
         (
             {"backbone": "test_resnet", "weights": "imagenet"},
-            r"weights 'imagenet': no such file \(other choices: pretrained, none, " + LITE0,
+            r"weights 'imagenet': no such file or run \(other choices: pretrained, none, " + LITE0,
         ),
     ],
 )
