@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.alternate import ratio_of
 from benchmarks.table import Row, finish
 
 WARM, STEPS, BATCH = 15, 75, 96
@@ -168,20 +169,25 @@ def main() -> int:
         folder, log, threads, layout = options.plain
         plain_loop(folder, log, int(threads), layout == "1")
         return 0
+    return finish(measure(options.rounds, options.threads), options.json)
+
+
+def measure(rounds: int, threads: int) -> list[Row]:
+    """The rows of all sides, which alternate."""
     with tempfile.TemporaryDirectory(prefix="raydml-bench-") as temporary:
         folder = Path(temporary)
         subprocess.run([sys.executable, "-m", "pipeline.prepare", "emoji", "--to", str(folder / "data" / "emoji")],
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         sides = {
-            "ours": lambda: ours(options.threads, folder),
-            "plain": lambda: plain(options.threads, False, folder),
-            "plain, channels last": lambda: plain(options.threads, True, folder),
+            "ours": lambda: ours(threads, folder),
+            "plain": lambda: plain(threads, False, folder),
+            "plain, channels last": lambda: plain(threads, True, folder),
         }
         figures: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             for side, measure in sides.items():
                 figures[side].append(measure())
-    return finish(rows(figures), options.json)
+    return rows(figures)
 
 
 def rows(figures: dict[str, list[dict[str, float]]]) -> list[Row]:
@@ -191,11 +197,11 @@ def rows(figures: dict[str, list[dict[str, float]]]) -> list[Row]:
     out = []
     for other in ("plain", "plain, channels last"):
         for key, what in (("cpu", "CPU-ms/image"), ("wall", "wall ms/image")):
-            ratio = statistics.median(a[key] / b[key] for a, b in zip(figures["ours"], figures[other], strict=True))
+            ratio, spread = ratio_of(*([figure[key] for figure in figures[side]] for side in ("ours", other)))
             name = f"{what}: ours / {other}"
             promised = "<= 1.10" if other == "plain" else ""
             ok = ratio <= 1.10 or not promised
-            out.append(Row(name, 1e3 * median("ours", key), 1e3 * median(other, key), ratio, promised, ok))
+            out.append(Row(name, 1e3 * median("ours", key), 1e3 * median(other, key), ratio, promised, ok, spread))
     waiting = median("ours", "waiting")
     out.append(Row("share of time waiting for data, %", 100 * waiting, promised="< 5", ok=waiting < 0.05))
     start = f"start to step {WARM}, s (ours: Ray, loader, frozen evaluation of 6,253 images)"

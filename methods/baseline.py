@@ -172,6 +172,7 @@ class Baseline(Method):
             for name in [n for n, value in vars(module).items() if isinstance(value, Tensor)]:
                 value = vars(module).pop(name)
                 module.register_buffer(name, value)
+        self._has_statistics = any(True for _ in (*self.loss_function.buffers(), *self.prefix_losses.buffers()))
 
     def training_step(self, batch: Batch, context: Context) -> Mapping[str, float | Tensor]:
         config, mining = self.config, context.mining
@@ -226,8 +227,9 @@ class Baseline(Method):
     def loss(
         self, embeddings: Float[Tensor, "batch dim"], labels: Int64[Tensor, " batch"], context: Context
     ) -> Float[Tensor, ""]:
-        for statistic in (*self.loss_function.buffers(), *self.prefix_losses.buffers()):
-            statistic.detach_()  # some keep the graph of the step before
+        if self._has_statistics:
+            for statistic in (*self.loss_function.buffers(), *self.prefix_losses.buffers()):
+                statistic.detach_()  # some keep the graph of the step before
         with global_generators(context.seed, context.clock.step):
             return self._sum_over_prefixes(embeddings, labels)
 

@@ -60,18 +60,30 @@ class PlusOneAttention(nn.Module):
         return x.unflatten(1, (self.heads, -1)).transpose(0, 1)[None]
 
 
+_unused: list[np.random.MT19937] = []  # made once: it takes longer than a seeding
+
+
 @contextlib.contextmanager
 def global_generators(*seed: int) -> Iterator[None]:
     """Seeds torch's and numpy's global generators inside the block and restores them after it.
 
-    For third-party losses and miners that draw from them: what they draw then depends on `seed` alone.
+    For third-party losses and miners that draw from them: what they draw then depends on `seed` alone. 20 µs without a GPU,
+    since the states are exchanged, not copied; of numpy's, a spare normal number of `np.random.normal` is not kept.
     """
-    state = np.random.get_state()
     words = np.random.SeedSequence(seed).generate_state(2)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(int(words[0]))
+    outside = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    inside = _unused.pop() if _unused else np.random.MT19937()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    torch_states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+    try:
+        np.random.set_bit_generator(inside)  # type: ignore[attr-defined]
         np.random.seed(int(words[1]))
-        try:
-            yield
-        finally:
-            np.random.set_state(state)
+        # `torch.manual_seed` seeds the devices too, and keeps a stack trace for a GPU that has not been used yet
+        (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(words[0]))
+        yield
+    finally:
+        torch.set_rng_state(torch_states[0])
+        for device, state in zip(devices, torch_states[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        np.random.set_bit_generator(outside)  # type: ignore[attr-defined]
+        _unused.append(inside)

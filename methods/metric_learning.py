@@ -236,7 +236,8 @@ def evaluate_loss(
         if references is None:
             tuples = miner(embeddings, labels) if miner is not None else None
             part = loss
-            return (loss(embeddings, labels) if tuples is None else loss(embeddings, labels, tuples)).reshape(())
+            value = loss(embeddings, labels) if tuples is None else loss(embeddings, labels, tuples)
+            return value if value.ndim == 0 else value.reshape(())
         tuples = references.tuples(miner, embeddings, labels)
         part = loss
         return loss(embeddings, labels, tuples, ref_emb=references.embeddings, ref_labels=references.labels).reshape(())
