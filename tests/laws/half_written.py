@@ -116,6 +116,9 @@ class CacheWriter(Writer):
         ids = self.store.select(["train"]).ids
         return [hash(image) for image in reader.read(ids)]
 
+    def start_over(self) -> None:
+        shutil.rmtree(self.root / "cache")
+
 
 class DecodedWriter(CacheWriter):
     def write(self) -> None:

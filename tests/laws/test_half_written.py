@@ -33,4 +33,5 @@ def kills(kind: str, folder: Path, number: int) -> None:
     assert done.returncode == 0, f"seed {seed}\n{done.stderr[-3000:]}"
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["killed"] == number, found
+    assert kind not in ("cache", "decoded") or found["nothing there"], "every kill came too late"
     print(kind, found)
