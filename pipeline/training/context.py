@@ -51,6 +51,7 @@ class RunContext:
         undoes: Whether a step can be left out (`undo_step`), which takes a copy of all buffers each step.
         images_per_pass: Largest number of images that the trunk is given at once; None: all of this rank's.
         trained_parts: Which parts of the trunk are trained when; None: all of it.
+        asked_to_stop: Whether this rank has been asked to stop; told to the other ranks with each step's checks.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class RunContext:
         undoes: bool = False,
         images_per_pass: int | None = None,
         trained_parts: TrainedParts | None = None,
+        asked_to_stop: Callable[[], bool] = bool,
     ) -> None:
         self.samples = samples
         self.labels = samples.labels
@@ -103,7 +105,7 @@ class RunContext:
         self.images_per_pass = images_per_pass
         self.trained_parts = trained_parts
         self._undo = StepUndo([trunk, method], self.optimizers) if undoes else None
-        self._checks = StepChecks(ranks, device)
+        self._checks = StepChecks(ranks, device, asked_to_stop)
         self._gathered: tuple[np.ndarray, Tensor] | None = None  # slots and features of this step's last `encode`
         self._plan_row: tuple[Plan, int] | None = None
         self._pixels: Tensor | None = None
@@ -230,9 +232,14 @@ class RunContext:
         self._awaits_backward = False
 
     def end_step(self) -> None:
-        """Checks the losses that no optimizer has stepped after."""
-        if self._checks.losses:
+        """Checks the losses that no optimizer has stepped after; several ranks tell each other of a request to stop in any case."""
+        if self._checks.losses or (self.ranks.world > 1 and not self._checks.has_read):
             self._read_checks()
+
+    @property
+    def stop(self) -> bool:
+        """Whether some rank had been asked to stop when this step's losses were read; the same on every rank."""
+        return self._checks.stop
 
     def _read_checks(self, *values: Tensor) -> list[float]:
         """`values`, the largest of all ranks, read together with the losses' checks.

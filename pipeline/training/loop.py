@@ -92,7 +92,7 @@ class Worker:
             samples=self.samples, seed=config.seed, length=config.length, precision=config.precision, device=device,
             ranks=ranks, trunk=self.trunk, method=self.method, embedder=self.embedder, load_best=self._load_best,
             mining=self.mining, undoes=config.runtime.skip_nonfinite > 0, images_per_pass=self._images_per_pass(device),
-            trained_parts=trained_parts,
+            trained_parts=trained_parts, asked_to_stop=status.stop_requested,
         )  # fmt: skip
         self.average = WeightAverage(self.trunk, self.method, config.model.ema) if config.model.ema else None
         self.progress = TrainingState()
@@ -238,7 +238,7 @@ class Worker:
                 if row + 1 == len(plan):
                     self.batches.stored = None
                     self.method.on_epoch_end(epoch, self.context, metrics)
-                stop = self.ranks.any(self.status.stop_requested(), self.context.device)
+                stop = self._is_asked_to_stop(metrics is not None)
                 if stop or last or _crossed(self.config.checkpoint.every, before, after):
                     self._save("checkpoints")
                 if stop and not last:
@@ -246,6 +246,12 @@ class Worker:
                         self.status.add_stopped(progress.step)
                     return True
         return False
+
+    def _is_asked_to_stop(self, now: bool) -> bool:
+        """Whether to stop after this step, the same on every rank: by what its checks have read, or `now`, by a read of its own."""
+        if now or self.ranks.world == 1:
+            return self.ranks.any(self.status.stop_requested(), self.context.device)
+        return self.context.stop
 
     def _training_step(self, batch: Batch) -> Mapping[str, float | Tensor] | None:
         """The method's step and its metrics; None: it was left out, as its loss or gradient was not finite."""

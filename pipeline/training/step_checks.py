@@ -1,12 +1,13 @@
-"""What a step computes on a device and the host reads: whether its losses and gradients are finite, and the values to log.
+"""What a step computes on a device and the host reads: whether its losses and gradients are finite, the values to log, a stop request.
 
 A read makes the host wait until the device has computed everything before it, so a step reads once: what its losses and gradients
-are is collected on the device, agreed by all ranks there, and read together before an optimizer moves anything.
+are is collected on the device, agreed by all ranks there, and read together before an optimizer moves anything. A request to stop, which
+all ranks have to follow after the same step, goes along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,21 +22,27 @@ class StepChecks:
     Args:
         ranks: This worker's rank and the collectives.
         device: Device of the losses.
+        asked_to_stop: Whether this rank has been asked to stop.
 
     Attributes:
+        stop: Whether some rank had been asked to stop at a read of this step; the same on every rank.
+        has_read: Whether there was a read in this step.
         losses: Those whose backward pass has run, or which have been checked since the last read.
         not_finite: The loss that the last read found not to be finite here, if any.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device, asked_to_stop: Callable[[], bool]) -> None:
         self.ranks = ranks
         self.device = device
+        self.asked_to_stop = asked_to_stop
+        self.stop = self.has_read = False
         self.losses: list[Tensor] = []
         self.not_finite: Tensor | None = None
 
     def begin_step(self) -> None:
         self.losses = []
         self.not_finite = None
+        self.stop = self.has_read = False
 
     def add(self, loss: Tensor) -> None:
         self.losses.append(loss.detach().to(self.device, non_blocking=True))
@@ -48,9 +55,11 @@ class StepChecks:
         """
         losses, self.losses = self.losses, []
         bad = [(~loss.isfinite()).any() for loss in losses]
-        found = torch.stack([value.double() for value in (*bad, *values)])
+        asked = torch.full((), float(self.asked_to_stop()), device=self.device)
+        found = torch.stack([value.double() for value in (*bad, *values, asked)])
         here, whole = found, self.ranks.largest(found)
         numbers: list[float] = whole.tolist()
+        self.has_read, self.stop = True, self.stop or bool(numbers.pop())
         any_bad = any(numbers[: len(bad)])
         if any_bad:
             own = here[: len(bad)].tolist()
