@@ -100,7 +100,7 @@ def first_loss(config: Config) -> float:
 
 
 TRIED = [
-    pytest.param(name, marks=() if name in ("mined", "osm_caa", "mmsi") else pytest.mark.slow) for name in WAITS
+    pytest.param(name, marks=() if name in ("mined", "mmsi") else pytest.mark.slow) for name in WAITS
 ]  # 8 CPU-seconds each
 
 
