@@ -84,7 +84,11 @@ class BaselineConfig(MethodConfig):
         ge=0,
         description="number of nearest samples of other classes mined for each image, from the whole training set; 0: none",
     )
-    hard_weight: float = Field(1.0, ge=0, description="weight of the loss over the hard negatives")
+    hard_weight: float = Field(
+        0.1,
+        ge=0,
+        description="weight of the loss over the hard negatives; 1 made the embeddings collapse with MultiSimilarityLoss",
+    )
     matryoshka: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None,
         description="dimensions of prefixes of the embedding that are trained beside the whole one, ascending, so that a "

@@ -16,7 +16,14 @@ from pipeline.errors import RunError, UserError, one_line
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import run_folder
 from pipeline.trackers.choose import check_trackers
-from pipeline.training.checks import check_dataset, check_machine, check_run, checked_trunk, runtime_changes
+from pipeline.training.checks import (
+    check_dataset,
+    check_machine,
+    check_run,
+    checked_trunk,
+    runtime_changes,
+    with_former_defaults,
+)
 from pipeline.training.start import open_dataset, uses_ray
 
 
@@ -92,7 +99,7 @@ def _trackers(config: Config) -> Row:
 
 def _run(config: Config) -> Row:
     folder = run_folder(config)
-    changes = runtime_changes(config, folder)
+    changes = runtime_changes(with_former_defaults(config, folder), folder)
     latest = Checkpoints(folder).latest()
     state = "a new run" if latest is None else f"continues at step {latest.step}"
     found = f"{folder}: {state}" + (f", changed: {'; '.join(changes)}" if changes else "")

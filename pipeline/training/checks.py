@@ -32,6 +32,7 @@ from pipeline.training.elastic import worker_resources
 from pipeline.training.node_labels import asked_labels, unmet_labels
 
 LONG_EPOCH = 1.5  # times the images, from which on it is told
+FORMER_DEFAULTS: Mapping[str, Any] = {"hard_weight": 1.0}  # of a method, by key
 
 
 class _PlanContext(Context):
@@ -219,6 +220,19 @@ def check_dataset(folder: Folder, store: Store) -> None:
             f"run {folder} was trained on a dataset of fingerprint {recorded}, {store.folder} has {store.fingerprint}: "
             "point data.source to the former, or start over with another name or --fresh"
         )
+
+
+def with_former_defaults(config: Config, folder: Folder) -> Config:
+    """The config of an existing run with the defaults that it was started with, where they have changed since and are not given."""
+    if not folder.exists(CONFIG):
+        return config
+    method, recorded = config.method, read_config(folder).method
+    kept = {
+        key: former
+        for key, former in FORMER_DEFAULTS.items()
+        if key not in method.model_fields_set and getattr(method, key, None) != former == getattr(recorded, key, None)
+    }
+    return config.model_copy(update={"method": method.model_copy(update=kept)}) if kept else config
 
 
 def runtime_changes(config: Config, folder: Folder) -> list[str]:

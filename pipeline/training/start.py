@@ -36,6 +36,7 @@ from pipeline.training.checks import (
     checked_trunk,
     needed_cpus,
     runtime_changes,
+    with_former_defaults,
     with_machine_defaults,
 )
 from pipeline.training.launch import run_in_process, under_torchrun
@@ -58,6 +59,7 @@ def run(config: Config, fresh: bool = False) -> int | None:
     for warning in check_machine(config):
         console.print(warning)
     try:
+        config = config if fresh else with_former_defaults(config, folder)
         changes = [] if fresh else runtime_changes(config, folder)
     except UserError:
         check_input(config)  # what is wrong in itself is told before what differs from the earlier run

@@ -34,7 +34,7 @@ from pipeline.runs.run_folder import SUMMARY, run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 from pipeline.trackers.follow import RunTracking, read_tracking
-from pipeline.training.checks import check_dataset, runtime_changes
+from pipeline.training.checks import check_dataset, runtime_changes, with_former_defaults
 from pipeline.training.launch import device_of, no_space_error, state_writer
 from pipeline.training.loop import Worker
 from pipeline.training.ray_train import mining_servers, run_on_ray
@@ -239,6 +239,7 @@ class TrialRunner:
     def _one(self, config: Config, store: Store) -> None:
         """Starts or continues one run, unless it has ended before."""
         folder, run = run_folder(config), self.runs[self.current]
+        config = with_former_defaults(config, folder)
         changes = runtime_changes(config, folder)
         trained = not is_finished(config, folder)
         if trained:

@@ -89,7 +89,7 @@ def test_hard_negatives_of_the_whole_training_set(batches: list[np.ndarray], tmp
     """Nearest rows of other classes by the stored embeddings of the batch, as they were one step before (where prefetched)."""
     loss, table, before = ContrastiveLoss(), dict[int, Tensor](), dict[int, Tensor]()
     compared = 0
-    for step, z, logs in train(tmp_path, batches, hard_negatives=3):
+    for step, z, logs in train(tmp_path, batches, hard_negatives=3, hard_weight=1.0):
         ids = batches[step]
         stored = table if step % 4 == 0 else before  # the first step of an epoch asks at once
         chosen: set[int] = set()
