@@ -126,6 +126,7 @@ def points(*rates: float) -> list[dict[str, float]]:
     return [{"method.optimizer.lr": rate} for rate in rates]
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_is_lengthened(ray_here: Any, store: Store, tmp_path: Path) -> None:
     sweep = tiny_sweep(
         tmp_path, store, settings=settings(), trials_at_once=1, final=None, scheduler={"name": "asha", "grace": 0.3},

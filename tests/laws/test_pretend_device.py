@@ -99,9 +99,7 @@ def first_loss(config: Config) -> float:
     return next(float(line["loss"]) for line in read_metrics(run_folder(config)) if line["kind"] == "train")
 
 
-TRIED = [
-    pytest.param(name, marks=() if name in ("mined", "mmsi") else pytest.mark.slow) for name in WAITS
-]  # 8 CPU-seconds each
+TRIED = [pytest.param(name, marks=() if name == "mmsi" else pytest.mark.slow) for name in WAITS]  # 8 CPU-seconds each
 
 
 @pytest.mark.parametrize("name", TRIED)
