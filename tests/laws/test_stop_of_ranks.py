@@ -52,18 +52,20 @@ def stopped_at(rank: int, world: int, values: dict[str, Any], asked: int) -> tup
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, METHODS_TRIED["mmsi"] | {"method.warmup_classes": 8, "method.meta_start": "0 steps"}],
-    ids=["baseline", "steps that train nothing"],
+    ("changes", "step"),
+    [({}, 3), (METHODS_TRIED["mmsi"] | {"method.warmup_classes": 8, "method.meta_start": "0 steps"}, 1)],
+    ids=["baseline", "a step that trains nothing"],
 )
-def test_all_ranks_stop_after_the_same_step(pool: Pool, store: Store, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_all_ranks_stop_after_the_same_step(
+    pool: Pool, store: Store, tmp_path: Path, changes: dict[str, Any], step: int
+) -> None:
     quiet = {"length": f"{LENGTH} steps", "evaluation.every": "100 steps", "checkpoint.every": "100 steps"}
     found = []
-    for name, asked in (("stopped", 3), ("whole", LENGTH + 1)):
+    for name, asked in (("stopped", step), ("whole", LENGTH + 1)):
         values = tiny_values(str(tmp_path), store.folder.uri, {"name": name, **changes, **quiet})
         found.append(pool(stopped_at, 2, values, asked))
     stopped, whole = found
-    assert [step for step, _ in stopped] == [3, 3]
-    assert [step for step, _ in whole] == [LENGTH, LENGTH]
+    assert [done for done, _ in stopped] == [step, step]
+    assert [done for done, _ in whole] == [LENGTH, LENGTH]
     assert len({number for _, number in whole}) == 1
     assert whole[0][1] - stopped[0][1] <= 1, "the last step, which evaluates, asks once; no other does"
