@@ -168,8 +168,9 @@ class EmbeddingMemory:
     def apply(self, changes: MemoryChanges) -> None:
         """Brings a mirror up to date with `changes_since(self.version)` of the original."""
         self._count = max(self._count, int(changes.slots.max(initial=-1)) + 1)
+        # Copies: what Ray hands over cannot be written to, which PyTorch warns of.
         features, ids, labels = (torch.from_numpy(np.array(a)) for a in (changes.features, changes.ids, changes.labels))
-        self._write(changes.slots, features, ids, labels, changes.sequence_numbers)
+        self._write(np.array(changes.slots), features, ids, labels, changes.sequence_numbers)
         self.version = changes.version
         self._classes = {}
         self._slots_by_age = {}

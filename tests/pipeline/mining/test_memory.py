@@ -94,6 +94,16 @@ def test_features_are_constants_and_may_be_stored_in_half() -> None:
     assert torch.equal(mirror.features, features.detach().half())
 
 
+def test_changes_that_cannot_be_written_to_are_applied_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    memory, mirror = (EmbeddingMemory(2, 5) for _ in range(2))
+    memory.append(torch.randn(3, 2), torch.arange(3), torch.arange(3))
+    changes = memory.changes_since(0)
+    for array in (changes.slots, changes.features, changes.ids, changes.labels, changes.sequence_numbers):
+        array.flags.writeable = False  # as Ray's objects are
+    mirror.apply(changes)
+    assert torch.equal(mirror.features, memory.features) and not recwarn.list
+
+
 def test_bad_input() -> None:
     for bounds in ((None, None), (0, None), (None, -1)):
         with pytest.raises(UserError, match=r"expected at least 1|needs a bound"):
