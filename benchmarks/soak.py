@@ -261,7 +261,7 @@ def soak(root: str, minutes: float, every_s: float, calm_minutes: float, seed: i
     ]  # fmt: skip
     for kind in ("driver", "worker", "mining server"):
         slope, half, units = memory.slope(kind)
-        ok = units > 0 and slope - half <= GROWTH_MIB_H
+        ok = units > 0 and slope + half <= GROWTH_MIB_H
         rows += [
             Row(f"  MiB an hour, {kind} ({units} processes)", slope, promised=f"<= {GROWTH_MIB_H:g}", ok=ok),
             Row("    half of its 95 % interval", half),

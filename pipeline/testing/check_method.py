@@ -28,27 +28,13 @@ from torch import Tensor
 
 from methods import METHODS, Method, method_class, plugins
 from pipeline.config import Config, build_config
-from pipeline.distributed.run_status import RunStatus
 from pipeline.errors import one_line
 from pipeline.testing.tiny import tiny_values, write_tiny_store
-from pipeline.testing.watched_run import Seen, error, watched
+from pipeline.testing.watched_run import Seen, StopAt, error, watched
 
 SHARES = ((1,), (7, 5), (6, 0, 6))  # of a batch of 12: the whole, uneven, one worker without images
 STOP_AT = 3  # steps of the run of 2 epochs, within the first
 TIMEOUT_S = 300
-
-
-class _StopAt(RunStatus):
-    """A status that asks the run to stop after some steps."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def publish(self, progress: dict[str, Any]) -> None:
-        super().publish(progress)
-        if progress.get("step", 0) >= self.step:
-            self.stop()
 
 
 def check_method(
@@ -205,7 +191,7 @@ def _alone(root: str, store: str, keys: dict[str, Any]) -> dict[str, dict[str, T
         torch.manual_seed(seed)
         config = _config(root, store, keys, name.replace(" ", "-"))
         if name == "continued":
-            watched(config, 0, (1,), _StopAt(STOP_AT))
+            watched(config, 0, (1,), StopAt(STOP_AT))
         found[name] = watched(config, 0, (1,)).after
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,19 @@ class Seen:
     before: dict[str, Tensor]
     after: dict[str, Tensor]
     metrics: list[dict[str, float]]
+
+
+class StopAt(RunStatus):
+    """A status that asks the run to stop after some steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def publish(self, progress: dict[str, Any]) -> None:
+        super().publish(progress)
+        if progress.get("step", 0) >= self.step:
+            self.stop()
 
 
 def make_worker(config: Config, rank: int, shares: tuple[int, ...], status: RunStatus | None = None) -> Worker:

@@ -22,6 +22,7 @@ from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 from pipeline.testing.pretend_device import DEVICE, MixedDevices, PretendDevice
+from pipeline.testing.watched_run import StopAt
 from pipeline.training.loop import Worker
 from pipeline.training.start import record
 from tests.laws.runs import METHODS_TRIED
@@ -46,19 +47,6 @@ WAITS: dict[str, int] = {
     "mmsi": 6,  # put, meta loss, are there pairs, kept outputs, are there weights, update
     "mmsi_in_parts": 5,
 }  # fmt: skip
-
-
-class StopAt(RunStatus):
-    """Asks the run to stop after a step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.at = step
-
-    def publish(self, progress: dict[str, Any]) -> None:
-        super().publish(progress)
-        if progress.get("step", 0) >= self.at:
-            self.stop()
 
 
 def weights(worker: Worker) -> dict[str, torch.Tensor]:
