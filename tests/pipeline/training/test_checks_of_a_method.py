@@ -83,6 +83,10 @@ def test_a_long_epoch_is_told(make_config: Callable[..., Config], tmp_path: Path
     assert any(
         "times the 84 training images: the largest class has 60 of them, the median class 3" in n for n in notes
     ), notes
+    even = {f"class{i}": 6 for i in range(12)}
+    entries = [Entry(path, name, "train") for path, name in write_images(tmp_path / "even", even, 0)]
+    notes = check_run(config, write_store("even", entries, Folder(tmp_path / "uniform"), run_serially)).notes
+    assert notes[0] == "an epoch has 4 steps of 18 images, 1 times the 72 training images"
 
 
 @pytest.mark.parametrize(
