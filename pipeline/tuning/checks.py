@@ -118,7 +118,15 @@ def method_spaces(sweep: SweepConfig) -> dict[str, Space]:
                 raise UserError(
                     f"{place_of(sweep, label, key)}: {key} cannot be searched: make a sweep of each dataset"
                 )
-        for where, settings in (("settings", sweep.settings), (f"methods.{label}.settings", entry.settings)):
+        if entry.final_settings and sweep.final is None:
+            raise UserError(
+                f"methods.{label}.final_settings are given, but final is none: leave them out, or set final"
+            )
+        for where, settings in (
+            ("settings", sweep.settings),
+            (f"methods.{label}.settings", entry.settings),
+            (f"methods.{label}.final_settings", entry.final_settings),
+        ):
             for key in _flat(settings):
                 _check_key(sweep, key, where)
     return spaces

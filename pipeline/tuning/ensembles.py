@@ -10,6 +10,7 @@ import ray
 from pipeline.console import console
 from pipeline.errors import RunError, UserError
 from pipeline.inference.ensemble import measure_ensemble
+from pipeline.runs.run_folder import SUMMARY
 from pipeline.storage import Folder
 from pipeline.tuning.resources import TrialResources
 from pipeline.tuning.sweep_config import SweepConfig
@@ -44,10 +45,15 @@ def read_ensembles(folder: Folder) -> dict[str, list[dict[str, Any]]]:
 def missing_ensembles(
     sweep: SweepConfig, folder: Folder, records: Sequence[TrialRecord]
 ) -> list[tuple[str, int | None, list[str]]]:
-    """Method, seed and runs of each ensemble that can be measured and has not been."""
+    """Method, seed and runs of each ensemble that can be measured and has not been; a run may have been removed."""
     known = read_ensembles(folder)
     measured = [(label, entry["runs"]) for label, entries in known.items() for entry in entries]
-    return [(label, seed, names) for label, seed, names in ensembles(sweep, records) if (label, names) not in measured]
+    runs = Folder(sweep.root) / "runs"
+    return [
+        (label, seed, names)
+        for label, seed, names in ensembles(sweep, records)
+        if (label, names) not in measured and all(runs.exists(f"{name}/{SUMMARY}") for name in names)
+    ]
 
 
 def ensembles(sweep: SweepConfig, records: Sequence[TrialRecord]) -> Iterator[tuple[str, int | None, list[str]]]:

@@ -43,7 +43,7 @@ def run_configs(
     recipe = assigned(method_values(sweep, label), [(key.split("."), value) for key, value in values.items()])
     on_all_classes = sweep.protocol == "paper" or (final is not None and final.classes == "all")
     if final is not None:
-        recipe = with_settings(recipe, final.settings)
+        recipe = with_settings(with_settings(recipe, final.settings), sweep.methods[label].final_settings)
         given = final.length if isinstance(final.length, Length) and on_all_classes else None
         length = given if length is None else length
     seeds = [seed] if seed is not None else final.seeds if final is not None else sweep.seeds

@@ -20,6 +20,10 @@ class MethodEntry(BaseConfig):
         None, description="content of the recipe when the sweep was started; filled in by the program"
     )
     settings: Settings = Field(default_factory=dict, description="keys of the recipe that are set for this method")
+    final_settings: Settings = Field(
+        default_factory=dict,
+        description="keys of the recipe that are set in this method's final runs only, such as weights that were trained on all classes",
+    )
     space: Settings = Field(
         default_factory=dict, description="search space of this method, beside the sweep's: distribution by key"
     )

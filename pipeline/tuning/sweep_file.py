@@ -24,7 +24,7 @@ from pipeline.tuning.sweep_config import MethodEntry, SweepConfig
 from pipeline.tuning.sweep_folder import SWEEP
 
 EXAMPLE = "`methods: {margin: {recipe: baseline/emoji}}`"
-_BY_KEY = ("settings", "space")  # sections whose own keys are dotted
+_BY_KEY = ("settings", "final_settings", "space")  # sections whose own keys are dotted
 MAY_CHANGE = ("storage", "budget", "trials_at_once", "retries", "final")
 
 
@@ -167,6 +167,8 @@ def _method_changes(old: SweepConfig, new: SweepConfig, label: str, allowed: _Ch
     lengths = [Length.model_validate(v.get("length", Config.model_fields["length"].default)) for v in values]
     if lengths[0] != lengths[1]:
         forbidden[f"{where}.settings.length"] = (str(lengths[0]), str(lengths[1]))
+    if before.final_settings != after.final_settings:
+        forbidden[f"{where}.final_settings"] = (before.final_settings, after.final_settings)
     spaces = old.space | before.space, new.space | after.space
     for key in dict.fromkeys([*spaces[0], *spaces[1]]):
         if spaces[0].get(key) != spaces[1].get(key) or (key in spaces[0]) != (key in spaces[1]):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipeline.storage import Folder
 from pipeline.tuning.answer import BEST, CONCATENATED, LAST, TEST, VALIDATION, Answer, answer
+from pipeline.tuning.ensembles import missing_ensembles
 from pipeline.tuning.leaderboard import leaderboard_csv, terminal_tables
 from pipeline.tuning.statistics import estimate
 from pipeline.tuning.sweep_config import SweepConfig
@@ -207,3 +208,14 @@ def test_written_into_the_sweeps_folder(tmp_path: Path) -> None:
     result = write_answer(folder, SweepConfig.model_validate(sweep.model_dump()), records)
     assert (tmp_path / "leaderboard.csv").read_text() == leaderboard_csv(result)
     assert "60.5" in (tmp_path / "leaderboard.csv").read_text()
+
+
+def test_an_ensemble_needs_the_runs_themselves(tmp_path: Path) -> None:
+    sweep = make_sweep(("a",), storage=str(tmp_path), final={"seeds": [0, 1]})
+    records = [search(0, "a", 40.0), final(1, "a", 0, [50.0]), final(2, "a", 1, [51.0])]
+    names = [record.runs[0].name for record in records[1:]]
+    folder = Folder(tmp_path / "sweep")
+    for name in names:
+        assert missing_ensembles(sweep, folder, records) == [], "removed, or trained elsewhere"
+        Folder(tmp_path / "runs" / name).write_json("summary.json", {})
+    assert missing_ensembles(sweep, folder, records) == [("a", None, names)]

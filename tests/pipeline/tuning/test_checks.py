@@ -123,6 +123,8 @@ def test_keys_of_a_branch_are_checked_with_their_option(make: Make) -> None:
         (["settings.data.validation_fold=1"], "settings: data.validation_fold is decided by the sweep: set folds"),
         (["settings={evaluation: {checkpoint: last}}"], "settings: evaluation.checkpoint is decided by the sweep"),
         (["methods.triplet.settings.storage=x"], "methods.triplet.settings: storage is decided by the sweep"),
+        (["methods.triplet.final_settings.seed=1"], "methods.triplet.final_settings: seed is decided by the sweep"),
+        (["methods.triplet.final_settings.checkpoint.keep=1", "final=none"], "methods.triplet.final_settings are given, but final is none"),
         (["final.settings.seed=1"], "final.settings: seed is decided by the sweep"),
         (["space.runtime.workers=[1, 2]"], "space: runtime.workers changes no figure: set it in settings"),
         (["space.length=['1 epochs', '2 epochs']"], "space: length is the budget"),

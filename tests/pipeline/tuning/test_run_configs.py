@@ -43,6 +43,17 @@ def test_final_runs_on_all_classes() -> None:
     assert str(run_configs(given, "m", {}, 0, "search")[0].length) == "4 epochs"
 
 
+def test_final_settings_of_one_method() -> None:
+    own = {"model.weights": "another-run", "checkpoint.keep": 3}
+    methods = {"m": {"final_settings": own}, "n": {}}
+    sweep = make(methods=methods, final={"seeds": [0], "settings": {"checkpoint.keep": 1}})
+    (searched,), (final,) = run_configs(sweep, "m", {}, 0, "search"), run_configs(sweep, "m", {}, 0, "final")
+    assert (final.model.weights, final.checkpoint.keep) == ("another-run", 3), "these come after the sweep's own"
+    assert searched.model.weights != "another-run" and searched.checkpoint.keep != 3
+    (other,) = run_configs(sweep, "n", {}, 0, "final")
+    assert other.model == searched.model and other.checkpoint.keep == 1
+
+
 def test_final_runs_on_folds() -> None:
     sweep = make(folds=[0, 1], final={"seeds": [3], "classes": "folds", "length": "9 epochs"})
     runs = run_configs(sweep, "m", {}, 4, "final")

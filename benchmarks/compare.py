@@ -1,0 +1,187 @@
+"""The methods beside their bases and the best baselines: a sweep a dataset, whose records stay in the repository.
+
+    python -m benchmarks.compare [--sets emoji icons birds] [--budget MINUTES] [--resume] [--root FOLDER] [--results FOLDER]
+    python -m benchmarks.compare --show                       the tables of the results that are there; trains nothing
+    python -m benchmarks.compare --sets emoji --repeat ROW    trains a row's final runs again and compares the figures
+
+The sweep is benchmarks/compare.yaml, run by `pipeline.tune` under the fair protocol: settings are chosen on a fold of the training
+classes, final runs train on all of them, and the test classes are measured once. Its records, one JSON file a trial, and its
+leaderboard are copied to `--results` (benchmarks/results/compare/SET) as they are written. With `--resume` a stopped comparison goes
+on from them, also on another machine: only weights of unfinished runs are trained anew. `--budget` stops all after so many minutes.
+
+emoji  class = emoji, image = vendor; 64 pixels, 128 dimensions; `python -m pipeline.prepare emoji`
+icons  class = icon, image = style; 64 pixels, 128 dimensions; `python -m pipeline.prepare icons`
+birds  CUB-200-2010 or -2011; 112 pixels, 512 dimensions; `python -m pipeline.prepare cub --from ... [--partial]`
+
+On two cores a run takes two to four minutes on emoji and icons, and four times as long on birds: days for all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.compare_tables import BASES, Results, tables
+from pipeline.config import to_yaml
+from pipeline.data.find_store import find_store
+from pipeline.errors import UserError, fail
+from pipeline.runs.run_folder import SUMMARY
+from pipeline.storage import Folder, home
+
+SWEEP = Path(__file__).with_name("compare.yaml")
+RESULTS = Path(__file__).with_name("results") / "compare"
+BIRDS = [
+    "data.source=cub",
+    "data.transforms.size=112",
+    "data.transforms.resize=140",
+    "data.transforms.crop_scale=[0.25, 1]",
+    "data.transforms.flip=0.5",
+    "method.embedding_dim=512",
+]
+SETS: dict[str, tuple[str, list[str]]] = {  # name of the dataset, and what is set for all rows
+    "emoji": ("emoji", []),
+    "icons": ("icons", ["data.source=icons"]),
+    "birds": ("cub", BIRDS),
+}
+# MMSI starts from its base: `meta=false`, by loss.
+STARTS = {
+    "contrastive": ["loss=contrastive", "margin=0.5", "norm_scope=all", "w_init=0"],
+    "multi_similarity": ["loss=multi_similarity"],
+}
+POLL_S = 5.0
+
+
+def start_name(dataset: str, loss: str, where: str) -> str:
+    return f"compare-{dataset}-start-{loss}-{where}"
+
+
+def sweep_file(dataset: str, folder: Path) -> Path:
+    """The sweep with the names of the runs that MMSI starts from."""
+    file = folder / f"compare-{dataset}.yaml"
+    file.write_text(SWEEP.read_text().replace("START-", f"compare-{dataset}-start-"))
+    return file
+
+
+def run(command: Sequence[str], until: float | None = None, results: Results | None = None) -> int:
+    """Runs a command, copying a sweep's records meanwhile; interrupts it when the time is over. Returns its status."""
+    process = subprocess.Popen([sys.executable, "-m", *command])
+    asked = False
+    while process.poll() is None:
+        time.sleep(POLL_S)
+        if results is not None:
+            results.collect()
+        if until is not None and time.monotonic() > until and not asked:
+            asked = True
+            process.send_signal(signal.SIGINT)
+    return process.returncode
+
+
+def settings(values: Sequence[str]) -> list[str]:
+    return [text for value in values for text in ("--set", value)]
+
+
+def train_starts(dataset: str, root: str, until: float | None) -> int:
+    """The checkpoints of both bases that MMSI starts from: without fold 0, for the search, and on all training classes."""
+    for loss, method in STARTS.items():
+        for where, fold in (("fold0", "0"), ("all", "null")):
+            name = start_name(dataset, loss, where)
+            if Folder(f"{root}/runs/{name}").exists(SUMMARY):
+                continue
+            values = [
+                *SETS[dataset][1],
+                *(f"method.{key}" for key in ("meta=false", "classes_per_batch=17", *method)),
+                *(f"name={name}", f"storage={root}", f"data.validation_fold={fold}", "evaluation.test=false"),
+                *("runtime.workers=0", "runtime.loader=in_process", "length=300 steps"),
+            ]
+            status = run(["pipeline.train", "mmsi/emoji", *settings(values)], until)
+            if status:
+                return status
+    return 0
+
+
+def compare(dataset: str, root: str, results: Results, until: float | None) -> int:
+    """Trains what is missing of a set's comparison, until it is finished or the time is over; returns the status."""
+    results.restore()
+    status = train_starts(dataset, root, until)
+    if status == 0 and (until is None or time.monotonic() < until):
+        with tempfile.TemporaryDirectory(prefix="raydml-compare-") as folder:
+            command = ["pipeline.tune", str(sweep_file(dataset, Path(folder)))]
+            of_set = [f"settings.{value}" for value in SETS[dataset][1]]
+            values = [f"name=compare-{dataset}", f"storage={root}", *of_set]
+            status = run([*command, *settings(values)], until, results)
+    results.collect()
+    return status
+
+
+def repeat(row: str, results: Results) -> int:
+    """Trains the final runs of a row again, in a storage of its own, and prints both figures; 1 if they differ."""
+    different = 0
+    for record in results.finals(row):
+        with tempfile.TemporaryDirectory(prefix="raydml-repeat-") as folder:
+            os.symlink(f"{results.root}/data", f"{folder}/data")
+            os.mkdir(f"{folder}/runs")
+            for loss in STARTS:  # what MMSI starts from
+                name = start_name(results.name, loss, "all")
+                if os.path.isdir(f"{results.root}/runs/{name}"):
+                    os.symlink(f"{results.root}/runs/{name}", f"{folder}/runs/{name}")
+            config = results.config(record, folder)
+            recipe = Path(folder) / "recipe.yaml"
+            recipe.write_text(to_yaml(config))
+            if run(["pipeline.train", str(recipe)]):
+                return 1
+            again = Folder(f"{folder}/runs/{config.name}").read_json(SUMMARY)["final"]
+        for metric in ("recall@1", "map@r"):
+            then, now = record.runs[0].test[metric], again[metric]
+            different += then != now
+            print(f"{row}, seed {record.seed}, {metric}: recorded {then:.4f}, now {now:.4f}", flush=True)
+    return int(different > 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after this time; --resume goes on")
+    parser.add_argument("--resume", action="store_true", help="go on from the results that are there")
+    parser.add_argument("--show", action="store_true", help="print the tables of the results that are there")
+    parser.add_argument("--repeat", choices=list(BASES), metavar="ROW", help="train the final runs of this row again")
+    parser.add_argument("--root", default=home(), help="storage of datasets and runs (default: $RAYDML_HOME)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+    options = parser.parse_args()
+    until = time.monotonic() + 60 * options.budget if options.budget else None
+    root = Folder(options.root).uri
+    found = {name: Results(name, root, options.results / name) for name in options.sets}
+    try:
+        if options.show:
+            print("\n\n".join(tables(results) for results in found.values() if results.exists()))
+            return 0
+        if options.repeat is not None:
+            return max(repeat(options.repeat, results) for results in found.values())
+        for name, results in found.items():
+            if results.exists() and not options.resume:
+                raise UserError(f"{results.folder} has results: add --resume to go on, or move them away")
+            find_store(SETS[name][0], [root])  # before anything is trained
+        for name, results in found.items():
+            status = compare(name, root, results, until)
+            if results.exists():
+                print(tables(results), flush=True)
+            if until is not None and time.monotonic() > until:
+                print("the time is over: the same command with --resume goes on", file=sys.stderr)
+                return 0
+            if status:
+                return status
+    except UserError as error:
+        return fail(error, 2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The comparison of the methods: its sweep file, its records kept beside the program, and its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare
+from benchmarks.compare_tables import BASES, Results, tables
+from pipeline.errors import UserError
+from pipeline.tuning.run_configs import run_configs
+from pipeline.tuning.sweep_config import SweepConfig
+from pipeline.tuning.sweep_file import dump_sweep, load_sweep
+from pipeline.tuning.sweep_folder import SWEEP, RunProgress, SweepFolder, TrialRecord, sweep_folder
+
+
+def load(tmp_path: Path, name: str) -> SweepConfig:
+    values = [f"name=compare-{name}", f"storage={tmp_path}/root"]
+    return load_sweep(
+        str(compare.sweep_file(name, tmp_path)), values + [f"settings.{v}" for v in compare.SETS[name][1]]
+    )
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    """Of a sweep in which multi-similarity, and OSM+CAA with its base, have been trained."""
+    sweep = load(tmp_path, "emoji")
+    folder = sweep_folder(f"{tmp_path}/root", "compare-emoji")
+    folder.write(SWEEP, dump_sweep(sweep).encode())
+    records = SweepFolder(folder)
+    records.acquire()
+    figures = {
+        "osm_caa": [50.0, 52.0, 54.0],
+        "osm_caa_base": [48.0, 50.5, 51.5],
+        "multi_similarity": [60.0, 61.0, 62.0],
+    }
+    number = 0
+    for row, values in figures.items():
+        setting = sweep.methods[row].points[0]
+        search = RunProgress("r", 0, 0, "finished", best={"map@r": 33.0})
+        records.write(TrialRecord(number, "search", row, setting, state="finished", runs=[search], score=33.0))
+        for seed, value in enumerate(values):
+            run = RunProgress("r", None, seed, "finished", seconds=100.0, test={"recall@1": value + 10, "map@r": value})
+            number += 1
+            records.write(
+                TrialRecord(number, "final", row, setting, seed=seed, length="300 steps", state="finished", runs=[run])
+            )
+        number += 1
+    kept = Results("emoji", f"{tmp_path}/root", tmp_path / "kept")
+    kept.collect()
+    return kept
+
+
+def test_every_row_trains_on_as_many_images_of_the_same_pixels(tmp_path: Path) -> None:
+    for name in compare.SETS:
+        sweep = load(tmp_path, name)
+        assert set(sweep.methods) == {n for row, base in BASES.items() for n in (row, base) if n}
+        images, seen = set(), set()
+        for row, entry in sweep.methods.items():
+            (run,) = run_configs(sweep, row, entry.points[0], 0, "final", length="300 steps", seed=0)
+            method, base = run.method, BASES.get(row)
+            batch = getattr(method, "triplets_per_batch", 0) * 3 or method.classes_per_batch * method.samples_per_class
+            images.add((batch + getattr(method, "meta_classes", 0)) * run.length.value)
+            seen.add(f"{run.model.backbone} {run.data} {method.embedding_dim} {run.runtime}")
+            if base is not None:  # the same but for what the method adds, and what is tuned is the same too
+                (of_base,) = run_configs(
+                    sweep, base, sweep.methods[base].points[0], 0, "final", length="300 steps", seed=0
+                )
+                assert of_base.method.optimizer == method.optimizer and of_base.model == run.model
+                assert sweep.methods[base].space == entry.space and sweep.methods[base].points == entry.points
+                differing = {k for k, v in method.model_dump().items() if v != of_base.method.model_dump()[k]}
+                assert differing <= {"osm", "caa", "graph", "generate", "mined_share", "meta"} and differing, row
+        assert len(seen) == 1 and min(images) >= 0.985 * max(images), (images, seen)
+
+
+def test_the_table_is_of_the_test_classes_paired_by_seed(results: Results) -> None:
+    text = tables(results)
+    (osm,) = (line for line in text.splitlines() if line.startswith("| `osm_caa` | 6"))
+    assert "| 62.0 [57.0, 67.0] | 52.0 [47.0, 57.0] | `osm_caa_base` | 60.0 " in osm
+    assert osm.endswith("| **+2.0 [+0.8, +3.2]** | **+2.0 [+0.8, +3.2]** |")
+    assert "| `multi_similarity` | 71.0 [68.5, 73.5] | 61.0 [58.5, 63.5] |" in text
+    assert "| `intra_batch` | – | – | `intra_batch_base` | – | – | – | – |" in text, "rows without figures stay"
+    assert "| `osm_caa` | 1 | 33.0 | optimizer.lr 0.0005, alpha 1.2 | 3 | 100 |" in text
+
+
+def test_records_go_on_in_another_storage(results: Results, tmp_path: Path) -> None:
+    elsewhere = Results("emoji", f"{tmp_path}/elsewhere", results.folder)
+    elsewhere.restore()
+    assert SweepFolder(elsewhere.sweep_folder).read() == results.records() and len(results.records()) == 12
+    changed = results.records()[0]
+    records = SweepFolder(elsewhere.sweep_folder)
+    records.acquire()
+    changed.score = 99.0
+    records.write(changed)
+    elsewhere.restore()
+    assert SweepFolder(elsewhere.sweep_folder).read()[0].score == 99.0, "what is there stays"
+    elsewhere.collect()
+    assert results.records()[0].score == 99.0
+
+
+def test_a_row_again_is_the_run_that_was_recorded(results: Results, tmp_path: Path) -> None:
+    seeds = [record.seed for record in results.finals("osm_caa")]
+    config = results.config(results.finals("osm_caa")[1], "/elsewhere")
+    assert seeds == [0, 1, 2] and (config.seed, config.storage, str(config.length)) == (1, "/elsewhere", "300 steps")
+    assert config.method.name == "osm_caa" and config.evaluation.test and config.data.validation_fold is None
+    with pytest.raises(UserError, match="has no final run of smart_mining"):
+        results.finals("smart_mining")
+
+
+def test_results_are_not_overwritten_and_a_missing_dataset_is_told_before_anything_is_trained(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("nothing may be trained"))
+    kept = tmp_path / "kept-all"
+    kept.mkdir()
+    results.folder.rename(kept / "emoji")
+
+    def main(*arguments: str) -> int:
+        root = ["--root", f"{tmp_path}/root", "--results", str(kept)]
+        monkeypatch.setattr("sys.argv", ["compare", *root, *arguments])
+        return compare.main()
+
+    assert main("--sets", "emoji") == 2 and "add --resume to go on" in capsys.readouterr().err
+    assert main("--sets", "icons") == 2 and "icons" in capsys.readouterr().err
+    assert main("--show") == 0
+    assert "### emoji" in capsys.readouterr().out and (kept / "emoji/leaderboard.csv").exists()
