@@ -51,6 +51,7 @@ class TrainingState:
         validation_s: Time spent in evaluations of the validation task, not part of `seconds`.
         images: Number of images trained on.
         frozen: Metrics of the untrained trunk on the test classes.
+        frozen_validation: Those on the validation task; empty without one, and in runs of earlier versions.
         best_step, best_metrics: The best validation so far; -1 and empty before the first.
         finished: The run has reached its length.
         skipped_steps: Number of steps that were left out (`runtime.skip_nonfinite`).
@@ -65,6 +66,7 @@ class TrainingState:
     validation_s: float = 0.0
     images: int = 0
     frozen: dict[str, float] = field(default_factory=dict)
+    frozen_validation: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
     best_metrics: dict[str, float] = field(default_factory=dict)
     finished: bool = False

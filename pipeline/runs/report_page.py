@@ -28,7 +28,7 @@ from pipeline.metric_names import COUNTS, metric_title
 from pipeline.runs.charts import curves_section
 from pipeline.runs.report_gallery import gallery_section
 from pipeline.runs.run_folder import CONFIG, EMBEDDINGS, NEIGHBOURS, REPORT, SUMMARY, read_changes
-from pipeline.runs.summary import skipped_line
+from pipeline.runs.summary import warnings
 from pipeline.runs.tracking import read_metrics
 from pipeline.storage import Folder
 
@@ -123,7 +123,7 @@ def _header(summary: Mapping[str, Any], search: DuplicateSearch | None) -> str:
     return f"""<header>
 <p class="eyebrow">raydml · deep metric learning · run report</p>
 <h1>{escape(summary["name"])}</h1>
-{_skipped(summary)}<p class="key">{_key_sentence(summary)}</p>
+{_warnings(summary)}<p class="key">{_key_sentence(summary)}</p>
 {f'<p class="warning">Paper protocol: {warning}.</p>' if p["profile"] == "paper" else ""}
 {f'<p class="warning">Partial dataset: {escape(p["partial"])}.</p>' if "partial" in p else ""}
 {_leakage(search)}
@@ -144,10 +144,9 @@ def _leakage(search: DuplicateSearch | None) -> str:
     )
 
 
-def _skipped(summary: Mapping[str, Any]) -> str:
-    """A warning above the figures, if most steps changed no weight."""
-    warning = skipped_line(summary)
-    return "" if warning is None else f'<p class="warning">{escape(warning.partition(": ")[2])}</p>'
+def _warnings(summary: Mapping[str, Any]) -> str:
+    """Warnings above the figures."""
+    return "".join(f'<p class="warning">{escape(line.partition(": ")[2])}</p>' for line in warnings(summary))
 
 
 def _key_sentence(summary: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from methods.config import Length
@@ -76,9 +76,11 @@ def summarise(
     return {
         "name": config.name,
         "frozen": _rounded(progress.frozen),
+        **({"frozen_validation": _rounded(progress.frozen_validation)} if progress.frozen_validation else {}),
         "final": _rounded(metrics),
         **({"by_dim": {str(dim): _rounded(found) for dim, found in by_dim.items()}} if by_dim else {}),
         "validation": _rounded(progress.best_metrics),
+        "metric": config.evaluation.metric,
         "step": progress.step,
         "images": progress.images,
         "skipped_steps": progress.skipped_steps,
@@ -93,7 +95,24 @@ def summarise(
     }
 
 
-def skipped_line(summary: Mapping[str, Any]) -> str | None:
+def warnings(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a run as a whole, a line each: most steps changed no weight, or training made the network worse."""
+    yield from filter(None, (_skipped_line(summary), _worse_line(summary)))
+
+
+def _worse_line(summary: Mapping[str, Any]) -> str | None:
+    """A warning, if the trained network is below the untrained backbone: on the test classes, else in its best validation."""
+    name = summary.get("metric", "")  # absent in runs of earlier versions, as are the figures of the backbone on a fold
+    for what, before, after in (
+        ("on the test classes", summary["frozen"], summary["final"]),
+        ("in the best validation", summary.get("frozen_validation", {}), summary["validation"]),
+    ):
+        if name in before and name in after and after[name] < before[name]:
+            return f"warning: training made it worse: {name} is {after[name]:.2f} {what}, {before[name]:.2f} of the untrained backbone"
+    return None
+
+
+def _skipped_line(summary: Mapping[str, Any]) -> str | None:
     """A warning, if most steps of a run changed no weight: how many, and why."""
     reasons = dict(summary.get("skipped", {}))
     if summary.get("skipped_steps"):  # absent in runs of earlier versions

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pipeline.metric_names import COUNTS
 from pipeline.runs.run_folder import SUMMARY, TRACKING
-from pipeline.runs.summary import skipped_line
+from pipeline.runs.summary import warnings
 from pipeline.storage import Folder
 
 LINE_EVERY_S = 15.0
@@ -127,7 +127,7 @@ def show_summary(folder: Folder) -> None:
         f"protocol: {summary['protocol']['profile']}, {summary['protocol']['checkpoint']} checkpoint",
         highlight=False,
     )
-    if (warning := skipped_line(summary)) is not None:
+    for warning in warnings(summary):
         out.print(warning, highlight=False, soft_wrap=True)
     if "partial" in summary["protocol"]:
         out.print(f"partial dataset: {summary['protocol']['partial']}", highlight=False, soft_wrap=True)

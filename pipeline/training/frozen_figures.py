@@ -1,4 +1,4 @@
-"""Figures of the frozen network on the test classes, kept below STORAGE/frozen and shared by all runs that they are of.
+"""Figures of the frozen network on the test classes or a validation fold, kept below STORAGE/frozen and shared by all runs that they are of.
 
     STORAGE/frozen/<digest>.json    {"of": everything that the figures depend on, "metrics": in percent, "sha256": of both}
 
@@ -69,10 +69,19 @@ class FrozenFigures:
         return {"of": self.of, "metrics": metrics, "sha256": _digest([self.of, metrics])}
 
 
-def frozen_figures(config: Config, store: Store, embedder: Embedder, trunk: Trunk) -> FrozenFigures | None:
+def frozen_figures(
+    config: Config, store: Store, embedder: Embedder, trunk: Trunk, fold: int | None = None
+) -> FrozenFigures | None:
     """Where the figures of a run's untrained trunk are kept; None if they cannot be shared.
 
     Reads every weight once: 0.1 s for a ResNet-50.
+
+    Args:
+        config: Configuration of the run.
+        store: The dataset.
+        embedder: Embeds its images.
+        trunk: The untrained trunk.
+        fold: The validation fold that is measured; None: the test classes.
     """
     transforms, evaluation, backbone = config.data.transforms, config.evaluation, config.model.backbone
     if transforms.evaluation is not None or plugins.is_import_string(backbone) or backbone.startswith(LOCAL):
@@ -81,7 +90,7 @@ def frozen_figures(config: Config, store: Store, embedder: Embedder, trunk: Trun
     is_gpu = device.type == "cuda"
     of = {
         "format": FORMAT,
-        "images": [store.fingerprint, store.protocol],
+        "images": [store.fingerprint, store.protocol, *([] if fold is None else [f"fold {fold}"])],
         "pixels": transforms.model_dump(mode="json", include={"size", "resize", "squash"}),
         "model": config.model.model_dump(mode="json", exclude=set(ModelConfig.NOT_EMBEDDED - {"channels_last"})),
         "weights": trunk_digest(trunk),

@@ -78,22 +78,30 @@ class Measurements:
         self.report = report
         self.average = average
         self.validation = validation_task(config, store)
+        self.told_worse = False  # that a validation was below the untrained trunk
 
     def frozen(self, progress: TrainingState, tracker: Tracker | None) -> None:
-        """Evaluates the pretrained trunk's pooled features on the test classes: the reference for the gain of training."""
+        """Evaluates the pretrained trunk's pooled features on the test classes, the reference for the gain of training.
+
+        And on the validation task, which may not become worse by training.
+        """
         task = self._test_task()
         if task is not None:
-            progress.frozen = self._frozen_metrics(task)
+            progress.frozen = self._frozen_metrics(task, None)
             if tracker is not None:
                 tracker.log(0, "frozen", progress.frozen)
         else:
             progress.frozen = {"queries": 0.0}
+        if self.validation is not None and self.config.validates:
+            fold = self.config.data.validation_fold
+            same = self.config.protocol == "paper" and task is not None
+            progress.frozen_validation = progress.frozen if same else self._frozen_metrics(self.validation, fold)
         self.save("checkpoints")
 
-    def _frozen_metrics(self, task: RetrievalTask) -> dict[str, float]:
+    def _frozen_metrics(self, task: RetrievalTask, fold: int | None) -> dict[str, float]:
         """The figures of an earlier run with the same network and images, or computed and kept for later ones."""
         ranks = self.embedder.ranks
-        shared = frozen_figures(self.config, self.store, self.embedder, self.trunk) if ranks.rank == 0 else None
+        shared = frozen_figures(self.config, self.store, self.embedder, self.trunk, fold) if ranks.rank == 0 else None
         kept, line = shared.read() if shared else (None, "")
         if line:
             self.say(line)
@@ -122,6 +130,13 @@ class Measurements:
         is_best = progress.best_step < 0 or metrics[name] > progress.best_metrics[name]
         if self.embedder.ranks.rank == 0:
             self.say(_validation_line(progress.step, clock.epoch, metrics, name, is_best))
+            before = progress.frozen_validation.get(name)
+            if before is not None and metrics[name] < before and not self.told_worse:
+                self.told_worse = True
+                self.say(
+                    f"warning: {name} on the validation classes is {metrics[name]:.2f}, below the {before:.2f} of the untrained backbone: "
+                    "train longer, or with a lower method.optimizer.lr, with model.head_first, or model.trainable: last 2 blocks"
+                )
         if is_best:
             progress.best_step = progress.step
             progress.best_metrics = metrics

@@ -14,7 +14,7 @@ from pipeline.data.store import Store
 from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_serially
 from pipeline.errors import UserError
-from pipeline.runs.summary import skipped_line
+from pipeline.runs.summary import warnings
 from pipeline.storage import Folder
 from pipeline.testing.tiny import write_images
 from pipeline.training.checks import check_run
@@ -100,5 +100,22 @@ def test_a_long_epoch_is_told(make_config: Callable[..., Config], tmp_path: Path
     ],
 )  # fmt: skip
 def test_a_run_that_trained_nothing_says_so(summary: dict[str, Any], says: str | None) -> None:
-    line = skipped_line(summary)
-    assert line is None if says is None else line is not None and says in line
+    lines = list(warnings({"frozen": {}, "final": {}, "validation": {}} | summary))
+    assert lines == [] if says is None else len(lines) == 1 and says in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("summary", "says"),
+    [
+        ({"final": {"map@r": 20.0, "recall@1": 9.0}}, "warning: training made it worse: recall@1 is 9.00 on the test classes, 10.00 of the untrained backbone"),
+        ({"final": {"map@r": 1.0, "recall@1": 10.0}}, None),
+        ({"validation": {"recall@1": 7.0}}, "recall@1 is 7.00 in the best validation, 8.00 of the untrained backbone"),
+        ({"validation": {"recall@1": 8.5}, "final": {"recall@1": 11.0}}, None),
+        ({"frozen": {"queries": 0.0}, "final": {}, "validation": {}}, None),
+    ],
+)  # fmt: skip
+def test_a_run_that_is_worse_than_its_backbone_says_so(summary: dict[str, Any], says: str | None) -> None:
+    whole = {"frozen": {"recall@1": 10.0}, "frozen_validation": {"recall@1": 8.0}, "final": {}, "validation": {}}
+    lines = list(warnings({"step": 9, "metric": "recall@1"} | whole | summary))
+    assert lines == [] if says is None else len(lines) == 1 and says in lines[0]
+    assert not list(warnings({k: v for k, v in ({"step": 9} | whole | summary).items() if k != "frozen_validation"}))

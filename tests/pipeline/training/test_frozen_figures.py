@@ -17,7 +17,7 @@ from pipeline.storage import Folder
 from pipeline.testing.tiny import tiny_values
 from pipeline.testing.watched_run import make_worker
 from pipeline.training import measurements
-from pipeline.training.frozen_figures import FOLDER, frozen_figures
+from pipeline.training.frozen_figures import FOLDER, _digest, frozen_figures
 from tests.pipeline.conftest import Base
 from tests.pipeline.training.conftest import Train
 from tests.pool import Pool
@@ -27,8 +27,12 @@ pytestmark = pytest.mark.usefixtures("fresh_readers")
 
 @pytest.fixture
 def kept(base: Base) -> Iterator[Path]:
-    """The folder of the figures, which the finished run has left; other runs of a test are removed."""
+    """The folder of the figures, which the finished run has left; other runs of a test are removed, and their figures."""
+    left = {file.name for file in (base.root / FOLDER).iterdir()}
     yield base.root / FOLDER
+    for file in (base.root / FOLDER).iterdir():
+        if file.name not in left:
+            file.unlink()
     for run in (base.root / "runs").iterdir():
         if run.name != "done":
             shutil.rmtree(run)
@@ -46,6 +50,16 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
     monkeypatch.setattr(measurements, "evaluate", counted)
     return found
+
+
+def of(kept: Path, fold: int | None) -> Path:
+    """The file of a validation fold, or of the test classes."""
+    (file,) = (
+        f
+        for f in kept.iterdir()
+        if json.loads(f.read_text())["of"]["images"][2:] == ([] if fold is None else [f"fold {fold}"])
+    )
+    return file
 
 
 def frozen(run: Folder) -> tuple[dict[str, float], dict[str, Any], dict[str, float]]:
@@ -66,17 +80,46 @@ def test_a_second_run_takes_the_same_figures_and_trains_the_same(
 ) -> None:
     status, _, err = run(name="second")
     second = Folder(base.root / "runs" / "second")
-    (file,) = kept.iterdir()
-    assert status == 0 and not computed and f"figures of the frozen network taken from {file}\n" in err
+    assert status == 0 and not computed and len(list(kept.iterdir())) == 2
+    assert all(f"figures of the frozen network taken from {of(kept, fold)}\n" in err for fold in (None, 0))
+    latest, of_base = Checkpoints(second).latest(), Checkpoints(base.run).latest()
+    assert latest is not None and of_base is not None and latest.frozen_validation == of_base.frozen_validation != {}
+    assert second.read_json("summary.json")["frozen_validation"].keys() == latest.frozen.keys()
     assert frozen(second) == frozen(base.run) and weights(second) == weights(base.run)
     assert [type(v) for v in frozen(second)[0].values()] == [type(v) for v in frozen(base.run)[0].values()]
 
 
 def test_a_run_that_trains_otherwise_takes_them(run: Train, base: Base, kept: Path, computed: list[None]) -> None:
     status, _, _ = run(name="other", length="1 steps", method__optimizer__lr=0.1, data__transforms__jitter=0.0,
-                       data__validation_fold=1, method__embedding_dim=4)  # fmt: skip
-    assert status == 0 and not computed and len(list(kept.iterdir())) == 1
+                       method__embedding_dim=4)  # fmt: skip
+    assert status == 0 and not computed and len(list(kept.iterdir())) == 2
     assert frozen(Folder(base.root / "runs" / "other")) == frozen(base.run)
+
+
+def test_another_fold_is_measured_alone(run: Train, base: Base, kept: Path, computed: list[None]) -> None:
+    assert run(name="other", length="1 steps", data__validation_fold=1)[0] == 0 and len(computed) == 1
+    other, of_base = (Checkpoints(Folder(base.root / "runs" / name)).latest() for name in ("other", "done"))
+    assert other is not None and of_base is not None and other.frozen == of_base.frozen
+    assert other.frozen_validation == json.loads(of(kept, 1).read_text())["metrics"] != of_base.frozen_validation
+
+
+def test_training_that_makes_it_worse_is_told_at_once(run: Train, base: Base, kept: Path, computed: list[None]) -> None:
+    """The backbone's figures on the fold are raised: any validation is below."""
+    file = of(kept, 0)
+    good = file.read_text()
+    record = json.loads(good)
+    metrics = {name: 100.0 for name in record["metrics"]}
+    record |= {"metrics": metrics, "sha256": _digest([record["of"], metrics])}
+    file.write_text(json.dumps(record))
+    try:
+        status, out, err = run(name="worse")
+    finally:
+        file.write_text(good)
+    lines = err.splitlines()
+    told = [i for i, line in enumerate(lines) if "below the 100.00 of the untrained backbone" in line]
+    first = next(i for i, line in enumerate(lines) if line.startswith("validation at step"))
+    assert status == 0 and not computed and told == [first + 1], "once, after the first validation"
+    assert "model.head_first" in lines[told[0]] and "warning: training made it worse" in out
 
 
 @pytest.mark.parametrize(
@@ -126,7 +169,7 @@ def name_of(rank: int, world: int, root: Path, store: str, changes: dict[str, An
 def test_a_damaged_file_is_told_and_replaced(
     run: Train, base: Base, kept: Path, computed: list[None], damage: bytes | str
 ) -> None:
-    (file,) = kept.iterdir()
+    file = of(kept, None)
     good = file.read_bytes()
     record = json.loads(good)
     record["metrics"]["map@r"] += 1.0
@@ -142,16 +185,16 @@ def test_figures_that_cannot_be_kept_are_told(run: Train, base: Base, kept: Path
     try:
         kept.write_text("a file")
         status, _, err = run(name="unkept", length="1 steps")
-        assert status == 0 and len(computed) == 1
+        assert status == 0 and len(computed) == 2
         assert "figures of the frozen network cannot be kept for other runs" in err
     finally:
         kept.unlink()
         (base.root / "aside").rename(kept)
 
 
-def test_a_run_without_test_classes_keeps_nothing(run: Train, base: Base, kept: Path, computed: list[None]) -> None:
+def test_a_run_without_test_classes_measures_its_fold(run: Train, base: Base, kept: Path, computed: list[None]) -> None:
     status, _, err = run(name="untested", length="1 steps", evaluation__test=False, seed=9)
-    assert status == 0 and not computed and len(list(kept.iterdir())) == 1 and "frozen network" not in err
+    assert status == 0 and len(computed) == 1 and len(list(kept.iterdir())) == 3 and "frozen network" not in err
 
 
 def measure_twice(rank: int, world: int, root: Path, store: str) -> list[dict[str, float]]:
@@ -162,7 +205,9 @@ def measure_twice(rank: int, world: int, root: Path, store: str) -> list[dict[st
             worker = make_worker(config_of(root / str(rank), store, {"name": f"r{rank}"}), rank, (2, 1))
             worker.checkpoints.acquire()
             worker.measurements.frozen(worker.progress, None)
-            found.append(worker.progress.frozen)
+            found.append(
+                worker.progress.frozen | {f"fold/{k}": v for k, v in worker.progress.frozen_validation.items()}
+            )
             patch.setattr(measurements, "evaluate", None)
     return found
 
@@ -170,5 +215,5 @@ def measure_twice(rank: int, world: int, root: Path, store: str) -> list[dict[st
 @pytest.mark.cluster
 def test_one_rank_reads_for_all(base: Base, tmp_path: Path, pool: Pool) -> None:
     (first, again), (other, other_again) = pool(measure_twice, 2, tmp_path, base.store.folder.uri)
-    assert first == again == other == other_again and first["map@r"] > 0
-    assert len(list((tmp_path / "0" / FOLDER).iterdir())) == 1 and not (tmp_path / "1" / FOLDER).exists()
+    assert first == again == other == other_again and first["map@r"] > 0 < first["fold/map@r"]
+    assert len(list((tmp_path / "0" / FOLDER).iterdir())) == 2 and not (tmp_path / "1" / FOLDER).exists()
