@@ -326,8 +326,7 @@ def _embed(options: argparse.Namespace) -> None:
         )
     if options.workers is not None and options.workers < 0:
         raise UserError(f"--workers is {options.workers}, expected 0 (this process) or more")
-    import torch
-
+    from pipeline.distributed.cpus import use_cpus
     from pipeline.inference.embed import embed
     from pipeline.inference.trained_model import load_run
     from pipeline.storage import Folder
@@ -341,7 +340,7 @@ def _embed(options: argparse.Namespace) -> None:
     _tell_partial(tuple(trained.store().partial))
     cores = os.cpu_count() or 1
     if options.workers == 0:
-        torch.set_num_threads(cores)
+        use_cpus(cores)
     workers = options.workers if options.workers is not None else cores
     manifest = embed(trained, splits, Folder(options.embed_to), workers)
     if options.json:

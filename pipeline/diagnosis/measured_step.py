@@ -32,6 +32,7 @@ from pipeline.config import Config, build_config
 from pipeline.data.loader import ImageSource
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.cpus import use_cpus
 from pipeline.errors import RunError, UserError, one_line
 from pipeline.evaluation.embedder import Embedder, EvaluatedTrunk
 from pipeline.model.network import build_network, num_classes
@@ -116,7 +117,7 @@ def measure(config: Config, samples: Samples, uri: str = "") -> MeasuredStep:
         UserError, RunError: A step cannot be made.
     """
     runtime = config.runtime
-    torch.set_num_threads(runtime.cpus_per_worker or 1)
+    use_cpus(runtime.cpus_per_worker or 1)
     start_bytes = _status_bytes("VmRSS")
     device = torch.device("cuda", 0) if runtime.gpus_per_worker else torch.device("cpu")
     ranks = OneOfSeveral(0, max(1, runtime.min_workers))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ROOT, own_packages
+from pipeline.distributed.cpus import keep_freed_memory
 from pipeline.errors import UserError, joined_lines, one_line
 from pipeline.storage import Folder
 
@@ -62,6 +63,7 @@ def ray_session(cpus: int) -> Iterator[Any]:
             ) from error
     else:
         check_token()
+        keep_freed_memory()  # its processes inherit it
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that waits for spot nodes to end
         if any(Path(name).exists() for name in ("pipeline.py", "pipeline")) and Path.cwd() != Path(ROOT):
             # Ray's processes look into this folder first, where there is a `pipeline` of the user's.

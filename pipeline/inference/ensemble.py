@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.cpus import use_cpus
 from pipeline.errors import DivergedError, UserError
 from pipeline.evaluation.evaluate_task import EvaluationResult, TaskEmbeddings, embed_task, measure_embeddings
 from pipeline.evaluation.tasks import RetrievalTask, test_task
@@ -97,7 +98,7 @@ def measure_runs(
     configs = [model.config.evaluation for model in models]
     ks = tuple(recall_at or dict.fromkeys(k for config in configs for k in config.recall_at))
     cluster = all(config.clustering for config in configs) if clustering is None else clustering
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    use_cpus(threads or os.cpu_count() or 1)
     store = models[0].store()
     task = test_task(models[0].config, store)
     if task is None:

@@ -15,6 +15,7 @@ from pipeline.data.entries import SPLITS
 from pipeline.data.find_store import find_store
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.cpus import use_cpus
 from pipeline.errors import UserError
 from pipeline.evaluation.compact import OVERSAMPLE, CompactRow, Precision, check_dims, measure_compact, measure_dims
 from pipeline.evaluation.evaluate_task import EvaluationResult, evaluate
@@ -124,7 +125,7 @@ def measure(
         )
     check_dims(dims or (), config.method.embedding_dim)
     gpu = torch.cuda.is_available() and config.runtime.gpus_per_worker
-    torch.set_num_threads(os.cpu_count() or 1)
+    use_cpus(os.cpu_count() or 1)
     embedder, trunk, method = trained.load(store, torch.device("cuda" if gpu else "cpu"))
     queries = embedder(task.queries.ids, trunk, method) if embeddings else None
     result = evaluate(task, embedder, trunk, method, recall_at or config.evaluation.recall_at, clustering)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from pipeline.config import Config
 from pipeline.console import say
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.cpus import use_cpus
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
 from pipeline.distributed.run_status import RunStatus, worker_label
 from pipeline.distributed.worker_log import worker_log
@@ -85,7 +86,7 @@ def run_in_process(config: Config, store_uri: str, show: Show) -> int | None:
     Raises:
         RunError, UserError: The run cannot go on.
     """
-    torch.set_num_threads(config.runtime.cpus_per_worker or 1)
+    use_cpus(config.runtime.cpus_per_worker or 1)
     device = device_of(config)
     ranks = Ranks()
     if under_torchrun():

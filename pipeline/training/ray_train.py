@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from pipeline.config import Config, WorkerRange, build_config
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.cpus import use_cpus
 from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.hang_watch import HangWatch, collective_timeout
 from pipeline.distributed.ray_session import clean_up_after_controllers
@@ -211,7 +211,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         config = build_config(loop_config["config"])
         if ranks.rank == 0:
             status.gauges = RunGauges(config.name)
-        torch.set_num_threads(config.runtime.cpus_per_worker or 1)
+        use_cpus(config.runtime.cpus_per_worker or 1)
         if status.error_message() is not None:
             return
         place = {"node": ray.get_runtime_context().get_node_id(), "host": host, "pid": os.getpid()}

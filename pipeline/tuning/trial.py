@@ -19,12 +19,12 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 
 from pipeline.config import Config
 from pipeline.data.store import Store
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.cpus import use_cpus
 from pipeline.distributed.gauges import RunGauges
 from pipeline.distributed.run_status import RunStatus
 from pipeline.errors import DivergedError, RunError, UserError, one_line
@@ -298,7 +298,7 @@ def train_run(config: Config, store: Store, runner: TrialRunner) -> None:
 
         run_on_ray(config, store.folder.uri, show, ray, runner.stop_requested)
         return
-    torch.set_num_threads(config.runtime.cpus_per_worker or 1)
+    use_cpus(config.runtime.cpus_per_worker or 1)
     servers = mining_servers(config, ray)
     status = _TrialStatus(runner, RunGauges(config.name))
     try:
