@@ -6,6 +6,7 @@ steadier than either figure; CPU time is steadier than wall time, and both are r
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table import Row
+from pipeline.distributed.cpus import KEPT
 
 Seconds = tuple[float, float]  # wall, CPU
 
@@ -62,3 +64,8 @@ def ratio_of(
     """Median of the ratios of the rounds, and their middle half."""
     low, middle, high = np.quantile(np.asarray(ours, float) / np.asarray(other, float), (0.25, 0.5, 0.75))
     return float(middle), (float(low), float(high))
+
+
+def as_it_comes() -> dict[str, str]:
+    """The environment of a process whose memory is measured, or whose allocator is to be glibc's own default."""
+    return {name: value for name, value in os.environ.items() if name not in KEPT}

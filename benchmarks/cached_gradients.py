@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.alternate import as_it_comes
 from benchmarks.table import Row, finish
 from pipeline.config import build_config
 from pipeline.config_model import LITE0, ModelConfig
@@ -70,7 +71,9 @@ def step(batch: int, images_per_pass: int | None) -> None:
 
 def measured(batch: int, part: int) -> tuple[float, float]:
     command = [sys.executable, "-m", "benchmarks.cached_gradients", "--step", str(batch), str(part)]
-    memory, seconds = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    memory, seconds = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=as_it_comes()
+    ).stdout.split()
     return float(memory), float(seconds)
 
 

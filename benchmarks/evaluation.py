@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-from benchmarks.alternate import alternate, rows_of
+from benchmarks.alternate import alternate, as_it_comes, rows_of
 from benchmarks.table import Row, finish
 from pipeline.evaluation.clustering import clustering
 from pipeline.evaluation.reid import DISTRACTOR, ReidRetrieval, ReidSet, match
@@ -139,7 +138,7 @@ def peak_mib(reset: bool = False) -> float:
 
 def in_fresh_process(what: str, **environment: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.evaluation", "--measure", what]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=as_it_comes() | environment)
     return json.loads(printed.stdout)
 
 

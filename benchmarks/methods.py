@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -28,11 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.alternate import as_it_comes
 from benchmarks.table import Row, finish
 from benchmarks.whole_set import measure_mmsi, measure_rule, mmsi
 from methods.gca_hng import BatchLayout, GcaHng, GcaHngConfig, similarity_term_mask, synthesise, synthetic_npair
 from methods.intra_batch import IntraBatchConfig, MessageNetwork
 from methods.osm_caa import OsmCaaConfig, soft_mining_loss
+from pipeline.distributed.cpus import keep_freed_memory
 
 THREADS = 2
 P, K, DIM, CLASSES = 27, 3, 512, 100
@@ -243,7 +244,7 @@ def cpu_s(step: Step, repeats: int) -> float:
 
 def peak_mib(name: str, side: str) -> float:
     """Peak memory of a step above the level between steps, in a fresh process; freed tensors go back to the system at once."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = as_it_comes() | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "benchmarks.methods", "--peak", name, side]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
@@ -278,6 +279,7 @@ def encoder_cpu_s() -> float:
 
 
 def measure_in_batch(rounds: int) -> list[Row]:
+    keep_freed_memory()  # as the pipeline's workers do
     rows, seconds = list[Row](), {}
     for name, (make, _) in SIDES.items():
         check(name)

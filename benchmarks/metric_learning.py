@@ -17,7 +17,7 @@ import torch
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
-from benchmarks.alternate import alternate, rows_of
+from benchmarks.alternate import alternate, as_it_comes, rows_of
 from benchmarks.evaluation import THEIR_NAMES, clustered, in_fresh_process, peak_mib, product_sizes
 from benchmarks.table import Row
 from methods.base import Context
@@ -100,7 +100,7 @@ def memory_rows() -> list[Row]:
     """Peak resident memory above the level after the imports; ours is the SOP row of benchmarks/evaluation.py."""
     ours = in_fresh_process("SOP")["retrieval MiB"]
     command = [sys.executable, "-c", "from benchmarks.metric_learning import their_memory; their_memory()"]
-    theirs = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    theirs = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=as_it_comes()).stdout)
     what = "evaluation, 60,502 x 64, 11,316 classes / pytorch-metric-learning: peak MiB"
     return [Row(what, ours, theirs, ours / theirs, "<= 1536 MiB", ours <= 1536)]
 

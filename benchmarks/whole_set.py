@@ -30,6 +30,7 @@ from methods.plans import Plan
 from methods.smart_mining_rule import HALF_MINED, MINED, ClassIndex, mine_triplets
 from pipeline.config import ModelConfig
 from pipeline.distributed.collectives import Ranks
+from pipeline.distributed.cpus import use_cpus
 from pipeline.mining.memory import EmbeddingMemory
 from pipeline.model.trunk import build_trunk
 from pipeline.neighbours.exact_search import Neighbours, search_all
@@ -54,7 +55,7 @@ class _Mining:
 
 def mmsi(side: str, dtype: torch.dtype = torch.float32) -> Step:
     """One step, on one thread: "ours", "plain" or "twice"; its results are the loss and the head's weight after it."""
-    torch.set_num_threads(1)
+    use_cpus(1)
     torch.manual_seed(0)
     trunk = build_trunk(ModelConfig(backbone="tf_efficientnet_lite0", weights="none", batch_norm="frozen"), SIZE)
     if side == "twice":

@@ -12,7 +12,7 @@ import os
 
 # By environment variable, which processes that are started later read: glibc's number of the parameter, and its value. One arena:
 # threads other than the main one have arenas of 64 MB each, too small for such tensors.
-_KEPT = {
+KEPT = {
     "MALLOC_MMAP_THRESHOLD_": (-3, 2**31 - 1),
     "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
     "MALLOC_ARENA_MAX": (-8, 1),
@@ -33,13 +33,13 @@ def keep_freed_memory() -> None:
     Nothing is done where a variable of the environment says otherwise, where another allocator is preloaded, and without glibc.
     Other threads that are running already keep their arenas.
     """
-    if any(name in os.environ for name in _KEPT) or os.environ.get("LD_PRELOAD"):
+    if any(name in os.environ for name in KEPT) or os.environ.get("LD_PRELOAD"):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
         ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018  # absent in others, whose mallopt differs
     except (AttributeError, OSError, TypeError):
         return
-    for name, (number, value) in _KEPT.items():
+    for name, (number, value) in KEPT.items():
         mallopt(number, value)
         os.environ[name] = str(value)
