@@ -19,11 +19,11 @@ from pipeline.console import say
 from pipeline.data import own_images, prepare_store
 from pipeline.data.archives import scratch_folder
 from pipeline.data.class_names import count
-from pipeline.data.entries import MAX_PIXELS, Catalogue, Entry
+from pipeline.data.entries import MAX_PIXELS, OWN_SOURCES, Catalogue, Entry
 from pipeline.data.icons import LICENCE, draw_icons
 from pipeline.data.image_lists import ALIASES, SEPARATORS
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.prepare_store import check_target, emoji_store
+from pipeline.data.prepare_store import check_target, emoji_store, next_command
 from pipeline.data.published import open_sources, read_entries
 from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_on_ray
@@ -189,7 +189,9 @@ def _run(options: argparse.Namespace) -> None:
             check_visible(ray, target, "--to")
             for entry in (entries[0], entries[-1]):
                 _check_sources(ray, entry.source, "the images")
-        prepare(options.name or target.uri.rsplit("/", 1)[1], entries, target, **settings)
+        store = prepare(options.name or target.uri.rsplit("/", 1)[1], entries, target, **settings)
+        if options.kind in OWN_SOURCES and (command := next_command(store, [home()])) is not None:
+            say(command)
 
 
 def prepare(

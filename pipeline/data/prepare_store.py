@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from pipeline.console import say
 from pipeline.data.class_names import count
@@ -15,6 +19,8 @@ from pipeline.data.write_store import write_store
 from pipeline.errors import UserError
 from pipeline.storage import Folder
 
+PHOTOS_CLASSES = 20  # of a batch of the preset baseline/photos
+PHOTOS_SEEN, LEAST_EPOCHS, MOST_EPOCHS = 60_000, 5, 40
 STORE_FILES = ("manifest.json", "catalog.parquet", "rejected.csv", "copies.csv", "shards")
 
 
@@ -54,6 +60,38 @@ def describe(store: Store) -> list[str]:
             f"  rejected: {manifest['rejected']:,} images that cannot be read, see {store.folder}/rejected.csv"
         )
     return lines + _warnings(store)
+
+
+def next_command(store: Store, roots: Sequence[str]) -> str | None:
+    """The command that trains on own photographs, by the preset that needs no tuning; None without training images.
+
+    What depends on the set is filled in: classes in a batch, where there are few, and the number of epochs, of about
+    `PHOTOS_SEEN` images together.
+
+    Args:
+        store: The dataset.
+        roots: Storage roots whose datasets are found by their names.
+    """
+    counts = store.manifest["splits"].get("train")
+    if counts is None:
+        return None
+    name = store.folder.uri.rsplit("/", 1)[1]
+    source = name if any((Folder(root) / "data" / name).uri == store.folder.uri for root in roots) else store.folder.uri
+    run = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "photos"  # what a run may be called
+    settings = [f"name={run}", f"data.source={source}"]
+    of_training = store.split == "train"
+    if store.manifest["folds"] and store.manifest["folds"][0]["classes"] > 1:
+        of_training &= store.fold != 0
+    else:  # every answer in a fold of one class would be right
+        settings += ["data.validation_fold=null", "evaluation.checkpoint=last"]
+    labels = store.label[of_training]
+    trained = int((np.bincount(labels[labels >= 0]) > 1).sum())  # a single image has nothing to be near to
+    if trained < PHOTOS_CLASSES:
+        settings.append(f"method.classes_per_batch={max(trained, 2)}")
+    epochs = min(max(round(PHOTOS_SEEN / counts["images"]), LEAST_EPOCHS), MOST_EPOCHS)
+    settings.append(f"length={epochs} epochs")
+    words = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+    return f"next: python -m pipeline.train baseline/photos {words}"
 
 
 def _warnings(store: Store) -> list[str]:
