@@ -123,10 +123,9 @@ def _through_the_virtual_step(
 def measure_mmsi(rounds: int, cpu_s: Callable[[Step, int], float], peak: Callable[[str], float]) -> list[Row]:
     """Time against both forms, memory against the second; sides alternate."""
     ours, twice = (mmsi(side, torch.float64)() for side in ("ours", "twice"))
-    for a, b in zip(
-        ours, twice, strict=True
-    ):  # in float32 weights near zero, and so which pair is the largest, differ by rounding
-        if float((a - b).norm() / b.norm()) > 1e-9:
+    # In float64: rounding of float32 moves weights near zero. The loss itself is logged in float32.
+    for a, b, most in zip(ours, twice, (1e-6, 1e-9), strict=True):
+        if float((a - b).norm() / b.norm()) > most:
             raise SystemExit(f"MMSI: the two forms differ by {float((a - b).norm() / b.norm()):.1e} in float64")
     sides = {side: mmsi(side) for side in ("ours", "plain", "twice")}
     for step in sides.values():
