@@ -221,7 +221,7 @@ def osm_caa(ours: bool) -> Step:
 
 
 SIDES = {"GCA-HNG, graph and synthesis": (gca_hng, 81), "Intra-Batch, message passing": (intra_batch, 54), "OSM+CAA, pair loss": (osm_caa, 56)}  # fmt: skip
-PROMISED_TIME = {"GCA-HNG, graph and synthesis": 0.4, "Intra-Batch, message passing": 0.5, "OSM+CAA, pair loss": 0.05}
+PROMISED_TIME = {"GCA-HNG, graph and synthesis": 0.3, "Intra-Batch, message passing": 0.5, "OSM+CAA, pair loss": 0.05}
 PROMISED_MEMORY = {"GCA-HNG, graph and synthesis": 0.35}
 
 
