@@ -5,8 +5,8 @@
     python -m benchmarks.compare --sets emoji --repeat ROW    trains a row's final runs again and compares the figures
 
 The sweep is benchmarks/compare.yaml, run by `pipeline.tune` under the fair protocol: settings are chosen on a fold of the training
-classes, final runs train on all of them, and the test classes are measured once. Its records, one JSON file a trial, and its
-leaderboard are copied to `--results` (benchmarks/results/compare/SET) as they are written. With `--resume` a stopped comparison goes
+classes, final runs train on all of them, and the test classes are measured once. Its records, one JSON file a trial, are copied to
+`--results` (benchmarks/results/compare/SET) as they are written; leaderboard and tables are made of them alone. With `--resume` a stopped comparison goes
 on from them, also on another machine: only weights of unfinished runs are trained anew. `--budget` stops all after so many minutes.
 
 emoji  class = emoji, image = vendor; 64 pixels, 128 dimensions; `python -m pipeline.prepare emoji`
@@ -28,7 +28,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.compare_tables import BASES, Results, tables
+from benchmarks.compare_tables import ROWS, Results, tables
 from pipeline.config import to_yaml
 from pipeline.data.find_store import find_store
 from pipeline.errors import UserError, fail
@@ -69,9 +69,10 @@ def sweep_file(dataset: str, folder: Path) -> Path:
     return file
 
 
-def run(command: Sequence[str], until: float | None = None, results: Results | None = None) -> int:
-    """Runs a command, copying a sweep's records meanwhile; interrupts it when the time is over. Returns its status."""
-    process = subprocess.Popen([sys.executable, "-m", *command])
+def run(command: Sequence[str], root: str, until: float | None = None, results: Results | None = None) -> int:
+    """Runs a command in a storage, copying a sweep's records meanwhile; interrupts it when the time is over. Returns its status."""
+    environment = os.environ | {"RAYDML_HOME": root}  # where the names of runs to start from are looked up
+    process = subprocess.Popen([sys.executable, "-m", *command], env=environment)
     asked = False
     while process.poll() is None:
         time.sleep(POLL_S)
@@ -100,7 +101,7 @@ def train_starts(dataset: str, root: str, until: float | None) -> int:
                 *(f"name={name}", f"storage={root}", f"data.validation_fold={fold}", "evaluation.test=false"),
                 *("runtime.workers=0", "runtime.loader=in_process", "length=300 steps"),
             ]
-            status = run(["pipeline.train", "mmsi/emoji", *settings(values)], until)
+            status = run(["pipeline.train", "mmsi/emoji", *settings(values)], root, until)
             if status:
                 return status
     return 0
@@ -115,15 +116,17 @@ def compare(dataset: str, root: str, results: Results, until: float | None) -> i
             command = ["pipeline.tune", str(sweep_file(dataset, Path(folder)))]
             of_set = [f"settings.{value}" for value in SETS[dataset][1]]
             values = [f"name=compare-{dataset}", f"storage={root}", *of_set]
-            status = run([*command, *settings(values)], until, results)
+            status = run([*command, *settings(values)], root, until, results)
     results.collect()
     return status
 
 
 def repeat(row: str, results: Results) -> int:
     """Trains the final runs of a row again, in a storage of its own, and prints both figures; 1 if they differ."""
-    different = 0
-    for record in results.finals(row):
+    different, records = 0, results.finals(row)
+    if row.startswith("mmsi") and (status := train_starts(results.name, results.root, None)):
+        return status
+    for record in records:
         with tempfile.TemporaryDirectory(prefix="raydml-repeat-") as folder:
             os.symlink(f"{results.root}/data", f"{folder}/data")
             os.mkdir(f"{folder}/runs")
@@ -134,7 +137,7 @@ def repeat(row: str, results: Results) -> int:
             config = results.config(record, folder)
             recipe = Path(folder) / "recipe.yaml"
             recipe.write_text(to_yaml(config))
-            if run(["pipeline.train", str(recipe)]):
+            if run(["pipeline.train", str(recipe)], folder):
                 return 1
             again = Folder(f"{folder}/runs/{config.name}").read_json(SUMMARY)["final"]
         for metric in ("recall@1", "map@r"):
@@ -152,7 +155,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after this time; --resume goes on")
     parser.add_argument("--resume", action="store_true", help="go on from the results that are there")
     parser.add_argument("--show", action="store_true", help="print the tables of the results that are there")
-    parser.add_argument("--repeat", choices=list(BASES), metavar="ROW", help="train the final runs of this row again")
+    parser.add_argument("--repeat", choices=ROWS, metavar="ROW", help="train the final runs of this row again")
     parser.add_argument("--root", default=home(), help="storage of datasets and runs (default: $RAYDML_HOME)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
     options = parser.parse_args()

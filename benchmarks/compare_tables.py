@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,6 +42,7 @@ BASES: dict[str, str | None] = {
     "mmsi_contrastive": "mmsi_contrastive_base",
     "mmsi_multi_similarity": "mmsi_multi_similarity_base",
 }
+ROWS = [name for row, base in BASES.items() for name in (row, base) if name is not None]
 METRICS = {"recall@1": "R@1", "map@r": "MAP@R"}
 
 
@@ -74,11 +76,25 @@ class Results:
                 kept.write_bytes(content)
 
     def restore(self) -> None:
-        """Gives the kept records to a storage that has none, so that the sweep goes on from them."""
-        if not self.exists() or self.sweep_folder.exists(SWEEP):
+        """Gives kept records to a storage that has none of them, so that the sweep goes on from them.
+
+        Raises:
+            UserError: A trial that is finished in both is another one.
+        """
+        if not self.exists():
             return
         for file in [self.folder / SWEEP, *sorted((self.folder / TRIALS).glob("*.json"))]:
-            self.sweep_folder.write(str(file.relative_to(self.folder)), file.read_bytes())
+            name, content = str(file.relative_to(self.folder)), file.read_bytes()
+            if not self.sweep_folder.exists(name):
+                self.sweep_folder.write(name, content)
+            elif name != SWEEP and self.sweep_folder.read(name) != content:
+                kept, there = json.loads(content), self.sweep_folder.read_json(name)
+                if kept["state"] == "finished" != there["state"]:
+                    self.sweep_folder.write(name, content)
+                elif kept["state"] == there["state"] == "finished":
+                    raise UserError(
+                        f"{file} and {self.sweep_folder}/{name} are different trials: remove the sweep or the results"
+                    )
 
     def sweep(self) -> SweepConfig:
         return read_sweep(Folder(self.folder))
@@ -123,12 +139,11 @@ def tables(results: Results) -> str:
         "",
         *_table(("baseline", "R@1", "MAP@R"), (_alone(records, row) for row, base in BASES.items() if base is None)),
     ]
-    rows = [name for row, base in BASES.items() for name in (row, base) if name is not None]
     lines += [
         "",
         *_table(
             ("row", "search trials", "chosen by validation MAP@R", "setting", "seeds", "s"),
-            (_cost(records, r) for r in rows),
+            (_cost(records, r) for r in ROWS),
         ),
     ]
     lines += [

@@ -171,7 +171,7 @@ def measured(name: str, rounds: int) -> list[Row]:
 def held(row: Row) -> Row:
     """The row with the limit of this suite, if it has one."""
     for beginning, most in AT_MOST.items():
-        if row.what.startswith(beginning):
+        if row.what == beginning or row.what.startswith(f"{beginning} a step") or row.what.startswith(f"{beginning} /"):
             assert row.ratio is not None
             return replace(row, promised=f"<= {most:g}x", ok=row.ratio <= most)
     return row

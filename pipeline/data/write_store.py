@@ -200,7 +200,7 @@ def write_store(
         max_pixels: Reject images of more pixels, see `normalise`.
         max_rejected: Share of unreadable images, 0 to 1, above which the store is refused.
         crop: Store only the pixels within the entries' boxes.
-        source: Origin of the entries, for the manifest: a published dataset, folder, csv or emoji.
+        source: Origin of the entries, for the manifest: a published dataset, folder, csv, emoji or icons.
         protocol: One of PROTOCOLS (default: by the splits, query_gallery or leave_one_out).
         missing: A sentence for each thing that a published dataset lacks; None for other datasets,
             which have no list of their images. Then rejected images do not make the dataset

@@ -1,8 +1,8 @@
 """How a process uses the CPUs: its threads, and that it keeps freed memory.
 
 glibc gives tensors of 32 MB and more back to the system as soon as they are freed, and its pages are cleared anew in the next step:
-a third of a training step of a small network, whose activations are that large. Told to keep them, a process holds what
-its largest step needs, no more than before.
+a third of a training step of a small network, whose activations are that large. Told to keep them
+(glibc 2.35 or later), a process goes on holding what its largest step needs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def use_cpus(threads: int) -> None:
 def keep_freed_memory() -> None:
     """Makes this process, and those that it starts, keep the memory of freed tensors for the next ones.
 
-    Nothing is done where a variable of the environment says otherwise, where another allocator is preloaded, and without glibc.
-    Other threads that are running already keep their arenas.
+    Nothing is done where a variable of the environment says otherwise, where a library is preloaded, which may be another allocator,
+    and without glibc of 2.35 or later. Other threads that are running already keep their arenas.
     """
     if any(name in os.environ for name in KEPT) or os.environ.get("LD_PRELOAD"):
         return
@@ -41,5 +41,6 @@ def keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     for name, (number, value) in KEPT.items():
-        mallopt(number, value)
+        if not mallopt(number, value):
+            return  # before 2.35 the first is refused, and the others alone make it worse
         os.environ[name] = str(value)

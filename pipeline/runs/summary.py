@@ -101,14 +101,14 @@ def warnings(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _worse_line(summary: Mapping[str, Any]) -> str | None:
-    """A warning, if the trained network is below the untrained backbone: on the test classes, else in its best validation."""
+    """A warning, if the trained network is below the backbone before training: on the test classes, else in its best validation."""
     name = summary.get("metric", "")  # absent in runs of earlier versions, as are the figures of the backbone on a fold
     for what, before, after in (
         ("on the test classes", summary["frozen"], summary["final"]),
         ("in the best validation", summary.get("frozen_validation", {}), summary["validation"]),
     ):
-        if name in before and name in after and after[name] < before[name]:
-            return f"warning: training made it worse: {name} is {after[name]:.2f} {what}, {before[name]:.2f} of the untrained backbone"
+        if name in before and name in after and round(after[name], 2) < round(before[name], 2):
+            return f"warning: training made it worse: {name} is {after[name]:.2f} {what}, {before[name]:.2f} of the backbone before training"
     return None
 
 

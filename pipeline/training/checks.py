@@ -166,7 +166,7 @@ def _note_on_epoch(epoch_shape: tuple[int, int], samples: Samples) -> str:
     """The length of an epoch, and why it is long if it is."""
     steps, batch = epoch_shape
     repeats = steps * batch / len(samples)
-    note = f"an epoch has {steps:,} steps of {batch} images, {repeats:.2g} times the {len(samples):,} training images"
+    note = f"an epoch has {steps:,} steps of {batch} images, {repeats:,.1f} times the {len(samples):,} training images"
     if repeats <= LONG_EPOCH:
         return note
     sizes = np.bincount(samples.labels)

@@ -55,7 +55,9 @@ class FrozenFigures:
                 raise UserError("its checksum differs")
         except (OSError, RunError, UserError, KeyError, TypeError) as error:
             return None, f"{path} is damaged and computed again ({one_line(error)})"
-        return record["metrics"], f"figures of the frozen network taken from {path}"
+        fold = (*self.of["images"], "", "")[2]
+        of_fold = f" on {fold}" if fold else ""
+        return record["metrics"], f"figures of the frozen network{of_fold} taken from {path}"
 
     def write(self, metrics: dict[str, float]) -> str:
         """Keeps the figures, whole or not at all; returns a line to show if that is not possible, else ""."""

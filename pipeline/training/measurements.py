@@ -78,7 +78,6 @@ class Measurements:
         self.report = report
         self.average = average
         self.validation = validation_task(config, store)
-        self.told_worse = False  # that a validation was below the untrained trunk
 
     def frozen(self, progress: TrainingState, tracker: Tracker | None) -> None:
         """Evaluates the pretrained trunk's pooled features on the test classes, the reference for the gain of training.
@@ -131,11 +130,10 @@ class Measurements:
         if self.embedder.ranks.rank == 0:
             self.say(_validation_line(progress.step, clock.epoch, metrics, name, is_best))
             before = progress.frozen_validation.get(name)
-            if before is not None and metrics[name] < before and not self.told_worse:
-                self.told_worse = True
+            if before is not None and progress.best_step < 0 and round(metrics[name], 2) < round(before, 2):
                 self.say(
-                    f"warning: {name} on the validation classes is {metrics[name]:.2f}, below the {before:.2f} of the untrained backbone: "
-                    "train longer, or with a lower method.optimizer.lr, with model.head_first, or model.trainable: last 2 blocks"
+                    f"warning: {name} on the validation classes is {metrics[name]:.2f}, below the {before:.2f} of the backbone before "
+                    "training: if it stays so, try a lower method.optimizer.lr, a longer model.head_first, or model.trainable: last 2 blocks"
                 )
         if is_best:
             progress.best_step = progress.step

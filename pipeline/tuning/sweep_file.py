@@ -33,7 +33,7 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
 
     Args:
         path: A YAML file, or the name of a shipped one ("emoji_quick").
-        overrides: "a.b=c" each; c is read as YAML. What follows `settings.` or `space.` is one dotted key of the recipe.
+        overrides: "a.b=c" each; c is read as YAML. What follows `settings.`, `final_settings.` or `space.` is one dotted key of the recipe.
 
     Raises:
         UserError: One line a problem, naming the key, what was got and what was expected.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,10 +94,35 @@ def test_records_go_on_in_another_storage(results: Results, tmp_path: Path) -> N
     records.acquire()
     changed.score = 99.0
     records.write(changed)
+    with pytest.raises(UserError, match=r"00000\.json are different trials"):
+        elsewhere.restore()
+    changed.state = "running"
+    records.write(changed)
+    elsewhere.sweep_folder.remove("trials/00003.json")
     elsewhere.restore()
-    assert SweepFolder(elsewhere.sweep_folder).read()[0].score == 99.0, "what is there stays"
-    elsewhere.collect()
-    assert results.records()[0].score == 99.0
+    assert SweepFolder(elsewhere.sweep_folder).read() == results.records(), "finished and missing ones are taken over"
+
+
+def test_starts_and_trials_look_for_runs_in_the_storage_that_is_given(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names in `model.weights` are those of the default storage."""
+    seen = []
+
+    def train(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        seen.append((command[2:], env["RAYDML_HOME"]))
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr("subprocess.Popen", train)
+    root = f"{tmp_path}/root"
+    assert compare.compare("emoji", root, results, None) == 0
+    assert {home for _, home in seen} == {root}
+    names = [word.removeprefix("name=") for command, _ in seen for word in command if word.startswith("name=")]
+    weights = {
+        run_configs(results.sweep(), "mmsi_contrastive", {}, 0, stage)[0].model.weights for stage in ("search", "final")
+    }
+    assert names[-1] == "compare-emoji" and len(names) == 5 and weights < set(names)
+    assert seen[-1][0][0] == "pipeline.tune"
 
 
 def test_a_row_again_is_the_run_that_was_recorded(results: Results, tmp_path: Path) -> None:

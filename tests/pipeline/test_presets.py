@@ -13,7 +13,8 @@ from pipeline.config import Config
 from pipeline.model.trunk import build_trunk
 from pipeline.recipes import load_config, preset_names, recipe_values
 
-PAPERS = [name for name in preset_names() if not name.endswith("/emoji")]
+PHOTOS = ("baseline/photos", "baseline/photos_vit")
+PAPERS = [name for name in preset_names() if not name.endswith("/emoji") and name not in PHOTOS]
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -25,7 +26,7 @@ def test_presets_are_valid_and_leave_nothing_of_the_method_to_defaults(name: str
         {"triplets_per_batch"} if config.method.name == "smart_mining" else {"classes_per_batch", "samples_per_class"}
     )
     assert shape | {"embedding_dim", "optimizer"} <= set(written["method"])
-    assert config.name.startswith(name.split("/")[0]) or name.endswith("/emoji")
+    assert config.name.startswith(name.split("/")[0]) or name.endswith("/emoji") or name in PHOTOS
 
 
 def test_there_is_one_for_each_paper_dataset_and_backbone_and_for_emoji() -> None:
@@ -40,6 +41,7 @@ def test_there_is_one_for_each_paper_dataset_and_backbone_and_for_emoji() -> Non
     baseline = {f"baseline/{d}_bninception" for d in ("cub", "cars", "sop", "inshop")}
     fine_tuned = {f"baseline/{d}_{net}" for d in ("cub", "cars", "sop", "inshop") for net in ("vit", "dinov2")}
     assert set(PAPERS) == gca | intra | osm | mmsi | smart | baseline | fine_tuned
+    assert set(PHOTOS) <= set(preset_names())
     assert {f"{method}/emoji" for method in METHODS} <= set(preset_names())
 
 

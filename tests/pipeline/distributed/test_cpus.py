@@ -41,6 +41,6 @@ def page_faults(how: str, where: str = "once", **environment: str) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
 def test_memory_of_tensors_is_kept_also_in_threads_and_in_processes_that_are_started() -> None:
     assert page_faults("freed") > 100_000, "without it, every page is cleared again"
-    assert page_faults("kept") < 10_000
-    assert page_faults("kept", "again") < 10_000
+    assert page_faults("kept") < 50_000
+    assert page_faults("kept", "again") < 50_000
     assert page_faults("kept", MALLOC_TRIM_THRESHOLD_="131072") > 100_000, "what the user has set holds"

@@ -86,7 +86,7 @@ def test_a_long_epoch_is_told(make_config: Callable[..., Config], tmp_path: Path
     even = {f"class{i}": 6 for i in range(12)}
     entries = [Entry(path, name, "train") for path, name in write_images(tmp_path / "even", even, 0)]
     notes = check_run(config, write_store("even", entries, Folder(tmp_path / "uniform"), run_serially)).notes
-    assert notes[0] == "an epoch has 4 steps of 18 images, 1 times the 72 training images"
+    assert notes[0] == "an epoch has 4 steps of 18 images, 1.0 times the 72 training images"
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_a_run_that_trained_nothing_says_so(summary: dict[str, Any], says: str |
 @pytest.mark.parametrize(
     ("summary", "says"),
     [
-        ({"final": {"map@r": 20.0, "recall@1": 9.0}}, "warning: training made it worse: recall@1 is 9.00 on the test classes, 10.00 of the untrained backbone"),
+        ({"final": {"map@r": 20.0, "recall@1": 9.0}}, "warning: training made it worse: recall@1 is 9.00 on the test classes, 10.00 of the backbone before training"),
         ({"final": {"map@r": 1.0, "recall@1": 10.0}}, None),
-        ({"validation": {"recall@1": 7.0}}, "recall@1 is 7.00 in the best validation, 8.00 of the untrained backbone"),
+        ({"validation": {"recall@1": 7.0}}, "recall@1 is 7.00 in the best validation, 8.00 of the backbone before training"),
         ({"validation": {"recall@1": 8.5}, "final": {"recall@1": 11.0}}, None),
         ({"frozen": {"queries": 0.0}, "final": {}, "validation": {}}, None),
     ],

@@ -81,7 +81,10 @@ def test_a_second_run_takes_the_same_figures_and_trains_the_same(
     status, _, err = run(name="second")
     second = Folder(base.root / "runs" / "second")
     assert status == 0 and not computed and len(list(kept.iterdir())) == 2
-    assert all(f"figures of the frozen network taken from {of(kept, fold)}\n" in err for fold in (None, 0))
+    assert all(
+        f"figures of the frozen network{on} taken from {of(kept, fold)}\n" in err
+        for on, fold in (("", None), (" on fold 0", 0))
+    )
     latest, of_base = Checkpoints(second).latest(), Checkpoints(base.run).latest()
     assert latest is not None and of_base is not None and latest.frozen_validation == of_base.frozen_validation != {}
     assert second.read_json("summary.json")["frozen_validation"].keys() == latest.frozen.keys()
@@ -116,7 +119,7 @@ def test_training_that_makes_it_worse_is_told_at_once(run: Train, base: Base, ke
     finally:
         file.write_text(good)
     lines = err.splitlines()
-    told = [i for i, line in enumerate(lines) if "below the 100.00 of the untrained backbone" in line]
+    told = [i for i, line in enumerate(lines) if "below the 100.00 of the backbone before training" in line]
     first = next(i for i, line in enumerate(lines) if line.startswith("validation at step"))
     assert status == 0 and not computed and told == [first + 1], "once, after the first validation"
     assert "model.head_first" in lines[told[0]] and "warning: training made it worse" in out

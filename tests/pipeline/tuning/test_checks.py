@@ -125,6 +125,7 @@ def test_keys_of_a_branch_are_checked_with_their_option(make: Make) -> None:
         (["methods.triplet.settings.storage=x"], "methods.triplet.settings: storage is decided by the sweep"),
         (["methods.triplet.final_settings.seed=1"], "methods.triplet.final_settings: seed is decided by the sweep"),
         (["methods.triplet.final_settings.checkpoint.keep=1", "final=none"], "methods.triplet.final_settings are given, but final is none"),
+        (["methods.triplet.final_settings.length=9 epochs"], "methods.triplet.final_settings: length has to be the same for all methods: set final.length"),
         (["final.settings.seed=1"], "final.settings: seed is decided by the sweep"),
         (["space.runtime.workers=[1, 2]"], "space: runtime.workers changes no figure: set it in settings"),
         (["space.length=['1 epochs', '2 epochs']"], "space: length is the budget"),
