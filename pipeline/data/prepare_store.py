@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.storage import Folder
 
 PHOTOS_CLASSES = 20  # of a batch of the preset baseline/photos
-PHOTOS_SEEN, LEAST_EPOCHS, MOST_EPOCHS = 60_000, 5, 40
+PHOTOS_SEEN, LEAST_EPOCHS, MOST_EPOCHS = 24_000, 4, 20
 STORE_FILES = ("manifest.json", "catalog.parquet", "rejected.csv", "copies.csv", "shards")
 
 

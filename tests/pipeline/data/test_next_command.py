@@ -25,10 +25,10 @@ def command_of(said: str) -> list[str]:
 @pytest.mark.parametrize(
     ("classes", "given"),
     [
-        ({f"c{i:02d}": 3 for i in range(80)}, ["length=40 epochs"]),  # 30 in a training fold's complement
-        ({f"c{i:02d}": 3 for i in range(24)}, ["method.classes_per_batch=9", "length=40 epochs"]),
+        ({f"c{i:02d}": 3 for i in range(80)}, ["length=20 epochs"]),  # 30 in a training fold's complement
+        ({f"c{i:02d}": 3 for i in range(24)}, ["method.classes_per_batch=9", "length=20 epochs"]),
         ({f"c{i:02d}": 1 + (i > 11) for i in range(24)}, None),
-        ({f"c{i}": 4 for i in range(4)}, ["data.validation_fold=null", "evaluation.checkpoint=last", "method.classes_per_batch=2", "length=40 epochs"]),
+        ({f"c{i}": 4 for i in range(4)}, ["data.validation_fold=null", "evaluation.checkpoint=last", "method.classes_per_batch=2", "length=20 epochs"]),
     ],
     ids=["many", "few", "single images", "two training classes"],
 )  # fmt: skip
@@ -47,7 +47,7 @@ def test_it_fits_the_set(classes: dict[str, int], given: list[str] | None, cli: 
 def test_elsewhere_it_is_named_by_its_place_and_large_sets_take_fewer_epochs(cli: Cli, tmp_path: Path) -> None:
     write_images(tmp_path / "photos", {f"c{i:02d}": 51 for i in range(80)}, 0, side=8)
     said = cli("folder", str(tmp_path / "photos"), "--to", str(tmp_path / "other place"))[1]
-    assert f'data.source="{tmp_path}/other place"' in command_of(said) and "length=39 epochs" in command_of(said)
+    assert f'data.source="{tmp_path}/other place"' in command_of(said) and "length=16 epochs" in command_of(said)
 
 
 def test_without_training_images_there_is_none(cli: Cli, tmp_path: Path) -> None:
