@@ -25,7 +25,7 @@ from pipeline.storage import Folder
 from tests.pipeline.mining.oracle import clustered
 
 IDS, VALUES, LABELS = clustered(1200, 8, 60)
-SPEC = ServerSpec(run="runs/a", dim=8, per_class=3, k=5, wait_s=5.0)
+SPEC = ServerSpec(run="runs/a", dim=8, per_class=3, k=5, wait_s=30.0)
 MakeClient = Callable[..., MiningClient]
 
 

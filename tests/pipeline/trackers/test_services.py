@@ -82,7 +82,7 @@ def test_a_run_and_its_continuation_in_both(store: Store, tmp_path: Path, capsys
         recipe.write_text(yaml.safe_dump(values))
         assert train.main([str(recipe)]) == 0
     kept, figures = read_tracking(run), run.read_json(SUMMARY)["final"]
-    assert lacking(run) == [] and "warning" not in capsys.readouterr().err
+    assert lacking(run) == [] and "track" not in capsys.readouterr().err
     (theirs,) = offline_runs(run)
     assert (theirs.run.run_id, theirs.run.display_name, theirs.run.project) == (kept["wandb"]["id"], "tiny", "raydml")
     assert theirs.config["method.optimizer.lr"] == 3e-3 and theirs.config["length"] == "2 epochs"
