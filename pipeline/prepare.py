@@ -23,7 +23,8 @@ from pipeline.data.entries import MAX_PIXELS, OWN_SOURCES, Catalogue, Entry
 from pipeline.data.icons import LICENCE, draw_icons
 from pipeline.data.image_lists import ALIASES, SEPARATORS
 from pipeline.data.layouts import LAYOUTS
-from pipeline.data.prepare_store import check_target, emoji_store, next_command
+from pipeline.data.next_command import next_command
+from pipeline.data.prepare_store import check_target, emoji_store
 from pipeline.data.published import open_sources, read_entries
 from pipeline.data.store import Store
 from pipeline.distributed.jobs import run_on_ray

@@ -31,7 +31,8 @@ def keep_freed_memory() -> None:
     """Makes this process, and those that it starts, keep the memory of freed tensors for the next ones.
 
     Nothing is done where a variable of the environment says otherwise, where a library is preloaded, which may be another allocator,
-    and without glibc of 2.35 or later. Other threads that are running already keep their arenas.
+    and without glibc of 2.35 or later. In this process it is certain for the main thread alone: others may use arenas that are there
+    already. In those that it starts it holds for all threads.
     """
     if any(name in os.environ for name in KEPT) or os.environ.get("LD_PRELOAD"):
         return

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,7 +14,6 @@ from methods import Context
 from methods.config import Clock
 from pipeline.config import Config, RuntimeConfig, changed_keys, differences, name_for
 from pipeline.console import counted
-from pipeline.data.decoded import decoded_bytes, training_copy
 from pipeline.data.store import Samples, Store
 from pipeline.distributed.collectives import Ranks
 from pipeline.distributed.ray_session import check_visible, cluster_maximum, node_groups, on_cluster
@@ -28,10 +26,10 @@ from pipeline.model.trunk import Trunk, build_trunk
 from pipeline.runs.checkpoint import Checkpoints
 from pipeline.runs.run_folder import CONFIG, DATASET, read_config
 from pipeline.storage import Folder
+from pipeline.training.dataset_notes import dataset_notes, epoch_note
 from pipeline.training.elastic import worker_resources
 from pipeline.training.node_labels import asked_labels, unmet_labels
 
-LONG_EPOCH = 1.5  # times the images, from which on the reason is told
 FORMER_DEFAULTS: Mapping[str, Any] = {"hard_weight": 1.0}  # of a method, by key
 
 
@@ -54,11 +52,18 @@ class CheckedRun:
 
     Attributes:
         epoch_shape: Steps of an epoch and images of a step; None if they are only known when it begins.
-        notes: Lines for the user.
+        epoch_note: A line on the length of an epoch; None if it is only known when it begins.
+        dataset_notes: Lines on the dataset.
     """
 
     epoch_shape: tuple[int, int] | None
-    notes: tuple[str, ...]
+    epoch_note: str | None
+    dataset_notes: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All lines for the user."""
+        return self.dataset_notes if self.epoch_note is None else (self.epoch_note, *self.dataset_notes)
 
 
 def check_run(config: Config, store: Store) -> CheckedRun:
@@ -86,7 +91,8 @@ def check_run(config: Config, store: Store) -> CheckedRun:
         raise UserError(f"method: {error}") from error
     _check_best(config, epoch_shape)
     _check_evaluation(config, store)
-    return CheckedRun(epoch_shape, tuple(_notes(config, store, samples, epoch_shape)))
+    note = None if epoch_shape is None else epoch_note(epoch_shape, samples)
+    return CheckedRun(epoch_shape, note, tuple(dataset_notes(config, store, samples)))
 
 
 def _check_best(config: Config, epoch_shape: tuple[int, int] | None) -> None:
@@ -142,53 +148,6 @@ def checked_trunk(config: Config) -> Trunk:
             "runtime.images_per_pass: auto measures the memory of a GPU, runtime.gpus_per_worker is 0: give a number, such as 32"
         )
     return trunk
-
-
-def _notes(config: Config, store: Store, samples: Samples, epoch_shape: tuple[int, int] | None) -> Iterator[str]:
-    """What is worth knowing of a dataset before a run."""
-    if epoch_shape is not None:
-        yield _note_on_epoch(epoch_shape, samples)
-    single_image_classes = np.flatnonzero(np.bincount(samples.labels) == 1)
-    if len(single_image_classes):
-        example = samples.class_names[single_image_classes[0]]
-        yield f"{len(single_image_classes):,} training classes have one image each (first: {example}): used as negatives only"
-    if config.cache.decoded:
-        yield _note_on_decoded(config, store)
-    num_bytes = training_copy(store, config.cache.max_bytes, config.cache.decoded)[1]
-    if num_bytes > config.cache.max_bytes:
-        yield (
-            f"the training split has {num_bytes / 1e9:.1f} GB, cache.max_bytes allows {config.cache.max_bytes / 1e9:.1f}: "
-            "images are read from the store in every epoch"
-        )
-
-
-def _note_on_epoch(epoch_shape: tuple[int, int], samples: Samples) -> str:
-    """The length of an epoch, and why it is long if it is."""
-    steps, batch = epoch_shape
-    repeats = steps * batch / len(samples)
-    note = f"an epoch has {steps:,} steps of {batch} images, {repeats:,.1f} times the {len(samples):,} training images"
-    if repeats <= LONG_EPOCH:
-        return note
-    sizes = np.bincount(samples.labels)
-    return (
-        f"{note}: the largest class has {sizes.max():,} of them, the median class {int(np.median(sizes[sizes > 0])):,}"
-    )
-
-
-def _note_on_decoded(config: Config, store: Store) -> str:
-    """The room that decoded pixels take on a node, or why they are not kept."""
-    num_bytes, max_bytes = decoded_bytes(store, "train"), config.cache.max_bytes
-    if num_bytes is None:
-        return (
-            "cache.decoded has no effect: the dataset was prepared by an earlier version, which did not note how many pixels it "
-            "has; prepare it again to keep decoded pixels"
-        )
-    if num_bytes > max_bytes:
-        return (
-            f"cache.decoded has no effect: the decoded training split takes {num_bytes / 1e9:.1f} GB, cache.max_bytes allows "
-            f"{max_bytes / 1e9:.1f}; encoded images are kept instead"
-        )
-    return f"cache.decoded: each node keeps {num_bytes / 1e9:.2g} GB of decoded pixels in its cache folder"
 
 
 def _check_evaluation(config: Config, store: Store) -> None:

@@ -38,10 +38,11 @@ class FrozenFigures:
     Args:
         storage: Folder of datasets and runs.
         of: Everything that the figures depend on, as JSON.
+        measured_on: The images, in words.
     """
 
-    def __init__(self, storage: Folder, of: dict[str, Any]) -> None:
-        self.folder, self.of = storage / FOLDER, of
+    def __init__(self, storage: Folder, of: dict[str, Any], measured_on: str) -> None:
+        self.folder, self.of, self.measured_on = storage / FOLDER, of, measured_on
         self.name = f"{_digest(of)}.json"
 
     def read(self) -> tuple[dict[str, float] | None, str]:
@@ -55,9 +56,7 @@ class FrozenFigures:
                 raise UserError("its checksum differs")
         except (OSError, RunError, UserError, KeyError, TypeError) as error:
             return None, f"{path} is damaged and computed again ({one_line(error)})"
-        fold = (*self.of["images"], "", "")[2]
-        of_fold = f" on {fold}" if fold else ""
-        return record["metrics"], f"figures of the frozen network{of_fold} taken from {path}"
+        return record["metrics"], f"figures of the frozen network on {self.measured_on} taken from {path}"
 
     def write(self, metrics: dict[str, float]) -> str:
         """Keeps the figures, whole or not at all; returns a line to show if that is not possible, else ""."""
@@ -106,7 +105,7 @@ def frozen_figures(
         "device": torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability(),
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
-    return FrozenFigures(Folder(config.root), of)
+    return FrozenFigures(Folder(config.root), of, "the test classes" if fold is None else f"fold {fold}")
 
 
 def trunk_digest(trunk: Trunk) -> str:

@@ -122,7 +122,7 @@ def method_spaces(sweep: SweepConfig) -> dict[str, Space]:
             raise UserError(
                 f"methods.{label}.final_settings are given, but final is none: leave them out, or set final"
             )
-        for key in set(_flat(entry.final_settings)) & {"length", "data.source"}:
+        for key in sorted(set(_flat(entry.final_settings)) & {"length", "data.source"}):
             raise UserError(
                 f"methods.{label}.final_settings: {key} has to be the same for all methods: set "
                 f"{'final.length' if key == 'length' else 'settings.data.source'}"
@@ -321,9 +321,8 @@ def _check_runs(
             raise UserError(_blamed(sweep, s.label, spaces[s.label], s.values, s.stage, f"{error}{where}")) from None
         if s.stage == "final" and test_task(s.config, store) is None:
             raise UserError(f"final: {store.title} has no test classes to measure: set final to none")
-        notes |= dict.fromkeys(
-            f"{s.label}: {note}" if note.startswith("an epoch has") else note for note in checked.notes
-        )
+        of_epoch = () if checked.epoch_note is None else (f"{s.label}: {checked.epoch_note}",)
+        notes |= dict.fromkeys((*of_epoch, *checked.dataset_notes))
         images = None
         if checked.epoch_shape is not None:
             steps, batch = checked.epoch_shape

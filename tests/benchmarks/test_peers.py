@@ -1,4 +1,4 @@
-"""The suite of peers: its limits, its names, how ratios are taken, and what open-metric-learning calls MAP."""
+"""The suite of peers: its names, how ratios are taken, and what open-metric-learning calls MAP."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ from benchmarks import peers
 from benchmarks.alternate import alternate, ratio_of, rows_of
 from benchmarks.open_metric_learning import map_at
 from benchmarks.table import Row, finish
-
-
-def test_a_limit_of_the_suite_replaces_that_of_the_single_benchmark() -> None:
-    row = Row("MMSI, whole step of 80 + 10 images, CPU ms / a plain step", 185.0, 100.0, 1.85, "<= 2.0", True)
-    assert peers.held(row) == Row(row.what, 185.0, 100.0, 1.85, "<= 1.7x", False)
-    other = Row("MMSI, whole step of 80 + 10 images, CPU ms / double backward", 1.0, 2.0, 0.5, "<= 0.55", True)
-    assert peers.held(other) is other
 
 
 def test_the_table_ends_with_1_and_names_the_rows_that_lose(

@@ -82,8 +82,8 @@ def test_a_second_run_takes_the_same_figures_and_trains_the_same(
     second = Folder(base.root / "runs" / "second")
     assert status == 0 and not computed and len(list(kept.iterdir())) == 2
     assert all(
-        f"figures of the frozen network{on} taken from {of(kept, fold)}\n" in err
-        for on, fold in (("", None), (" on fold 0", 0))
+        f"figures of the frozen network on {on} taken from {of(kept, fold)}\n" in err
+        for on, fold in (("the test classes", None), ("fold 0", 0))
     )
     latest, of_base = Checkpoints(second).latest(), Checkpoints(base.run).latest()
     assert latest is not None and of_base is not None and latest.frozen_validation == of_base.frozen_validation != {}
