@@ -23,6 +23,7 @@ from pipeline.distributed.jobs import run_serially
 from pipeline.storage import Folder
 from pipeline.storage.s3 import S3
 from pipeline.testing.tiny import tiny_values, write_tiny_store
+from pipeline.training.frozen_figures import FOLDER
 from tests.pipeline import shipped
 from tests.s3 import s3_server
 
@@ -60,11 +61,16 @@ def folder(request: pytest.FixtureRequest) -> Folder:
 
 
 class Base:
-    """A storage folder with a dataset of its own and one finished run, "done"; every test leaves it as it was."""
+    """A storage folder with a dataset of its own and one finished run, "done"; every test leaves it as it was.
+
+    Attributes:
+        figures: Names of the files below `frozen` that this run has left; runs of tests may add others.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.store = root, write_tiny_store(root)
         self.run = Folder(root / "runs" / "done")
+        self.figures: frozenset[str] = frozenset()
 
     def recipe(self, changes: dict[str, Any] | None = None) -> str:
         """A file for `changes` of the tiny run (keys with dots)."""
@@ -87,6 +93,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     made = Base(tmp_path_factory.mktemp("train"))
     assert train.main([made.recipe()]) == 0
+    made.figures = frozenset(file.name for file in (made.root / FOLDER).iterdir())
     return made
 
 

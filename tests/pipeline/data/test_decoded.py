@@ -26,7 +26,7 @@ from pipeline.data.write_store import write_store
 from pipeline.distributed.jobs import run_serially
 from pipeline.errors import RunError, UserError
 from pipeline.storage import Folder
-from pipeline.training.checks import _notes
+from pipeline.training.dataset_notes import dataset_notes
 from pipeline.training.parts import image_source
 from tests.pipeline.conftest import Base, contents
 from tests.pipeline.data.test_reader import bytes_of
@@ -121,7 +121,7 @@ def test_pixels_that_are_too_large_stay_encoded(
     def noted(max_bytes: int, store: Store = mixed) -> tuple[Cache | None, list[str]]:
         config = make_config({"cache.decoded": True, "cache.max_bytes": max_bytes})
         lines = [
-            line for line in _notes(config, store, store.select(["train"]), None) if line.startswith("cache.decoded")
+            line for line in dataset_notes(config, store, store.select(["train"])) if line.startswith("cache.decoded")
         ]
         return image_source(config, store).cache, lines
 

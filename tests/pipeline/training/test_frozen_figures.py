@@ -27,12 +27,11 @@ pytestmark = pytest.mark.usefixtures("fresh_readers")
 
 @pytest.fixture
 def kept(base: Base) -> Iterator[Path]:
-    """The folder of the figures, which the finished run has left; other runs of a test are removed, and their figures."""
-    left = {file.name for file in (base.root / FOLDER).iterdir()}
-    yield base.root / FOLDER
+    """The folder of the figures, with those of the finished run alone; other runs of a test are removed."""
     for file in (base.root / FOLDER).iterdir():
-        if file.name not in left:
+        if file.name not in base.figures:
             file.unlink()
+    yield base.root / FOLDER
     for run in (base.root / "runs").iterdir():
         if run.name != "done":
             shutil.rmtree(run)
