@@ -30,6 +30,7 @@ _SOURCE = Meant(("data.source",))
 _BACKBONE = Meant(("model.backbone",))
 _WEIGHTS = Meant(("model.weights",))
 _SIZE = Meant(("data.transforms.size", "data.transforms.resize"))
+_TEST_SIZE = Meant(("data.transforms.evaluation_scale",), "the size of evaluation relative to that of training")
 _DIM = Meant(("method.embedding_dim",))
 _MEMORY = Meant(("method.memory",), "number of past embeddings, for the method baseline")
 _PRECISION = Meant(("precision",), "float32 or bf16")
@@ -54,6 +55,9 @@ ALIASES: dict[str, Meant] = {
     ),
     **dict.fromkeys(["pretrained", "checkpointpath", "initweights"], _WEIGHTS),
     **dict.fromkeys(["imagesize", "imgsize", "inputsize", "cropsize", "resolution", "imsize"], _SIZE),
+    **dict.fromkeys(
+        ["evaluationsize", "evalsize", "testsize", "testimagesize", "testinputsize", "valsize"], _TEST_SIZE
+    ),
     **dict.fromkeys(
         ["embeddingsize", "embedsize", "embdim", "embeddim", "featdim", "featuredim", "outdim", "dim"], _DIM
     ),

@@ -37,6 +37,12 @@ class TransformConfig(BaseConfig):
     )
     size: int = Field(224, ge=8, description="side of the square that the network sees, pixels")
     resize: int | None = Field(None, ge=8, description="evaluation: shorter side before the centre crop (none: size)")
+    evaluation_scale: float = Field(
+        1.0,
+        ge=0.5,
+        le=2,
+        description="evaluation: `size` and `resize` times this; above 1, since random crops show things larger than whole images do",
+    )
     squash: bool = Field(False, description="evaluation: resize both sides to `size`, ignoring the aspect ratio")
     decode_at_least: int | None = Field(
         None,
@@ -75,7 +81,7 @@ class TransformConfig(BaseConfig):
             if self.training is not None:
                 _own_pixels(self.training, grey, self.size, np.random.default_rng(0))
             if self.evaluation is not None:
-                _own_pixels(self.evaluation, grey, self.size)
+                _own_pixels(self.evaluation, grey, self.of_evaluation().size)
         except RunError as error:
             raise ValueError(str(error)) from error
         if self.resize is not None and self.resize < self.size:
@@ -83,6 +89,16 @@ class TransformConfig(BaseConfig):
         if self.decode_at_least is not None and self.decode_at_least < self.size:
             raise ValueError(f"decode_at_least is {self.decode_at_least}, smaller than size {self.size}")
         return self
+
+    def of_evaluation(self) -> TransformConfig:
+        """The same with the sizes of evaluation, `size` and `resize` scaled: what embeds images outside of training steps.
+
+        Source: Touvron et al., "Fixing the train-test resolution discrepancy", NeurIPS 2019.
+        """
+        if self.evaluation_scale == 1:
+            return self
+        size, resize = (side and round(side * self.evaluation_scale) for side in (self.size, self.resize))
+        return self.model_copy(update={"size": size, "resize": resize, "evaluation_scale": 1.0})
 
 
 @functools.cache

@@ -126,7 +126,7 @@ def measure(config: Config, samples: Samples, uri: str = "") -> MeasuredStep:
         fitting = int(np.searchsorted(np.cumsum(np.bincount(samples.labels)), MAX_MINED, side="right"))
         samples = samples.subset(samples.labels < max(fitting, config.method.classes_per_batch))
     trunk, method = build_network(config, classes, device)
-    source = ImageSource(uri, "", None, config.data.transforms, config.seed)
+    source = ImageSource(uri, "", None, config.data.transforms.of_evaluation(), config.seed)
     embedder = SyntheticEmbedder(
         source, "in_process", 1, config.evaluation.batch_size, config.precision, device, Ranks()
     )

@@ -131,5 +131,5 @@ def build_embedder(
         loader: "ray" or "in_process".
         loader_cpus: CPUs of a Ray Data pipeline.
     """
-    source = ImageSource(store.folder.uri, store.fingerprint, None, config.data.transforms)
+    source = ImageSource(store.folder.uri, store.fingerprint, None, config.data.transforms.of_evaluation())
     return Embedder(source, loader, loader_cpus, config.evaluation.batch_size, config.precision, device, ranks)

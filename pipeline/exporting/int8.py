@@ -98,7 +98,7 @@ def int8_cost(config: Config, store: Store, full: Path, small: Path) -> Int8Cost
         found.append(evaluate(task, embedder, OnnxNetwork(path), None, config.evaluation.recall_at).metrics)
     sides = [task.queries, *([] if task.gallery is None else [task.gallery])]
     num = len(np.unique(np.concatenate([side.ids for side in sides])))
-    size = config.data.transforms.size
+    size = config.data.transforms.of_evaluation().size
     return Int8Cost(
         store.title, num, (found[0], found[1]), (full.stat().st_size, small.stat().st_size),
         (_rate(full, size), _rate(small, size)),

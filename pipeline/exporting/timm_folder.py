@@ -51,7 +51,8 @@ def write_timm(model: EmbeddingModel, folder: Path) -> tuple[bool, float]:
     trunk = copy.deepcopy(model.trunk).to("cpu", torch.float32).eval()
     trunk.folding = None
     net = trunk.backbone.to(memory_format=torch.contiguous_format)  # safetensors takes no other
-    size, resize = settings.transforms.size, settings.transforms.resize or settings.transforms.size
+    transforms = model.transforms
+    size, resize = transforms.size, transforms.resize or transforms.size
     inputs = trunk.normalise(made_images(2, size, size))
     with torch.no_grad():
         features, unpooled = trunk(made_images(2, size, size)), net(inputs)
@@ -59,8 +60,8 @@ def write_timm(model: EmbeddingModel, folder: Path) -> tuple[bool, float]:
     pixels = {
         "input_size": (3, size, size),
         "interpolation": "bicubic",
-        "crop_pct": 1.0 if settings.transforms.squash else size / resize,
-        "crop_mode": "squash" if settings.transforms.squash else "center",
+        "crop_pct": 1.0 if transforms.squash else size / resize,
+        "crop_mode": "squash" if transforms.squash else "center",
         "mean": trunk.mean.flatten().tolist(),
         "std": trunk.std.flatten().tolist(),
     }

@@ -91,7 +91,7 @@ class EmbeddingModel:
         self.weights, self.classes, self.class_names = dict(weights), classes, class_names
         self.figures = dict(figures or {})
         self.name = settings.name
-        self.transforms: TransformConfig = settings.transforms
+        self.transforms: TransformConfig = settings.transforms.of_evaluation()
         self.distance: Literal["cosine", "euclidean"] = settings.evaluation.distance
         self._lock = threading.Lock()
         self.dim = int(self.embed_pixels(self._no_pixels()).shape[1])
@@ -115,7 +115,7 @@ class EmbeddingModel:
         s = self.settings
         tensors = {**cpu_tensors(self.trunk), **{f"method.{n}": t for n, t in cpu_tensors(self.method).items()}}
         model = s.model.model_dump(mode="json", exclude=set(ModelConfig.NOT_EMBEDDED))
-        transforms = s.transforms.model_dump(mode="json", include={"size", "resize", "squash", "evaluation"})
+        transforms = self.transforms.model_dump(mode="json", include={"size", "resize", "squash", "evaluation"})
         parts = json.dumps([model, transforms, s.method, s.precision], sort_keys=True).encode()
         return hashlib.sha256(save_safetensors(tensors) + parts).hexdigest()
 

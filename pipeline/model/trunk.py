@@ -76,6 +76,20 @@ class Trunk(nn.Module):
             )
         return output
 
+    def check_evaluation(self, size: int) -> None:
+        """Raises UserError unless the network, built for the size of training, takes images of this one."""
+        self.eval()
+        try:
+            with torch.no_grad():
+                self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            resampled = hasattr(self.backbone, "dynamic_img_size")
+            other = ", or model.backbone_args: {dynamic_img_size: true}" if resampled else ""
+            raise UserError(
+                f"{self.config.backbone} cannot take images of {size}×{size} in evaluation: {joined_lines(error)}. Set "
+                f"data.transforms.evaluation_scale to 1{other}"
+            ) from error
+
     def compile_backbone(self) -> None:
         """Has the backbone compiled by torch.compile at its first passes; names of weights stay."""
         self.folding = None  # it changes layers in each pass

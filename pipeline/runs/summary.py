@@ -22,7 +22,7 @@ RESULT_KEYS = (
 
 def protocol(config: Config, store: Store) -> dict[str, Any]:
     """The conditions under which the figures were measured."""
-    transforms = config.data.transforms
+    transforms = config.data.transforms.of_evaluation()
     size = transforms.size
     pixels = f"squash to {size}" if transforms.squash else f"resize {transforms.resize or size}, centre crop {size}"
     fold = config.data.validation_fold
@@ -45,7 +45,9 @@ def protocol(config: Config, store: Store) -> dict[str, Any]:
         "pooling": config.model.pooling,
         "batch_norm": config.model.batch_norm,
         "embedding_dim": config.method.embedding_dim,
-        "test_pixels": pixels,
+        "test_pixels": pixels
+        if size == config.data.transforms.size
+        else f"{pixels} (trained at {config.data.transforms.size})",
         **({"distance": config.evaluation.distance} if config.evaluation.distance != "cosine" else {}),
         "batch": f"{config.method.classes_per_batch} x {config.method.samples_per_class}",
         "length": str(config.length),

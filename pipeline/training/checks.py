@@ -123,6 +123,8 @@ def checked_trunk(config: Config) -> Trunk:
         UserError: As `build_trunk` and `prepare_training`; the head of a run to start from does not fit; or it cannot be passed a batch in parts, which `runtime.images_per_pass` asks for.
     """
     trunk = build_trunk(config.model, config.data.transforms.size)
+    if config.data.transforms.evaluation_scale != 1:
+        trunk.check_evaluation(config.data.transforms.of_evaluation().size)
     prepare_training(trunk.backbone, config.model)
     if run_of(config.model.weights) is not None:
         load_head(config.model, build_method(config, trunk.features, 2).head)

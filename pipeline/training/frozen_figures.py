@@ -84,7 +84,7 @@ def frozen_figures(
         trunk: The untrained trunk.
         fold: The validation fold that is measured; None: the test classes.
     """
-    transforms, evaluation, backbone = config.data.transforms, config.evaluation, config.model.backbone
+    transforms, evaluation, backbone = config.data.transforms.of_evaluation(), config.evaluation, config.model.backbone
     if transforms.evaluation is not None or plugins.is_import_string(backbone) or backbone.startswith(LOCAL):
         return None
     device = embedder.device

@@ -278,8 +278,10 @@ def _check_networks(settings: Sequence[Setting]) -> None:
     seen = set()
     for setting in settings:
         config = setting.config
-        model, size = config.model.model_dump(mode="json"), config.data.transforms.size
-        key = json.dumps([model, size, config.runtime.images_per_pass], sort_keys=True)
+        model, transforms = config.model.model_dump(mode="json"), config.data.transforms
+        key = json.dumps(
+            [model, transforms.size, transforms.evaluation_scale, config.runtime.images_per_pass], sort_keys=True
+        )
         if key in seen:
             continue
         seen.add(key)

@@ -70,6 +70,16 @@ def test_evaluation_keeps_the_aspect_ratio_and_crops_the_centre(resize: int | No
     assert np.abs(evaluate(image, resize=resize).permute(1, 2, 0).numpy().astype(int) - expected).max() <= 3
 
 
+@pytest.mark.parametrize(("resize", "of_evaluation"), [(40, (48, 60)), (None, (48, None))])
+def test_evaluation_is_scaled_and_training_is_not(resize: int | None, of_evaluation: tuple[int, int | None]) -> None:
+    config = TransformConfig(size=32, resize=resize, evaluation_scale=1.5, **STILL)
+    scaled = config.of_evaluation()
+    assert (scaled.size, scaled.resize) == of_evaluation and scaled.of_evaluation() is scaled
+    image = noise(120, 60)
+    assert torch.equal(evaluation_pixels(image, scaled), evaluate(image, size=48, resize=of_evaluation[1]))
+    assert train(image, evaluation_scale=1.5).shape == (3, 32, 32)
+
+
 def test_squash_ignores_the_aspect_ratio() -> None:
     image = noise(120, 60)
     expected = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BICUBIC))

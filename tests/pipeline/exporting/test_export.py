@@ -150,7 +150,8 @@ def test_stated_sizes_need_no_free_axes(model: EmbeddingModel, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "pooled"),
     [({}, True), ({"model.pooling": "avg+max"}, False), ({"model.backbone": "test_vit", "data.transforms.size": 48}, False),
-     ({"model.backbone": "test_vit", "data.transforms.size": 48, "model.pooling": "native"}, True)],
+     ({"model.backbone": "test_vit", "data.transforms.size": 48, "model.pooling": "native"}, True),
+     ({"data.transforms.evaluation_scale": 1.5}, True)],
 )  # fmt: skip
 def test_timm_loads_the_backbone(changes: dict[str, Any], pooled: bool, tmp_path: Path) -> None:
     model = made_model({"model.batch_norm": "frozen", **changes})

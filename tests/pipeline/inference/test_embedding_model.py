@@ -18,13 +18,14 @@ import raydml
 from methods import METHODS, Method
 from pipeline.config import Config, build_config
 from pipeline.data.store import Store
+from pipeline.data.transforms import evaluation_pixels
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
 from pipeline.inference.image_inputs import ImageError, image_inputs, read_input
 from pipeline.inference.model_folder import write_model
 from pipeline.inference.trained_model import load_run
 from pipeline.model.network import EmbeddingConfig, build_for_embedding, build_network
-from pipeline.runs.run_folder import CLASS_NAMES, run_folder
+from pipeline.runs.run_folder import CLASS_NAMES, SUMMARY, run_folder
 from pipeline.storage import Folder
 from pipeline.testing.tiny import tiny_values, write_tiny_store
 from pipeline.training.launch import run_in_process
@@ -62,6 +63,26 @@ def test_embeddings_are_those_of_an_evaluation_and_need_no_dataset(trained: tupl
     assert found.dtype == torch.float64 and found.shape == (len(test), model.dim) == (len(test), 8)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert model.classes == len(model.class_names) > 5
+
+
+def test_a_run_evaluated_at_a_larger_size_embeds_at_that_size(tmp_path: Path) -> None:
+    store = write_tiny_store(tmp_path)
+    changes = {"name": "scaled", "length": "1 steps", "data.transforms.evaluation_scale": 1.5}
+    config = build_config(tiny_values(str(tmp_path), store.folder.uri, changes))
+    record(config, run_folder(config), store, [])
+    run_in_process(config, store.folder.uri, lambda _: None)
+    protocol = run_folder(config).read_json(SUMMARY)["protocol"]
+    assert protocol["test_pixels"] == "resize 36, centre crop 36 (trained at 24)"
+    test = store.select(["test"])
+    run = load_run(str(tmp_path / "runs" / "scaled"))
+    embedder, trunk, method = run.load(store, torch.device("cpu"))
+    model = raydml.load(str(tmp_path / "runs" / "scaled"))
+    expected = embedder(test.ids, trunk, method)
+    torch.testing.assert_close(model.embed(store.sources(test.ids)), expected, rtol=0, atol=1e-12)
+    assert model.transforms.size == 36 and "36×36" in repr(model)
+    with torch.no_grad():
+        small = [evaluation_pixels(read_input("it", path), config.data.transforms) for path in store.sources(test.ids)]
+        assert (model.embed_pixels(torch.stack(small)) - expected).abs().max() > 1e-3, "the size makes a difference"
 
 
 def test_the_class_names_are_those_of_the_labels_that_were_trained(

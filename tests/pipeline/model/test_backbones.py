@@ -100,6 +100,16 @@ def test_a_size_that_is_no_multiple_of_the_patches_names_the_next_ones() -> None
         build("vit_small_patch14_dinov2", 225, pooling="native")
 
 
+def test_a_size_of_evaluation_is_checked() -> None:
+    build("test_resnet", 32).check_evaluation(48)
+    vit = "vit_tiny_patch16_224"
+    with pytest.raises(
+        UserError, match=rf"{vit} cannot take images of 96×96 in evaluation: .*scale to 1, or .*dynamic_img_size"
+    ):
+        build(vit, 64).check_evaluation(96)
+    build(vit, 64, backbone_args={"dynamic_img_size": True}).check_evaluation(96)
+
+
 def test_a_size_that_is_too_small_names_the_usual_one() -> None:
     with pytest.raises(
         UserError, match=r"cannot take images of 96×96: .*; data.transforms.size: 224 is its usual size"

@@ -132,6 +132,7 @@ def test_training_that_makes_it_worse_is_told_at_once(run: Train, base: Base, ke
         {"model.batch_norm": "frozen"},
         {"model.mean": [0.4, 0.4, 0.4]},
         {"data.transforms.squash": True},
+        {"data.transforms.evaluation_scale": 1.5},
         {"evaluation.recall_at": [1, 4]},
         {"evaluation.distance": "euclidean"},
         {"evaluation.batch_size": 3},
