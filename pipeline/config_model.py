@@ -87,9 +87,9 @@ class ModelConfig(BaseConfig):
     ema: float | None = Field(
         None,
         gt=0,
-        lt=1,
+        le=1,
         description="decay of an exponential moving average of all weights, such as 0.999, which is evaluated and kept instead of the "
-        "newest ones (none: no average)",
+        "newest ones; 1: their mean since the start, which stays nearer to pretrained weights (none: no average)",
     )
     compile: bool = Field(
         False, description="the backbone is compiled by torch.compile: faster on GPUs after a start of minutes"

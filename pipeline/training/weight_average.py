@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights, which is evaluated and kept instead of the newest ones."""
+"""An average of a network's weights, exponential or over the whole run, which is evaluated and kept instead of the newest ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class WeightAverage:
 
     Args:
         trunk, method: The network, with the weights that the average starts from.
-        decay: Weight of the former average in each step; less in the first steps, (1 + n) / (10 + n) after n of them.
+        decay: Weight of the former average in each step; less in the first steps, (1 + n) / (10 + n) after n of them. 1: the mean of
+            the weights at the start and after every step, all with the same weight.
     """
 
     def __init__(self, trunk: nn.Module, method: nn.Module, decay: float) -> None:
@@ -35,7 +36,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, steps: int) -> None:
         """Adds the present weights, after so many steps."""
-        decay = min(self.decay, (1 + steps) / (10 + steps))
+        decay = min(self.decay, (1 + steps) / (10 + steps)) if self.decay < 1 else steps / (1 + steps)
         torch._foreach_lerp_(list(self._averages.values()), list(self._parameters.values()), 1 - decay)
 
     @contextlib.contextmanager

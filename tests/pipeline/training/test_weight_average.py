@@ -117,5 +117,14 @@ def test_a_block_has_the_average_and_gives_the_weights_back() -> None:
     average.update(100)
     with average.applied():
         torch.testing.assert_close(trunk.weight.detach(), before + 0.5)
+    mean = WeightAverage(trunk, method, 1.0)
+    weights = [trunk.weight.detach().clone()]
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            trunk.weight += step
+        weights.append(trunk.weight.detach().clone())
+        mean.update(step)
+    with mean.applied():
+        torch.testing.assert_close(trunk.weight.detach(), torch.stack(weights).mean(0))
     with pytest.raises(RuntimeError, match="1 trained weights, the network has 4"):
         average.restore({"trunk.weight": before})
