@@ -5,15 +5,17 @@
     python -m benchmarks.compare --sets emoji --repeat ROW    trains a row's final runs again and compares the figures
 
 The sweep is benchmarks/compare.yaml, run by `pipeline.tune` under the fair protocol: settings are chosen on a fold of the training
-classes, final runs train on all of them, and the test classes are measured once. Its records, one JSON file a trial, are copied to
-`--results` (benchmarks/results/compare/SET) as they are written; leaderboard and tables are made of them alone. With `--resume` a stopped comparison goes
-on from them, also on another machine: only weights of unfinished runs are trained anew. `--budget` stops all after so many minutes.
+classes, final runs train on all of them, and the test classes are measured once. Then rows whose steps are slower or faster than those
+of the multi-similarity loss are trained again, for as long as that took: the second table. Records, one JSON file a trial, are copied to
+`--results` (benchmarks/results/compare/SET) as they are written; tables, figures and leaderboard are made of them alone. With `--resume`
+a stopped comparison goes on from them, also on another machine: only weights of unfinished runs are trained anew. `--budget` stops all
+after so many minutes.
 
 emoji  class = emoji, image = vendor; 64 pixels, 128 dimensions; `python -m pipeline.prepare emoji`
 icons  class = icon, image = style; 64 pixels, 128 dimensions; `python -m pipeline.prepare icons`
 birds  CUB-200-2010 or -2011; 112 pixels, 512 dimensions; `python -m pipeline.prepare cub --from ... [--partial]`
 
-On two cores a run takes two to four minutes on emoji and icons, and four times as long on birds: days for all three.
+On two cores emoji and icons take four hours each, birds twice as long.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.compare_tables import ROWS, Results, tables
-from pipeline.config import to_yaml
+from benchmarks.compare_figures import draw
+from benchmarks.compare_results import ROWS, Results
+from benchmarks.compare_tables import tables, write_leaderboard
+from benchmarks.compare_time import REFERENCE, time_figures, timed_runs, train_timed
+from pipeline.config import Config, to_yaml
 from pipeline.data.find_store import find_store
 from pipeline.errors import UserError, fail
 from pipeline.runs.run_folder import SUMMARY
@@ -45,9 +50,10 @@ BIRDS = [
     "data.transforms.flip=0.5",
     "method.embedding_dim=512",
 ]
+SMALL = ["data.transforms.size=64", "data.transforms.evaluation_scale=1"]
 SETS: dict[str, tuple[str, list[str]]] = {  # name of the dataset, and what is set for all rows
-    "emoji": ("emoji", []),
-    "icons": ("icons", ["data.source=icons"]),
+    "emoji": ("emoji", SMALL),
+    "icons": ("icons", ["data.source=icons", *SMALL]),
     "birds": ("cub", BIRDS),
 }
 # MMSI starts from its base: `meta=false`, by loss.
@@ -56,6 +62,7 @@ STARTS = {
     "multi_similarity": ["loss=multi_similarity"],
 }
 POLL_S = 5.0
+FIGURES = Path(__file__).parents[1] / "docs" / "images" / "compare"
 
 
 def start_name(dataset: str, loss: str, where: str) -> str:
@@ -118,7 +125,27 @@ def compare(dataset: str, root: str, results: Results, until: float | None) -> i
             values = [f"name=compare-{dataset}", f"storage={root}", *of_set]
             status = run([*command, *settings(values)], root, until, results)
     results.collect()
+    if status == 0 and (until is None or time.monotonic() < until):
+        status = train_timed(results, train, until)
     return status
+
+
+def train(root: str, config: Config) -> int:
+    """Trains a configuration in a storage; returns the command's status."""
+    with tempfile.TemporaryDirectory(prefix="raydml-compare-") as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(to_yaml(config))
+        return run(["pipeline.train", str(recipe)], root)
+
+
+def write_outputs(results: Results, figures: Path) -> None:
+    """The leaderboard beside the records, and a figure a table."""
+    write_leaderboard(results)
+    figures.mkdir(parents=True, exist_ok=True)
+    draw(f"{results.name}, equal images seen", results.figures(), figures / f"{results.name}.svg")
+    if timed := timed_runs(results):
+        title = f"{results.name}, equal wall time: that of {REFERENCE}"
+        draw(title, time_figures(timed), figures / f"{results.name}-time.svg")
 
 
 def repeat(row: str, results: Results) -> int:
@@ -135,9 +162,7 @@ def repeat(row: str, results: Results) -> int:
                 if os.path.isdir(f"{results.root}/runs/{name}"):
                     os.symlink(f"{results.root}/runs/{name}", f"{folder}/runs/{name}")
             config = results.config(record, folder)
-            recipe = Path(folder) / "recipe.yaml"
-            recipe.write_text(to_yaml(config))
-            if run(["pipeline.train", str(recipe)], folder):
+            if train(folder, config):
                 return 1
             again = Folder(f"{folder}/runs/{config.name}").read_json(SUMMARY)["final"]
         for metric in ("recall@1", "map@r"):
@@ -158,13 +183,16 @@ def main() -> int:
     parser.add_argument("--repeat", choices=ROWS, metavar="ROW", help="train the final runs of this row again")
     parser.add_argument("--root", default=home(), help="storage of datasets and runs (default: $RAYDML_HOME)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figures (default: %(default)s)")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.budget if options.budget else None
     root = Folder(options.root).uri
     found = {name: Results(name, root, options.results / name) for name in options.sets}
     try:
         if options.show:
-            print("\n\n".join(tables(results) for results in found.values() if results.exists()))
+            for results in (results for results in found.values() if results.exists()):
+                print(tables(results) + "\n")
+                write_outputs(results, options.figures)
             return 0
         if options.repeat is not None:
             return max(repeat(options.repeat, results) for results in found.values())
@@ -176,6 +204,7 @@ def main() -> int:
             status = compare(name, root, results, until)
             if results.exists():
                 print(tables(results), flush=True)
+                write_outputs(results, options.figures)
             if until is not None and time.monotonic() > until:
                 print("the time is over: the same command with --resume goes on", file=sys.stderr)
                 return 0

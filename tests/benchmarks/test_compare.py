@@ -8,8 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import compare
-from benchmarks.compare_tables import BASES, Results, tables
+from benchmarks.compare_results import BASES, Results
+from benchmarks.compare_tables import tables
+from benchmarks.compare_time import timed_runs, train_timed
+from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.runs.run_folder import SUMMARY
+from pipeline.storage import Folder
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.sweep_config import SweepConfig
 from pipeline.tuning.sweep_file import dump_sweep, load_sweep
@@ -42,7 +47,10 @@ def results(tmp_path: Path) -> Results:
         search = RunProgress("r", 0, 0, "finished", best={"map@r": 33.0})
         records.write(TrialRecord(number, "search", row, setting, state="finished", runs=[search], score=33.0))
         for seed, value in enumerate(values):
-            run = RunProgress("r", None, seed, "finished", seconds=100.0, test={"recall@1": value + 10, "map@r": value})
+            seconds = 200.0 if row == "osm_caa" else 100.0
+            run = RunProgress(
+                "r", None, seed, "finished", seconds=seconds, test={"recall@1": value + 10, "map@r": value}
+            )
             number += 1
             records.write(
                 TrialRecord(number, "final", row, setting, seed=seed, length="300 steps", state="finished", runs=[run])
@@ -77,12 +85,51 @@ def test_every_row_trains_on_as_many_images_of_the_same_pixels(tmp_path: Path) -
 
 def test_the_table_is_of_the_test_classes_paired_by_seed(results: Results) -> None:
     text = tables(results)
+    assert text.startswith("### emoji, equal images seen, 200 steps\n")
     (osm,) = (line for line in text.splitlines() if line.startswith("| `osm_caa` | 6"))
     assert "| 62.0 [57.0, 67.0] | 52.0 [47.0, 57.0] | `osm_caa_base` | 60.0 " in osm
     assert osm.endswith("| **+2.0 [+0.8, +3.2]** | **+2.0 [+0.8, +3.2]** |")
     assert "| `multi_similarity` | 71.0 [68.5, 73.5] | 61.0 [58.5, 63.5] |" in text
-    assert "| `intra_batch` | – | – | `intra_batch_base` | – | – | – | – |" in text, "rows without figures stay"
-    assert "| `osm_caa` | 1 | 33.0 | optimizer.lr 0.0005, alpha 1.2 | 3 | 100 |" in text
+    assert "| `intra_batch` | – | – | `cross_entropy` | – | – | – | – |" in text, "rows without figures stay"
+    assert "| `osm_caa` | 1 | 33.0 | optimizer.lr 0.0005, alpha 1.2 | 3 | 200 |" in text
+
+
+def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(results: Results, tmp_path: Path) -> None:
+    trained: list[Config] = []
+
+    def train(root: str, config: Config) -> int:
+        trained.append(config)
+        if len(trained) == 2:
+            return 3  # a run that fails; those that are finished are kept
+        Folder(f"{root}/runs/{config.name}").write_json(
+            SUMMARY, {"seconds": 101.0, "final": {"recall@1": 55.0 + config.seed, "map@r": 45.0}}
+        )
+        return 0
+
+    assert {run.row for run in timed_runs(results)} == {"osm_caa_base", "multi_similarity"}, "as fast as the reference"
+    assert "Steps: `multi_similarity` 300, `osm_caa_base` 300." in tables(results)
+    assert train_timed(results, train, until=0.0) == 0 and not trained, "the time is over"
+    assert train_timed(results, train, None) == 3
+    assert train_timed(results, train, None) == 0
+    assert len(trained) == 4 and {str(config.length) for config in trained} == {"150 steps"}
+    assert {config.method.name for config in trained} == {"osm_caa"} and {config.seed for config in trained} == {
+        0,
+        1,
+        2,
+    }
+    osm = [run for run in timed_runs(results) if run.row == "osm_caa"]
+    assert [(run.seed, run.steps, run.test["recall@1"]) for run in osm] == [
+        (0, 150, 55.0),
+        (1, 150, 56.0),
+        (2, 150, 57.0),
+    ]
+    part = tables(results).split("### emoji, equal wall time: that of multi_similarity")[1]
+    assert "| `osm_caa` | 56.0 [53.5, 58.5] | 45.0 " in part and "`osm_caa` 150" in part
+    compare.write_outputs(results, tmp_path / "figures")
+    first, second = ((tmp_path / "figures" / f"emoji{name}.svg").read_text() for name in ("", "-time"))
+    assert "osm_caa" in first and "emoji, equal wall time" in second and "osm_caa_base" not in first
+    compare.write_outputs(results, tmp_path / "again")
+    assert (tmp_path / "again" / "emoji.svg").read_text() == first, "the same bytes of the same records"
 
 
 def test_records_go_on_in_another_storage(results: Results, tmp_path: Path) -> None:
@@ -115,8 +162,10 @@ def test_starts_and_trials_look_for_runs_in_the_storage_that_is_given(
 
     monkeypatch.setattr("subprocess.Popen", train)
     root = f"{tmp_path}/root"
+    monkeypatch.setattr(compare, "train_timed", lambda found, *_: seen.append(([found.name, "timed"], root)) or 0)
     assert compare.compare("emoji", root, results, None) == 0
     assert {home for _, home in seen} == {root}
+    assert seen.pop()[0] == ["emoji", "timed"], "the second table, after the first"
     names = [word.removeprefix("name=") for command, _ in seen for word in command if word.startswith("name=")]
     weights = {
         run_configs(results.sweep(), "mmsi_contrastive", {}, 0, stage)[0].model.weights for stage in ("search", "final")
@@ -149,5 +198,5 @@ def test_results_are_not_overwritten_and_a_missing_dataset_is_told_before_anythi
 
     assert main("--sets", "emoji") == 2 and "add --resume to go on" in capsys.readouterr().err
     assert main("--sets", "icons") == 2 and "icons" in capsys.readouterr().err
-    assert main("--show") == 0
+    assert main("--show", "--figures", f"{tmp_path}/figures") == 0
     assert "### emoji" in capsys.readouterr().out and (kept / "emoji/leaderboard.csv").exists()

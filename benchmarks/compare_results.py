@@ -1,0 +1,129 @@
+"""The records of a comparison, kept beside the program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.storage import Folder
+from pipeline.tuning.run_configs import run_configs
+from pipeline.tuning.sweep_config import SweepConfig
+from pipeline.tuning.sweep_file import read_sweep
+from pipeline.tuning.sweep_folder import (
+    SWEEP,
+    TRIALS,
+    SweepFolder,
+    TrialRecord,
+    final_trials,
+    sweep_folder,
+)
+
+# Rows, each with its base; None: a baseline.
+BASES: dict[str, str | None] = {
+    "contrastive": None,
+    "triplet_semihard": None,
+    "multi_similarity": None,
+    "multi_similarity_xbm": None,
+    "normalized_softmax": None,
+    "osm_caa": "osm_caa_base",
+    "intra_batch": "cross_entropy",
+    "gca_hng_npair": "npair",
+    "gca_hng_proxy_anchor": "proxy_anchor",
+    "smart_mining": "random_triplets",
+    "mmsi_contrastive": "mmsi_contrastive_base",
+    "mmsi_multi_similarity": "mmsi_multi_similarity_base",
+}
+ROWS = [name for row, base in BASES.items() for name in (row, base) if name is not None]
+METRICS = {"recall@1": "R@1", "map@r": "MAP@R"}
+Figures = Mapping[str, Mapping[str, Mapping[int, float]]]  # percent on the test classes by metric, row and seed
+
+
+class Results:
+    """The kept records of one set, and the sweep's folder that they come from.
+
+    Args:
+        name: The set.
+        root: The storage in which the sweep runs.
+        folder: Where its records are kept.
+    """
+
+    def __init__(self, name: str, root: str, folder: Path) -> None:
+        self.name = name
+        self.root = root
+        self.folder = folder
+        self.sweep_folder = sweep_folder(root, f"compare-{name}")
+
+    def exists(self) -> bool:
+        return (self.folder / SWEEP).exists()
+
+    def collect(self) -> None:
+        """Copies the records that are new or have changed."""
+        if not self.sweep_folder.exists(SWEEP):
+            return
+        (self.folder / TRIALS).mkdir(parents=True, exist_ok=True)
+        names = [SWEEP, *(f"{TRIALS}/{name}" for name in self.sweep_folder.names(TRIALS) if name.endswith(".json"))]
+        for name in names:
+            content, kept = self.sweep_folder.read(name), self.folder / name
+            if not kept.exists() or kept.read_bytes() != content:
+                kept.write_bytes(content)
+
+    def restore(self) -> None:
+        """Gives kept records to a storage that has none of them, so that the sweep goes on from them.
+
+        Raises:
+            UserError: A trial that is finished in both is another one.
+        """
+        if not self.exists():
+            return
+        for file in [self.folder / SWEEP, *sorted((self.folder / TRIALS).glob("*.json"))]:
+            name, content = str(file.relative_to(self.folder)), file.read_bytes()
+            if not self.sweep_folder.exists(name):
+                self.sweep_folder.write(name, content)
+            elif name != SWEEP and self.sweep_folder.read(name) != content:
+                kept, there = json.loads(content), self.sweep_folder.read_json(name)
+                if kept["state"] == "finished" != there["state"]:
+                    self.sweep_folder.write(name, content)
+                elif kept["state"] == there["state"] == "finished":
+                    raise UserError(
+                        f"{file} and {self.sweep_folder}/{name} are different trials: remove the sweep or the results"
+                    )
+
+    def sweep(self) -> SweepConfig:
+        return read_sweep(Folder(self.folder))
+
+    def records(self) -> list[TrialRecord]:
+        return SweepFolder(Folder(self.folder)).read()
+
+    def finals(self, row: str) -> list[TrialRecord]:
+        """The finished final trials of a row, by seed.
+
+        Raises:
+            UserError: There is none.
+        """
+        found = [record for record in final_trials(self.records(), row) if record.state == "finished"]
+        if not found:
+            raise UserError(f"{self.folder} has no final run of {row}")
+        return found
+
+    def has(self, row: str) -> bool:
+        """Whether there are finished final trials of a row."""
+        return any(record.state == "finished" for record in final_trials(self.records(), row))
+
+    def config(self, record: TrialRecord, root: str) -> Config:
+        """The configuration of a final run, in another storage."""
+        sweep = self.sweep().model_copy(update={"storage": root})
+        configs = run_configs(
+            sweep, record.method, record.values, record.number, "final", length=record.length, seed=record.seed
+        )
+        return configs[0]
+
+    def figures(self) -> Figures:
+        """Of the finished final trials; rows without one are left out."""
+        finals = {row: self.finals(row) for row in ROWS if self.has(row)}
+        return {
+            metric: {row: {r.seed or 0: r.runs[0].test[metric] for r in found} for row, found in finals.items()}
+            for metric in METRICS
+        }
