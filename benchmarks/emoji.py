@@ -25,6 +25,7 @@ from pathlib import Path
 from benchmarks.table import Row, finish
 
 FOLD = ["data.validation_fold=0", "evaluation.every=4 epochs", "evaluation.test=false"]
+FOLD += ["data.transforms.size=64", "data.transforms.evaluation_scale=1"]
 Run = tuple[str, list[str]]  # method and the keys that are set
 CONTRASTIVE = ["method.loss=contrastive", "method.margin=0.5", "method.norm_scope=all", "method.w_init=0"]
 SEMI_HARD = [

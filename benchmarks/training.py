@@ -89,7 +89,7 @@ def ours(threads: int, folder: Path) -> dict[str, float]:
     name = f"bench-{time.time_ns()}"
     settings = [f"name={name}", f"length={STEPS + 50} steps", f"runtime.cpus_per_worker={threads}", "runtime.log_every=1",
                 "runtime.loader=ray", "runtime.workers=1", "evaluation.clustering=false", f"storage={folder}",
-                "checkpoint.every=1000 steps"]  # fmt: skip
+                "checkpoint.every=1000 steps", "data.transforms.size=64", "data.transforms.evaluation_scale=1"]  # fmt: skip
     command = [sys.executable, "-m", "pipeline.train", "baseline/emoji"]
     for setting in settings:
         command += ["--set", setting]
