@@ -66,11 +66,17 @@ def experiments() -> Iterator[Experiment]:
     for method, entry in file["methods"].items():
         common = merged(file["settings"], entry.get("settings", {}))
         base = merged(common, entry["base"])
-        yield Experiment(method, AS_IT_IS, (common, base))
+        yield _experiment(method, AS_IT_IS, common, base)
         for title, change in entry["both"].items():
-            yield Experiment(method, title, (merged(common, change), merged(base, change)))
+            yield _experiment(method, title, merged(common, change), merged(base, change))
         for title, change in entry["own"].items():
-            yield Experiment(method, title, (merged(common, change), base))
+            yield _experiment(method, title, merged(common, change), base)
+
+
+def _experiment(method: str, title: str, *sides: Mapping[str, Any]) -> Experiment:
+    """Validation and checkpoint are at the end alone."""
+    ours, base = (merged(s, {k: {"every": s["length"]} for k in ("evaluation", "checkpoint")}) for s in sides)
+    return Experiment(method, title, (ours, base))
 
 
 def record_of(method: str, settings: Mapping[str, Any], seed: int, results: Path) -> Path:

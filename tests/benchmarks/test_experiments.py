@@ -1,0 +1,62 @@
+"""The experiments on the methods: every setting is accepted, records are kept, tables are made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import experiments
+from methods import METHODS
+from pipeline.recipes import load_config
+
+ROWS = list(experiments.experiments())
+STUDIED = set(METHODS) - {"baseline"}
+
+
+def test_every_experiment_is_a_recipe_that_is_accepted(tmp_path: Path) -> None:
+    assert {row.method for row in ROWS} == STUDIED
+    for row in ROWS:
+        sides = []
+        for settings in row.sides:
+            recipe = tmp_path / "recipe.yaml"
+            recipe.write_text(yaml.safe_dump({"preset": f"{row.method}/emoji", **settings}))
+            sides.append(load_config(str(recipe)))
+        ours, base = sides
+        assert ours.method != base.method, row.title
+        assert all(config.data.validation_fold == 0 and not config.evaluation.test for config in sides)
+        assert all(config.evaluation.every.value <= config.length.value for config in sides), row.title
+        if row.title == experiments.AS_IT_IS:
+            assert ours.model == base.model and ours.data == base.data and ours.length == base.length
+
+
+def test_records_are_kept_shared_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row for row in ROWS if row.method == "osm_caa" and row.title in (experiments.AS_IT_IS, "attention alone")]
+    asked: list[tuple[bool, bool, int]] = []
+
+    def run(method: str, settings: Mapping[str, Any], seed: int) -> dict[str, float]:
+        of_method = settings.get("method", {})
+        soft, attention = of_method.get("osm", True), of_method.get("caa", True)
+        asked.append((soft, attention, seed))
+        if (soft, attention, seed) == (True, True, 1):
+            raise RuntimeError("error: no memory")
+        return {"recall@1": 50.0 + 8 * soft + 2 * attention + seed, "map@r": 30.0 + attention, "seconds": 1.0}
+
+    failed = experiments.train_missing(rows, 2, tmp_path, 1, None, run)
+    assert failed == ["osm_caa, the preset: error: no memory"]
+    assert len(asked) == 6 and sorted(asked)[0] == (False, False, 0), "both rows have the same base"
+    assert [seed for *_, seed in asked] == [0, 0, 0, 1, 1, 1]
+    record = json.loads(next((tmp_path / "osm_caa").glob("*-0.json")).read_text())
+    assert record["settings"]["data"]["validation_fold"] == 0 and record["seed"] == 0
+    assert experiments.train_missing(rows, 2, tmp_path, 1, 0.0, run) == [] and len(asked) == 6, "no time is left"
+    assert len(experiments.train_missing(rows, 2, tmp_path, 1, None, run)) == 1 and len(asked) == 7, (
+        "only what is missing"
+    )
+    text = experiments.table("osm_caa", rows, 2, tmp_path)
+    assert "| the preset | 60.0 | 31.0 | 50.0 | 30.0 | +10.0 | +1.0 | 1 |" in text
+    assert "| attention alone | 52.5 | 31.0 | 50.5 | 30.0 | +2.0 | +1.0 | 2 |" in text
+    assert "osm_caa, attention alone, seed 1: 53.0" in capsys.readouterr().err
