@@ -45,6 +45,7 @@ def curves_section(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any
     charts = [
         _chart("Training loss", "loss", pop("loss"), smooth=True),
         _chart(f"Validation on {classes} classes", "%", validation, best=metric),
+        _chart("Gradient norm, before clipping", "norm", pop("gradient"), smooth=True, from_zero=True),
         _chart("Learning rate", "learning rate (first group)", pop("lr"), from_zero=True),
         _chart("Throughput, mean since the start", "images/s", pop("images_per_second"), from_zero=True),
         _chart("Waiting for data, mean since the start", "share of step time", pop("waiting"), from_zero=True),
@@ -84,7 +85,12 @@ def _chart(
         axes.set_prop_cycle(color=COLOURS)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for name, curve in curves.items():
-            _draw(axes, curve, smooth, metric_title(name.removeprefix("lr/")) if len(curves) > 1 else "")
+            _draw(
+                axes,
+                curve,
+                smooth,
+                metric_title(name.removeprefix("lr/").removeprefix("gradient/")) if len(curves) > 1 else "",
+            )
         if best in curves:
             step, value = max(curves[best].T, key=lambda point: point[1])  # the first of equals, as the run chooses
             label = f"best {metric_title(best)}: {value:.1f} % at step {step:,.0f}"

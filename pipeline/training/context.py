@@ -98,6 +98,8 @@ class RunContext:
             option = {"forward_sync_buffers" if renamed else "broadcast_buffers": trunk.config.batch_norm == "local"}
             self.ddp = data_parallel(trunk, find_unused_parameters=True, **option)
         self.clock = Clock()
+        self.measures_gradients = False  # whether `gradient_norms` of the present step are computed
+        self.gradient_norms: dict[str, Tensor] = {}  # "gradient/OPTIMIZER": norm of its gradient, before it is clipped
         self.generator = seeded_generator(device, seed)
         self.shards: Sequence[slice] = ()
         self.next_ids: Int64[np.ndarray, " slots"] | None = None
@@ -126,6 +128,7 @@ class RunContext:
         self.clock = clock
         self.generator = seeded_generator(self.device, self.seed, clock.step, 2)
         self._num_encoded = 0
+        self.gradient_norms = {}
         self._outputs = None
         self._gathered = None
         self._checks.begin_step()
@@ -290,6 +293,10 @@ class RunContext:
 
     def step(self, optimizer: str) -> None:
         self._check_gradients(optimizer)
+        if self.measures_gradients:
+            parameters = (p for group in self.optimizers[optimizer].inner.param_groups for p in group["params"])
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            self.gradient_norms[f"gradient/{optimizer}"] = norm
         self.optimizers[optimizer].step(self.clock, self.length)
         self.optimizers[optimizer].inner.zero_grad(set_to_none=True)
 

@@ -210,6 +210,7 @@ class Worker:
                 # gather, method, backward, step
                 self.watch.begin_step(self.progress.step)
                 batch = self.context.begin_step(before, plan, row, pixels)
+                self.context.measures_gradients = self.tracker is not None and self._is_logged(self.progress.step + 1)
                 logs = self._training_step(batch)
                 skipped = logs is None
                 if self.mining is not None:
@@ -270,7 +271,7 @@ class Worker:
         finally:
             self.watch.end_step()
         progress.skipped_in_a_row = 0
-        return logs
+        return {**logs, **self.context.gradient_norms}
 
     # ---- epochs and clocks ---------------------------------------------------------------------------------------
 
@@ -296,7 +297,7 @@ class Worker:
         if self.ranks.rank != 0 or self.tracker is None:
             return
         progress = self.progress
-        due = progress.step % self.config.runtime.log_every == 0 or progress.step == 1
+        due = self._is_logged(progress.step)
         values = self._read(logs, due)
         seconds = max(progress.seconds, 1e-9)
         speed = {"images_per_second": progress.images / seconds, "waiting": progress.waited_s / seconds}
@@ -308,6 +309,9 @@ class Worker:
         if due:
             values = {"epoch": round(clock.epoch, 4), **values, **learning_rates(self.context.optimizers)}
             self.tracker.log(progress.step, "train", values | speed)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.runtime.log_every == 0 or step == 1
 
     def _read(self, logs: Mapping[str, float | Tensor], due: bool) -> dict[str, float]:
         """The step's values, or those that were read last: on a GPU they are read where a line is due, and every `SHOW_EVERY_S`."""

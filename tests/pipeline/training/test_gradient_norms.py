@@ -1,0 +1,51 @@
+"""The norm of each optimizer's gradient, in the lines of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pipeline.config import Config
+from pipeline.runs.run_folder import run_folder
+from pipeline.runs.tracking import read_metrics
+from pipeline.testing.watched_run import make_worker, state
+
+
+def test_norms_are_of_the_gradient_before_clipping_where_a_line_is_logged(make_config: Callable[..., Config]) -> None:
+    changes = {"length": "4 steps", "runtime.log_every": 2, "method.optimizer.clip_norm": 1e-3}
+    config = make_config(changes)
+    worker = make_worker(config, 0, (1,))
+    (optimizer,) = worker.context.optimizers.values()
+    parameters = [p for group in optimizer.inner.param_groups for p in group["params"]]
+    norms, step = [], optimizer.step
+
+    def watched(*args: Any) -> None:
+        norms.append(float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()))
+        step(*args)
+
+    optimizer.step = watched  # type: ignore[method-assign]
+    worker()
+    lines = [line for line in read_metrics(run_folder(config)) if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [1, 2, 4]
+    for line in lines:
+        torch.testing.assert_close(line["gradient/main"], norms[line["step"] - 1], rtol=1e-6, atol=0)
+    assert min(norms) > 1e-2, "they are not of the clipped gradient"
+    quiet = make_worker(make_config({**changes, "runtime.log_every": 100}, name="quiet"), 0, (1,))
+    quiet()
+    for name, value in state(quiet).items():
+        assert torch.equal(value, state(worker)[name]), f"{name}: measuring changes the training"
+
+
+def test_each_optimizer_has_its_own(make_config: Callable[..., Config]) -> None:
+    config = make_config({
+        "method": {"name": "gca_hng", "classes_per_batch": 4, "samples_per_class": 3, "embedding_dim": 8, "warmup": "0 epochs"},
+        "length": "1 steps",
+    })  # fmt: skip
+    worker = make_worker(config, 0, (1,))
+    worker()
+    (line,) = [line for line in read_metrics(run_folder(config)) if line["kind"] == "train"]
+    assert {name for name in line if name.startswith("gradient/")} == {
+        f"gradient/{name}" for name in worker.context.optimizers
+    }
