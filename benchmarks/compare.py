@@ -104,9 +104,9 @@ def train_starts(dataset: str, root: str, until: float | None) -> int:
                 continue
             values = [
                 *SETS[dataset][1],
-                *(f"method.{key}" for key in ("meta=false", "classes_per_batch=17", *method)),
+                *(f"method.{key}" for key in ("meta=false", "classes_per_batch=19", *method)),
                 *(f"name={name}", f"storage={root}", f"data.validation_fold={fold}", "evaluation.test=false"),
-                *("runtime.workers=0", "runtime.loader=in_process", "length=300 steps"),
+                *("runtime.workers=0", "runtime.loader=in_process", "length=200 steps"),
             ]
             status = run(["pipeline.train", "mmsi/emoji", *settings(values)], root, until)
             if status:
@@ -122,7 +122,8 @@ def compare(dataset: str, root: str, results: Results, until: float | None) -> i
         with tempfile.TemporaryDirectory(prefix="raydml-compare-") as folder:
             command = ["pipeline.tune", str(sweep_file(dataset, Path(folder)))]
             of_set = [f"settings.{value}" for value in SETS[dataset][1]]
-            values = [f"name=compare-{dataset}", f"storage={root}", *of_set]
+            at_once = f"trials_at_once={len(os.sched_getaffinity(0))}"  # of a thread; mining servers share their core
+            values = [f"name=compare-{dataset}", f"storage={root}", at_once, *of_set]
             status = run([*command, *settings(values)], root, until, results)
     results.collect()
     if status == 0 and (until is None or time.monotonic() < until):

@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.runs.run_folder import SUMMARY
 from pipeline.storage import Folder
+from pipeline.tuning.checks import check_sweep
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.sweep_config import SweepConfig
 from pipeline.tuning.sweep_file import dump_sweep, load_sweep
@@ -70,7 +71,7 @@ def test_every_row_trains_on_as_many_images_of_the_same_pixels(tmp_path: Path) -
             (run,) = run_configs(sweep, row, entry.points[0], 0, "final", length="300 steps", seed=0)
             method, base = run.method, BASES.get(row)
             batch = getattr(method, "triplets_per_batch", 0) * 3 or method.classes_per_batch * method.samples_per_class
-            images.add((batch + getattr(method, "meta_classes", 0)) * run.length.value)
+            images.add((batch + getattr(method, "meta", False) * getattr(method, "meta_classes", 0)) * run.length.value)
             seen.add(f"{run.model.backbone} {run.data} {method.embedding_dim} {run.runtime}")
             if base is not None:  # the same but for what the method adds, and what is tuned is the same too
                 (of_base,) = run_configs(
@@ -79,7 +80,9 @@ def test_every_row_trains_on_as_many_images_of_the_same_pixels(tmp_path: Path) -
                 assert of_base.method.optimizer == method.optimizer and of_base.model == run.model
                 assert sweep.methods[base].space == entry.space and sweep.methods[base].points == entry.points
                 differing = {k for k, v in method.model_dump().items() if v != of_base.method.model_dump()[k]}
-                assert differing <= {"osm", "caa", "graph", "generate", "mined_share", "meta"} and differing, row
+                switches = {"osm", "caa", "graph", "generate", "mined_share", "meta"}
+                assert differing & switches and differing <= switches | {"classes_per_batch"}, row
+                assert "classes_per_batch" not in differing or row.startswith("mmsi"), row
         assert len(seen) == 1 and min(images) >= 0.985 * max(images), (images, seen)
 
 
@@ -200,3 +203,8 @@ def test_results_are_not_overwritten_and_a_missing_dataset_is_told_before_anythi
     assert main("--sets", "icons") == 2 and "icons" in capsys.readouterr().err
     assert main("--show", "--figures", f"{tmp_path}/figures") == 0
     assert "### emoji" in capsys.readouterr().out and (kept / "emoji/leaderboard.csv").exists()
+
+
+def test_the_sweep_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYDML_HOME", f"{tmp_path}/root")  # without a dataset: keys, both ends of ranges, budgets
+    assert check_sweep(load(tmp_path, "emoji"), weights=False) == {}
