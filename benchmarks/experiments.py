@@ -86,7 +86,7 @@ def record_of(method: str, settings: Mapping[str, Any], seed: int, results: Path
 
 
 def train(method: str, settings: Mapping[str, Any], seed: int, root: str) -> dict[str, float]:
-    """Trains a run in a process of its own; returns the metrics of its last validation and its seconds in training steps."""
+    """Trains a run in a process of its own; returns the metrics of its last validation, seconds in training steps, and the mean norm of the gradient."""
     with tempfile.TemporaryDirectory(prefix="raydml-experiment-") as folder:
         name = f"experiment-{method}-{record_of(method, settings, seed, Path()).stem}"
         recipe = Path(folder) / "recipe.yaml"
@@ -100,7 +100,8 @@ def train(method: str, settings: Mapping[str, Any], seed: int, root: str) -> dic
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["kind"] == "validation"][-1]
     seconds = json.loads((run / "summary.json").read_text())["seconds"]
-    return {**{metric: last[metric] for metric in METRICS}, "seconds": seconds}
+    norms = [line["gradient/main"] for line in lines if line["kind"] == "train" and "gradient/main" in line]
+    return {**{metric: last[metric] for metric in METRICS}, "seconds": seconds, "gradient": statistics.mean(norms)}
 
 
 def train_missing(
@@ -139,7 +140,19 @@ def train_missing(
 
 def table(method: str, rows: Sequence[Experiment], seeds: int, results: Path) -> str:
     """A method's experiments in Markdown; those without a record are left out."""
-    lines = [f"| {method} | R@1 | MAP@R | its base: R@1 | MAP@R | difference: R@1 | MAP@R | seeds |", "|" + "---|" * 8]
+    header = (
+        method,
+        "R@1",
+        "MAP@R",
+        "its base: R@1",
+        "MAP@R",
+        "difference: R@1",
+        "MAP@R",
+        "gradient / base's",
+        "s / base's",
+        "seeds",
+    )
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for row in rows:
         files = [[record_of(method, settings, seed, results) for settings in row.sides] for seed in range(seeds)]
         pairs = [[json.loads(f.read_text()) for f in pair] for pair in files if all(f.exists() for f in pair)]
@@ -147,6 +160,8 @@ def table(method: str, rows: Sequence[Experiment], seeds: int, results: Path) ->
             continue
         cells = [f"{statistics.mean(p[side][m] for p in pairs):.1f}" for side in (0, 1) for m in METRICS]
         cells += [f"{statistics.mean(p[0][m] - p[1][m] for p in pairs):+.1f}" for m in METRICS]
+        for what in ("gradient", "seconds"):
+            cells.append(f"{statistics.mean(p[0][what] / p[1][what] for p in pairs):.2f}")
         lines.append(f"| {' | '.join([row.title, *cells, str(len(pairs))])} |")
     return "\n".join(lines)
 

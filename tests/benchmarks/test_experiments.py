@@ -44,7 +44,12 @@ def test_records_are_kept_shared_and_shown(tmp_path: Path, capsys: pytest.Captur
         asked.append((soft, attention, seed))
         if (soft, attention, seed) == (True, True, 1):
             raise RuntimeError("error: no memory")
-        return {"recall@1": 50.0 + 8 * soft + 2 * attention + seed, "map@r": 30.0 + attention, "seconds": 1.0}
+        return {
+            "recall@1": 50.0 + 8 * soft + 2 * attention + seed,
+            "map@r": 30.0 + attention,
+            "seconds": 1.0 + soft,
+            "gradient": 2.0 - soft,
+        }
 
     failed = experiments.train_missing(rows, 2, tmp_path, 1, None, run)
     assert failed == ["osm_caa, the preset: error: no memory"]
@@ -57,6 +62,6 @@ def test_records_are_kept_shared_and_shown(tmp_path: Path, capsys: pytest.Captur
         "only what is missing"
     )
     text = experiments.table("osm_caa", rows, 2, tmp_path)
-    assert "| the preset | 60.0 | 31.0 | 50.0 | 30.0 | +10.0 | +1.0 | 1 |" in text
-    assert "| attention alone | 52.5 | 31.0 | 50.5 | 30.0 | +2.0 | +1.0 | 2 |" in text
+    assert "| the preset | 60.0 | 31.0 | 50.0 | 30.0 | +10.0 | +1.0 | 0.50 | 2.00 | 1 |" in text
+    assert "| attention alone | 52.5 | 31.0 | 50.5 | 30.0 | +2.0 | +1.0 | 1.00 | 1.00 | 2 |" in text
     assert "osm_caa, attention alone, seed 1: 53.0" in capsys.readouterr().err
