@@ -46,6 +46,7 @@ BIRDS = [
     "data.source=cub",
     "data.transforms.size=112",
     "data.transforms.resize=140",
+    "data.transforms.evaluation_scale=1",
     "data.transforms.crop_scale=[0.25, 1]",
     "data.transforms.flip=0.5",
     "method.embedding_dim=512",
@@ -99,9 +100,7 @@ def train_starts(dataset: str, root: str, until: float | None) -> int:
     """The checkpoints of both bases that MMSI starts from: without fold 0, for the search, and on all training classes."""
     for loss, method in STARTS.items():
         for where, fold in (("fold0", "0"), ("all", "null")):
-            name = start_name(dataset, loss, where)
-            if Folder(f"{root}/runs/{name}").exists(SUMMARY):
-                continue
+            name = start_name(dataset, loss, where)  # if it is finished, the command checks that it is this run
             values = [
                 *SETS[dataset][1],
                 *(f"method.{key}" for key in ("meta=false", "classes_per_batch=19", *method)),
@@ -142,6 +141,8 @@ def train(root: str, config: Config) -> int:
 def write_outputs(results: Results, figures: Path) -> None:
     """The leaderboard beside the records, and a figure a table."""
     write_leaderboard(results)
+    if not any(results.has(row) for row in ROWS):
+        return
     figures.mkdir(parents=True, exist_ok=True)
     draw(f"{results.name}, equal images seen", results.figures(), figures / f"{results.name}.svg")
     if timed := timed_runs(results):

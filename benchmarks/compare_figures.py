@@ -39,7 +39,8 @@ def _figure(title: str, figures: Figures, places: Sequence[tuple[str, str | None
                 _mark(axis, figures[metric][base], y + 0.25, BASE_COLOUR, "s")
         axis.set_xlabel(f"{name}, %, unseen classes")
         axis.grid(axis="x", linewidth=0.4)
-        axis.set_yticks([y for *_, y in places], [row for row, *_ in places], fontsize=8)
+        labels = [f"{row} (from a trained base)" if row.startswith("mmsi") else row for row, *_ in places]
+        axis.set_yticks([y for *_, y in places], labels, fontsize=8)
     axes[0].invert_yaxis()
     axes[0].plot([], [], "o", color=COLOUR, label="row")
     axes[0].plot([], [], "s", color=BASE_COLOUR, label="its base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,14 @@ METRICS = {"recall@1": "R@1", "map@r": "MAP@R"}
 Figures = Mapping[str, Mapping[str, Mapping[int, float]]]  # percent on the test classes by metric, row and seed
 
 
+def without_place(name: str, content: bytes) -> bytes:
+    """A sweep's file without the machine that it was written on."""
+    if name == SWEEP:
+        return re.sub(rb"(?m)^storage: .*$", b"storage: ~/raydml", content)
+    record = json.loads(content)
+    return json.dumps({**record, "host": "", "pid": 0}, indent=1).encode()
+
+
 class Results:
     """The kept records of one set, and the sweep's folder that they come from.
 
@@ -66,7 +75,7 @@ class Results:
         (self.folder / TRIALS).mkdir(parents=True, exist_ok=True)
         names = [SWEEP, *(f"{TRIALS}/{name}" for name in self.sweep_folder.names(TRIALS) if name.endswith(".json"))]
         for name in names:
-            content, kept = self.sweep_folder.read(name), self.folder / name
+            content, kept = without_place(name, self.sweep_folder.read(name)), self.folder / name
             if not kept.exists() or kept.read_bytes() != content:
                 kept.write_bytes(content)
 
@@ -82,7 +91,7 @@ class Results:
             name, content = str(file.relative_to(self.folder)), file.read_bytes()
             if not self.sweep_folder.exists(name):
                 self.sweep_folder.write(name, content)
-            elif name != SWEEP and self.sweep_folder.read(name) != content:
+            elif name != SWEEP and without_place(name, self.sweep_folder.read(name)) != content:
                 kept, there = json.loads(content), self.sweep_folder.read_json(name)
                 if kept["state"] == "finished" != there["state"]:
                     self.sweep_folder.write(name, content)

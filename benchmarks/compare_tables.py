@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 
 from benchmarks.compare_results import BASES, METRICS, ROWS, Figures, Results
@@ -26,8 +27,13 @@ def tables(results: Results) -> str:
     lines = [f"### {results.name}, equal images seen{length}", "", *_both(results.figures())]
     if timed:
         lines += [f"### {results.name}, equal wall time: that of {REFERENCE}", "", *_both(time_figures(timed))]
-        steps = {run.row: run.steps for run in timed}
-        lines += ["Steps: " + ", ".join(f"`{row}` {steps[row]}" for row in ROWS if row in steps) + ".", ""]
+        of_row = {row: [run for run in timed if run.row == row] for row in ROWS}
+        lengths = (
+            f"`{row}` {runs[0].steps} ({statistics.mean(run.seconds for run in runs):.0f} s)"
+            for row, runs in of_row.items()
+            if runs
+        )
+        lines += [f"Steps, and time in training: {', '.join(lengths)}.", ""]
     lines += [
         f"### {results.name}, choices and cost",
         "",
@@ -51,7 +57,8 @@ def _both(figures: Figures) -> list[str]:
     baselines = _table(
         ("baseline", "R@1", "MAP@R"), (_alone(figures, row) for row, base in BASES.items() if base is None)
     )
-    return [*methods, "", *baselines, ""]
+    note = "MMSI and its bases start from a base that has been trained, on as many images again."
+    return [*methods, "", *baselines, "", note, ""]
 
 
 def _table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:

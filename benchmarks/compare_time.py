@@ -31,7 +31,7 @@ class TimedRun:
         row: The row.
         seed: The run's seed.
         steps: Its length.
-        seconds: Time in training steps.
+        seconds: Time of training, without evaluation.
         test: Its metrics on the test classes, in percent.
     """
 
@@ -44,6 +44,8 @@ class TimedRun:
 
 def timed_runs(results: Results) -> list[TimedRun]:
     """The kept runs of a set, those of rows that are as fast as the reference among them."""
+    if not results.has(REFERENCE):
+        return []
     files = sorted((results.folder / FOLDER).glob("*.json"))
     kept = [TimedRun(**json.loads(file.read_text())) for file in files]
     for row in ROWS:
@@ -81,9 +83,7 @@ def train_timed(results: Results, train: Callable[[str, Config], int], until: fl
         config = results.config(record, results.root)
         steps = _length(results, row)
         name = f"compare-{results.name}-time-{row}-{record.seed}"
-        runtime = config.runtime.model_copy(update={"workers": 0})
-        length = Length(value=steps, unit="steps")
-        config = config.model_copy(update={"name": name, "length": length, "runtime": runtime})
+        config = config.model_copy(update={"name": name, "length": Length(value=steps, unit="steps")})
         if status := train(results.root, config):
             return status
         summary = Folder(f"{results.root}/runs/{name}").read_json(SUMMARY)
@@ -97,7 +97,7 @@ def train_timed(results: Results, train: Callable[[str, Config], int], until: fl
 
 
 def _missing(results: Results) -> Iterator[tuple[str, TrialRecord, Path]]:
-    for row in ROWS:
+    for row in ROWS if results.has(REFERENCE) else ():
         if not _again(results, row):
             continue
         for record in _finals(results, row):
@@ -126,6 +126,6 @@ def _length(results: Results, row: str) -> int:
 
 def _again(results: Results, row: str) -> bool:
     """Whether a row is slower or faster than the reference."""
-    if not results.has(row) or not results.has(REFERENCE):
+    if not results.has(row):
         return False
     return abs(_length(results, row) / _steps(results.finals(row)[0]) - 1) > SAME

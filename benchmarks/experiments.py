@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.recipes import recipe_values
 from pipeline.storage import home
 
 EXPERIMENTS = Path(__file__).with_name("experiments.yaml")
@@ -79,9 +80,14 @@ def _experiment(method: str, title: str, *sides: Mapping[str, Any]) -> Experimen
     return Experiment(method, title, (ours, base))
 
 
+def preset(method: str) -> str:
+    return f"{method}/emoji"
+
+
 def record_of(method: str, settings: Mapping[str, Any], seed: int, results: Path) -> Path:
-    """The file of a run; runs of the same settings share it."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    """The file of a run; runs of the same preset and settings share it."""
+    values = [recipe_values(preset(method)), settings]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     return results / method / f"{digest}-{seed}.json"
 
 
@@ -90,17 +96,18 @@ def train(method: str, settings: Mapping[str, Any], seed: int, root: str) -> dic
     with tempfile.TemporaryDirectory(prefix="raydml-experiment-") as folder:
         name = f"experiment-{method}-{record_of(method, settings, seed, Path()).stem}"
         recipe = Path(folder) / "recipe.yaml"
-        values = merged({"preset": f"{method}/emoji", "name": name, "storage": root, "seed": seed}, settings)
+        values = merged({"preset": preset(method), "name": name, "storage": root, "seed": seed}, settings)
         recipe.write_text(yaml.safe_dump(values))
         command = [sys.executable, "-m", "pipeline.train", str(recipe)]
         process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        raise RuntimeError(f"{name}: {process.stderr.strip().splitlines()[-1]}")
+        said = process.stderr.strip().splitlines()[-1:] or [f"ended with status {process.returncode}"]
+        raise RuntimeError(f"{name}: {said[0]}")
     run = Path(root) / "runs" / name
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["kind"] == "validation"][-1]
     seconds = json.loads((run / "summary.json").read_text())["seconds"]
-    norms = [line["gradient/main"] for line in lines if line["kind"] == "train" and "gradient/main" in line]
+    norms = [line["gradient/main"] for line in lines if line["kind"] == "train"]
     return {**{metric: last[metric] for metric in METRICS}, "seconds": seconds, "gradient": statistics.mean(norms)}
 
 

@@ -42,7 +42,7 @@ def seconds(part: Callable[[], object]) -> tuple[float, float]:
 def train(storage: str) -> Folder:
     """A short run on the emoji below `storage`."""
     settings = [f"storage={storage}", f"data.source={home()}/data/emoji", "name=short", "length=20 steps"]
-    settings += ["runtime.workers=0", "runtime.loader=in_process"]
+    settings += ["runtime.workers=0", "runtime.loader=in_process", "data.transforms={size: 64, evaluation_scale: 1}"]
     command = [sys.executable, "-m", "pipeline.train", "baseline/emoji"]
     subprocess.run(
         [*command, *(word for s in settings for word in ("--set", s))], check=True, stdout=subprocess.DEVNULL

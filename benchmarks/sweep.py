@@ -113,6 +113,7 @@ def cost(root: str, steps: int) -> list[Row]:
         "storage": root,
         "methods": {"multi_similarity": {"recipe": "baseline/emoji"}},
         "settings": {
+            "data": {"transforms": {"size": 64, "evaluation_scale": 1}},
             "length": f"{steps} steps",
             "evaluation": {"every": f"{-(-steps // 2)} steps"},
             "runtime": {"workers": 1, "cpus_per_worker": 1, "loader": "in_process"},

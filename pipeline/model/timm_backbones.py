@@ -32,7 +32,7 @@ def build_timm(config: ModelConfig, size: int) -> nn.Module:
     may_download = config.weights == "pretrained" or config.backbone.startswith(HUB)
     with _offline_without_connection() if may_download else contextlib.nullcontext():
         net = _create(config, size)
-    side = _patch_side(net)
+    side = patch_side(net)
     if side and size % side:
         raise UserError(
             f"{config.backbone} cuts images into patches of {side}×{side} pixels, data.transforms.size is {size}: "
@@ -58,7 +58,7 @@ def widths(net: nn.Module) -> set[int]:
     return {width for width in declared if isinstance(width, int)}
 
 
-def _patch_side(net: nn.Module) -> int | None:
+def patch_side(net: nn.Module) -> int | None:
     """Side of the patches that the network cuts an image into; None: it does not."""
     side = getattr(getattr(net, "patch_embed", None), "patch_size", None)
     side = side[0] if isinstance(side, tuple) else side

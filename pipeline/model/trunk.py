@@ -19,6 +19,7 @@ from pipeline.model.batch_norm import SyncBatchNorm2d, SyncBatchNormAct2d
 from pipeline.model.bn_folding import Folding
 from pipeline.model.cached_gradients import in_parts
 from pipeline.model.pooling import Pool, layout_of
+from pipeline.model.timm_backbones import patch_side
 from pipeline.vision_libraries import timm
 
 
@@ -78,16 +79,23 @@ class Trunk(nn.Module):
 
     def check_evaluation(self, size: int) -> None:
         """Raises UserError unless the network, built for the size of training, takes images of this one."""
+        side = patch_side(self.backbone)
+        if side and size % side:
+            near = size // side * side
+            raise UserError(
+                f"{self.config.backbone} cuts images into patches of {side}×{side} pixels, those of evaluation have {size}: choose "
+                f"data.transforms.evaluation_scale so that they have {near} or {near + side}, or 1"
+            )
         self.eval()
         try:
             with torch.no_grad():
                 self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-            resampled = hasattr(self.backbone, "dynamic_img_size")
-            other = ", or model.backbone_args: {dynamic_img_size: true}" if resampled else ""
+            fixed = getattr(self.backbone, "dynamic_img_size", True) is False
+            other = ", or model.backbone_args: {dynamic_img_size: true}" if fixed else ""
             raise UserError(
-                f"{self.config.backbone} cannot take images of {size}×{size} in evaluation: {joined_lines(error)}. Set "
-                f"data.transforms.evaluation_scale to 1{other}"
+                f"{self.config.backbone} cannot take images of {size}×{size} in evaluation: {joined_lines(error).rstrip('.')}. "
+                f"Set data.transforms.evaluation_scale to 1{other}"
             ) from error
 
     def compile_backbone(self) -> None:

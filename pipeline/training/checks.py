@@ -140,6 +140,11 @@ def checked_trunk(config: Config) -> Trunk:
             f"model.activation_checkpointing passes a batch twice, which would count twice in the statistics of model.batch_norm: "
             f"{batch_norm}. Set model.batch_norm to frozen, or leave activation_checkpointing out"
         )
+    if config.model.ema == 1 and has_statistics:
+        raise UserError(
+            f"model.ema is 1, the mean of all weights, but model.batch_norm is {batch_norm}: its running statistics are those of the "
+            "newest weights. Set model.batch_norm to frozen, or model.ema to a decay such as 0.99"
+        )
     if asked is not None and has_statistics:
         raise UserError(
             f"runtime.images_per_pass is {asked}, but model.batch_norm is {batch_norm}: statistics of a batch need all of its images "

@@ -187,7 +187,9 @@ class Worker:
 
     def _train_segment(self) -> bool:
         """Trains on the plans that can be made now, through one loader; returns True after a stop request."""
-        plans = self.batches.plans_ahead(self.progress)
+        started = time.perf_counter()
+        plans = self.batches.plans_ahead(self.progress)  # mining over the whole set is here
+        self.progress.seconds += time.perf_counter() - started
         with contextlib.closing(self.batches.pixels(plans, self.progress)) as pixel_stream:
             return self._train_plans(plans, pixel_stream)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,9 @@ def results(tmp_path: Path) -> Results:
     for row, values in figures.items():
         setting = sweep.methods[row].points[0]
         search = RunProgress("r", 0, 0, "finished", best={"map@r": 33.0})
-        records.write(TrialRecord(number, "search", row, setting, state="finished", runs=[search], score=33.0))
+        records.write(
+            TrialRecord(number, "search", row, setting, state="finished", runs=[search], score=33.0, host="the-machine")
+        )
         for seed, value in enumerate(values):
             seconds = 200.0 if row == "osm_caa" else 100.0
             run = RunProgress(
@@ -110,7 +113,7 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
         return 0
 
     assert {run.row for run in timed_runs(results)} == {"osm_caa_base", "multi_similarity"}, "as fast as the reference"
-    assert "Steps: `multi_similarity` 300, `osm_caa_base` 300." in tables(results)
+    assert "Steps, and time in training: `multi_similarity` 300 (100 s), `osm_caa_base` 300 (100 s)." in tables(results)
     assert train_timed(results, train, until=0.0) == 0 and not trained, "the time is over"
     assert train_timed(results, train, None) == 3
     assert train_timed(results, train, None) == 0
@@ -127,18 +130,28 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
         (2, 150, 57.0),
     ]
     part = tables(results).split("### emoji, equal wall time: that of multi_similarity")[1]
-    assert "| `osm_caa` | 56.0 [53.5, 58.5] | 45.0 " in part and "`osm_caa` 150" in part
+    assert (
+        "| `osm_caa` | 56.0 [53.5, 58.5] | 45.0 " in part
+        and "`osm_caa` 150 (101 s)" in part
+        and "MMSI and its bases start from" in part
+    )
     compare.write_outputs(results, tmp_path / "figures")
     first, second = ((tmp_path / "figures" / f"emoji{name}.svg").read_text() for name in ("", "-time"))
     assert "osm_caa" in first and "emoji, equal wall time" in second and "osm_caa_base" not in first
     compare.write_outputs(results, tmp_path / "again")
     assert (tmp_path / "again" / "emoji.svg").read_text() == first, "the same bytes of the same records"
+    for file in (results.folder / "trials").glob("*.json"):
+        if json.loads(file.read_text())["method"] == "multi_similarity":
+            file.unlink()
+    assert timed_runs(results) == [] and train_timed(results, train, None) == 0, "nothing without the reference"
 
 
 def test_records_go_on_in_another_storage(results: Results, tmp_path: Path) -> None:
     elsewhere = Results("emoji", f"{tmp_path}/elsewhere", results.folder)
     elsewhere.restore()
     assert SweepFolder(elsewhere.sweep_folder).read() == results.records() and len(results.records()) == 12
+    kept = b"".join(file.read_bytes() for file in results.folder.rglob("*") if file.is_file())
+    assert str(tmp_path).encode() not in kept and b"the-machine" not in kept, "nothing of the machine is kept"
     changed = results.records()[0]
     records = SweepFolder(elsewhere.sweep_folder)
     records.acquire()

@@ -50,6 +50,22 @@ def test_a_worker_among_several_has_its_share(make_config: Callable[..., Config]
     assert not torch.distributed.is_initialized()
 
 
+def test_the_pixels_are_those_of_training_and_of_evaluation(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {"name": "smart_mining", "embedding_dim": 8, **SETTINGS["smart_mining"]}
+    config = make_config({"method": section, "data.transforms.evaluation_scale": 1.5})
+    sizes, noise = set(), measured_step.noise
+
+    def watched(images: int, size: int, device: torch.device) -> torch.Tensor:
+        sizes.add(size)
+        return noise(images, size, device)
+
+    monkeypatch.setattr(measured_step, "noise", watched)
+    measure(config, made_up_samples(config))
+    assert sizes == {24, 36}, "the whole set is embedded at the size of evaluation"
+
+
 @pytest.mark.slow
 def test_memory_grows_with_the_images(store: Store, make_config: Callable[..., Config]) -> None:
     """In processes of their own: the peak of this one is that of earlier tests."""

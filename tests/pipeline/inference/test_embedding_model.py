@@ -21,6 +21,7 @@ from pipeline.data.store import Store
 from pipeline.data.transforms import evaluation_pixels
 from pipeline.distributed.collectives import Ranks
 from pipeline.errors import UserError
+from pipeline.exporting.export_model import ExportOptions, export_model
 from pipeline.inference.image_inputs import ImageError, image_inputs, read_input
 from pipeline.inference.model_folder import write_model
 from pipeline.inference.trained_model import load_run
@@ -80,6 +81,12 @@ def test_a_run_evaluated_at_a_larger_size_embeds_at_that_size(tmp_path: Path) ->
     expected = embedder(test.ids, trunk, method)
     torch.testing.assert_close(model.embed(store.sources(test.ids)), expected, rtol=0, atol=1e-12)
     assert model.transforms.size == 36 and "36×36" in repr(model)
+    options = ExportOptions("onnx", int8=True, data=store.folder.uri)
+    export_model(model, Folder(tmp_path / "out"), options)
+    exported = Folder(tmp_path / "out").read_json("export.json")
+    assert exported["input"]["shape"] == "[B, 3, 36, 36]" and exported["transforms"]["size"] == 36
+    final = run_folder(config).read_json(SUMMARY)["final"]
+    assert exported["measured"]["int8"]["float32"]["recall@1"] == pytest.approx(final["recall@1"], abs=1e-3)
     with torch.no_grad():
         small = [evaluation_pixels(read_input("it", path), config.data.transforms) for path in store.sources(test.ids)]
         assert (model.embed_pixels(torch.stack(small)) - expected).abs().max() > 1e-3, "the size makes a difference"

@@ -107,7 +107,12 @@ def test_a_size_of_evaluation_is_checked() -> None:
         UserError, match=rf"{vit} cannot take images of 96×96 in evaluation: .*scale to 1, or .*dynamic_img_size"
     ):
         build(vit, 64).check_evaluation(96)
-    build(vit, 64, backbone_args={"dynamic_img_size": True}).check_evaluation(96)
+    resampled = build(vit, 64, backbone_args={"dynamic_img_size": True})
+    resampled.check_evaluation(96)
+    with pytest.raises(
+        UserError, match=r"patches of 16×16 pixels, those of evaluation have 92: .* they have 80 or 96, or 1$"
+    ):
+        resampled.check_evaluation(92)
 
 
 def test_a_size_that_is_too_small_names_the_usual_one() -> None:

@@ -172,6 +172,7 @@ def test_stochastic_depth_reaches_the_blocks() -> None:
         ({"model.activation_checkpointing": True, "model.batch_norm": "sync"}, "which would count twice in the statistics of model.batch_norm: sync"),
         ({"model.compile": True, "method": {"name": "mmsi", "embedding_dim": 8, "meta_classes": 3}, "model.batch_norm": "frozen"}, "mmsi takes derivatives in forward mode"),
         ({"model.backbone": "vit_tiny_patch16_224", "data.transforms": {"size": 32, "evaluation_scale": 1.5}}, "cannot take images of 48×48 in evaluation"),
+        ({"model.ema": 1, "model.batch_norm": "local"}, "its running statistics are those of the newest weights"),
     ],
 )  # fmt: skip
 def test_settings_that_exclude_each_other(make_config: Make, changes: dict[str, Any], says: str) -> None:

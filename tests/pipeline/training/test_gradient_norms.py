@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from pipeline.config import Config
+from pipeline.data.store import Store
 from pipeline.runs.run_folder import run_folder
 from pipeline.runs.tracking import read_metrics
+from pipeline.testing.tiny import tiny_values
 from pipeline.testing.watched_run import make_worker, state
+from tests.pool import Pool
 
 
 def test_norms_are_of_the_gradient_before_clipping_where_a_line_is_logged(make_config: Callable[..., Config]) -> None:
@@ -36,6 +41,23 @@ def test_norms_are_of_the_gradient_before_clipping_where_a_line_is_logged(make_c
     quiet()
     for name, value in state(quiet).items():
         assert torch.equal(value, state(worker)[name]), f"{name}: measuring changes the training"
+
+
+def norms(rank: int, world: int, values: dict[str, Any], shares: tuple[int, ...]) -> dict[str, float]:
+    worker = make_worker(Config.model_validate(values), rank, shares)
+    worker()
+    return {name: float(norm) for name, norm in worker.context.gradient_norms.items()}
+
+
+def test_norms_do_not_depend_on_the_number_of_workers(pool: Pool, store: Store, tmp_path: Path) -> None:
+    found = {}
+    for shares in ((12,), (8, 4)):
+        changes = {"name": f"on-{len(shares)}", "length": "2 steps"}
+        values = tiny_values(str(tmp_path), store.folder.uri, changes)
+        first, *others = pool(norms, len(shares), values, shares)
+        found[len(shares)] = first["gradient/main"]
+        assert others == [{}] * (len(shares) - 1), "they are computed where lines are logged"
+    assert found[2] == pytest.approx(found[1], rel=1e-9)
 
 
 def test_each_optimizer_has_its_own(make_config: Callable[..., Config]) -> None:

@@ -47,8 +47,11 @@ def tensors(config: Config, kind: str) -> dict[str, dict[str, Tensor]]:
     return {name: checkpoints.tensors(kind, step, name) for name in names}
 
 
-def test_the_average_is_kept_beside_what_is_trained_and_is_what_is_evaluated(make_config: Make, store: Store) -> None:
-    config = make_config(CHANGES)
+@pytest.mark.parametrize("ema", [0.8, 1])
+def test_the_average_is_kept_beside_what_is_trained_and_is_what_is_evaluated(
+    ema: float, make_config: Make, store: Store
+) -> None:
+    config = make_config({**CHANGES, "model.ema": ema})
     worker = make_worker(config, 0, (1,))
     parameters = {f"trunk.{n}": p for n, p in worker.trunk.named_parameters()}
     average = {name: p.detach().clone() for name, p in parameters.items()}
@@ -60,7 +63,7 @@ def test_the_average_is_kept_beside_what_is_trained_and_is_what_is_evaluated(mak
         nonlocal count
         count += 1
         assert steps == count
-        decay = min(0.8, (1 + count) / (10 + count))
+        decay = min(0.8, (1 + count) / (10 + count)) if ema < 1 else count / (count + 1)
         for name, parameter in parameters.items():
             average[name] = decay * average[name] + (1 - decay) * parameter.detach()
         update(steps)
@@ -88,8 +91,9 @@ def test_the_average_is_kept_beside_what_is_trained_and_is_what_is_evaluated(mak
     assert torch.equal(loaded["backbone.conv_stem.weight"].double(), kept[TRUNK]["backbone.conv_stem.weight"].double())
 
 
-def test_a_resumed_run_has_the_same_average(make_config: Make) -> None:
-    whole, cut = make_config(CHANGES, name="whole"), make_config(CHANGES, name="cut")
+@pytest.mark.parametrize("ema", [0.8, 1])
+def test_a_resumed_run_has_the_same_average(ema: float, make_config: Make) -> None:
+    whole, cut = (make_config({**CHANGES, "model.ema": ema}, name=name) for name in ("whole", "cut"))
     worker = make_worker(whole, 0, (1,))
     worker()
     expected = state(worker)
