@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.recipes import recipe_values
+from pipeline.recipes import merged, recipe_values
 from pipeline.storage import home
 
 EXPERIMENTS = Path(__file__).with_name("experiments.yaml")
@@ -49,16 +49,6 @@ class Experiment:
     method: str
     title: str
     sides: tuple[Mapping[str, Any], Mapping[str, Any]]
-
-
-def merged(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings, later ones first."""
-    result = dict(first)
-    for other in others:
-        for key, value in other.items():
-            nested = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-            result[key] = merged(result[key], value) if nested else value
-    return result
 
 
 def experiments() -> Iterator[Experiment]:

@@ -99,9 +99,8 @@ class RunContext:
             self.ddp = data_parallel(trunk, find_unused_parameters=True, **option)
         self.clock = Clock()
         self.measures_gradients = False  # whether `gradient_norms` of the present step are computed
-        self.gradient_norms: dict[
-            str, Tensor
-        ] = {}  # "gradient/OPTIMIZER": norm of its last gradient in the step, before it is clipped
+        # "gradient/OPTIMIZER": norm of its last gradient in the step, before it is clipped
+        self.gradient_norms: dict[str, Tensor] = {}
         self.generator = seeded_generator(device, seed)
         self.shards: Sequence[slice] = ()
         self.next_ids: Int64[np.ndarray, " slots"] | None = None

@@ -1,7 +1,8 @@
-"""The norm of each optimizer's gradient, in the lines of a run."""
+"""The norm of each optimizer's gradient in the lines of a run, and the time that counts as training."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,22 @@ def test_norms_do_not_depend_on_the_number_of_workers(pool: Pool, store: Store, 
         found[len(shares)] = first["gradient/main"]
         assert others == [{}] * (len(shares) - 1), "they are computed where lines are logged"
     assert found[2] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_the_time_of_a_plan_counts_as_training(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mining over the whole set happens where an epoch's plan is made."""
+    worker = make_worker(make_config({"length": "1 steps"}), 0, (1,))
+    plan = worker.method.plan
+
+    def slow(*args: Any) -> Any:
+        time.sleep(3)
+        return plan(*args)
+
+    monkeypatch.setattr(worker.method, "plan", slow)
+    worker()
+    assert worker.progress.seconds > 3
 
 
 def test_each_optimizer_has_its_own(make_config: Callable[..., Config]) -> None:
