@@ -2,20 +2,22 @@
 
     python -m benchmarks.compare [--sets emoji icons birds] [--budget MINUTES] [--resume] [--root FOLDER] [--results FOLDER]
     python -m benchmarks.compare --show                       the tables of the results that are there; trains nothing
+    python -m benchmarks.compare --write                      writes them into README.md and the documentation as well
     python -m benchmarks.compare --sets emoji --repeat ROW    trains a row's final runs again and compares the figures
 
 The sweep is benchmarks/compare.yaml, run by `pipeline.tune` under the fair protocol: settings are chosen on a fold of the training
-classes, final runs train on all of them, and the test classes are measured once. Then rows whose steps are slower or faster than those
-of the multi-similarity loss are trained again, for as long as that took: the second table. Records, one JSON file a trial, are copied to
-`--results` (benchmarks/results/compare/SET) as they are written; tables, figures and leaderboard are made of them alone. With `--resume`
-a stopped comparison goes on from them, also on another machine: only weights of unfinished runs are trained anew. `--budget` stops all
+classes, final runs train on all of them, and the test classes are measured once. Then rows within two points of their base get two more
+seeds, and rows whose steps are slower or faster than those of the multi-similarity loss are trained again, for as long as that took: the
+second table. Records, one JSON file a run, are kept in `--results` (benchmarks/results/compare/SET) as they are written; tables, figures
+and leaderboard are made of them alone, and so are the tables in README.md and docs/results/methods.md, by `--write`. With `--resume` a
+stopped comparison goes on from them, also on another machine: only weights of unfinished runs are trained anew. `--budget` stops all
 after so many minutes.
 
 emoji  class = emoji, image = vendor; 64 pixels, 128 dimensions; `python -m pipeline.prepare emoji`
 icons  class = icon, image = style; 64 pixels, 128 dimensions; `python -m pipeline.prepare icons`
 birds  CUB-200-2010 or -2011; 112 pixels, 512 dimensions; `python -m pipeline.prepare cub --from ... [--partial]`
 
-On two cores emoji and icons take four hours each, birds twice as long.
+On two cores emoji and icons take three hours each, birds longer.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.compare_figures import draw
-from benchmarks.compare_results import ROWS, Results
+from benchmarks.compare_figures import draw, draw_sets
+from benchmarks.compare_pages import complete, write_pages
+from benchmarks.compare_results import METRICS, ROWS, Results
+from benchmarks.compare_seeds import train_seeds
 from benchmarks.compare_tables import tables, write_leaderboard
 from benchmarks.compare_time import REFERENCE, time_figures, timed_runs, train_timed
 from pipeline.config import Config, to_yaml
@@ -79,6 +83,8 @@ def sweep_file(dataset: str, folder: Path) -> Path:
 
 def run(command: Sequence[str], root: str, until: float | None = None, results: Results | None = None) -> int:
     """Runs a command in a storage, copying a sweep's records meanwhile; interrupts it when the time is over. Returns its status."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; commands would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = os.environ | {"RAYDML_HOME": root}  # where the names of runs to start from are looked up
     process = subprocess.Popen([sys.executable, "-m", *command], env=environment)
     asked = False
@@ -125,8 +131,9 @@ def compare(dataset: str, root: str, results: Results, until: float | None) -> i
             values = [f"name=compare-{dataset}", f"storage={root}", at_once, *of_set]
             status = run([*command, *settings(values)], root, until, results)
     results.collect()
-    if status == 0 and (until is None or time.monotonic() < until):
-        status = train_timed(results, train, until)
+    for train_more in (train_seeds, train_timed):
+        if status == 0 and (until is None or time.monotonic() < until):
+            status = train_more(results, train, until)
     return status
 
 
@@ -152,10 +159,10 @@ def write_outputs(results: Results, figures: Path) -> None:
 
 def repeat(row: str, results: Results) -> int:
     """Trains the final runs of a row again, in a storage of its own, and prints both figures; 1 if they differ."""
-    different, records = 0, results.finals(row)
+    different, record, runs = 0, results.finals(row)[0], results.final_runs(row)
     if row.startswith("mmsi") and (status := train_starts(results.name, results.root, None)):
         return status
-    for record in records:
+    for kept in runs:
         with tempfile.TemporaryDirectory(prefix="raydml-repeat-") as folder:
             os.symlink(f"{results.root}/data", f"{folder}/data")
             os.mkdir(f"{folder}/runs")
@@ -163,14 +170,14 @@ def repeat(row: str, results: Results) -> int:
                 name = start_name(results.name, loss, "all")
                 if os.path.isdir(f"{results.root}/runs/{name}"):
                     os.symlink(f"{results.root}/runs/{name}", f"{folder}/runs/{name}")
-            config = results.config(record, folder)
+            config = results.config(record, folder).model_copy(update={"seed": kept.seed})
             if train(folder, config):
                 return 1
             again = Folder(f"{folder}/runs/{config.name}").read_json(SUMMARY)["final"]
-        for metric in ("recall@1", "map@r"):
-            then, now = record.runs[0].test[metric], again[metric]
+        for metric in METRICS:
+            then, now = kept.test[metric], again[metric]
             different += then != now
-            print(f"{row}, seed {record.seed}, {metric}: recorded {then:.4f}, now {now:.4f}", flush=True)
+            print(f"{row}, seed {kept.seed}, {metric}: recorded {then:.4f}, now {now:.4f}", flush=True)
     return int(different > 0)
 
 
@@ -182,6 +189,9 @@ def main() -> int:
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after this time; --resume goes on")
     parser.add_argument("--resume", action="store_true", help="go on from the results that are there")
     parser.add_argument("--show", action="store_true", help="print the tables of the results that are there")
+    parser.add_argument(
+        "--write", action="store_true", help="as --show, and the tables of finished sets into the pages"
+    )
     parser.add_argument("--repeat", choices=ROWS, metavar="ROW", help="train the final runs of this row again")
     parser.add_argument("--root", default=home(), help="storage of datasets and runs (default: $RAYDML_HOME)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
@@ -191,7 +201,12 @@ def main() -> int:
     root = Folder(options.root).uri
     found = {name: Results(name, root, options.results / name) for name in options.sets}
     try:
-        if options.show:
+        if options.write:
+            write_pages(found)
+            sets = {name: results.figures() for name, results in found.items() if complete(results)}
+            if sets:
+                draw_sets(sets, options.figures / "sets.svg")
+        if options.show or options.write:
             for results in (results for results in found.values() if results.exists()):
                 print(tables(results) + "\n")
                 write_outputs(results, options.figures)

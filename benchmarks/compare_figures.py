@@ -9,46 +9,65 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.compare_results import BASES, METRICS, Figures
+from benchmarks.compare_results import BASES, METRICS, TITLES, Figures
 from pipeline.tuning.statistics import estimate
 
+Values = Mapping[str, Mapping[int, float]]  # percent by row and seed
 COLOUR, BASE_COLOUR = "#1f5fa8", "#b8651b"
 
 
 def draw(title: str, figures: Figures, file: Path) -> None:
-    """Writes a figure as SVG, methods with their bases below baselines, the best of each on top.
+    """Writes a set's figure as SVG, methods with their bases below baselines, the best of each on top.
 
     Args:
         title: Above the panels.
         figures: Percent by metric, row and seed; rows without them are left out.
         file: What is written.
     """
-    places = _places(figures[next(iter(METRICS))])
+    panels = {f"{name}, %, unseen classes": figures[metric] for metric, name in METRICS.items()}
+    _write(title, panels, file)
+
+
+def draw_sets(figures: Mapping[str, Figures], file: Path) -> None:
+    """Writes the figure of all sets as SVG: MAP@R, a panel a set, in the order of the first.
+
+    Args:
+        figures: Of each set, percent by metric, row and seed.
+        file: What is written.
+    """
+    _write("", {f"{name}: MAP@R, %": values["map@r"] for name, values in figures.items()}, file)
+
+
+def _write(title: str, panels: Mapping[str, Values], file: Path) -> None:
+    places = _places(next(iter(panels.values())))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # the same file each time
-        _figure(title, figures, places).savefig(file, format="svg", metadata={"Date": None})
+        _figure(title, panels, places).savefig(file, format="svg", metadata={"Date": None})
 
 
-def _figure(title: str, figures: Figures, places: Sequence[tuple[str, str | None, float]]) -> Figure:
-    figure = Figure(figsize=(9.2, 1.1 + 0.3 * len(places)), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, len(METRICS), sharey=True)
-    for axis, (metric, name) in zip(axes, METRICS.items(), strict=True):
+def _figure(title: str, panels: Mapping[str, Values], places: Sequence[tuple[str, str | None, float]]) -> Figure:
+    figure = Figure(figsize=(3.2 + 3 * len(panels), 1.1 + 0.3 * len(places)), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (name, values) in zip(axes, panels.items(), strict=True):
         for row, base, y in places:
-            _mark(axis, figures[metric][row], y, COLOUR, "o")
-            if base is not None and figures[metric].get(base):
-                _mark(axis, figures[metric][base], y + 0.25, BASE_COLOUR, "s")
-        axis.set_xlabel(f"{name}, %, unseen classes")
+            if values.get(row):
+                _mark(axis, values[row], y, COLOUR, "o")
+            if base is not None and values.get(base):
+                _mark(axis, values[base], y + 0.25, BASE_COLOUR, "s")
+        axis.set_xlabel(name)
         axis.grid(axis="x", linewidth=0.4)
-        labels = [f"{row} (from a trained base)" if row.startswith("mmsi") else row for row, *_ in places]
+        labels = [f"{TITLES[row]}*" if row.startswith("mmsi") else TITLES[row] for row, *_ in places]
         axis.set_yticks([y for *_, y in places], labels, fontsize=8)
     axes[0].invert_yaxis()
-    axes[0].plot([], [], "o", color=COLOUR, label="row")
-    axes[0].plot([], [], "s", color=BASE_COLOUR, label="its base")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    axes[0].plot([], [], "o", color=COLOUR, label="baseline, or method")
+    axes[0].plot([], [], "s", color=BASE_COLOUR, label="the method's base")
+    axes[0].plot([], [], " ", label="* from a trained base, as its base")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
-def _places(values: Mapping[str, Mapping[int, float]]) -> list[tuple[str, str | None, float]]:
+def _places(values: Values) -> list[tuple[str, str | None, float]]:
     """Row, base and height of what is drawn: baselines, then methods."""
     ordered = sorted((row for row in values if row in BASES), key=lambda row: estimate([*values[row].values()]).mean)
     baselines = [row for row in reversed(ordered) if BASES[row] is None]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.compare_runs import KeptRun, kept_runs
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.storage import Folder
@@ -38,6 +39,28 @@ BASES: dict[str, str | None] = {
     "mmsi_multi_similarity": "mmsi_multi_similarity_base",
 }
 ROWS = [name for row, base in BASES.items() for name in (row, base) if name is not None]
+TITLES = {  # of rows, for readers
+    "contrastive": "contrastive",
+    "triplet_semihard": "semi-hard triplets",
+    "multi_similarity": "multi-similarity",
+    "multi_similarity_xbm": "multi-similarity with XBM",
+    "normalized_softmax": "normalised softmax",
+    "osm_caa": "OSM+CAA",
+    "osm_caa_base": "contrastive over all pairs",
+    "intra_batch": "Intra-Batch Connections",
+    "cross_entropy": "cross-entropy",
+    "gca_hng_npair": "GCA-HNG, N-pair",
+    "npair": "N-pair",
+    "gca_hng_proxy_anchor": "GCA-HNG, Proxy-Anchor",
+    "proxy_anchor": "Proxy-Anchor",
+    "smart_mining": "Smart Mining",
+    "random_triplets": "random triplets",
+    "mmsi_contrastive": "MMSI, contrastive",
+    "mmsi_contrastive_base": "contrastive, from the same",
+    "mmsi_multi_similarity": "MMSI, multi-similarity",
+    "mmsi_multi_similarity_base": "multi-similarity, from the same",
+}
+MORE_SEEDS = "more_seeds"  # folder of runs beside the sweep's
 METRICS = {"recall@1": "R@1", "map@r": "MAP@R"}
 Figures = Mapping[str, Mapping[str, Mapping[int, float]]]  # percent on the test classes by metric, row and seed
 
@@ -129,10 +152,30 @@ class Results:
         )
         return configs[0]
 
+    def sweep_runs(self, row: str) -> list[KeptRun]:
+        """The sweep's own final runs of a row, by seed.
+
+        Raises:
+            UserError: There is none.
+        """
+        return [
+            KeptRun(row, record.seed or 0, steps_of(record), record.runs[0].seconds, record.runs[0].test)
+            for record in self.finals(row)
+        ]
+
+    def final_runs(self, row: str) -> list[KeptRun]:
+        """The sweep's final runs of a row, and those with more seeds."""
+        return self.sweep_runs(row) + [run for run in kept_runs(self.folder / MORE_SEEDS) if run.row == row]
+
     def figures(self) -> Figures:
-        """Of the finished final trials; rows without one are left out."""
-        finals = {row: self.finals(row) for row in ROWS if self.has(row)}
+        """Of the finished final runs; rows without one are left out."""
+        runs = {row: self.final_runs(row) for row in ROWS if self.has(row)}
         return {
-            metric: {row: {r.seed or 0: r.runs[0].test[metric] for r in found} for row, found in finals.items()}
+            metric: {row: {run.seed: run.test[metric] for run in found} for row, found in runs.items()}
             for metric in METRICS
         }
+
+
+def steps_of(record: TrialRecord) -> int:
+    """The length of a final trial."""
+    return int(str(record.length).split()[0])

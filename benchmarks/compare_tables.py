@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from benchmarks.compare_results import BASES, METRICS, ROWS, Figures, Results
+from benchmarks.compare_seeds import CLOSE
 from benchmarks.compare_time import REFERENCE, time_figures, timed_runs
 from pipeline.tuning.answer import answer
 from pipeline.tuning.leaderboard import leaderboard_csv, short_estimate
 from pipeline.tuning.statistics import Estimate, estimate
-from pipeline.tuning.sweep_folder import LEADERBOARD, TrialRecord, best_trial, final_trials
+from pipeline.tuning.sweep_folder import LEADERBOARD, TrialRecord, best_trial
 
 
 def write_leaderboard(results: Results) -> None:
@@ -39,10 +40,11 @@ def tables(results: Results) -> str:
         "",
         *_table(
             ("row", "search trials", "chosen by validation MAP@R", "setting", "seeds", "s"),
-            (_cost(records, r) for r in ROWS),
+            (_cost(results, records, r) for r in ROWS),
         ),
         "",
-        f"(Mean over seeds {', '.join(map(str, seeds))} with Student's 95 % interval; paired: difference by seed. Any row again: "
+        f"(Mean over seeds {', '.join(map(str, seeds))} with Student's 95 % interval, and over two more where a row is within {CLOSE:g} "
+        "points of its base; paired: difference by seed. Any row again: "
         f"`python -m benchmarks.compare --sets {results.name} --repeat ROW`.)",
     ]
     return "\n".join(lines)
@@ -55,7 +57,7 @@ def _both(figures: Figures) -> list[str]:
         (_beside_base(figures, row, base) for row, base in BASES.items() if base is not None),
     )
     baselines = _table(
-        ("baseline", "R@1", "MAP@R"), (_alone(figures, row) for row, base in BASES.items() if base is None)
+        ("baseline", "R@1", "MAP@R"), ([f"`{row}`", mean(figures, row)] for row, base in BASES.items() if base is None)
     )
     note = "MMSI and its bases start from a base that has been trained, on as many images again."
     return [*methods, "", *baselines, "", note, ""]
@@ -70,29 +72,31 @@ def _estimate(values: Sequence[float]) -> Estimate | None:
     return estimate(values) if values else None
 
 
-def _alone(figures: Figures, row: str) -> list[str]:
-    return [f"`{row}`", *(short_estimate(_estimate([*figures[metric].get(row, {}).values()])) for metric in METRICS)]
+def mean(figures: Figures, row: str) -> str:
+    """Cells of a row's means and intervals, a metric each."""
+    return " | ".join(short_estimate(_estimate([*figures[metric].get(row, {}).values()])) for metric in METRICS)
+
+
+def difference(figures: Figures, row: str, base: str, metric: str) -> str:
+    """A row's gain on its base over the seeds that both have; bold where the interval is above 0."""
+    own, other = figures[metric].get(row, {}), figures[metric].get(base, {})
+    found = _estimate([own[seed] - other[seed] for seed in sorted(own) if seed in other])
+    text = short_estimate(found, signed=True)
+    return f"**{text}**" if found is not None and found.low is not None and found.low > 0 else text
 
 
 def _beside_base(figures: Figures, row: str, base: str) -> list[str]:
-    """A row, its base, and their differences over the seeds that both have."""
-    differences = []
-    for metric in METRICS:
-        own, other = figures[metric].get(row, {}), figures[metric].get(base, {})
-        found = _estimate([own[seed] - other[seed] for seed in sorted(own) if seed in other])
-        text = short_estimate(found, signed=True)
-        above = found is not None and found.low is not None and found.low > 0
-        differences.append(f"**{text}**" if above else text)
-    return [*_alone(figures, row), *_alone(figures, base), *differences]
+    differences = [difference(figures, row, base, metric) for metric in METRICS]
+    return [f"`{row}`", mean(figures, row), f"`{base}`", mean(figures, base), *differences]
 
 
-def _cost(records: Sequence[TrialRecord], row: str) -> list[str]:
+def _cost(results: Results, records: Sequence[TrialRecord], row: str) -> list[str]:
     searched = [r for r in records if r.stage == "search" and r.method == row and r.state == "finished"]
-    finals = [r for r in final_trials(records, row) if r.state == "finished"]
     best = best_trial(records, row)
     setting = (
         ", ".join(f"{key.removeprefix('method.')} {value:.3g}" for key, value in best.values.items()) if best else ""
     )
-    seconds = sum(run.seconds for r in finals for run in r.runs) / max(len(finals), 1)
+    finals = results.final_runs(row) if results.has(row) else []
+    seconds = f"{statistics.mean(run.seconds for run in finals):.0f}" if finals else ""
     score = "" if best is None or best.score is None else f"{best.score:.1f}"
-    return [f"`{row}`", str(len(searched)), score, setting, str(len(finals)), f"{seconds:.0f}" if finals else ""]
+    return [f"`{row}`", str(len(searched)), score, setting, str(len(finals)), seconds]

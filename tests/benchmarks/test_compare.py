@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import compare
+from benchmarks import compare, compare_pages, compare_seeds
+from benchmarks.compare_pages import written
 from benchmarks.compare_results import BASES, Results
+from benchmarks.compare_seeds import train_seeds
 from benchmarks.compare_tables import tables
 from benchmarks.compare_time import timed_runs, train_timed
 from pipeline.config import Config
@@ -137,13 +140,66 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
     )
     compare.write_outputs(results, tmp_path / "figures")
     first, second = ((tmp_path / "figures" / f"emoji{name}.svg").read_text() for name in ("", "-time"))
-    assert "osm_caa" in first and "emoji, equal wall time" in second and "osm_caa_base" not in first
+    assert "OSM+CAA" in first and "emoji, equal wall time" in second and "contrastive over all pairs" not in first
     compare.write_outputs(results, tmp_path / "again")
     assert (tmp_path / "again" / "emoji.svg").read_text() == first, "the same bytes of the same records"
     for file in (results.folder / "trials").glob("*.json"):
         if json.loads(file.read_text())["method"] == "multi_similarity":
             file.unlink()
     assert timed_runs(results) == [] and train_timed(results, train, None) == 0, "nothing without the reference"
+
+
+def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Config] = []
+    monkeypatch.setattr(compare_seeds, "CLOSE", 2.1)  # the difference is 2
+
+    def train(root: str, config: Config) -> int:
+        trained.append(config)
+        Folder(f"{root}/runs/{config.name}").write_json(
+            SUMMARY, {"seconds": 100.0, "final": {"recall@1": 62.0, "map@r": 53.0 - 2 * config.method.osm}}
+        )
+        return 0
+
+    assert train_seeds(results, train, until=0.0) == 0 and not trained, "the time is over"
+    assert train_seeds(results, train, None) == train_seeds(results, train, None) == 0
+    assert sorted((config.method.osm, config.seed) for config in trained) == [
+        (False, 3), (False, 4), (True, 3), (True, 4),
+    ]  # fmt: skip
+    assert {str(config.length) for config in trained} == {"300 steps"}
+    assert sorted(results.figures()["map@r"]["osm_caa"]) == [0, 1, 2, 3, 4]
+    assert "| +0.4 [-2.4, +3.2] |" in tables(results) and "| 33.0 | optimizer.lr 0.0005, alpha 1.2 | 5 |" in tables(
+        results
+    )
+    for file in (results.folder / "more_seeds").glob("*.json"):
+        file.unlink()
+    for file in (results.folder / "trials").glob("*.json"):
+        record = json.loads(file.read_text())
+        if record["method"] == "osm_caa" and record["stage"] == "final":
+            record["runs"][0]["test"] = {"recall@1": 80.0, "map@r": 70.0}
+            file.write_text(json.dumps(record))
+    trained.clear()
+    assert train_seeds(results, train, None) == 0 and not trained, "eighteen points above its base"
+
+
+def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (
+        "a\n<!-- compared: emoji, short -->\nold\n<!-- end -->\nb\n<!-- compared: icons, full -->\nkept\n<!-- end -->\n"
+    )
+    assert written(page, {"emoji": results}) == page, "rows are missing"
+    monkeypatch.setattr(compare_pages, "METHODS", {"OSM+CAA": ["osm_caa"]})
+    monkeypatch.setattr(compare_pages, "ROWS", ["osm_caa"])
+    text = written(page, {"emoji": results})
+    assert text.startswith("a\n<!-- compared: emoji, short -->\n| emoji: %, unseen classes | R@1 |")
+    assert "| multi-similarity, the best baseline | 71.0 [68.5, 73.5] | 61.0 [58.5, 63.5] | | | | |" in text
+    assert "| OSM+CAA | 62.0 [57.0, 67.0] | 52.0 [47.0, 57.0] | contrastive over all pairs | 60.0 " in text
+    assert "kept" in text and written(text, {"emoji": results}) == text
+
+
+def test_the_pages_are_those_of_the_records() -> None:
+    found = {name: Results(name, "", compare.RESULTS / name) for name in compare.SETS}
+    for name in compare_pages.PAGES:
+        page = (compare_pages.ROOT / name).read_text()
+        assert written(page, found) == page, f"python -m benchmarks.compare --write: {name}"
 
 
 def test_records_go_on_in_another_storage(results: Results, tmp_path: Path) -> None:
@@ -221,3 +277,12 @@ def test_results_are_not_overwritten_and_a_missing_dataset_is_told_before_anythi
 def test_the_sweep_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYDML_HOME", f"{tmp_path}/root")  # without a dataset: keys, both ends of ranges, budgets
     assert check_sweep(load(tmp_path, "emoji"), weights=False) == {}
+
+
+def test_the_budget_also_stops_a_comparison_in_the_background_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "POLL_S", 0.05)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell without job control starts commands with &
+    try:
+        assert compare.run(["timeit", "-n1", "-r1", "import time; time.sleep(60)"], "", until=0)
+    finally:
+        signal.signal(signal.SIGINT, before)

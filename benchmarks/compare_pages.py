@@ -1,0 +1,74 @@
+"""The tables of comparisons in README.md and the documentation, written from the kept records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.compare_results import BASES, ROWS, TITLES, Results
+from benchmarks.compare_tables import difference, mean, tables
+from pipeline.tuning.sweep_folder import best_trial
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/results/methods.md")
+SECTION = re.compile(r"(<!-- compared: (\w+), (short|full) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+# The methods, each with the rows of its base losses; of these the short table has the one that validation preferred.
+METHODS = {
+    "OSM+CAA": ["osm_caa"],
+    "Intra-Batch Connections": ["intra_batch"],
+    "GCA-HNG": ["gca_hng_npair", "gca_hng_proxy_anchor"],
+    "Smart Mining": ["smart_mining"],
+    "MMSI, from a trained base": ["mmsi_contrastive", "mmsi_multi_similarity"],
+}
+
+
+def short_table(results: Results) -> str:
+    """Eight lines of a set: the five methods beside their bases, and the best baseline, as validation has chosen them."""
+    figures, baselines = results.figures(), [row for row, base in BASES.items() if base is None]
+    lines = [
+        f"| {results.name}: %, unseen classes | R@1 | MAP@R | its base | R@1 | MAP@R | MAP@R, difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    best = _best(results, baselines)
+    lines.append(f"| {TITLES[best]}, the best baseline | {mean(figures, best)} | | | | |")
+    for method, rows in METHODS.items():
+        row = _best(results, rows)
+        base = BASES[row]
+        assert base is not None
+        cells = [method, mean(figures, row), TITLES[base], mean(figures, base), difference(figures, row, base, "map@r")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _best(results: Results, rows: Sequence[str]) -> str:
+    """The row whose chosen setting had the highest score on the validation fold."""
+
+    def score(row: str) -> float:
+        trial = best_trial(results.records(), row)
+        return -1.0 if trial is None or trial.score is None else trial.score
+
+    return max(rows, key=score)
+
+
+def complete(results: Results) -> bool:
+    return results.exists() and all(results.has(row) for row in ROWS)
+
+
+def written(text: str, found: Mapping[str, Results]) -> str:
+    """A page with the tables of all sets whose comparison is complete; sections of other sets stay as they are."""
+
+    def section(match: re.Match[str]) -> str:
+        opening, name, length, end = match.groups()
+        if name not in found or not complete(found[name]):
+            return match[0]
+        body = short_table(found[name]) if length == "short" else tables(found[name])
+        return f"{opening}{body}{end}"
+
+    return SECTION.sub(section, text)
+
+
+def write_pages(found: Mapping[str, Results], root: Path = ROOT) -> None:
+    """Writes the tables into the pages that have sections for them."""
+    for page in (root / name for name in PAGES):
+        page.write_text(written(page.read_text(), found))
