@@ -30,7 +30,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from benchmarks.compare_figures import draw, draw_sets
 from benchmarks.compare_pages import complete, write_pages
@@ -46,20 +49,56 @@ from pipeline.storage import Folder, home
 
 SWEEP = Path(__file__).with_name("compare.yaml")
 RESULTS = Path(__file__).with_name("results") / "compare"
-BIRDS = [
-    "data.source=cub",
-    "data.transforms.size=112",
-    "data.transforms.resize=140",
-    "data.transforms.evaluation_scale=1",
-    "data.transforms.crop_scale=[0.25, 1]",
-    "data.transforms.flip=0.5",
-    "method.embedding_dim=512",
-]
-SMALL = ["data.transforms.size=64", "data.transforms.evaluation_scale=1"]
-SETS: dict[str, tuple[str, list[str]]] = {  # name of the dataset, and what is set for all rows
-    "emoji": ("emoji", SMALL),
-    "icons": ("icons", ["data.source=icons", *SMALL]),
-    "birds": ("cub", BIRDS),
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is particular to a dataset.
+
+    Attributes:
+        store: Name of the prepared dataset.
+        settings: What is set for all rows.
+        sweep: What is set in the sweep.
+        rates: Factor of learning rates, those of Proxy-Anchor aside.
+        start: Length of the runs that MMSI starts from.
+    """
+
+    store: str
+    settings: tuple[str, ...]
+    sweep: tuple[str, ...] = ()
+    rates: float = 1.0
+    start: str = "200 steps"
+
+
+SMALL = ("data.transforms.size=64", "data.transforms.evaluation_scale=1")
+SETS = {
+    "emoji": DataSet("emoji", SMALL),
+    "icons": DataSet("icons", ("data.source=icons", *SMALL)),
+    "birds": DataSet(
+        "cub",
+        (
+            "data.source=cub",
+            "data.transforms.size=112",
+            "data.transforms.resize=140",
+            "data.transforms.evaluation_scale=1",
+            "data.transforms.crop_scale=[0.25, 1]",
+            "data.transforms.flip=0.5",
+            "method.embedding_dim=512",
+            "method.optimizer.lr=1e-4",  # of the runs that MMSI starts from; trials have their own
+            "method.optimizer.head_lr_multiplier=1",
+        ),
+        (
+            "settings.length=75 steps",
+            "settings.evaluation.every=75 steps",
+            "final.length=100 steps",
+            *(  # whose classifier, from nothing, is of the head's group
+                f"methods.{row}.settings.method.optimizer.head_lr_multiplier=40"
+                for row in ("cross_entropy", "intra_batch")
+            ),
+        ),
+        rates=0.2,
+        start="100 steps",
+    ),
 }
 # MMSI starts from its base: `meta=false`, by loss.
 STARTS = {
@@ -75,10 +114,26 @@ def start_name(dataset: str, loss: str, where: str) -> str:
 
 
 def sweep_file(dataset: str, folder: Path) -> Path:
-    """The sweep with the names of the runs that MMSI starts from."""
+    """The sweep with the set's learning rates and the names of the runs that MMSI starts from."""
+    values = yaml.safe_load(SWEEP.read_text().replace("START-", f"compare-{dataset}-start-"))
+    key, factor = "method.optimizer.lr", SETS[dataset].rates
+    spaces = [values["space"]]
+    for row, entry in values["methods"].items():
+        if not row.endswith("proxy_anchor"):
+            spaces.append(entry["space"])
+            for point in entry["points"]:
+                point[key] *= factor
+    for space in spaces:
+        for kind, (low, high) in space.get(key, {}).items():
+            space[key] = {kind: [low * factor, high * factor]}
     file = folder / f"compare-{dataset}.yaml"
-    file.write_text(SWEEP.read_text().replace("START-", f"compare-{dataset}-start-"))
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
     return file
+
+
+def sweep_values(dataset: str) -> list[str]:
+    """What is set in a set's sweep."""
+    return [*(f"settings.{value}" for value in SETS[dataset].settings), *SETS[dataset].sweep]
 
 
 def run(command: Sequence[str], root: str, until: float | None = None, results: Results | None = None) -> int:
@@ -108,10 +163,10 @@ def train_starts(dataset: str, root: str, until: float | None) -> int:
         for where, fold in (("fold0", "0"), ("all", "null")):
             name = start_name(dataset, loss, where)  # if it is finished, the command checks that it is this run
             values = [
-                *SETS[dataset][1],
+                *SETS[dataset].settings,
                 *(f"method.{key}" for key in ("meta=false", "classes_per_batch=19", *method)),
                 *(f"name={name}", f"storage={root}", f"data.validation_fold={fold}", "evaluation.test=false"),
-                *("runtime.workers=0", "runtime.loader=in_process", "length=200 steps"),
+                *("runtime.workers=0", "runtime.loader=in_process", f"length={SETS[dataset].start}"),
             ]
             status = run(["pipeline.train", "mmsi/emoji", *settings(values)], root, until)
             if status:
@@ -126,9 +181,8 @@ def compare(dataset: str, root: str, results: Results, until: float | None) -> i
     if status == 0 and (until is None or time.monotonic() < until):
         with tempfile.TemporaryDirectory(prefix="raydml-compare-") as folder:
             command = ["pipeline.tune", str(sweep_file(dataset, Path(folder)))]
-            of_set = [f"settings.{value}" for value in SETS[dataset][1]]
             at_once = f"trials_at_once={len(os.sched_getaffinity(0))}"  # of a thread; mining servers share their core
-            values = [f"name=compare-{dataset}", f"storage={root}", at_once, *of_set]
+            values = [f"name=compare-{dataset}", f"storage={root}", at_once, *sweep_values(dataset)]
             status = run([*command, *settings(values)], root, until, results)
     results.collect()
     for train_more in (train_seeds, train_timed):
@@ -216,7 +270,7 @@ def main() -> int:
         for name, results in found.items():
             if results.exists() and not options.resume:
                 raise UserError(f"{results.folder} has results: add --resume to go on, or move them away")
-            find_store(SETS[name][0], [root])  # before anything is trained
+            find_store(SETS[name].store, [root])  # before anything is trained
         for name, results in found.items():
             status = compare(name, root, results, until)
             if results.exists():

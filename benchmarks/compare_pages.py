@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from benchmarks.compare_results import BASES, ROWS, TITLES, Results
 from benchmarks.compare_tables import difference, mean, tables
+from benchmarks.pages import ROOT, with_sections
 from pipeline.tuning.sweep_folder import best_trial
 
-ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results/methods.md")
-SECTION = re.compile(r"(<!-- compared: (\w+), (short|full) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 # The methods, each with the rows of its base losses; of these the short table has the one that validation preferred.
 METHODS = {
     "OSM+CAA": ["osm_caa"],
@@ -58,17 +55,16 @@ def complete(results: Results) -> bool:
 def written(text: str, found: Mapping[str, Results]) -> str:
     """A page with the tables of all sets whose comparison is complete; sections of other sets stay as they are."""
 
-    def section(match: re.Match[str]) -> str:
-        opening, name, length, end = match.groups()
+    def section(what: str) -> str | None:
+        name, length = what.split(", ")
         if name not in found or not complete(found[name]):
-            return match[0]
-        body = short_table(found[name]) if length == "short" else tables(found[name])
-        return f"{opening}{body}{end}"
+            return None
+        return short_table(found[name]) if length == "short" else tables(found[name])
 
-    return SECTION.sub(section, text)
+    return with_sections(text, "compare", section)
 
 
-def write_pages(found: Mapping[str, Results], root: Path = ROOT) -> None:
+def write_pages(found: Mapping[str, Results]) -> None:
     """Writes the tables into the pages that have sections for them."""
-    for page in (root / name for name in PAGES):
+    for page in (ROOT / name for name in PAGES):
         page.write_text(written(page.read_text(), found))

@@ -2,6 +2,7 @@
 
     python -m benchmarks.experiments [--only osm_caa mmsi] [--seeds 2] [--budget MINUTES] [--parallel 2] [--root FOLDER]
     python -m benchmarks.experiments --show                  the tables of the results that are there; trains nothing
+    python -m benchmarks.experiments --write                 writes them into docs/methods
 
 The experiments are in benchmarks/experiments.yaml: every run trains the preset `METHOD/emoji` on a core of its own with the first
 validation fold held out and measures that fold at the end; test classes are not used. Runs are kept as JSON in
@@ -27,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.pages import ROOT, with_sections
 from pipeline.recipes import merged, recipe_values
 from pipeline.storage import home
 
@@ -176,11 +178,12 @@ def main() -> int:
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no run after this time")
     parser.add_argument("--parallel", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--show", action="store_true", help="print the tables of the results that are there")
+    parser.add_argument("--write", action="store_true", help="as --show, and the tables into docs/methods")
     parser.add_argument("--root", default=home(), help="storage of the dataset and the runs (default: $RAYDML_HOME)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
     options = parser.parse_args()
     failed: list[str] = []
-    if not options.show:
+    if not (options.show or options.write):
         until = time.monotonic() + 60 * options.budget if options.budget else None
         chosen = [row for row in rows if row.method in options.only]
         failed = train_missing(
@@ -188,7 +191,11 @@ def main() -> int:
             lambda method, settings, seed: train(method, settings, seed, options.root),
         )  # fmt: skip
     for method in options.only:
-        print(table(method, [row for row in rows if row.method == method], options.seeds, options.results) + "\n")
+        text = table(method, [row for row in rows if row.method == method], options.seeds, options.results)
+        print(text + "\n")
+        if options.write:
+            page = ROOT / "docs" / "methods" / f"{method}.md"
+            page.write_text(with_sections(page.read_text(), "experiments", lambda _, text=text: text))
     print("\n".join(failed), file=sys.stderr, end="\n" if failed else "")
     return int(bool(failed))
 

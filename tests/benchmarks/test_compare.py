@@ -15,6 +15,7 @@ from benchmarks.compare_results import BASES, Results
 from benchmarks.compare_seeds import train_seeds
 from benchmarks.compare_tables import tables
 from benchmarks.compare_time import timed_runs, train_timed
+from benchmarks.pages import ROOT
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.runs.run_folder import SUMMARY
@@ -28,9 +29,7 @@ from pipeline.tuning.sweep_folder import SWEEP, RunProgress, SweepFolder, TrialR
 
 def load(tmp_path: Path, name: str) -> SweepConfig:
     values = [f"name=compare-{name}", f"storage={tmp_path}/root"]
-    return load_sweep(
-        str(compare.sweep_file(name, tmp_path)), values + [f"settings.{v}" for v in compare.SETS[name][1]]
-    )
+    return load_sweep(str(compare.sweep_file(name, tmp_path)), values + compare.sweep_values(name))
 
 
 @pytest.fixture
@@ -183,13 +182,13 @@ def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: 
 
 def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (
-        "a\n<!-- compared: emoji, short -->\nold\n<!-- end -->\nb\n<!-- compared: icons, full -->\nkept\n<!-- end -->\n"
+        "a\n<!-- compare: emoji, short -->\nold\n<!-- end -->\nb\n<!-- compare: icons, full -->\nkept\n<!-- end -->\n"
     )
     assert written(page, {"emoji": results}) == page, "rows are missing"
     monkeypatch.setattr(compare_pages, "METHODS", {"OSM+CAA": ["osm_caa"]})
     monkeypatch.setattr(compare_pages, "ROWS", ["osm_caa"])
     text = written(page, {"emoji": results})
-    assert text.startswith("a\n<!-- compared: emoji, short -->\n| emoji: %, unseen classes | R@1 |")
+    assert text.startswith("a\n<!-- compare: emoji, short -->\n| emoji: %, unseen classes | R@1 |")
     assert "| multi-similarity, the best baseline | 71.0 [68.5, 73.5] | 61.0 [58.5, 63.5] | | | | |" in text
     assert "| OSM+CAA | 62.0 [57.0, 67.0] | 52.0 [47.0, 57.0] | contrastive over all pairs | 60.0 " in text
     assert "kept" in text and written(text, {"emoji": results}) == text
@@ -198,7 +197,7 @@ def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: p
 def test_the_pages_are_those_of_the_records() -> None:
     found = {name: Results(name, "", compare.RESULTS / name) for name in compare.SETS}
     for name in compare_pages.PAGES:
-        page = (compare_pages.ROOT / name).read_text()
+        page = (ROOT / name).read_text()
         assert written(page, found) == page, f"python -m benchmarks.compare --write: {name}"
 
 
