@@ -119,7 +119,7 @@ def sweep_file(dataset: str, folder: Path) -> Path:
     key, factor = "method.optimizer.lr", SETS[dataset].rates
     spaces = [values["space"]]
     for row, entry in values["methods"].items():
-        if not row.endswith("proxy_anchor"):
+        if "proxy_anchor" not in row:
             spaces.append(entry["space"])
             for point in entry["points"]:
                 point[key] *= factor
