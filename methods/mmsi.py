@@ -22,7 +22,9 @@ for things: their meta batch comes from the training images themselves (`meta_so
 With multi_similarity and w_init = 0 a negative's weight carries the factor e^{-αλ} (2e-9), so that the step is one on the
 positives alone: that is what the authors' program does, and what the defaults do.
 
-Deviations: `norm_scope: per_sign` and `w_init` above 0 are ours. Self-pairs are left out by position (theirs: by s < 1);
+Deviations: `norm_scope: per_sign`, `w_init` above 0 and `weighting: gradient` are ours. The last takes the weights out of the
+loss: a pair's part of the gradient, g = ∂L/∂s, is multiplied by w, so that u = lr g Ṡ; inside the loss a weight below 1 changes
+how hard a pair seems as well: a negative of similarity 0.7 and weight 0.1 counts like one of 0.07, that is, not at all. Self-pairs are left out by position (theirs: by s < 1);
 masks are found once a step (theirs: twice); a step without any positive u is skipped and counted (theirs: weights become
 NaN); contrastive is 1 - s (theirs, by a slip, -(1 + s): other values, the same gradients). The meta batch follows from
 (seed, step); theirs pauses while the memory fills. `meta_start` trains on the plain loss first, within the run. The virtual
@@ -81,6 +83,10 @@ class MmsiConfig(MethodConfig):
     warmup_classes: int = Field(
         98, ge=1, description="classes in the memory (at most all) before which nothing is learnt"
     )
+    weighting: Literal["similarity", "gradient"] = Field(
+        "similarity",
+        description="a weight multiplies its pair's similarity inside the loss | its pair's part of the loss's gradient",
+    )
     norm_scope: Literal["all", "per_sign"] = Field(
         "all",
         description="scale weights so that the largest of all pairs is 1 | that of the positives and that of the negatives",
@@ -110,6 +116,8 @@ class MmsiConfig(MethodConfig):
     def _check(self) -> MmsiConfig:
         if self.loss == "triplet" and self.norm_scope == "per_sign":
             raise ValueError("a triplet's weight has no sign: norm_scope per_sign is for losses of pairs")
+        if self.loss == "triplet" and self.weighting == "gradient":
+            raise ValueError("a triplet's weight is not one of a pair: weighting gradient is for losses of pairs")
         return self
 
 
@@ -126,8 +134,19 @@ def select_pairs(similarity: Float[Tensor, "n n"], labels: Int64[Tensor, " n"], 
 def weighted_loss(
     similarity: Float[Tensor, "n n"], weights: Float[Tensor, "rows n"] | float, selection: Selection, config: MmsiConfig
 ) -> Float[Tensor, ""]:
-    """The loss of a batch, a weight for each slot of the selection."""
-    return PAIR_LOSSES[config.loss].value(similarity, weights, selection, config.constants) / len(similarity)
+    """The loss of a batch, a weight for each slot of the selection.
+
+    With `weighting: gradient` the value is that of the plain loss, and its gradient Σ w g ∂s, where g = ∂L/∂s is the plain loss's.
+    """
+    loss = PAIR_LOSSES[config.loss]
+    if config.weighting == "similarity" or isinstance(weights, float):
+        return loss.value(similarity, weights, selection, config.constants) / len(similarity)
+    s = similarity.detach().requires_grad_()
+    with torch.enable_grad():
+        plain = loss.value(s, 1.0, selection, config.constants) / len(s)
+        (g,) = torch.autograd.grad(plain, s)
+    weighted = (weights * g * similarity).sum()
+    return plain.detach() + weighted - weighted.detach()
 
 
 def meta_loss(

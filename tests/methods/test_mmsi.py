@@ -247,9 +247,15 @@ def by_double_backward(setting: Setting, problem: tuple[Tensor, Tensor, Tensor, 
 
 
 @pytest.mark.parametrize("w_init", [0.0, 1.0])
-@pytest.mark.parametrize("name", ALL)
-def test_weights_are_those_of_double_backward(name: str, w_init: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "weighting"),
+    [(n, w) for n in ALL for w in ("similarity", "gradient") if (n, w) != ("triplet", "gradient")],
+)
+def test_weights_are_those_of_double_backward(
+    name: str, weighting: str, w_init: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = MmsiConfig(
+        weighting=cast(Any, weighting),
         loss=cast(Any, name), embedding_dim=6, memory_per_class=50, warmup_classes=5, w_init=w_init, alpha=4.0,
         margin={"contrastive": 0.1, "multi_similarity": 0.3, "lifted": 0.3}.get(name),
         optimizer={"name": "sgd", "lr": 0.05},
@@ -279,6 +285,22 @@ def test_weights_are_those_of_double_backward(name: str, w_init: float, monkeypa
 
 
 # ---- steps that teach nothing ----------------------------------------------------------------------------------------
+
+
+def test_weights_of_the_gradient_leave_the_value_and_scale_each_pair() -> None:
+    config = MmsiConfig(loss="multi_similarity", weighting="gradient", margin=0.3, alpha=4.0)
+    e = nn.functional.normalize(
+        torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    s = (e @ e.T).requires_grad_()
+    chosen = select_pairs(s, torch.arange(12) // 3, config)
+    plain = weighted_loss(s, 1.0, chosen, config)
+    (g,) = torch.autograd.grad(plain, s)
+    weights = torch.rand(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * chosen.slots
+    value = weighted_loss(s, weights, chosen, config)
+    (weighted,) = torch.autograd.grad(value, s)
+    assert float(value) == pytest.approx(float(plain)) and float(g.abs().sum()) > 0
+    torch.testing.assert_close(weighted, weights * g)
 
 
 def small(**config: Any) -> MmsiConfig:

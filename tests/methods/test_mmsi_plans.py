@@ -63,5 +63,7 @@ def test_plan_refuses_batches_of_more_classes_than_there_are() -> None:
 def test_config() -> None:
     with pytest.raises(ValueError, match="a triplet's weight has no sign"):
         MmsiConfig(loss="triplet", norm_scope="per_sign")
+    with pytest.raises(ValueError, match="weighting gradient is for losses of pairs"):
+        MmsiConfig(loss="triplet", weighting="gradient")
     needs = MmsiConfig(memory_per_class=7, memory_total=70).mining
     assert needs is not None and (needs.table, needs.per_class, needs.total) == (False, 7, 70)
