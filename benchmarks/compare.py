@@ -51,6 +51,9 @@ SWEEP = Path(__file__).with_name("compare.yaml")
 RESULTS = Path(__file__).with_name("results") / "compare"
 
 
+MMSI = ("contrastive", "contrastive_base", "multi_similarity", "multi_similarity_base")
+
+
 @dataclass(frozen=True)
 class DataSet:
     """What is particular to a dataset.
@@ -95,6 +98,7 @@ SETS = {
                 f"methods.{row}.settings.method.optimizer.head_lr_multiplier=40"
                 for row in ("cross_entropy", "intra_batch")
             ),
+            *(f"methods.mmsi_{row}.settings.method.meta_start=10 steps" for row in MMSI),  # its memory fills sooner
         ),
         rates=0.2,
         start="100 steps",
