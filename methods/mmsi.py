@@ -22,8 +22,8 @@ for things: their meta batch comes from the training images themselves (`meta_so
 With multi_similarity and w_init = 0 a negative's weight carries the factor e^{-αλ} (2e-9), so that the step is one on the
 positives alone: that is what the authors' program does, and what the defaults do.
 
-Deviations: `norm_scope: per_sign`, `w_init` above 0 and `weighting: gradient` are ours. The last takes the weights out of the
-loss: a pair's part of the gradient, g = ∂L/∂s, is multiplied by w, so that u = lr g Ṡ; inside the loss a weight below 1 changes
+Deviations: `norm_scope: per_sign`, `w_init` above 0, `weight_floor` and `weighting: gradient` are ours. The last takes the weights out
+of the loss: a pair's part of the gradient, g = ∂L/∂s, is multiplied by w, so that u = lr g Ṡ; inside the loss a weight below 1 changes
 how hard a pair seems as well: a negative of similarity 0.7 and weight 0.1 counts like one of 0.07, that is, not at all. Self-pairs are left out by position (theirs: by s < 1);
 masks are found once a step (theirs: twice); a step without any positive u is skipped and counted (theirs: weights become
 NaN); contrastive is 1 - s (theirs, by a slip, -(1 + s): other values, the same gradients). The meta batch follows from
@@ -90,6 +90,9 @@ class MmsiConfig(MethodConfig):
     norm_scope: Literal["all", "per_sign"] = Field(
         "all",
         description="scale weights so that the largest of all pairs is 1 | that of the positives and that of the negatives",
+    )
+    weight_floor: float = Field(
+        0.0, ge=0, lt=1, description="smallest weight of a pair: weights w become floor + (1 - floor) w"
     )
     w_init: float = Field(0.0, ge=0, description="weight of every pair at which the virtual step is taken")
     optimizer: OptimizerConfig = OptimizerConfig(name="adam", lr=1e-7, weight_decay=5e-4)
@@ -193,6 +196,11 @@ def normalise_weights(
             torch.zeros_like(positive_part),
         )
     return _over_maximum(positive_part)
+
+
+def raise_weights(weights: Float[Tensor, "rows n"], selection: Selection, floor: float) -> Float[Tensor, "rows n"]:
+    """Weights of at least `floor`, the largest still 1."""
+    return torch.where(selection.slots, floor + (1 - floor) * weights, 0) if floor else weights
 
 
 def _over_maximum(weights: Tensor) -> Tensor:
@@ -301,6 +309,8 @@ class Mmsi(Method):
             product = embedding_tangent @ embeddings.detach().T
             u = gradient_of_weights(similarity, product + product.T, selection, lr, c)
             weights = normalise_weights(u, selection, c.norm_scope)
+            if bool((weights > 0).any()):
+                weights = raise_weights(weights, selection, c.weight_floor)
         value = weighted_loss(similarity, weights, selection, c)
         if bool((weights > 0).any()):
             context.backward(value)

@@ -303,6 +303,17 @@ def test_weights_of_the_gradient_leave_the_value_and_scale_each_pair() -> None:
     torch.testing.assert_close(weighted, weights * g)
 
 
+def test_a_floor_leaves_no_pair_without_a_weight() -> None:
+    seen: dict[float, dict[str, Any]] = {}
+    for floor in (0.0, 0.5):
+        setting, problem = Setting(small(warmup_classes=5, weight_floor=floor), (12, 10, 7), 5), make_problem()
+        seen[floor] = dict(setting.step(*problem))
+    for sign in ("positive", "negative"):
+        plain, raised = (float(seen[floor][f"weight/{sign}_mean"]) for floor in (0.0, 0.5))
+        assert raised == pytest.approx(0.5 + 0.5 * plain) and 0 < plain < 0.9
+    assert max(float(seen[0.5][f"weight/{sign}_max"]) for sign in ("positive", "negative")) == pytest.approx(1)
+
+
 def small(**config: Any) -> MmsiConfig:
     values = {"loss": "contrastive", "embedding_dim": 6, "optimizer": {"name": "adam", "lr": 0.01}} | config
     return MmsiConfig(**cast(Any, values))
