@@ -308,7 +308,7 @@ class Mmsi(Method):
             embedding_tangent = self._embedding_jvp(gradient, context).to(similarity.dtype)
             product = embedding_tangent @ embeddings.detach().T
             u = gradient_of_weights(similarity, product + product.T, selection, lr, c)
-            weights = normalise_weights(u, selection, c.norm_scope)
+            weights = self.pair_weights(u, selection)
             if bool((weights > 0).any()):
                 weights = raise_weights(weights, selection, c.weight_floor)
         value = weighted_loss(similarity, weights, selection, c)
@@ -319,6 +319,10 @@ class Mmsi(Method):
             self.skipped[1 if gradient.value == 0 else 2] += 1
             context.backward(0 * embeddings.sum())  # DDP expects a backward pass for every forward pass
         return self._logs(value, gradient.value, weights, selection)
+
+    def pair_weights(self, u: Float[Tensor, "rows n"], selection: Selection) -> Float[Tensor, "rows n"]:
+        """The weights w* of a step, in 0..1, of its u."""
+        return normalise_weights(u, selection, self.config.norm_scope)
 
     def _meta_gradient(
         self,

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from benchmarks import experiments
+from benchmarks.controls import ShuffledMmsi
 from methods import METHODS
+from methods.mmsi import Mmsi, MmsiConfig, select_pairs
 from pipeline.recipes import load_config
 
 ROWS = list(experiments.experiments())
@@ -65,3 +68,16 @@ def test_records_are_kept_shared_and_shown(tmp_path: Path, capsys: pytest.Captur
     assert "| the preset | 60.0 | 31.0 | 50.0 | 30.0 | +10.0 | +1.0 | 0.50 | 2.00 | 1 |" in text
     assert "| attention alone | 52.5 | 31.0 | 50.5 | 30.0 | +2.0 | +1.0 | 1.00 | 1.00 | 2 |" in text
     assert "osm_caa, attention alone, seed 1: 53.0" in capsys.readouterr().err
+
+
+def test_weights_exchanged_at_random_are_as_large_and_at_other_pairs() -> None:
+    config = ShuffledMmsi.Config(loss="multi_similarity", embedding_dim=6)
+    ours, control = Mmsi(MmsiConfig(loss="multi_similarity", embedding_dim=6), 8, 4), ShuffledMmsi(config, 8, 4)
+    random = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(16, 6, generator=random), dim=1)
+    chosen = select_pairs(embeddings @ embeddings.T, torch.arange(16) // 4, config)
+    u = torch.where(chosen.slots, torch.randn(16, 16, generator=random), 0)
+    weights, exchanged = ours.pair_weights(u, chosen), control.pair_weights(u, chosen)
+    assert not torch.equal(weights, exchanged) and bool((exchanged[~chosen.slots] == 0).all())
+    for mask in chosen[:2]:
+        assert torch.equal(weights[mask].sort().values, exchanged[mask].sort().values)
