@@ -38,9 +38,10 @@ import yaml
 from benchmarks.compare_figures import draw, draw_sets
 from benchmarks.compare_pages import complete, write_pages
 from benchmarks.compare_results import METRICS, ROWS, Results
-from benchmarks.compare_seeds import train_seeds
+from benchmarks.compare_runs import train_runs
+from benchmarks.compare_seeds import more_seeds
 from benchmarks.compare_tables import tables, write_leaderboard
-from benchmarks.compare_time import REFERENCE, time_figures, timed_runs, train_timed
+from benchmarks.compare_time import REFERENCE, equal_time, time_figures, timed_runs
 from pipeline.config import Config, to_yaml
 from pipeline.data.find_store import find_store
 from pipeline.errors import UserError, fail
@@ -189,9 +190,9 @@ def compare(dataset: str, root: str, results: Results, until: float | None) -> i
             values = [f"name=compare-{dataset}", f"storage={root}", at_once, *sweep_values(dataset)]
             status = run([*command, *settings(values)], root, until, results)
     results.collect()
-    for train_more in (train_seeds, train_timed):
-        if status == 0 and (until is None or time.monotonic() < until):
-            status = train_more(results, train, until)
+    for wanted in (more_seeds, equal_time):
+        if status == 0:
+            status = train_runs([*wanted(results)], train, until)
     return status
 
 

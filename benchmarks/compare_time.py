@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from benchmarks.compare_results import METRICS, ROWS, Figures, Results, steps_of
-from benchmarks.compare_runs import KeptRun, Wanted, kept_runs, train_runs
+from benchmarks.compare_runs import KeptRun, Wanted, kept_runs
 from methods.config import Length
-from pipeline.config import Config
 
 REFERENCE = "multi_similarity"
 SAME = 0.1  # a row whose time is as near to the reference's is not trained again
@@ -35,18 +34,8 @@ def time_figures(runs: Sequence[KeptRun]) -> Figures:
     }
 
 
-def train_timed(results: Results, train: Callable[[str, Config], int], until: float | None) -> int:
-    """Trains what is missing; returns the first status that is not 0. The first table is complete before.
-
-    Args:
-        results: The set.
-        train: Trains a configuration in a storage and returns the command's status.
-        until: Time by the monotonic clock after which no run is started.
-    """
-    return train_runs(list(_wanted(results)), train, until)
-
-
-def _wanted(results: Results) -> Iterator[Wanted]:
+def equal_time(results: Results) -> Iterator[Wanted]:
+    """The runs of rows that are slower or faster than the reference; the first table is complete before."""
     for row in ROWS if results.has(REFERENCE) else ():
         if not _again(results, row):
             continue

@@ -12,9 +12,10 @@ import pytest
 from benchmarks import compare, compare_pages, compare_seeds
 from benchmarks.compare_pages import written
 from benchmarks.compare_results import BASES, Results
-from benchmarks.compare_seeds import train_seeds
+from benchmarks.compare_runs import train_runs
+from benchmarks.compare_seeds import more_seeds
 from benchmarks.compare_tables import tables
-from benchmarks.compare_time import timed_runs, train_timed
+from benchmarks.compare_time import equal_time, timed_runs
 from benchmarks.pages import ROOT
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -116,9 +117,9 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
 
     assert {run.row for run in timed_runs(results)} == {"osm_caa_base", "multi_similarity"}, "as fast as the reference"
     assert "Steps, and time in training: `multi_similarity` 300 (100 s), `osm_caa_base` 300 (100 s)." in tables(results)
-    assert train_timed(results, train, until=0.0) == 0 and not trained, "the time is over"
-    assert train_timed(results, train, None) == 3
-    assert train_timed(results, train, None) == 0
+    assert train_runs([*equal_time(results)], train, until=0.0) == 0 and not trained, "the time is over"
+    assert train_runs([*equal_time(results)], train, None) == 3
+    assert train_runs([*equal_time(results)], train, None) == 0
     assert len(trained) == 4 and {str(config.length) for config in trained} == {"150 steps"}
     assert {config.method.name for config in trained} == {"osm_caa"} and {config.seed for config in trained} == {
         0,
@@ -145,7 +146,9 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
     for file in (results.folder / "trials").glob("*.json"):
         if json.loads(file.read_text())["method"] == "multi_similarity":
             file.unlink()
-    assert timed_runs(results) == [] and train_timed(results, train, None) == 0, "nothing without the reference"
+    assert timed_runs(results) == [] and train_runs([*equal_time(results)], train, None) == 0, (
+        "nothing without the reference"
+    )
 
 
 def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +162,8 @@ def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: 
         )
         return 0
 
-    assert train_seeds(results, train, until=0.0) == 0 and not trained, "the time is over"
-    assert train_seeds(results, train, None) == train_seeds(results, train, None) == 0
+    assert train_runs([*more_seeds(results)], train, until=0.0) == 0 and not trained, "the time is over"
+    assert train_runs([*more_seeds(results)], train, None) == train_runs([*more_seeds(results)], train, None) == 0
     assert sorted((config.method.osm, config.seed) for config in trained) == [
         (False, 3), (False, 4), (True, 3), (True, 4),
     ]  # fmt: skip
@@ -177,7 +180,7 @@ def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: 
             record["runs"][0]["test"] = {"recall@1": 80.0, "map@r": 70.0}
             file.write_text(json.dumps(record))
     trained.clear()
-    assert train_seeds(results, train, None) == 0 and not trained, "eighteen points above its base"
+    assert train_runs([*more_seeds(results)], train, None) == 0 and not trained, "eighteen points above its base"
 
 
 def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,10 +236,10 @@ def test_starts_and_trials_look_for_runs_in_the_storage_that_is_given(
 
     monkeypatch.setattr("subprocess.Popen", train)
     root = f"{tmp_path}/root"
-    monkeypatch.setattr(compare, "train_timed", lambda found, *_: seen.append(([found.name, "timed"], root)) or 0)
+    monkeypatch.setattr(compare, "train_runs", lambda *_: seen.append((["runs"], root)) or 0)
     assert compare.compare("emoji", root, results, None) == 0
     assert {home for _, home in seen} == {root}
-    assert seen.pop()[0] == ["emoji", "timed"], "the second table, after the first"
+    assert [seen.pop()[0] for _ in range(2)] == [["runs"]] * 2, "more seeds and the second table, after the first"
     names = [word.removeprefix("name=") for command, _ in seen for word in command if word.startswith("name=")]
     weights = {
         run_configs(results.sweep(), "mmsi_contrastive", {}, 0, stage)[0].model.weights for stage in ("search", "final")
