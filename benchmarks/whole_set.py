@@ -25,7 +25,8 @@ from benchmarks.mining import make_rows
 from benchmarks.table import Row
 from methods.base import Batch
 from methods.config import Clock, Length
-from methods.mmsi import Mmsi, MmsiConfig, meta_loss, normalise_weights, select_pairs, weighted_loss
+from methods.mmsi import Mmsi, MmsiConfig
+from methods.mmsi_weights import meta_loss, normalise_weights, select_pairs, weighted_loss
 from methods.plans import Plan
 from methods.smart_mining_rule import HALF_MINED, MINED, ClassIndex, mine_triplets
 from pipeline.config import ModelConfig

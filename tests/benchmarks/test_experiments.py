@@ -14,7 +14,8 @@ import yaml
 from benchmarks import experiments
 from benchmarks.controls import ShuffledMmsi
 from methods import METHODS
-from methods.mmsi import Mmsi, MmsiConfig, select_pairs
+from methods.mmsi import Mmsi, MmsiConfig
+from methods.mmsi_weights import select_pairs
 from pipeline.recipes import load_config
 
 ROWS = list(experiments.experiments())

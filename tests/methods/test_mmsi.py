@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from methods import Batch
 from methods.config import Clock, Length
-from methods.mmsi import (
-    Mmsi,
-    MmsiConfig,
-    gradient_of_weights,
-    meta_loss,
-    normalise_weights,
-    select_pairs,
-    weighted_loss,
-)
+from methods.mmsi import Mmsi, MmsiConfig
+from methods.mmsi_weights import gradient_of_weights, meta_loss, normalise_weights, select_pairs, weighted_loss
 from methods.plans import Plan
 from pipeline.distributed.collectives import Ranks
 from pipeline.mining.memory import EmbeddingMemory

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from methods.mmsi import MmsiConfig, normalise_weights, select_pairs, weighted_loss
+from methods.mmsi_weights import MmsiConfig, normalise_weights, select_pairs, weighted_loss
 from tests.methods.test_mmsi import ALL, make_problem
 
 # ---- every loss, pair by pair ----------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from methods import METHODS
 from methods.baseline import Baseline, BaselineConfig
 from methods.gca_hng import GcaHngConfig
 from methods.intra_batch import IntraBatchConfig
-from methods.mmsi import Mmsi, MmsiConfig, meta_loss
+from methods.mmsi import Mmsi, MmsiConfig
+from methods.mmsi_weights import meta_loss
 from methods.osm_caa import OsmCaaConfig, soft_mining_loss, squared_distances
 from methods.plans import class_balanced, combine_sampler, number_sampler, uniform_classes
 from pipeline.mining.memory import EmbeddingMemory
