@@ -4,37 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.compare_results import BASES, ROWS, TITLES, Results
+from benchmarks.compare_results import BASES, METRICS, ROWS, TITLES, Results
 from benchmarks.compare_tables import difference, mean, tables
 from benchmarks.pages import ROOT, with_sections
 from pipeline.tuning.sweep_folder import best_trial
 
-PAGES = ("README.md", "docs/results/methods.md")
-# The methods, each with the rows of its base losses; of these the short table has the one that validation preferred.
+# The methods, each with its name for readers and the rows of its base losses; of these the short table has the one that validation
+# preferred.
 METHODS = {
-    "OSM+CAA": ["osm_caa"],
-    "Intra-Batch Connections": ["intra_batch"],
-    "GCA-HNG": ["gca_hng_npair", "gca_hng_proxy_anchor"],
-    "Smart Mining": ["smart_mining"],
-    "MMSI, from a trained base": ["mmsi_contrastive", "mmsi_multi_similarity"],
+    "osm_caa": ("OSM+CAA", ["osm_caa"]),
+    "intra_batch": ("Intra-Batch Connections", ["intra_batch"]),
+    "gca_hng": ("GCA-HNG", ["gca_hng_npair", "gca_hng_proxy_anchor"]),
+    "smart_mining": ("Smart Mining", ["smart_mining"]),
+    "mmsi": ("MMSI, from a trained base", ["mmsi_contrastive", "mmsi_multi_similarity"]),
 }
+BASELINES = [row for row, base in BASES.items() if base is None]
+PAGES = ("README.md", "docs/results/methods.md", *(f"docs/methods/{name}.md" for name in ("baseline", *METHODS)))
 
 
 def short_table(results: Results) -> str:
     """Eight lines of a set: the five methods beside their bases, and the best baseline, as validation has chosen them."""
-    figures, baselines = results.figures(), [row for row, base in BASES.items() if base is None]
+    figures = results.figures()
     lines = [
         f"| {results.name}: %, unseen classes | R@1 | MAP@R | its base | R@1 | MAP@R | MAP@R, difference |",
         "|---|---|---|---|---|---|---|",
     ]
-    best = _best(results, baselines)
+    best = _best(results, BASELINES)
     lines.append(f"| {TITLES[best]}, the best baseline | {mean(figures, best)} | | | | |")
-    for method, rows in METHODS.items():
+    for method, rows in METHODS.values():
         row = _best(results, rows)
         base = BASES[row]
         assert base is not None
         cells = [method, mean(figures, row), TITLES[base], mean(figures, base), difference(figures, row, base, "map@r")]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def method_table(sets: Sequence[Results], method: str) -> str:
+    """The rows of a method on every set beside their bases; for `baseline` those of the baselines."""
+    rows = BASELINES if method == "baseline" else METHODS[method][1]
+    figures = {results.name: results.figures() for results in sets}
+    header = ["set", "row", "R@1", "MAP@R"]
+    if method != "baseline":
+        header += ["its base", "R@1", "MAP@R", *(f"{name}, difference" for name in METRICS.values())]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for name, values in figures.items():
+        for row in rows:
+            cells, base = [name, TITLES[row], mean(values, row)], BASES[row]
+            if base is not None:
+                cells += [TITLES[base], mean(values, base), *(difference(values, row, base, m) for m in METRICS)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -57,6 +76,9 @@ def written(text: str, found: Mapping[str, Results]) -> str:
 
     def section(what: str) -> str | None:
         name, length = what.split(", ")
+        if length == "all sets":
+            sets = [results for results in found.values() if complete(results)]
+            return method_table(sets, name) if sets else None
         if name not in found or not complete(found[name]):
             return None
         return short_table(found[name]) if length == "short" else tables(found[name])

@@ -188,13 +188,19 @@ def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: p
         "a\n<!-- compare: emoji, short -->\nold\n<!-- end -->\nb\n<!-- compare: icons, full -->\nkept\n<!-- end -->\n"
     )
     assert written(page, {"emoji": results}) == page, "rows are missing"
-    monkeypatch.setattr(compare_pages, "METHODS", {"OSM+CAA": ["osm_caa"]})
+    monkeypatch.setattr(compare_pages, "METHODS", {"osm_caa": ("OSM+CAA", ["osm_caa"])})
     monkeypatch.setattr(compare_pages, "ROWS", ["osm_caa"])
     text = written(page, {"emoji": results})
     assert text.startswith("a\n<!-- compare: emoji, short -->\n| emoji: %, unseen classes | R@1 |")
     assert "| multi-similarity, the best baseline | 71.0 [68.5, 73.5] | 61.0 [58.5, 63.5] | | | | |" in text
     assert "| OSM+CAA | 62.0 [57.0, 67.0] | 52.0 [47.0, 57.0] | contrastive over all pairs | 60.0 " in text
     assert "kept" in text and written(text, {"emoji": results}) == text
+    page = "<!-- compare: osm_caa, all sets -->\nold\n<!-- end -->"
+    row = "| emoji | OSM+CAA | 62.0 [57.0, 67.0] | 52.0 [47.0, 57.0] | contrastive over all pairs | 60.0 "
+    assert row in written(page, {"emoji": results}) and written(page, {}) == page
+    monkeypatch.setattr(compare_pages, "BASELINES", ["multi_similarity"])
+    page = page.replace("osm_caa", "baseline")
+    assert "| emoji | multi-similarity | 71.0 [68.5, 73.5] | 61.0 " in written(page, {"emoji": results})
 
 
 def test_the_pages_are_those_of_the_records() -> None:
