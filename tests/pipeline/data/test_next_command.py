@@ -26,11 +26,12 @@ def command_of(said: str) -> list[str]:
     ("classes", "given"),
     [
         ({f"c{i:02d}": 3 for i in range(80)}, ["length=20 epochs"]),  # 30 in a training fold's complement
-        ({f"c{i:02d}": 3 for i in range(24)}, ["method.classes_per_batch=9", "length=20 epochs"]),
+        ({f"c{i:02d}": 3 for i in range(32)}, ["method.classes_per_batch=12", "length=20 epochs"]),
+        ({f"c{i:02d}": 3 for i in range(24)}, ["data.validation_fold=null", "evaluation.checkpoint=last", "method.classes_per_batch=12", "length=20 epochs"]),
         ({f"c{i:02d}": 1 + (i > 11) for i in range(24)}, None),
         ({f"c{i}": 4 for i in range(4)}, ["data.validation_fold=null", "evaluation.checkpoint=last", "method.classes_per_batch=2", "length=20 epochs"]),
     ],
-    ids=["many", "few", "single images", "two training classes"],
+    ids=["many", "few", "a fold of three classes", "single images", "two training classes"],
 )  # fmt: skip
 def test_it_fits_the_set(classes: dict[str, int], given: list[str] | None, cli: Cli, tmp_path: Path) -> None:
     write_images(tmp_path / "my photos", classes, 0)
