@@ -52,6 +52,11 @@ SWEEP = Path(__file__).with_name("compare.yaml")
 RESULTS = Path(__file__).with_name("results") / "compare"
 
 
+PROXY_ANCHOR = {  # rows, each with the key of the loss's scale
+    "proxy_anchor": "method.loss_args.alpha",
+    "proxy_anchor_neck": "method.proxy_scale",
+    "gca_hng_proxy_anchor": "method.proxy_scale",
+}
 MMSI = ("contrastive", "contrastive_base", "multi_similarity", "multi_similarity_base")
 
 
@@ -98,6 +103,14 @@ SETS = {
             *(  # whose classifier, from nothing, is of the head's group
                 f"methods.{row}.settings.method.optimizer.head_lr_multiplier=40"
                 for row in ("cross_entropy", "intra_batch")
+            ),
+            *(  # with fewer classes, the usual scale
+                setting
+                for row, scale in PROXY_ANCHOR.items()
+                for setting in (
+                    f"methods.{row}.points=[{{method.optimizer.lr: 1.0e-4, {scale}: 32}}]",
+                    f"methods.{row}.settings.method.optimizer.loss_lr_multiplier=100",
+                )
             ),
             *(f"methods.mmsi_{row}.settings.method.meta_start=10 steps" for row in MMSI),  # its memory fills sooner
         ),
