@@ -2,13 +2,13 @@
 
     python -m benchmarks.compare [--sets emoji icons birds] [--budget MINUTES] [--resume] [--root FOLDER] [--results FOLDER]
     python -m benchmarks.compare --show                       the tables of the results that are there; trains nothing
-    python -m benchmarks.compare --write                      writes them into README.md and the documentation as well
+    python -m benchmarks.compare --write                      writes them into README.md and the documentation, figures and leaderboard
     python -m benchmarks.compare --sets emoji --repeat ROW    trains a row's final runs again and compares the figures
 
 The sweep is benchmarks/compare.yaml, run by `pipeline.tune` under the fair protocol: settings are chosen on a fold of the training
 classes, final runs train on all of them, and the test classes are measured once. Then rows within two points of their base get two more
 seeds, and rows whose steps are slower or faster than those of the multi-similarity loss are trained again, for as long as that took: the
-second table. Records, one JSON file a run, are kept in `--results` (benchmarks/results/compare/SET) as they are written; tables, figures
+second table. For that nothing else should run beside, and all of a set on one machine. Records, one JSON file a run, are kept in `--results` (benchmarks/results/compare/SET) as they are written; tables, figures
 and leaderboard are made of them alone, and so are the tables in README.md and docs/results/methods.md, by `--write`. With `--resume` a
 stopped comparison goes on from them, also on another machine: only weights of unfinished runs are trained anew. `--budget` stops all
 after so many minutes.
@@ -36,12 +36,12 @@ from pathlib import Path
 import yaml
 
 from benchmarks.compare_figures import draw, draw_sets
-from benchmarks.compare_pages import complete, write_pages
+from benchmarks.compare_pages import write_pages
 from benchmarks.compare_results import METRICS, ROWS, Results
 from benchmarks.compare_runs import train_runs
 from benchmarks.compare_seeds import more_seeds
 from benchmarks.compare_tables import tables, write_leaderboard
-from benchmarks.compare_time import REFERENCE, equal_time, time_figures, timed_runs
+from benchmarks.compare_time import REFERENCE, TIMINGS, equal_time, more_timings, time_figures, timed_runs
 from pipeline.config import Config, to_yaml
 from pipeline.data.find_store import find_store
 from pipeline.errors import UserError, fail
@@ -203,7 +203,7 @@ def compare(dataset: str, root: str, results: Results, until: float | None) -> i
             values = [f"name=compare-{dataset}", f"storage={root}", at_once, *sweep_values(dataset)]
             status = run([*command, *settings(values)], root, until, results)
     results.collect()
-    for wanted in (more_seeds, equal_time):
+    for wanted in (more_seeds, *[more_timings] * TIMINGS, equal_time):
         if status == 0:
             status = train_runs([*wanted(results)], train, until)
     return status
@@ -275,13 +275,14 @@ def main() -> int:
     try:
         if options.write:
             write_pages(found)
-            sets = {name: results.figures() for name, results in found.items() if complete(results)}
+            sets = {name: results.figures() for name, results in found.items() if results.is_complete()}
             if sets:
                 draw_sets(sets, options.figures / "sets.svg")
         if options.show or options.write:
             for results in (results for results in found.values() if results.exists()):
                 print(tables(results) + "\n")
-                write_outputs(results, options.figures)
+                if options.write:
+                    write_outputs(results, options.figures)
             return 0
         if options.repeat is not None:
             return max(repeat(options.repeat, results) for results in found.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.compare_results import BASES, METRICS, ROWS, TITLES, Results
+from benchmarks.compare_results import BASES, METRICS, TITLES, Results
 from benchmarks.compare_tables import difference, mean, tables
 from benchmarks.pages import ROOT, with_sections
 from pipeline.tuning.sweep_folder import best_trial
@@ -67,19 +67,15 @@ def _best(results: Results, rows: Sequence[str]) -> str:
     return max(rows, key=score)
 
 
-def complete(results: Results) -> bool:
-    return results.exists() and all(results.has(row) for row in ROWS)
-
-
 def written(text: str, found: Mapping[str, Results]) -> str:
     """A page with the tables of all sets whose comparison is complete; sections of other sets stay as they are."""
 
     def section(what: str) -> str | None:
         name, length = what.split(", ")
         if length == "all sets":
-            sets = [results for results in found.values() if complete(results)]
+            sets = [results for results in found.values() if results.is_complete()]
             return method_table(sets, name) if sets else None
-        if name not in found or not complete(found[name]):
+        if name not in found or not found[name].is_complete():
             return None
         return short_table(found[name]) if length == "short" else tables(found[name])
 

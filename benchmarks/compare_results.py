@@ -146,6 +146,14 @@ class Results:
         """Whether there are finished final trials of a row."""
         return any(record.state == "finished" for record in final_trials(self.records(), row))
 
+    def is_complete(self) -> bool:
+        """Whether every row has its final trials, with every seed of the sweep."""
+        if not self.exists():
+            return False
+        final, records = self.sweep().final, self.records()
+        finished = {(r.method, r.seed) for r in records if r.stage == "final" and r.state == "finished"}
+        return final is not None and all((row, seed) in finished for row in ROWS for seed in final.seeds)
+
     def config(self, record: TrialRecord, root: str) -> Config:
         """The configuration of a final run, in another storage."""
         sweep = self.sweep().model_copy(update={"storage": root})
@@ -161,13 +169,17 @@ class Results:
             UserError: There is none.
         """
         return [
-            KeptRun(row, record.seed or 0, steps_of(record), record.runs[0].seconds, record.runs[0].test)
+            KeptRun(row, record.values, record.seed or 0, steps_of(record), record.runs[0].seconds, record.runs[0].test)
             for record in self.finals(row)
         ]
 
     def final_runs(self, row: str) -> list[KeptRun]:
         """The sweep's final runs of a row, and those with more seeds."""
-        return self.sweep_runs(row) + [run for run in kept_runs(self.folder / MORE_SEEDS) if run.row == row]
+        return self.sweep_runs(row) + self.kept_runs(MORE_SEEDS, row)
+
+    def kept_runs(self, folder: str, row: str) -> list[KeptRun]:
+        """The runs of a row in a folder beside the sweep's records, of the setting that the sweep chose."""
+        return kept_runs(self.folder / folder, row, self.finals(row)[0].values)
 
     def figures(self) -> Figures:
         """Of the finished final runs; rows without one are left out."""

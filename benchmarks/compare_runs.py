@@ -1,4 +1,4 @@
-"""Runs of a comparison beyond its sweep: at equal wall time, and with more seeds."""
+"""Runs of a comparison beyond its sweep: with more seeds, for their time alone, and at equal wall time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.runs.run_folder import SUMMARY
@@ -21,6 +22,7 @@ class KeptRun:
 
     Attributes:
         row: The row.
+        values: The setting that the search chose.
         seed: The run's seed.
         steps: Its length.
         seconds: Time of training, without evaluation.
@@ -28,6 +30,7 @@ class KeptRun:
     """
 
     row: str
+    values: dict[str, Any]
     seed: int
     steps: int
     seconds: float
@@ -40,18 +43,29 @@ class Wanted:
 
     Attributes:
         row: The row.
+        values: The setting that the search chose.
         config: What is trained; its name and storage say where.
         file: Its record.
     """
 
     row: str
+    values: dict[str, Any]
     config: Config
     file: Path
 
+    def is_kept(self) -> bool:
+        """Whether there is a record, of this setting and not of an earlier one."""
+        return self.file.exists() and read_run(self.file).values == self.values
 
-def kept_runs(folder: Path) -> list[KeptRun]:
-    """The records of a folder; none if it is not there."""
-    return [KeptRun(**json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
+
+def read_run(file: Path) -> KeptRun:
+    return KeptRun(**json.loads(file.read_text()))
+
+
+def kept_runs(folder: Path, row: str, values: dict[str, Any]) -> list[KeptRun]:
+    """A folder's records of a row in this setting; none if it is not there."""
+    runs = [read_run(file) for file in sorted(folder.glob(f"{row}-*.json"))]
+    return [run for run in runs if run.values == values]
 
 
 def train_runs(wanted: Sequence[Wanted], train: Callable[[str, Config], int], until: float | None) -> int:
@@ -64,13 +78,14 @@ def train_runs(wanted: Sequence[Wanted], train: Callable[[str, Config], int], un
     """
 
     def one(run: Wanted) -> int:
-        if run.file.exists() or (until is not None and time.monotonic() > until):
+        if run.is_kept() or (until is not None and time.monotonic() > until):
             return 0
         config = run.config
         if status := train(config.storage, config):
             return status
         summary = Folder(f"{config.storage}/runs/{config.name}").read_json(SUMMARY)
-        kept = KeptRun(run.row, config.seed, int(config.length.value), summary["seconds"], summary["final"])
+        steps = int(config.length.value)
+        kept = KeptRun(run.row, run.values, config.seed, steps, summary["seconds"], summary["final"])
         run.file.parent.mkdir(exist_ok=True)
         run.file.write_text(json.dumps(asdict(kept), indent=1) + "\n")
         return 0

@@ -22,7 +22,7 @@ def more_seeds(results: Results) -> Iterator[Wanted]:
             for seed in SEEDS:
                 run = f"compare-{results.name}-seed{seed}-{name}"
                 config = results.config(record, results.root).model_copy(update={"name": run, "seed": seed})
-                yield Wanted(name, config, results.folder / MORE_SEEDS / f"{name}-{seed}.json")
+                yield Wanted(name, record.values, config, results.folder / MORE_SEEDS / f"{name}-{seed}.json")
 
 
 def _close(results: Results, row: str, base: str) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 
 from benchmarks.compare_results import BASES, METRICS, ROWS, Figures, Results
 from benchmarks.compare_seeds import CLOSE
-from benchmarks.compare_time import REFERENCE, time_figures, timed_runs
+from benchmarks.compare_time import REFERENCE, seconds_per_step, time_figures, timed_runs
 from pipeline.tuning.answer import answer
 from pipeline.tuning.leaderboard import leaderboard_csv, short_estimate
 from pipeline.tuning.statistics import Estimate, estimate
@@ -28,13 +27,8 @@ def tables(results: Results) -> str:
     lines = [f"### {results.name}, equal images seen{length}", "", *_both(results.figures())]
     if timed:
         lines += [f"### {results.name}, equal wall time: that of {REFERENCE}", "", *_both(time_figures(timed))]
-        of_row = {row: [run for run in timed if run.row == row] for row in ROWS}
-        lengths = (
-            f"`{row}` {runs[0].steps} ({statistics.mean(run.seconds for run in runs):.0f} s)"
-            for row, runs in of_row.items()
-            if runs
-        )
-        lines += [f"Steps, and time in training: {', '.join(lengths)}.", ""]
+        steps = {run.row: run.steps for run in timed}
+        lines += [f"Steps: {', '.join(f'`{row}` {number}' for row, number in steps.items())}.", ""]
     lines += [
         f"### {results.name}, choices and cost",
         "",
@@ -44,7 +38,8 @@ def tables(results: Results) -> str:
         ),
         "",
         f"(Mean over seeds {', '.join(map(str, seeds))} with Student's 95 % interval, and over two more where a row is within {CLOSE:g} "
-        "points of its base; paired: difference by seed. Any row again: "
+        "points of its base, but for rows trained again at equal wall time; paired: difference by seed, bold where its interval lies above "
+        "0, each row by itself, not corrected for their number. s: time in steps and mining, on one core. Any row again: "
         f"`python -m benchmarks.compare --sets {results.name} --repeat ROW`.)",
     ]
     return "\n".join(lines)
@@ -59,7 +54,10 @@ def _both(figures: Figures) -> list[str]:
     baselines = _table(
         ("baseline", "R@1", "MAP@R"), ([f"`{row}`", mean(figures, row)] for row, base in BASES.items() if base is None)
     )
-    note = "MMSI and its bases start from a base that has been trained, on as many images again."
+    note = (
+        "MMSI and its bases start from a base that has been trained, on as many images again: one checkpoint for all seeds, whose own "
+        "spread these intervals do not hold."
+    )
     return [*methods, "", *baselines, "", note, ""]
 
 
@@ -97,6 +95,6 @@ def _cost(results: Results, records: Sequence[TrialRecord], row: str) -> list[st
         ", ".join(f"{key.removeprefix('method.')} {value:.3g}" for key, value in best.values.items()) if best else ""
     )
     finals = results.final_runs(row) if results.has(row) else []
-    seconds = f"{statistics.mean(run.seconds for run in finals):.0f}" if finals else ""
+    seconds = f"{seconds_per_step(results, row) * finals[0].steps:.0f}" if finals else ""
     score = "" if best is None or best.score is None else f"{best.score:.1f}"
     return [f"`{row}`", str(len(searched)), score, setting, str(len(finals)), seconds]

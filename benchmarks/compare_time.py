@@ -1,28 +1,33 @@
-"""The rows of a comparison at equal wall time: each trained for as long as the multi-similarity loss takes in the first table."""
+"""The rows of a comparison at equal wall time: each trained for as long as the multi-similarity loss takes in the first table.
+
+What a row's step takes is measured on its final runs. Other programs make some of them slower and none faster, so it is the second shortest
+time that counts, and a row whose two shortest differ by more than a tenth is timed again, up to three times.
+"""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 
 from benchmarks.compare_results import METRICS, ROWS, Figures, Results, steps_of
-from benchmarks.compare_runs import KeptRun, Wanted, kept_runs
+from benchmarks.compare_runs import KeptRun, Wanted
 from methods.config import Length
 
 REFERENCE = "multi_similarity"
 SAME = 0.1  # a row whose time is as near to the reference's is not trained again
-FOLDER = "equal_time"
+TIMING, EQUAL_TIME = "timing", "equal_time"  # folders of records
+TIMINGS = 3  # at most, of a row
 
 
 def timed_runs(results: Results) -> list[KeptRun]:
-    """The kept runs of a set, those of rows that are as fast as the reference among them."""
-    if not results.has(REFERENCE):
+    """The runs at equal wall time, those of rows that are as fast as the reference among them; none before they are all there."""
+    if not results.has(REFERENCE) or not all(wanted.is_kept() for wanted in equal_time(results)):
         return []
-    kept = kept_runs(results.folder / FOLDER)
-    for row in ROWS:
-        if all(run.row != row for run in kept) and results.has(row) and not _again(results, row):
-            kept += results.final_runs(row)
-    return kept
+    return [
+        run
+        for row in ROWS
+        if results.has(row)
+        for run in (results.kept_runs(EQUAL_TIME, row) if _again(results, row) else results.final_runs(row))
+    ]
 
 
 def time_figures(runs: Sequence[KeptRun]) -> Figures:
@@ -34,6 +39,17 @@ def time_figures(runs: Sequence[KeptRun]) -> Figures:
     }
 
 
+def more_timings(results: Results) -> Iterator[Wanted]:
+    """A run for each row whose times do not agree: the first final run again."""
+    for row in filter(results.has, ROWS):
+        times, number = _times(results, row), len(results.kept_runs(TIMING, row))
+        if number < TIMINGS and (len(times) < 2 or times[1] > (1 + SAME) * times[0]):
+            record = results.finals(row)[0]
+            name = f"compare-{results.name}-timing-{row}-{number}"
+            config = results.config(record, results.root).model_copy(update={"name": name})
+            yield Wanted(row, record.values, config, results.folder / TIMING / f"{row}-{number}.json")
+
+
 def equal_time(results: Results) -> Iterator[Wanted]:
     """The runs of rows that are slower or faster than the reference; the first table is complete before."""
     for row in ROWS if results.has(REFERENCE) else ():
@@ -43,17 +59,22 @@ def equal_time(results: Results) -> Iterator[Wanted]:
             name = f"compare-{results.name}-time-{row}-{record.seed}"
             length = Length(value=_length(results, row), unit="steps")
             config = results.config(record, results.root).model_copy(update={"name": name, "length": length})
-            yield Wanted(row, config, results.folder / FOLDER / f"{row}-{record.seed}.json")
+            yield Wanted(row, record.values, config, results.folder / EQUAL_TIME / f"{row}-{record.seed}.json")
 
 
-def _seconds_per_step(results: Results, row: str) -> float:
-    return statistics.median(run.seconds / run.steps for run in results.final_runs(row))
+def seconds_per_step(results: Results, row: str) -> float:
+    return _times(results, row)[:2][-1]
+
+
+def _times(results: Results, row: str) -> list[float]:
+    """Seconds of a step in each final run of a row, mining included and evaluation not, the shortest first."""
+    return sorted(run.seconds / run.steps for run in results.final_runs(row) + results.kept_runs(TIMING, row))
 
 
 def _length(results: Results, row: str) -> int:
     """Steps of a row in the time that the reference takes."""
     whole = steps_of(results.finals(REFERENCE)[0])
-    return max(1, round(whole * _seconds_per_step(results, REFERENCE) / _seconds_per_step(results, row)))
+    return max(1, round(whole * seconds_per_step(results, REFERENCE) / seconds_per_step(results, row)))
 
 
 def _again(results: Results, row: str) -> bool:

@@ -197,7 +197,7 @@ def main() -> int:
     for method in options.only:
         text = table(method, [row for row in rows if row.method == method], options.seeds, options.results)
         print(text + "\n")
-        if options.write:
+        if options.write and options.results.joinpath(method).exists():
             page = ROOT / "docs" / "methods" / f"{method}.md"
             page.write_text(with_sections(page.read_text(), "experiments", lambda _, text=text: text))
     print("\n".join(failed), file=sys.stderr, end="\n" if failed else "")

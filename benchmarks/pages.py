@@ -6,15 +6,24 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
 
 def with_sections(text: str, kind: str, render: Callable[[str], str | None]) -> str:
-    """A page in which every `<!-- KIND: what -->` ... `<!-- end -->` has the text of `render(what)`; None leaves it as it is."""
+    """A page in which every `<!-- KIND: what -->` ... `<!-- end -->` has the text of `render(what)`; None leaves it as it is.
+
+    Raises:
+        UserError: The page has no such section.
+    """
 
     def section(match: re.Match[str]) -> str:
         opening, what, end = match.groups()
         body = render(what)
         return match[0] if body is None else f"{opening}{body}{end}"
 
-    return re.sub(rf"(<!-- {kind}: (.+?) -->\n).*?(\n<!-- end -->)", section, text, flags=re.DOTALL)
+    result, number = re.subn(rf"(<!-- {kind}: (.+?) -->\n).*?(\n<!-- end -->)", section, text, flags=re.DOTALL)
+    if not number:
+        raise UserError(f"there is no <!-- {kind}: ... --> to write into in: {text[:60]!r}")
+    return result

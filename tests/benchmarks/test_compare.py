@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import compare, compare_pages, compare_seeds
+from benchmarks import compare, compare_pages, compare_results, compare_seeds
 from benchmarks.compare_pages import written
 from benchmarks.compare_results import BASES, Results
 from benchmarks.compare_runs import train_runs
 from benchmarks.compare_seeds import more_seeds
 from benchmarks.compare_tables import tables
-from benchmarks.compare_time import equal_time, timed_runs
+from benchmarks.compare_time import equal_time, more_timings, seconds_per_step, timed_runs
 from benchmarks.pages import ROOT
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -115,8 +116,7 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
         )
         return 0
 
-    assert {run.row for run in timed_runs(results)} == {"osm_caa_base", "multi_similarity"}, "as fast as the reference"
-    assert "Steps, and time in training: `multi_similarity` 300 (100 s), `osm_caa_base` 300 (100 s)." in tables(results)
+    assert timed_runs(results) == [] and "wall time: that of" not in tables(results), "not before all rows are there"
     assert train_runs([*equal_time(results)], train, until=0.0) == 0 and not trained, "the time is over"
     assert train_runs([*equal_time(results)], train, None) == 3
     assert train_runs([*equal_time(results)], train, None) == 0
@@ -126,6 +126,7 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
         1,
         2,
     }
+    assert {run.row for run in timed_runs(results)} == {"osm_caa", "osm_caa_base", "multi_similarity"}
     osm = [run for run in timed_runs(results) if run.row == "osm_caa"]
     assert [(run.seed, run.steps, run.test["recall@1"]) for run in osm] == [
         (0, 150, 55.0),
@@ -135,9 +136,13 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
     part = tables(results).split("### emoji, equal wall time: that of multi_similarity")[1]
     assert (
         "| `osm_caa` | 56.0 [53.5, 58.5] | 45.0 " in part
-        and "`osm_caa` 150 (101 s)" in part
+        and "Steps: `multi_similarity` 300, `osm_caa` 150, `osm_caa_base` 300." in part
         and "MMSI and its bases start from" in part
     )
+    kept = results.folder / "equal_time" / "osm_caa-0.json"
+    kept.write_text(kept.read_text().replace("0.0005", "0.0003"))
+    assert timed_runs(results) == [], "a record of another setting"
+    assert train_runs([*equal_time(results)], train, None) == 0 and len(trained) == 5 and len(timed_runs(results)) == 9
     compare.write_outputs(results, tmp_path / "figures")
     first, second = ((tmp_path / "figures" / f"emoji{name}.svg").read_text() for name in ("", "-time"))
     assert "OSM+CAA" in first and "emoji, equal wall time" in second and "contrastive over all pairs" not in first
@@ -149,6 +154,35 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
     assert timed_runs(results) == [] and train_runs([*equal_time(results)], train, None) == 0, (
         "nothing without the reference"
     )
+
+
+def test_a_row_whose_times_differ_is_timed_again(results: Results) -> None:
+    trained: list[Config] = []
+
+    def train(root: str, config: Config) -> int:
+        trained.append(config)
+        figures = {"seconds": 208.0, "final": {"recall@1": 62.0, "map@r": 52.0}}
+        Folder(f"{root}/runs/{config.name}").write_json(SUMMARY, figures)
+        return 0
+
+    def set_seconds(*seconds: float) -> None:
+        for file in (results.folder / "trials").glob("*.json"):
+            record = json.loads(file.read_text())
+            if record["stage"] == "final" and record["method"] == "osm_caa":
+                record["runs"][0]["seconds"] = seconds[record["seed"]]
+                file.write_text(json.dumps(record))
+
+    set_seconds(900.0, 200.0, 210.0)
+    assert [*more_timings(results)] == [] and seconds_per_step(results, "osm_caa") == 0.7
+    set_seconds(900.0, 200.0, 260.0)
+    assert train_runs([*more_timings(results)], train, None) == 0 and [*more_timings(results)] == []
+    assert [(c.seed, str(c.length)) for c in trained] == [(0, "300 steps")]
+    assert seconds_per_step(results, "osm_caa") == pytest.approx(208 / 300)
+    assert len(results.final_runs("osm_caa")) == 3, "it is no further seed"
+    set_seconds(900.0, 100.0, 150.0)
+    for _ in range(4):
+        train_runs([*more_timings(results)], train, None)
+    assert len(trained) == 3, "at most three times"
 
 
 def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +222,9 @@ def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: p
         "a\n<!-- compare: emoji, short -->\nold\n<!-- end -->\nb\n<!-- compare: icons, full -->\nkept\n<!-- end -->\n"
     )
     assert written(page, {"emoji": results}) == page, "rows are missing"
+    monkeypatch.setattr(compare_pages, "BASELINES", ["multi_similarity"])
     monkeypatch.setattr(compare_pages, "METHODS", {"osm_caa": ("OSM+CAA", ["osm_caa"])})
-    monkeypatch.setattr(compare_pages, "ROWS", ["osm_caa"])
+    monkeypatch.setattr(compare_results, "ROWS", ["osm_caa", "osm_caa_base", "multi_similarity"])
     text = written(page, {"emoji": results})
     assert text.startswith("a\n<!-- compare: emoji, short -->\n| emoji: %, unseen classes | R@1 |")
     assert "| multi-similarity, the best baseline | 71.0 [68.5, 73.5] | 61.0 [58.5, 63.5] | | | | |" in text
@@ -198,7 +233,6 @@ def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: p
     page = "<!-- compare: osm_caa, all sets -->\nold\n<!-- end -->"
     row = "| emoji | OSM+CAA | 62.0 [57.0, 67.0] | 52.0 [47.0, 57.0] | contrastive over all pairs | 60.0 "
     assert row in written(page, {"emoji": results}) and written(page, {}) == page
-    monkeypatch.setattr(compare_pages, "BASELINES", ["multi_similarity"])
     page = page.replace("osm_caa", "baseline")
     assert "| emoji | multi-similarity | 71.0 [68.5, 73.5] | 61.0 " in written(page, {"emoji": results})
 
@@ -245,7 +279,9 @@ def test_starts_and_trials_look_for_runs_in_the_storage_that_is_given(
     monkeypatch.setattr(compare, "train_runs", lambda *_: seen.append((["runs"], root)) or 0)
     assert compare.compare("emoji", root, results, None) == 0
     assert {home for _, home in seen} == {root}
-    assert [seen.pop()[0] for _ in range(2)] == [["runs"]] * 2, "more seeds and the second table, after the first"
+    assert [seen.pop()[0] for _ in range(5)] == [["runs"]] * 5, (
+        "more seeds, timings, and the second table, after the first"
+    )
     names = [word.removeprefix("name=") for command, _ in seen for word in command if word.startswith("name=")]
     weights = {
         run_configs(results.sweep(), "mmsi_contrastive", {}, 0, stage)[0].model.weights for stage in ("search", "final")
@@ -278,8 +314,11 @@ def test_results_are_not_overwritten_and_a_missing_dataset_is_told_before_anythi
 
     assert main("--sets", "emoji") == 2 and "add --resume to go on" in capsys.readouterr().err
     assert main("--sets", "icons") == 2 and "icons" in capsys.readouterr().err
-    assert main("--show", "--figures", f"{tmp_path}/figures") == 0
-    assert "### emoji" in capsys.readouterr().out and (kept / "emoji/leaderboard.csv").exists()
+    figures = tmp_path / "figures"
+    assert main("--show", "--figures", str(figures)) == 0 and not figures.exists(), "nothing is written"
+    assert "### emoji" in capsys.readouterr().out and not (kept / "emoji/leaderboard.csv").exists()
+    compare.write_outputs(results := Results("emoji", "", kept / "emoji"), figures)
+    assert (results.folder / "leaderboard.csv").exists() and (figures / "emoji.svg").exists()
 
 
 def test_the_sweep_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,10 +326,16 @@ def test_the_sweep_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert check_sweep(load(tmp_path, "emoji"), weights=False) == {}
 
 
-def test_the_budget_also_stops_a_comparison_in_the_background_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_also_stops_a_comparison_in_the_background_of_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compare, "POLL_S", 0.05)
+    started = tmp_path / "started"
+    clock = SimpleNamespace(sleep=time.sleep, monotonic=lambda: float(started.exists()))
+    monkeypatch.setattr(compare, "time", clock)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell without job control starts commands with &
     try:
-        assert compare.run(["timeit", "-n1", "-r1", "import time; time.sleep(60)"], "", until=0)
+        command = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+        assert compare.run(["timeit", "-n1", "-r1", command], "", until=0.5)
     finally:
         signal.signal(signal.SIGINT, before)
