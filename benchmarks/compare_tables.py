@@ -38,7 +38,7 @@ def tables(results: Results) -> str:
         ),
         "",
         f"(Mean over seeds {', '.join(map(str, seeds))} with Student's 95 % interval, and over two more where a row is within {CLOSE:g} "
-        "points of its base, but for rows trained again at equal wall time; paired: difference by seed, bold where its interval lies above "
+        "points of its base or the interval of the difference holds 0, but for rows trained again at equal wall time; paired: difference by seed, bold where its interval lies above "
         "0, each row by itself, not corrected for their number. s: time in steps and mining, on one core. Any row again: "
         f"`python -m benchmarks.compare --sets {results.name} --repeat ROW`.)",
     ]

@@ -208,13 +208,19 @@ def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: 
     )
     for file in (results.folder / "more_seeds").glob("*.json"):
         file.unlink()
-    for file in (results.folder / "trials").glob("*.json"):
-        record = json.loads(file.read_text())
-        if record["method"] == "osm_caa" and record["stage"] == "final":
-            record["runs"][0]["test"] = {"recall@1": 80.0, "map@r": 70.0}
-            file.write_text(json.dumps(record))
+
+    def set_figures(*values: float) -> None:
+        for file in (results.folder / "trials").glob("*.json"):
+            record = json.loads(file.read_text())
+            if record["method"] == "osm_caa" and record["stage"] == "final":
+                record["runs"][0]["test"] = {"recall@1": values[record["seed"]], "map@r": 70.0}
+                file.write_text(json.dumps(record))
+
+    set_figures(80.0, 80.0, 80.0)
     trained.clear()
     assert train_runs([*more_seeds(results)], train, None) == 0 and not trained, "eighteen points above its base"
+    set_figures(80.0, 60.0, 75.0)
+    assert len([*more_seeds(results)]) == 4, "twelve points above, by an interval that holds 0"
 
 
 def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
