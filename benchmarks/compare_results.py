@@ -89,6 +89,7 @@ class Results:
         self.root = root
         self.folder = folder
         self.sweep_folder = sweep_folder(root, f"compare-{name}")
+        self._state: list[tuple[str, int, int]] = []  # of the files when they were read
 
     def exists(self) -> bool:
         return (self.folder / SWEEP).exists()
@@ -126,10 +127,22 @@ class Results:
                     )
 
     def sweep(self) -> SweepConfig:
-        return read_sweep(Folder(self.folder))
+        self._read()
+        return self._sweep
 
     def records(self) -> list[TrialRecord]:
-        return SweepFolder(Folder(self.folder)).read()
+        self._read()
+        return self._records
+
+    def _read(self) -> None:
+        """Reads the sweep's file and records again if one has changed: the tables ask for them hundreds of times."""
+        stats = [
+            (file.name, file.stat()) for file in (self.folder / SWEEP, *sorted((self.folder / TRIALS).glob("*.json")))
+        ]
+        state = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
+        if state != self._state:
+            folder = Folder(self.folder)
+            self._sweep, self._records, self._state = read_sweep(folder), SweepFolder(folder).read(), state
 
     def finals(self, row: str) -> list[TrialRecord]:
         """The finished final trials of a row, by seed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import time
@@ -256,7 +257,7 @@ def test_records_go_on_in_another_storage(results: Results, tmp_path: Path) -> N
     assert SweepFolder(elsewhere.sweep_folder).read() == results.records() and len(results.records()) == 12
     kept = b"".join(file.read_bytes() for file in results.folder.rglob("*") if file.is_file())
     assert str(tmp_path).encode() not in kept and b"the-machine" not in kept, "nothing of the machine is kept"
-    changed = results.records()[0]
+    changed = copy.deepcopy(results.records()[0])
     records = SweepFolder(elsewhere.sweep_folder)
     records.acquire()
     changed.score = 99.0

@@ -292,7 +292,7 @@ def test_weights_of_the_gradient_leave_the_value_and_scale_each_pair() -> None:
     weights = torch.rand(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * chosen.slots
     value = weighted_loss(s, weights, chosen, config)
     (weighted,) = torch.autograd.grad(value, s)
-    assert float(value) == pytest.approx(float(plain)) and float(g.abs().sum()) > 0
+    assert value.item() == pytest.approx(plain.item()) and float(g.abs().sum()) > 0
     torch.testing.assert_close(weighted, weights * g)
 
 
