@@ -6,12 +6,12 @@
     python -m benchmarks.compare --sets emoji --repeat ROW    trains a row's final runs again and compares the figures
 
 The sweep is benchmarks/compare.yaml, run by `pipeline.tune` under the fair protocol: settings are chosen on a fold of the training
-classes, final runs train on all of them, and the test classes are measured once. Then rows within two points of their base, or whose difference has an interval that holds 0,
-get two more seeds, and rows whose steps are slower or faster than those of the multi-similarity loss are trained again, for as long as that took: the
-second table. For that nothing else should run beside, and all of a set on one machine. Records, one JSON file a run, are kept in `--results` (benchmarks/results/compare/SET) as they are written; tables, figures
-and leaderboard are made of them alone, and so are the tables in README.md and docs/results/methods.md, by `--write`. With `--resume` a
-stopped comparison goes on from them, also on another machine: only weights of unfinished runs are trained anew. `--budget` stops all
-after so many minutes.
+classes, final runs train on all of them, and the test classes are measured once. Then rows within two points of their base, or whose
+difference has an interval that holds 0, get two more seeds, and rows whose steps are slower or faster than those of the multi-similarity
+loss are trained again, for as long as that took: the second table. For that nothing else should run beside, and all of a set on one machine.
+Records, one JSON file a run, are kept in `--results` (benchmarks/results/compare/SET) as they are written; tables, figures and leaderboard
+are made of them alone, and so are the tables in README.md and the documentation, by `--write`. With `--resume` a stopped comparison goes on
+from them, also on another machine: only weights of unfinished runs are trained anew. `--budget` stops all after so many minutes.
 
 emoji  class = emoji, image = vendor; 64 pixels, 128 dimensions; `python -m pipeline.prepare emoji`
 icons  class = icon, image = style; 64 pixels, 128 dimensions; `python -m pipeline.prepare icons`

@@ -90,6 +90,8 @@ class Results:
         self.folder = folder
         self.sweep_folder = sweep_folder(root, f"compare-{name}")
         self._state: list[tuple[str, int, int]] = []  # of the files when they were read
+        self._sweep: SweepConfig
+        self._records: list[TrialRecord]
 
     def exists(self) -> bool:
         return (self.folder / SWEEP).exists()

@@ -15,8 +15,8 @@ from pipeline.storage import Folder
 
 CLASSES = 20  # of a batch of the preset baseline/photos
 IMAGES_SEEN, LEAST_EPOCHS, MOST_EPOCHS = 24_000, 4, 20
-# A smaller fold says little of a checkpoint (of birds' two classes every answer was right), and its classes are missed in training: with
-# 6 classes of 10 birds to train on, MAP@R is 39.6 with 2 held out and 50.8 with none (frozen 44.6).
+# A smaller fold says little of a checkpoint (of two classes of birds every answer was right at each validation), and its classes are missed
+# in training. The number is a judgement, not a measurement.
 LEAST_FOLD_CLASSES = 4
 
 
