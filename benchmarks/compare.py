@@ -4,6 +4,7 @@
     python -m benchmarks.compare --show                       the tables of the results that are there; trains nothing
     python -m benchmarks.compare --write                      writes them into README.md and the documentation, figures and leaderboard
     python -m benchmarks.compare --sets emoji --repeat ROW    trains a row's final runs again and compares the figures
+    python -m benchmarks.compare --sets emoji --time ROW ...  times rows once more, if other programs ran beside all of their runs
 
 The sweep is benchmarks/compare.yaml, run by `pipeline.tune` under the fair protocol: settings are chosen on a fold of the training
 classes, final runs train on all of them, and the test classes are measured once. Then rows within two points of their base, or whose
@@ -41,7 +42,7 @@ from benchmarks.compare_results import METRICS, ROWS, Results
 from benchmarks.compare_runs import train_runs
 from benchmarks.compare_seeds import more_seeds
 from benchmarks.compare_tables import tables, write_leaderboard
-from benchmarks.compare_time import REFERENCE, TIMINGS, equal_time, more_timings, time_figures, timed_runs
+from benchmarks.compare_time import REFERENCE, TIMINGS, equal_time, more_timings, time_figures, timed_runs, timing
 from pipeline.config import Config, to_yaml
 from pipeline.data.find_store import find_store
 from pipeline.errors import UserError, fail
@@ -265,6 +266,7 @@ def main() -> int:
         "--write", action="store_true", help="as --show, and the tables of finished sets into the pages"
     )
     parser.add_argument("--repeat", choices=ROWS, metavar="ROW", help="train the final runs of this row again")
+    parser.add_argument("--time", nargs="+", choices=ROWS, metavar="ROW", help="time these rows once more")
     parser.add_argument("--root", default=home(), help="storage of datasets and runs (default: $RAYDML_HOME)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default: %(default)s)")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figures (default: %(default)s)")
@@ -286,6 +288,9 @@ def main() -> int:
             return 0
         if options.repeat is not None:
             return max(repeat(options.repeat, results) for results in found.values())
+        if options.time is not None:
+            wanted = [timing(results, row) for results in found.values() for row in options.time]
+            return train_runs(wanted, train, until)
         for name, results in found.items():
             if results.exists() and not options.resume:
                 raise UserError(f"{results.folder} has results: add --resume to go on, or move them away")

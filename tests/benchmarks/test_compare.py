@@ -157,7 +157,9 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
     )
 
 
-def test_a_row_whose_times_differ_is_timed_again(results: Results) -> None:
+def test_a_row_whose_times_differ_is_timed_again(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained: list[Config] = []
 
     def train(root: str, config: Config) -> int:
@@ -184,6 +186,12 @@ def test_a_row_whose_times_differ_is_timed_again(results: Results) -> None:
     for _ in range(4):
         train_runs([*more_timings(results)], train, None)
     assert len(trained) == 3, "at most three times"
+    results.root = str(tmp_path)
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "Results", lambda *_: results)
+    monkeypatch.setattr("sys.argv", ["compare", "--sets", "emoji", "--time", "osm_caa", "--results", str(tmp_path)])
+    assert compare.main() == 0 and [str(c.length) for c in trained[3:]] == ["300 steps"]
+    assert len(results.kept_runs("timing", "osm_caa")) == 4, "once more, by hand"
 
 
 def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
