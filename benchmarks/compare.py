@@ -224,10 +224,10 @@ def write_outputs(results: Results, figures: Path) -> None:
     if not any(results.has(row) for row in ROWS):
         return
     figures.mkdir(parents=True, exist_ok=True)
-    draw(f"{results.name}, equal images seen", results.figures(), figures / f"{results.name}.svg")
+    draw(f"{results.name}, equal images seen", results.figures(), results.frozen(), figures / f"{results.name}.svg")
     if timed := timed_runs(results):
         title = f"{results.name}, equal wall time: that of {REFERENCE}"
-        draw(title, time_figures(timed), figures / f"{results.name}-time.svg")
+        draw(title, time_figures(timed), results.frozen(), figures / f"{results.name}-time.svg")
 
 
 def repeat(row: str, results: Results) -> int:
@@ -277,7 +277,7 @@ def main() -> int:
     try:
         if options.write:
             write_pages(found)
-            sets = {name: results.figures() for name, results in found.items() if results.is_complete()}
+            sets = {name: results for name, results in found.items() if results.is_complete()}
             if sets:
                 draw_sets(sets, options.figures / "sets.svg")
         if options.show or options.write:

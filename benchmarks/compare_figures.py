@@ -3,53 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.compare_results import BASES, METRICS, TITLES, Figures
+from benchmarks.compare_results import BASES, METRICS, TITLES, Figures, Results
 from pipeline.tuning.statistics import estimate
 
 Values = Mapping[str, Mapping[int, float]]  # percent by row and seed
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric of one set.
+
+    Attributes:
+        rows: Percent by row and seed.
+        frozen: That of the pretrained trunk, if it is known.
+    """
+
+    rows: Values
+    frozen: float | None
+
+
 COLOUR, BASE_COLOUR = "#1f5fa8", "#b8651b"
 
 
-def draw(title: str, figures: Figures, file: Path) -> None:
+def draw(title: str, figures: Figures, frozen: Mapping[str, float], file: Path) -> None:
     """Writes a set's figure as SVG, methods with their bases below baselines, the best of each on top.
 
     Args:
         title: Above the panels.
         figures: Percent by metric, row and seed; rows without them are left out.
+        frozen: What the trunk has before training, by metric: a line.
         file: What is written.
     """
-    panels = {f"{name}, %, unseen classes": figures[metric] for metric, name in METRICS.items()}
+    panels = {
+        f"{name}, %, unseen classes": Panel(figures[metric], frozen.get(metric)) for metric, name in METRICS.items()
+    }
     _write(title, panels, file)
 
 
-def draw_sets(figures: Mapping[str, Figures], file: Path) -> None:
+def draw_sets(sets: Mapping[str, Results], file: Path) -> None:
     """Writes the figure of all sets as SVG: MAP@R, a panel a set, in the order of the first.
 
     Args:
-        figures: Of each set, percent by metric, row and seed.
+        sets: The results of each.
         file: What is written.
     """
-    _write("", {f"{name}: MAP@R, %": values["map@r"] for name, values in figures.items()}, file)
+    panels = {
+        f"{name}: MAP@R, %": Panel(found.figures()["map@r"], found.frozen().get("map@r"))
+        for name, found in sets.items()
+    }
+    _write("", panels, file)
 
 
-def _write(title: str, panels: Mapping[str, Values], file: Path) -> None:
-    places = _places(next(iter(panels.values())))
+def _write(title: str, panels: Mapping[str, Panel], file: Path) -> None:
+    places = _places(next(iter(panels.values())).rows)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # the same file each time
         _figure(title, panels, places).savefig(file, format="svg", metadata={"Date": None})
 
 
-def _figure(title: str, panels: Mapping[str, Values], places: Sequence[tuple[str, str | None, float]]) -> Figure:
+def _figure(title: str, panels: Mapping[str, Panel], places: Sequence[tuple[str, str | None, float]]) -> Figure:
     figure = Figure(figsize=(3.2 + 3 * len(panels), 1.1 + 0.3 * len(places)), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (name, values) in zip(axes, panels.items(), strict=True):
+    for axis, (name, panel) in zip(axes, panels.items(), strict=True):
+        values = panel.rows
+        if panel.frozen is not None:
+            axis.axvline(panel.frozen, color="#777777", linestyle=":", linewidth=1)
         for row, base, y in places:
             if values.get(row):
                 _mark(axis, values[row], y, COLOUR, "o")
@@ -62,8 +88,9 @@ def _figure(title: str, panels: Mapping[str, Values], places: Sequence[tuple[str
     axes[0].invert_yaxis()
     axes[0].plot([], [], "o", color=COLOUR, label="baseline, or method")
     axes[0].plot([], [], "s", color=BASE_COLOUR, label="the method's base")
+    axes[0].plot([], [], ":", color="#777777", label="not trained")
     axes[0].plot([], [], " ", label="* from a trained base, as its base")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 

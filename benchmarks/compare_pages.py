@@ -25,8 +25,10 @@ PAGES = ("README.md", "docs/results/methods.md", *(f"docs/methods/{name}.md" for
 def short_table(results: Results) -> str:
     """Eight lines of a set: the five methods beside their bases, and the best baseline, as validation has chosen them."""
     figures = results.figures()
+    frozen = ", ".join(f"{METRICS[metric]} {value:.1f}" for metric, value in results.frozen().items())
+    untrained = f" (not trained: {frozen})" if frozen else ""
     lines = [
-        f"| {results.name}: %, unseen classes | R@1 | MAP@R | its base | R@1 | MAP@R | MAP@R, difference |",
+        f"| {results.name}: %, unseen classes{untrained} | R@1 | MAP@R | its base | R@1 | MAP@R | MAP@R, difference |",
         "|---|---|---|---|---|---|---|",
     ]
     best = _best(results, BASELINES)

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.compare_runs import KeptRun, kept_runs
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.runs.run_folder import SUMMARY
 from pipeline.storage import Folder
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.sweep_config import SweepConfig
@@ -63,6 +64,7 @@ TITLES = {  # of rows, for readers
     "mmsi_multi_similarity_base": "multi-similarity, from the same",
 }
 MORE_SEEDS = "more_seeds"  # folder of runs beside the sweep's
+FROZEN = "frozen.json"
 METRICS = {"recall@1": "R@1", "map@r": "MAP@R"}
 Figures = Mapping[str, Mapping[str, Mapping[int, float]]]  # percent on the test classes by metric, row and seed
 
@@ -106,6 +108,18 @@ class Results:
             content, kept = without_place(name, self.sweep_folder.read(name)), self.folder / name
             if not kept.exists() or kept.read_bytes() != content:
                 kept.write_bytes(content)
+        self._collect_frozen()
+
+    def _collect_frozen(self) -> None:
+        """Keeps the figures of the pretrained trunk, which every final run measures first."""
+        if (self.folder / FROZEN).exists():
+            return
+        finished = [r.runs[0].name for r in self.records() if r.stage == "final" and r.state == "finished"]
+        for folder in (Folder(f"{self.root}/runs/{name}") for name in finished):
+            if folder.exists(SUMMARY):
+                figures = {metric: folder.read_json(SUMMARY)["frozen"][metric] for metric in METRICS}
+                (self.folder / FROZEN).write_text(json.dumps(figures, indent=1) + "\n")
+                return
 
     def restore(self) -> None:
         """Gives kept records to a storage that has none of them, so that the sweep goes on from them.
@@ -145,6 +159,11 @@ class Results:
         if state != self._state:
             folder = Folder(self.folder)
             self._sweep, self._records, self._state = read_sweep(folder), SweepFolder(folder).read(), state
+
+    def frozen(self) -> dict[str, float]:
+        """The pretrained trunk's pooled features on the test classes, in percent by metric; empty before a final run is finished."""
+        file = self.folder / FROZEN
+        return json.loads(file.read_text()) if file.exists() else {}
 
     def finals(self, row: str) -> list[TrialRecord]:
         """The finished final trials of a row, by seed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.compare_results import BASES, METRICS, ROWS, Figures, Results
 from benchmarks.compare_seeds import CLOSE
@@ -24,9 +24,13 @@ def tables(results: Results) -> str:
     records, sweep, timed = results.records(), results.sweep(), timed_runs(results)
     seeds = sweep.final.seeds if sweep.final is not None else []
     length = "" if sweep.final is None else f", {sweep.final.length}"
-    lines = [f"### {results.name}, equal images seen{length}", "", *_both(results.figures())]
+    lines = [f"### {results.name}, equal images seen{length}", "", *_both(results.figures(), results.frozen())]
     if timed:
-        lines += [f"### {results.name}, equal wall time: that of {REFERENCE}", "", *_both(time_figures(timed))]
+        lines += [
+            f"### {results.name}, equal wall time: that of {REFERENCE}",
+            "",
+            *_both(time_figures(timed), results.frozen()),
+        ]
         steps = {run.row: run.steps for run in timed}
         lines += [f"Steps: {', '.join(f'`{row}` {number}' for row, number in steps.items())}.", ""]
     lines += [
@@ -45,14 +49,19 @@ def tables(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _both(figures: Figures) -> list[str]:
-    """Rows beside their bases, and baselines."""
+def _both(figures: Figures, frozen: Mapping[str, float]) -> list[str]:
+    """Rows beside their bases, and baselines with what the trunk had before training."""
     methods = _table(
         ("row", "R@1", "MAP@R", "its base", "R@1", "MAP@R", "R@1, paired", "MAP@R, paired"),
         (_beside_base(figures, row, base) for row, base in BASES.items() if base is not None),
     )
+    untrained = ["not trained: the pretrained trunk's features", *(f"{value:.1f}" for value in frozen.values())]
     baselines = _table(
-        ("baseline", "R@1", "MAP@R"), ([f"`{row}`", mean(figures, row)] for row, base in BASES.items() if base is None)
+        ("baseline", "R@1", "MAP@R"),
+        [
+            *([f"`{row}`", mean(figures, row)] for row, base in BASES.items() if base is None),
+            *([untrained] if frozen else []),
+        ],
     )
     note = (
         "MMSI and its bases start from a base that has been trained, on as many images again: one checkpoint for all seeds, whose own "
@@ -61,7 +70,7 @@ def _both(figures: Figures) -> list[str]:
     return [*methods, "", *baselines, "", note, ""]
 
 
-def _table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     cells = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(row)} |" for row in cells]
 

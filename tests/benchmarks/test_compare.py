@@ -105,6 +105,20 @@ def test_the_table_is_of_the_test_classes_paired_by_seed(results: Results) -> No
     assert "| `osm_caa` | 1 | 33.0 | optimizer.lr 0.0005, alpha 1.2 | 3 | 200 |" in text
 
 
+def test_the_tables_have_what_the_trunk_had_before_training(results: Results) -> None:
+    assert results.frozen() == {} and "not trained" not in tables(results)
+    summary = {"final": {}, "frozen": {"recall@1": 30.04, "map@r": 20.26, "queries": 9}}
+    Folder(f"{results.root}/runs/r").write_json(SUMMARY, summary)
+    results.collect()
+    assert results.frozen() == {"recall@1": 30.04, "map@r": 20.26}
+    assert "| not trained: the pretrained trunk's features | 30.0 | 20.3 |" in tables(results)
+    elsewhere = Results("emoji", "nowhere", results.folder)  # from the kept records alone
+    assert elsewhere.frozen() == results.frozen()
+    assert compare_pages.short_table(elsewhere).startswith(
+        "| emoji: %, unseen classes (not trained: R@1 30.0, MAP@R 20.3) | R@1 |"
+    )
+
+
 def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(results: Results, tmp_path: Path) -> None:
     trained: list[Config] = []
 
