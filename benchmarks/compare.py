@@ -53,10 +53,11 @@ SWEEP = Path(__file__).with_name("compare.yaml")
 RESULTS = Path(__file__).with_name("results") / "compare"
 
 
-PROXY_ANCHOR = {  # rows, each with the key of the loss's scale
-    "proxy_anchor": "method.loss_args.alpha",
-    "proxy_anchor_neck": "method.proxy_scale",
-    "gca_hng_proxy_anchor": "method.proxy_scale",
+PROXIES = {  # rows whose loss has proxies, each with what is tried first on birds beside the rate: with fewer classes, the usual scale
+    "proxy_anchor": "method.loss_args.alpha: 32",
+    "proxy_anchor_neck": "method.proxy_scale: 32",
+    "gca_hng_proxy_anchor": "method.proxy_scale: 32",
+    "normalized_softmax": "method.loss_args.temperature: 0.05",
 }
 MMSI = ("contrastive", "contrastive_base", "multi_similarity", "multi_similarity_base")
 
@@ -69,7 +70,7 @@ class DataSet:
         store: Name of the prepared dataset.
         settings: What is set for all rows.
         sweep: What is set in the sweep.
-        rates: Factor of learning rates, those of Proxy-Anchor aside.
+        rates: Factor of learning rates, those of losses with proxies aside.
         start: Length of the runs that MMSI starts from.
     """
 
@@ -105,11 +106,11 @@ SETS = {
                 f"methods.{row}.settings.method.optimizer.head_lr_multiplier=40"
                 for row in ("cross_entropy", "intra_batch")
             ),
-            *(  # with fewer classes, the usual scale
+            *(
                 setting
-                for row, scale in PROXY_ANCHOR.items()
+                for row, scale in PROXIES.items()
                 for setting in (
-                    f"methods.{row}.points=[{{method.optimizer.lr: 1.0e-4, {scale}: 32}}]",
+                    f"methods.{row}.points=[{{method.optimizer.lr: 1.0e-4, {scale}}}]",
                     f"methods.{row}.settings.method.optimizer.loss_lr_multiplier=100",
                 )
             ),
@@ -138,7 +139,7 @@ def sweep_file(dataset: str, folder: Path) -> Path:
     key, factor = "method.optimizer.lr", SETS[dataset].rates
     spaces = [values["space"]]
     for row, entry in values["methods"].items():
-        if "proxy_anchor" not in row:
+        if row not in PROXIES:
             spaces.append(entry["space"])
             for point in entry["points"]:
                 point[key] *= factor
