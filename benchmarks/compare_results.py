@@ -151,7 +151,13 @@ class Results:
         return self._records
 
     def _read(self) -> None:
-        """Reads the sweep's file and records again if one has changed: the tables ask for them hundreds of times."""
+        """Reads the sweep's file and records again if one has changed: the tables ask for them hundreds of times.
+
+        Raises:
+            UserError: There are none.
+        """
+        if not self.exists():
+            raise UserError(f"{self.folder} has no records of {self.name}: compare it first, or choose --sets")
         stats = [
             (file.name, file.stat()) for file in (self.folder / SWEEP, *sorted((self.folder / TRIALS).glob("*.json")))
         ]

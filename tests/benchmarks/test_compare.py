@@ -350,6 +350,16 @@ def test_results_are_not_overwritten_and_a_missing_dataset_is_told_before_anythi
     assert (results.folder / "leaderboard.csv").exists() and (figures / "emoji.svg").exists()
 
 
+@pytest.mark.parametrize("option", ["--time", "--repeat"])
+def test_a_row_of_a_set_without_records_is_one_line(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--sets", "birds", option, "osm_caa", "--root", str(tmp_path), "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    assert compare.main() == 2
+    assert "birds has no records of birds: compare it first, or choose --sets" in capsys.readouterr().err
+
+
 def test_the_sweep_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYDML_HOME", f"{tmp_path}/root")  # without a dataset: keys, both ends of ranges, budgets
     assert check_sweep(load(tmp_path, "emoji"), weights=False) == {}
