@@ -88,7 +88,8 @@ def _figure(title: str, panels: Mapping[str, Panel], places: Sequence[tuple[str,
     axes[0].invert_yaxis()
     axes[0].plot([], [], "o", color=COLOUR, label="baseline, or method")
     axes[0].plot([], [], "s", color=BASE_COLOUR, label="the method's base")
-    axes[0].plot([], [], ":", color="#777777", label="not trained")
+    if any(panel.frozen is not None for panel in panels.values()):
+        axes[0].plot([], [], ":", color="#777777", label="not trained")
     axes[0].plot([], [], " ", label="* from a trained base, as its base")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure

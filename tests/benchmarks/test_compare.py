@@ -105,11 +105,15 @@ def test_the_table_is_of_the_test_classes_paired_by_seed(results: Results) -> No
     assert "| `osm_caa` | 1 | 33.0 | optimizer.lr 0.0005, alpha 1.2 | 3 | 200 |" in text
 
 
-def test_the_tables_have_what_the_trunk_had_before_training(results: Results) -> None:
+def test_the_tables_have_what_the_trunk_had_before_training(results: Results, tmp_path: Path) -> None:
     assert results.frozen() == {} and "not trained" not in tables(results)
     summary = {"final": {}, "frozen": {"recall@1": 30.04, "map@r": 20.26, "queries": 9}}
     Folder(f"{results.root}/runs/r").write_json(SUMMARY, summary)
+    compare.write_outputs(results, tmp_path)
+    assert "not trained" not in (tmp_path / "emoji.svg").read_text()
     results.collect()
+    compare.write_outputs(results, tmp_path)
+    assert "not trained" in (tmp_path / "emoji.svg").read_text()
     assert results.frozen() == {"recall@1": 30.04, "map@r": 20.26}
     assert "| not trained: the pretrained trunk's features | 30.0 | 20.3 |" in tables(results)
     elsewhere = Results("emoji", "nowhere", results.folder)  # from the kept records alone
