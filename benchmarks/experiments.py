@@ -63,9 +63,19 @@ def experiments() -> Iterator[Experiment]:
         base = merged(common, entry["base"])
         yield _experiment(method, AS_IT_IS, common, base)
         for title, change in entry["both"].items():
-            yield _experiment(method, title, merged(common, change), merged(base, change))
+            change = dict(change)
+            of_base = change.pop("of base", {})
+            yield _experiment(method, title, merged(common, change), merged(merged(base, change), of_base))
         for title, change in entry["own"].items():
-            yield _experiment(method, title, merged(common, change), base)
+            yield _experiment(method, title, _changed(method, common, change), base)
+
+
+def _changed(method: str, settings: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with a change; a method of another name, which a recipe would start from nothing, keeps those of the preset."""
+    if "name" in change.get("method", {}):
+        kept = merged(recipe_values(preset(method)), settings)["method"]
+        change = {**change, "method": {**kept, **change["method"]}}
+    return merged(dict(settings), change)
 
 
 def _experiment(method: str, title: str, *sides: Mapping[str, Any]) -> Experiment:

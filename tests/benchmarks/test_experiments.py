@@ -38,6 +38,42 @@ def test_every_experiment_is_a_recipe_that_is_accepted(tmp_path: Path) -> None:
             assert ours.model == base.model and ours.data == base.data and ours.length == base.length
 
 
+def test_a_row_changes_what_it_says_alone(tmp_path: Path) -> None:
+    """Also where it names a control instead of the method, which a recipe would start from nothing."""
+    presets = {row.method: row for row in ROWS if row.title == experiments.AS_IT_IS}
+    changes = {
+        (method, title): change
+        for method, entry in yaml.safe_load(experiments.EXPERIMENTS.read_text())["methods"].items()
+        for title, change in entry["own"].items()
+    }
+
+    def method_config(row: experiments.Experiment) -> dict[str, Any]:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({"preset": f"{row.method}/emoji", **row.sides[0]}))
+        return load_config(str(recipe)).method.model_dump()
+
+    for row in ROWS:
+        if (row.method, row.title) in changes:
+            before, after = method_config(presets[row.method]), method_config(row)
+            differ = {key for key in before | after if before.get(key) != after.get(key)}
+            assert differ == set(changes[row.method, row.title]["method"]), row.title
+            assert row.sides[1] == presets[row.method].sides[1], "the base is unchanged"
+
+
+def test_a_step_of_mmsi_has_as_many_images_as_one_of_its_base(tmp_path: Path) -> None:
+    for row in ROWS:
+        if row.method != "mmsi":
+            continue
+        images = []
+        for settings in row.sides:
+            recipe = tmp_path / "recipe.yaml"
+            recipe.write_text(yaml.safe_dump({"preset": "mmsi/emoji", **settings}))
+            of_method = load_config(str(recipe)).method
+            meta = of_method.meta_classes if of_method.meta else 0
+            images.append(of_method.classes_per_batch * of_method.samples_per_class + meta)
+        assert images[0] == images[1], row.title
+
+
 def test_records_are_kept_shared_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row for row in ROWS if row.method == "osm_caa" and row.title in (experiments.AS_IT_IS, "attention alone")]
     asked: list[tuple[bool, bool, int]] = []
