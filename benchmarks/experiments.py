@@ -130,7 +130,7 @@ def train_missing(
             for settings in row.sides:
                 file = record_of(row.method, settings, seed, results)
                 if not file.exists():
-                    work[file] = (row, settings, seed)
+                    work.setdefault(file, (row, settings, seed))  # rows of the same base share its run
 
     def one(file: Path) -> str:
         row, settings, seed = work[file]
@@ -142,7 +142,8 @@ def train_missing(
             return f"{row.method}, {row.title}: {error}"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"settings": settings, "seed": seed, **figures}, indent=1) + "\n")
-        print(f"{row.method}, {row.title}, seed {seed}: {figures['recall@1']:.1f}", file=sys.stderr, flush=True)
+        side = "" if settings == row.sides[0] else ", its base"
+        print(f"{row.method}{side}, {row.title}, seed {seed}: {figures['recall@1']:.1f}", file=sys.stderr, flush=True)
         return ""
 
     with ThreadPoolExecutor(parallel) as pool:

@@ -104,7 +104,9 @@ def test_records_are_kept_shared_and_shown(tmp_path: Path, capsys: pytest.Captur
     text = experiments.table("osm_caa", rows, 2, tmp_path)
     assert "| the preset | 60.0 | 31.0 | 50.0 | 30.0 | +10.0 | +1.0 | 0.50 | 2.00 | 1 |" in text
     assert "| attention alone | 52.5 | 31.0 | 50.5 | 30.0 | +2.0 | +1.0 | 1.00 | 1.00 | 2 |" in text
-    assert "osm_caa, attention alone, seed 1: 53.0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "osm_caa, attention alone, seed 1: 53.0" in said
+    assert "osm_caa, its base, the preset, seed 0: 50.0" in said, "a run of several rows has the name of the first"
 
 
 def test_weights_exchanged_at_random_are_as_large_and_at_other_pairs() -> None:
