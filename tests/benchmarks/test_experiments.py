@@ -16,21 +16,26 @@ from benchmarks.controls import ShuffledMmsi
 from methods import METHODS
 from methods.mmsi import Mmsi, MmsiConfig
 from methods.mmsi_weights import select_pairs
+from pipeline.config import Config
 from pipeline.recipes import load_config
 
 ROWS = list(experiments.experiments())
 STUDIED = set(METHODS) - {"baseline"}
 
 
+def configs(row: experiments.Experiment, folder: Path) -> list[Config]:
+    """The method's and its base's."""
+    recipe, sides = folder / "recipe.yaml", []
+    for settings in row.sides:
+        recipe.write_text(yaml.safe_dump({"preset": experiments.preset(row.method), **settings}))
+        sides.append(load_config(str(recipe)))
+    return sides
+
+
 def test_every_experiment_is_a_recipe_that_is_accepted(tmp_path: Path) -> None:
     assert {row.method for row in ROWS} == STUDIED
     for row in ROWS:
-        sides = []
-        for settings in row.sides:
-            recipe = tmp_path / "recipe.yaml"
-            recipe.write_text(yaml.safe_dump({"preset": f"{row.method}/emoji", **settings}))
-            sides.append(load_config(str(recipe)))
-        ours, base = sides
+        ours, base = sides = configs(row, tmp_path)
         assert ours.method != base.method, row.title
         assert all(config.data.validation_fold == 0 and not config.evaluation.test for config in sides)
         assert all(config.evaluation.every.value <= config.length.value for config in sides), row.title
@@ -47,14 +52,9 @@ def test_a_row_changes_what_it_says_alone(tmp_path: Path) -> None:
         for title, change in entry["own"].items()
     }
 
-    def method_config(row: experiments.Experiment) -> dict[str, Any]:
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({"preset": f"{row.method}/emoji", **row.sides[0]}))
-        return load_config(str(recipe)).method.model_dump()
-
     for row in ROWS:
         if (row.method, row.title) in changes:
-            before, after = method_config(presets[row.method]), method_config(row)
+            before, after = (configs(r, tmp_path)[0].method.model_dump() for r in (presets[row.method], row))
             differ = {key for key in before | after if before.get(key) != after.get(key)}
             assert differ == set(changes[row.method, row.title]["method"]), row.title
             assert row.sides[1] == presets[row.method].sides[1], "the base is unchanged"
@@ -65,13 +65,19 @@ def test_a_step_of_mmsi_has_as_many_images_as_one_of_its_base(tmp_path: Path) ->
         if row.method != "mmsi":
             continue
         images = []
-        for settings in row.sides:
-            recipe = tmp_path / "recipe.yaml"
-            recipe.write_text(yaml.safe_dump({"preset": "mmsi/emoji", **settings}))
-            of_method = load_config(str(recipe)).method
+        for config in configs(row, tmp_path):
+            of_method = config.method
             meta = of_method.meta_classes if of_method.meta else 0
             images.append(of_method.classes_per_batch * of_method.samples_per_class + meta)
         assert images[0] == images[1], row.title
+
+
+def test_pages_have_the_tables_of_the_kept_records() -> None:
+    methods = [folder.name for folder in experiments.RESULTS.iterdir()]
+    assert methods
+    for method in methods:
+        table = experiments.table(method, [row for row in ROWS if row.method == method], 2, experiments.RESULTS)
+        assert table in (experiments.ROOT / "docs" / "methods" / f"{method}.md").read_text(), "write them: --write"
 
 
 def test_records_are_kept_shared_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
