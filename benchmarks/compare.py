@@ -24,6 +24,7 @@ On two cores emoji and icons take three hours each, birds longer.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import signal
 import subprocess
@@ -138,6 +139,7 @@ def sweep_file(dataset: str, folder: Path) -> Path:
     values = yaml.safe_load(SWEEP.read_text().replace("START-", f"compare-{dataset}-start-"))
     key, factor = "method.optimizer.lr", SETS[dataset].rates
     spaces = [values["space"]]
+    values["methods"] = {row: copy.deepcopy(entry) for row, entry in values["methods"].items()}  # rows share anchors
     for row, entry in values["methods"].items():
         if row not in PROXIES:
             spaces.append(entry["space"])
@@ -161,15 +163,23 @@ def run(command: Sequence[str], root: str, until: float | None = None, results: 
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; commands would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = os.environ | {"RAYDML_HOME": root}  # where the names of runs to start from are looked up
-    process = subprocess.Popen([sys.executable, "-m", *command], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", *command], env=environment, start_new_session=True)
     asked = False
-    while process.poll() is None:
-        time.sleep(POLL_S)
+    try:
+        while process.poll() is None:
+            time.sleep(POLL_S)
+            if results is not None:
+                results.collect()
+            if until is not None and time.monotonic() > until and not asked:
+                asked = True
+                process.send_signal(signal.SIGINT)
+    except KeyboardInterrupt:  # also where only this process gets it; the command keeps what it has
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    finally:
         if results is not None:
             results.collect()
-        if until is not None and time.monotonic() > until and not asked:
-            asked = True
-            process.send_signal(signal.SIGINT)
     return process.returncode
 
 
