@@ -31,9 +31,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -47,6 +48,7 @@ from benchmarks.compare_time import REFERENCE, TIMINGS, equal_time, more_timings
 from pipeline.config import Config, to_yaml
 from pipeline.data.find_store import find_store
 from pipeline.errors import UserError, fail
+from pipeline.recipes import merged
 from pipeline.runs.run_folder import SUMMARY
 from pipeline.storage import Folder, home
 
@@ -54,78 +56,25 @@ SWEEP = Path(__file__).with_name("compare.yaml")
 RESULTS = Path(__file__).with_name("results") / "compare"
 
 
-PROXIES = {  # rows whose loss has proxies, each with what is tried first on birds beside the rate: with fewer classes, the usual scale
-    "proxy_anchor": "method.loss_args.alpha: 32",
-    "proxy_anchor_neck": "method.proxy_scale: 32",
-    "gca_hng_proxy_anchor": "method.proxy_scale: 32",
-    "normalized_softmax": "method.loss_args.temperature: 0.05",
-}
-MMSI = ("contrastive", "contrastive_base", "multi_similarity", "multi_similarity_base")
-
-
 @dataclass(frozen=True)
 class DataSet:
-    """What is particular to a dataset.
-
-    Attributes:
-        store: Name of the prepared dataset.
-        settings: What is set for all rows.
-        sweep: What is set in the sweep.
-        rates: Factor of learning rates, those of losses with proxies aside.
-        start: Length of the runs that MMSI starts from.
-    """
+    """What is particular to a dataset, as `sets` in compare.yaml explains it."""
 
     store: str
-    settings: tuple[str, ...]
-    sweep: tuple[str, ...] = ()
-    rates: float = 1.0
+    settings: Mapping[str, Any]
     start: str = "200 steps"
+    rates: float = 1.0
+    own_rates: Sequence[str] = ()
+    sweep: Mapping[str, Any] = field(default_factory=dict)
 
 
-SMALL = ("data.transforms.size=64", "data.transforms.evaluation_scale=1")
-SETS = {
-    "emoji": DataSet("emoji", SMALL),
-    "icons": DataSet("icons", ("data.source=icons", *SMALL)),
-    "birds": DataSet(
-        "cub",
-        (
-            "data.source=cub",
-            "data.transforms.size=112",
-            "data.transforms.resize=140",
-            "data.transforms.evaluation_scale=1",
-            "data.transforms.crop_scale=[0.25, 1]",
-            "data.transforms.flip=0.5",
-            "method.embedding_dim=512",
-            "method.optimizer.lr=1e-4",  # of the runs that MMSI starts from; trials have their own
-            "method.optimizer.head_lr_multiplier=1",
-        ),
-        (
-            "settings.length=75 steps",
-            "settings.evaluation.every=75 steps",
-            "final.length=100 steps",
-            *(  # whose classifier, from nothing, is of the head's group
-                f"methods.{row}.settings.method.optimizer.head_lr_multiplier=40"
-                for row in ("cross_entropy", "intra_batch")
-            ),
-            *(
-                setting
-                for row, scale in PROXIES.items()
-                for setting in (
-                    f"methods.{row}.points=[{{method.optimizer.lr: 1.0e-4, {scale}}}]",
-                    f"methods.{row}.settings.method.optimizer.loss_lr_multiplier=100",
-                )
-            ),
-            *(f"methods.mmsi_{row}.settings.method.meta_start=10 steps" for row in MMSI),  # its memory fills sooner
-        ),
-        rates=0.2,
-        start="100 steps",
-    ),
-}
+SETS = {name: DataSet(**values) for name, values in yaml.safe_load(SWEEP.read_text())["sets"].items()}
 # MMSI starts from its base: `meta=false`, by loss.
 STARTS = {
-    "contrastive": ["loss=contrastive", "margin=0.5", "norm_scope=all", "w_init=0"],
-    "multi_similarity": ["loss=multi_similarity"],
+    "contrastive": {"loss": "contrastive", "margin": 0.5, "norm_scope": "all", "w_init": 0},
+    "multi_similarity": {"loss": "multi_similarity"},
 }
+SEARCH_START, FINAL_START = "fold0", "all"  # what these are trained on: without the fold, all classes
 POLL_S = 5.0
 FIGURES = Path(__file__).parents[1] / "docs" / "images" / "compare"
 
@@ -134,35 +83,46 @@ def start_name(dataset: str, loss: str, where: str) -> str:
     return f"compare-{dataset}-start-{loss}-{where}"
 
 
-def sweep_file(dataset: str, folder: Path) -> Path:
-    """The sweep with the set's learning rates and the names of the runs that MMSI starts from."""
+def sweep_file(dataset: str, folder: Path, more: Mapping[str, Any]) -> Path:
+    """The sweep of a set: with its learning rates, what it changes, and the names of the runs that MMSI starts from.
+
+    Args:
+        dataset: The set.
+        folder: Where the file is written.
+        more: Further keys of the sweep, such as its storage.
+    """
+    of_set = SETS[dataset]
     values = yaml.safe_load(SWEEP.read_text().replace("START-", f"compare-{dataset}-start-"))
-    key, factor = "method.optimizer.lr", SETS[dataset].rates
-    spaces = [values["space"]]
-    values["methods"] = {row: copy.deepcopy(entry) for row, entry in values["methods"].items()}  # rows share anchors
-    for row, entry in values["methods"].items():
-        if row not in PROXIES:
-            spaces.append(entry["space"])
-            for point in entry["points"]:
-                point[key] *= factor
-    for space in spaces:
-        for kind, (low, high) in space.get(key, {}).items():
-            space[key] = {kind: [low * factor, high * factor]}
+    del values["sets"]
+    _multiply_rates(values, of_set)
+    values = merged(merged(values, {"settings": of_set.settings}), of_set.sweep)
     file = folder / f"compare-{dataset}.yaml"
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    file.write_text(yaml.safe_dump(merged(values, {"name": f"compare-{dataset}", **more}), sort_keys=False))
     return file
 
 
-def sweep_values(dataset: str) -> list[str]:
-    """What is set in a set's sweep."""
-    return [*(f"settings.{value}" for value in SETS[dataset].settings), *SETS[dataset].sweep]
+def _multiply_rates(sweep: dict[str, Any], of_set: DataSet) -> None:
+    """Multiplies the learning rates of ranges and of points by the set's factor."""
+    key, factor = "method.optimizer.lr", of_set.rates
+    sweep["methods"] = {row: copy.deepcopy(entry) for row, entry in sweep["methods"].items()}  # rows share YAML anchors
+    entries = [entry for row, entry in sweep["methods"].items() if row not in of_set.own_rates]
+    for entry in [sweep, *entries]:
+        for kind, (low, high) in entry["space"].get(key, {}).items():
+            entry["space"][key] = {kind: [low * factor, high * factor]}
+        for point in entry.get("points", []):
+            point[key] *= factor
+
+
+def allow_interrupts() -> None:
+    """Ctrl-C and `kill -INT` stop the program also where a shell has started it in the background; commands inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(command: Sequence[str], root: str, until: float | None = None, results: Results | None = None) -> int:
     """Runs a command in a storage, copying a sweep's records meanwhile; interrupts it when the time is over. Returns its status."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; commands would inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = os.environ | {"RAYDML_HOME": root}  # where the names of runs to start from are looked up
+    # a session of its own, so that it gets one interrupt, which this process sends
     process = subprocess.Popen([sys.executable, "-m", *command], env=environment, start_new_session=True)
     asked = False
     try:
@@ -173,9 +133,9 @@ def run(command: Sequence[str], root: str, until: float | None = None, results: 
             if until is not None and time.monotonic() > until and not asked:
                 asked = True
                 process.send_signal(signal.SIGINT)
-    except KeyboardInterrupt:  # also where only this process gets it; the command keeps what it has
+    except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
-        process.wait()
+        process.wait()  # it keeps what it has
         raise
     finally:
         if results is not None:
@@ -183,23 +143,24 @@ def run(command: Sequence[str], root: str, until: float | None = None, results: 
     return process.returncode
 
 
-def settings(values: Sequence[str]) -> list[str]:
-    return [text for value in values for text in ("--set", value)]
-
-
-def train_starts(dataset: str, root: str, until: float | None) -> int:
+def train_starts(
+    dataset: str, root: str, until: float | None, where: Sequence[str] = (SEARCH_START, FINAL_START)
+) -> int:
     """The checkpoints of both bases that MMSI starts from: without fold 0, for the search, and on all training classes."""
+    of_set = SETS[dataset]
     for loss, method in STARTS.items():
-        for where, fold in (("fold0", "0"), ("all", "null")):
-            name = start_name(dataset, loss, where)  # if it is finished, the command checks that it is this run
-            values = [
-                *SETS[dataset].settings,
-                *(f"method.{key}" for key in ("meta=false", "classes_per_batch=19", *method)),
-                *(f"name={name}", f"storage={root}", f"data.validation_fold={fold}", "evaluation.test=false"),
-                *("runtime.workers=0", "runtime.loader=in_process", f"length={SETS[dataset].start}"),
-            ]
-            status = run(["pipeline.train", "mmsi/emoji", *settings(values)], root, until)
-            if status:
+        for classes in where:
+            recipe = {
+                "preset": "mmsi/emoji",
+                "name": start_name(dataset, loss, classes),  # if it is finished, the command checks that it is this run
+                "storage": root,
+                "method": {"meta": False, "classes_per_batch": 19, **method},
+                "data": {"validation_fold": 0 if classes == SEARCH_START else None},
+                "evaluation": {"test": False},
+                "runtime": {"workers": 0, "loader": "in_process"},
+                "length": of_set.start,
+            }
+            if status := train(root, merged(recipe, of_set.settings), until):
                 return status
     return 0
 
@@ -210,23 +171,26 @@ def compare(dataset: str, root: str, results: Results, until: float | None) -> i
     status = train_starts(dataset, root, until)
     if status == 0 and (until is None or time.monotonic() < until):
         with tempfile.TemporaryDirectory(prefix="raydml-compare-") as folder:
-            command = ["pipeline.tune", str(sweep_file(dataset, Path(folder)))]
-            at_once = f"trials_at_once={len(os.sched_getaffinity(0))}"  # of a thread; mining servers share their core
-            values = [f"name=compare-{dataset}", f"storage={root}", at_once, *sweep_values(dataset)]
-            status = run([*command, *settings(values)], root, until, results)
-    results.collect()
+            at_once = len(os.sched_getaffinity(0))  # of a thread each; mining servers share their core
+            file = sweep_file(dataset, Path(folder), {"storage": root, "trials_at_once": at_once})
+            status = run(["pipeline.tune", str(file)], root, until, results)
     for wanted in (more_seeds, *[more_timings] * TIMINGS, equal_time):
         if status == 0:
-            status = train_runs([*wanted(results)], train, until)
+            status = train_runs([*wanted(results)], train_config, until)
     return status
 
 
-def train(root: str, config: Config) -> int:
-    """Trains a configuration in a storage; returns the command's status."""
+def train(root: str, recipe: Mapping[str, Any], until: float | None = None) -> int:
+    """Trains a recipe in a storage; returns the command's status."""
     with tempfile.TemporaryDirectory(prefix="raydml-compare-") as folder:
-        recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(to_yaml(config))
-        return run(["pipeline.train", str(recipe)], root)
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
+        return run(["pipeline.train", str(file)], root, until)
+
+
+def train_config(root: str, config: Config) -> int:
+    """Trains a configuration in a storage; returns the command's status."""
+    return train(root, yaml.safe_load(to_yaml(config)))
 
 
 def write_outputs(results: Results, figures: Path) -> None:
@@ -244,18 +208,18 @@ def write_outputs(results: Results, figures: Path) -> None:
 def repeat(row: str, results: Results) -> int:
     """Trains the final runs of a row again, in a storage of its own, and prints both figures; 1 if they differ."""
     different, record, runs = 0, results.finals(row)[0], results.final_runs(row)
-    if row.startswith("mmsi") and (status := train_starts(results.name, results.root, None)):
+    if row.startswith("mmsi") and (status := train_starts(results.name, results.root, None, [FINAL_START])):
         return status
     for kept in runs:
         with tempfile.TemporaryDirectory(prefix="raydml-repeat-") as folder:
             os.symlink(f"{results.root}/data", f"{folder}/data")
             os.mkdir(f"{folder}/runs")
             for loss in STARTS:  # what MMSI starts from
-                name = start_name(results.name, loss, "all")
+                name = start_name(results.name, loss, FINAL_START)
                 if os.path.isdir(f"{results.root}/runs/{name}"):
                     os.symlink(f"{results.root}/runs/{name}", f"{folder}/runs/{name}")
             config = results.config(record, folder).model_copy(update={"seed": kept.seed})
-            if train(folder, config):
+            if train_config(folder, config):
                 return 1
             again = Folder(f"{folder}/runs/{config.name}").read_json(SUMMARY)["final"]
         for metric in METRICS:
@@ -285,10 +249,12 @@ def main() -> int:
     until = time.monotonic() + 60 * options.budget if options.budget else None
     root = Folder(options.root).uri
     found = {name: Results(name, root, options.results / name) for name in options.sets}
+    allow_interrupts()
     try:
         if options.write:
-            write_pages(found)
-            sets = {name: results for name, results in found.items() if results.is_complete()}
+            every = {name: Results(name, root, options.results / name) for name in SETS}  # sections are of all sets
+            write_pages(every)
+            sets = {name: results for name, results in every.items() if results.is_complete()}
             if sets:
                 draw_sets(sets, options.figures / "sets.svg")
         if options.show or options.write:
@@ -301,7 +267,7 @@ def main() -> int:
             return max(repeat(options.repeat, results) for results in found.values())
         if options.time is not None:
             wanted = [timing(results, row) for results in found.values() for row in options.time]
-            return train_runs(wanted, train, until)
+            return train_runs(wanted, train_config, until)
         for name, results in found.items():
             if results.exists() and not options.resume:
                 raise UserError(f"{results.folder} has results: add --resume to go on, or move them away")

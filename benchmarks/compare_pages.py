@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.compare_results import BASES, METRICS, TITLES, Results
 from benchmarks.compare_tables import difference, mean, tables
-from benchmarks.pages import ROOT, with_sections
+from benchmarks.pages import ROOT, table, with_sections
 from pipeline.tuning.sweep_folder import best_trial
 
 # The methods, each with its name for readers and the rows of its base losses; of these the short table has the one that validation
@@ -27,19 +27,25 @@ def short_table(results: Results) -> str:
     figures = results.figures()
     frozen = ", ".join(f"{METRICS[metric]} {value:.1f}" for metric, value in results.frozen().items())
     untrained = f" (not trained: {frozen})" if frozen else ""
-    lines = [
-        f"| {results.name}: %, unseen classes{untrained} | R@1 | MAP@R | its base | R@1 | MAP@R | MAP@R, difference |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = (
+        f"{results.name}: %, unseen classes{untrained}",
+        "R@1",
+        "MAP@R",
+        "its base",
+        "R@1",
+        "MAP@R",
+        "MAP@R, difference",
+    )
     best = _best(results, BASELINES)
-    lines.append(f"| {TITLES[best]}, the best baseline | {mean(figures, best)} | | | | |")
+    lines = [[f"{TITLES[best]}, the best baseline", mean(figures, best), *[""] * 4]]
     for method, rows in METHODS.values():
         row = _best(results, rows)
         base = BASES[row]
         assert base is not None
-        cells = [method, mean(figures, row), TITLES[base], mean(figures, base), difference(figures, row, base, "map@r")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(
+            [method, mean(figures, row), TITLES[base], mean(figures, base), difference(figures, row, base, "map@r")]
+        )
+    return table(header, lines)
 
 
 def method_table(sets: Sequence[Results], method: str) -> str:
@@ -49,14 +55,14 @@ def method_table(sets: Sequence[Results], method: str) -> str:
     header = ["set", "row", "R@1", "MAP@R"]
     if method != "baseline":
         header += ["its base", "R@1", "MAP@R", *(f"{name}, difference" for name in METRICS.values())]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    lines = []
     for name, values in figures.items():
         for row in rows:
             cells, base = [name, TITLES[row], mean(values, row)], BASES[row]
             if base is not None:
                 cells += [TITLES[base], mean(values, base), *(difference(values, row, base, m) for m in METRICS)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return table(header, lines)
 
 
 def _best(results: Results, rows: Sequence[str]) -> str:

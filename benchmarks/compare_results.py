@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.compare_runs import KeptRun, kept_runs
+from benchmarks.compare_runs import KeptRun, Wanted, kept_runs
+from methods.config import Length
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.runs.run_folder import SUMMARY
@@ -59,9 +61,9 @@ TITLES = {  # of rows, for readers
     "smart_mining": "Smart Mining",
     "random_triplets": "random triplets",
     "mmsi_contrastive": "MMSI, contrastive",
-    "mmsi_contrastive_base": "contrastive, from the same",
+    "mmsi_contrastive_base": "contrastive, same start",
     "mmsi_multi_similarity": "MMSI, multi-similarity",
-    "mmsi_multi_similarity_base": "multi-similarity, from the same",
+    "mmsi_multi_similarity_base": "multi-similarity, same start",
 }
 MORE_SEEDS = "more_seeds"  # folder of runs beside the sweep's
 FROZEN = "frozen.json"
@@ -102,12 +104,12 @@ class Results:
         """Copies the records that are new or have changed."""
         if not self.sweep_folder.exists(SWEEP):
             return
-        (self.folder / TRIALS).mkdir(parents=True, exist_ok=True)
+        kept = Folder(self.folder)
         names = [SWEEP, *(f"{TRIALS}/{name}" for name in self.sweep_folder.names(TRIALS) if name.endswith(".json"))]
         for name in names:
-            content, kept = without_place(name, self.sweep_folder.read(name)), self.folder / name
-            if not kept.exists() or kept.read_bytes() != content:
-                kept.write_bytes(content)
+            content = without_place(name, self.sweep_folder.read(name))
+            if not kept.exists(name) or kept.read(name) != content:
+                kept.write(name, content)
         self._collect_frozen()
 
     def _collect_frozen(self) -> None:
@@ -118,7 +120,7 @@ class Results:
         for folder in (Folder(f"{self.root}/runs/{name}") for name in finished):
             if folder.exists(SUMMARY):
                 figures = {metric: folder.read_json(SUMMARY)["frozen"][metric] for metric in METRICS}
-                (self.folder / FROZEN).write_text(json.dumps(figures, indent=1) + "\n")
+                Folder(self.folder).write(FROZEN, (json.dumps(figures, indent=1) + "\n").encode())
                 return
 
     def restore(self) -> None:
@@ -202,6 +204,26 @@ class Results:
         )
         return configs[0]
 
+    def wanted(
+        self, record: TrialRecord, kind: str, number: int, *, seed: int | None = None, steps: int | None = None
+    ) -> Wanted:
+        """A run beside the sweep's.
+
+        Args:
+            record: The final trial that it repeats.
+            kind: Folder of its record.
+            number: Number of its record among those of the row.
+            seed: Its seed (none: the trial's).
+            steps: Its length (none: the trial's).
+        """
+        config = self.config(record, self.root)
+        length = config.length if steps is None else Length(value=steps, unit="steps")
+        digest = hashlib.sha256(json.dumps([record.values, str(length)], sort_keys=True).encode()).hexdigest()[:6]
+        name = f"compare-{self.name}-{kind.replace('_', '-')}-{record.method}-{number}-{digest}"
+        changes = {"name": name, "length": length, "seed": config.seed if seed is None else seed}
+        file = self.folder / kind / f"{record.method}-{number}.json"
+        return Wanted(record.method, record.values, config.model_copy(update=changes), file)
+
     def sweep_runs(self, row: str) -> list[KeptRun]:
         """The sweep's own final runs of a row, by seed.
 
@@ -222,10 +244,14 @@ class Results:
         return kept_runs(self.folder / folder, row, self.finals(row)[0].values)
 
     def figures(self) -> Figures:
-        """Of the finished final runs; rows without one are left out."""
-        runs = {row: self.final_runs(row) for row in ROWS if self.has(row)}
+        """Of the finished final runs; rows without one are left out, and so are seeds that a row has and its base has not, or the other way."""
+        runs = {row: {run.seed: run.test for run in self.final_runs(row)} for row in ROWS if self.has(row)}
+        for row, base in BASES.items():
+            if row in runs and base in runs:
+                both = runs[row].keys() & runs[base].keys()
+                runs |= {name: {seed: runs[name][seed] for seed in sorted(both)} for name in (row, base)}
         return {
-            metric: {row: {run.seed: run.test[metric] for run in found} for row, found in runs.items()}
+            metric: {row: {seed: test[metric] for seed, test in found.items()} for row, found in runs.items()}
             for metric in METRICS
         }
 

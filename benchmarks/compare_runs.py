@@ -15,6 +15,8 @@ from pipeline.config import Config
 from pipeline.runs.run_folder import SUMMARY
 from pipeline.storage import Folder
 
+SAME = 0.1  # lengths and times that differ by no more count as the same: those of a step differ by as much between runs
+
 
 @dataclass(frozen=True)
 class KeptRun:
@@ -54,8 +56,11 @@ class Wanted:
     file: Path
 
     def is_kept(self) -> bool:
-        """Whether there is a record, of this setting and not of an earlier one."""
-        return self.file.exists() and read_run(self.file).values == self.values
+        """Whether there is a record of this setting and about this length, and not of earlier ones."""
+        if not self.file.exists():
+            return False
+        kept = read_run(self.file)
+        return kept.values == self.values and abs(kept.steps / self.config.length.value - 1) <= SAME
 
 
 def read_run(file: Path) -> KeptRun:
@@ -86,8 +91,7 @@ def train_runs(wanted: Sequence[Wanted], train: Callable[[str, Config], int], un
         summary = Folder(f"{config.storage}/runs/{config.name}").read_json(SUMMARY)
         steps = int(config.length.value)
         kept = KeptRun(run.row, run.values, config.seed, steps, summary["seconds"], summary["final"])
-        run.file.parent.mkdir(exist_ok=True)
-        run.file.write_text(json.dumps(asdict(kept), indent=1) + "\n")
+        Folder(run.file.parent).write(run.file.name, (json.dumps(asdict(kept), indent=1) + "\n").encode())
         return 0
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -18,11 +18,8 @@ def more_seeds(results: Results) -> Iterator[Wanted]:
         if base is None or not (results.has(row) and results.has(base)) or not _is_close(results, row, base):
             continue
         for name in (row, base):
-            record = results.finals(name)[0]
             for seed in SEEDS:
-                run = f"compare-{results.name}-seed{seed}-{name}"
-                config = results.config(record, results.root).model_copy(update={"name": run, "seed": seed})
-                yield Wanted(name, record.values, config, results.folder / MORE_SEEDS / f"{name}-{seed}.json")
+                yield results.wanted(results.finals(name)[0], MORE_SEEDS, seed, seed=seed)
 
 
 def _is_close(results: Results, row: str, base: str) -> bool:

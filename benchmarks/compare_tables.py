@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from benchmarks.compare_results import BASES, METRICS, ROWS, Figures, Results
-from benchmarks.compare_seeds import CLOSE
+from benchmarks.compare_results import BASES, METRICS, ROWS, TITLES, Figures, Results
+from benchmarks.compare_seeds import CLOSE, SEEDS, more_seeds
 from benchmarks.compare_time import REFERENCE, seconds_per_step, time_figures, timed_runs
+from benchmarks.pages import table
 from pipeline.tuning.answer import answer
 from pipeline.tuning.leaderboard import leaderboard_csv, short_estimate
 from pipeline.tuning.statistics import Estimate, estimate
 from pipeline.tuning.sweep_folder import LEADERBOARD, TrialRecord, best_trial
+
+STARTS_NOTE = (
+    "MMSI and its bases start from a base that has been trained, on as many images again: one checkpoint for all seeds, whose own "
+    "spread these intervals do not hold. Its head does not start orthogonal, so compare MMSI with its base alone."
+)
 
 
 def write_leaderboard(results: Results) -> None:
@@ -24,55 +30,53 @@ def tables(results: Results) -> str:
     records, sweep, timed = results.records(), results.sweep(), timed_runs(results)
     seeds = sweep.final.seeds if sweep.final is not None else []
     length = "" if sweep.final is None else f", {sweep.final.length}"
-    lines = [f"### {results.name}, equal images seen{length}", "", *_both(results.figures(), results.frozen())]
+    parts = [f"### {results.name}, equal images seen{length}", *_both(results.figures(), results.frozen()), STARTS_NOTE]
     if timed:
-        lines += [
-            f"### {results.name}, equal wall time: that of {REFERENCE}",
-            "",
-            *_both(time_figures(timed), results.frozen()),
-        ]
         steps = {run.row: run.steps for run in timed}
-        lines += [f"Steps: {', '.join(f'`{row}` {number}' for row, number in steps.items())}.", ""]
-    lines += [
-        f"### {results.name}, choices and cost",
-        "",
-        *_table(
-            ("row", "search trials", "chosen by validation MAP@R", "setting", "seeds", "s"),
-            (_cost(results, records, r) for r in ROWS),
-        ),
-        "",
-        f"(Mean over seeds {', '.join(map(str, seeds))} with Student's 95 % interval, and over two more where a row is within {CLOSE:g} "
-        "points of its base or the interval of the difference holds 0, but for rows trained again at equal wall time; paired: difference by seed, bold where its interval lies above "
-        "0, each row by itself, not corrected for their number. s: time in steps and mining, on one core. Any row again: "
-        f"`python -m benchmarks.compare --sets {results.name} --repeat ROW`.)",
+        parts += [
+            f"### {results.name}, equal wall time: that of {REFERENCE}",
+            *_both(time_figures(timed), results.frozen()),
+            f"Steps: {', '.join(f'`{row}` {number}' for row, number in steps.items())}. Rows trained again for this table have seeds "
+            f"{', '.join(map(str, seeds))} alone. The training that MMSI and its bases start from is not counted.",
+        ]
+    missing = sum(not run.is_kept() for run in more_seeds(results))
+    cost = ("row", "search trials", "chosen by validation MAP@R", "setting", "seeds", "s")
+    notes = [
+        "Mean over seeds with Student's 95 % interval; difference: by seed, **bold** where its interval lies above 0, *italic* where below, "
+        "each row by itself, not corrected for their number.",
+        f"Seeds {', '.join(map(str, seeds))}; also {' and '.join(map(str, SEEDS))} for a row and its base that are within {CLOSE:g} points or "
+        "whose difference has an interval that holds 0: a second look, which makes a false gain a little more likely than one look does."
+        + (f" Still to come: {missing} of these runs." if missing else ""),
+        "s: the second shortest time of a step (mining included, evaluation not) among the final runs, on one core, times the steps.",
+        f"Any row again: `python -m benchmarks.compare --sets {results.name} --repeat ROW`.",
     ]
-    return "\n".join(lines)
+    parts += [
+        f"### {results.name}, choices and cost",
+        table(cost, (_cost(results, records, row) for row in ROWS)),
+        "\n".join(f"- {note}" for note in notes),
+    ]
+    return "\n\n".join(parts)
 
 
 def _both(figures: Figures, frozen: Mapping[str, float]) -> list[str]:
     """Rows beside their bases, and baselines with what the trunk had before training."""
-    methods = _table(
-        ("row", "R@1", "MAP@R", "its base", "R@1", "MAP@R", "R@1, paired", "MAP@R, paired"),
+    methods = table(
+        ("row", "R@1", "MAP@R", "its base", "R@1", "MAP@R", "R@1, difference", "MAP@R, difference"),
         (_beside_base(figures, row, base) for row, base in BASES.items() if base is not None),
     )
     untrained = ["not trained: the pretrained trunk's features", *(f"{value:.1f}" for value in frozen.values())]
-    baselines = _table(
+    baselines = table(
         ("baseline", "R@1", "MAP@R"),
         [
-            *([f"`{row}`", mean(figures, row)] for row, base in BASES.items() if base is None),
+            *([_title(row), mean(figures, row)] for row, base in BASES.items() if base is None),
             *([untrained] if frozen else []),
         ],
     )
-    note = (
-        "MMSI and its bases start from a base that has been trained, on as many images again: one checkpoint for all seeds, whose own "
-        "spread these intervals do not hold."
-    )
-    return [*methods, "", *baselines, "", note, ""]
+    return [methods, baselines]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    cells = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(row)} |" for row in cells]
+def _title(row: str) -> str:
+    return f"{TITLES[row]}, `{row}`"
 
 
 def _estimate(values: Sequence[float]) -> Estimate | None:
@@ -85,16 +89,18 @@ def mean(figures: Figures, row: str) -> str:
 
 
 def difference(figures: Figures, row: str, base: str, metric: str) -> str:
-    """A row's gain on its base over the seeds that both have; bold where the interval is above 0."""
+    """A row's gain on its base over the seeds that both have; bold where the interval is above 0, italic where it is below."""
     own, other = figures[metric].get(row, {}), figures[metric].get(base, {})
     found = _estimate([own[seed] - other[seed] for seed in sorted(own) if seed in other])
     text = short_estimate(found, signed=True)
-    return f"**{text}**" if found is not None and found.low is not None and found.low > 0 else text
+    if found is None or found.low is None or found.high is None:
+        return text
+    return f"**{text}**" if found.low > 0 else f"*{text}*" if found.high < 0 else text
 
 
 def _beside_base(figures: Figures, row: str, base: str) -> list[str]:
     differences = [difference(figures, row, base, metric) for metric in METRICS]
-    return [f"`{row}`", mean(figures, row), f"`{base}`", mean(figures, base), *differences]
+    return [_title(row), mean(figures, row), _title(base), mean(figures, base), *differences]
 
 
 def _cost(results: Results, records: Sequence[TrialRecord], row: str) -> list[str]:

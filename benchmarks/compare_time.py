@@ -2,7 +2,7 @@
 
 What a row's step takes is measured on its final runs. Other programs make some of them slower and none faster, so it is the second shortest
 time that counts, and a row whose two shortest differ by more than a tenth is timed again, up to three times. A row of which every run was
-disturbed is not noticed: `--time ROW` times it once more.
+disturbed is not noticed: `--time ROW` times it once more, and `--resume` then until two times agree.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.compare_results import METRICS, ROWS, Figures, Results, steps_of
-from benchmarks.compare_runs import KeptRun, Wanted
-from methods.config import Length
+from benchmarks.compare_runs import SAME, KeptRun, Wanted
 
 REFERENCE = "multi_similarity"
-SAME = 0.1  # a row whose time is as near to the reference's is not trained again
 TIMING, EQUAL_TIME = "timing", "equal_time"  # folders of records
 TIMINGS = 3  # at most, of a row
 
@@ -50,10 +48,7 @@ def more_timings(results: Results) -> Iterator[Wanted]:
 
 def timing(results: Results, row: str) -> Wanted:
     """The first final run of a row once more, for its time."""
-    record, number = results.finals(row)[0], len(results.kept_runs(TIMING, row))
-    name = f"compare-{results.name}-timing-{row}-{number}"
-    config = results.config(record, results.root).model_copy(update={"name": name})
-    return Wanted(row, record.values, config, results.folder / TIMING / f"{row}-{number}.json")
+    return results.wanted(results.finals(row)[0], TIMING, len(results.kept_runs(TIMING, row)))
 
 
 def equal_time(results: Results) -> Iterator[Wanted]:
@@ -62,10 +57,7 @@ def equal_time(results: Results) -> Iterator[Wanted]:
         if not _again(results, row):
             continue
         for record in results.finals(row):
-            name = f"compare-{results.name}-time-{row}-{record.seed}"
-            length = Length(value=_length(results, row), unit="steps")
-            config = results.config(record, results.root).model_copy(update={"name": name, "length": length})
-            yield Wanted(row, record.values, config, results.folder / EQUAL_TIME / f"{row}-{record.seed}.json")
+            yield results.wanted(record, EQUAL_TIME, record.seed or 0, steps=_length(results, row))
 
 
 def seconds_per_step(results: Results, row: str) -> float:

@@ -29,10 +29,10 @@ from typing import Any
 
 import yaml
 
-from benchmarks.compare import train_starts
-from benchmarks.pages import ROOT, with_sections
+from benchmarks.compare import SEARCH_START, train_starts
+from benchmarks.pages import ROOT, table, with_sections
 from pipeline.recipes import merged, recipe_values
-from pipeline.storage import home
+from pipeline.storage import Folder, home
 
 EXPERIMENTS = Path(__file__).with_name("experiments.yaml")
 RESULTS = Path(__file__).with_name("results") / "experiments"
@@ -140,8 +140,8 @@ def train_missing(
             figures = run(row.method, settings, seed)
         except RuntimeError as error:
             return f"{row.method}, {row.title}: {error}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"settings": settings, "seed": seed, **figures}, indent=1) + "\n")
+        record = json.dumps({"settings": settings, "seed": seed, **figures}, indent=1) + "\n"
+        Folder(file.parent).write(file.name, record.encode())
         side = "" if settings == row.sides[0] else ", its base"
         print(f"{row.method}{side}, {row.title}, seed {seed}: {figures['recall@1']:.1f}", file=sys.stderr, flush=True)
         return ""
@@ -150,21 +150,16 @@ def train_missing(
         return [failed for failed in pool.map(one, work) if failed]
 
 
-def table(method: str, rows: Sequence[Experiment], seeds: int, results: Path) -> str:
+def experiments_table(method: str, rows: Sequence[Experiment], seeds: int, results: Path) -> str:
     """A method's experiments in Markdown; those without a record are left out."""
-    header = (
+    metrics = [*METRICS.values()]
+    header = [
         method,
-        "R@1",
-        "MAP@R",
-        "its base: R@1",
-        "MAP@R",
-        "difference: R@1",
-        "MAP@R",
-        "gradient / base's",
-        "s / base's",
-        "seeds",
-    )
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+        *metrics,
+        *(f"its base: {metric}" for metric in metrics),
+        *(f"difference: {metric}" for metric in metrics),
+    ]
+    lines = []
     for row in rows:
         files = [[record_of(method, settings, seed, results) for settings in row.sides] for seed in range(seeds)]
         pairs = [[json.loads(f.read_text()) for f in pair] for pair in files if all(f.exists() for f in pair)]
@@ -174,8 +169,8 @@ def table(method: str, rows: Sequence[Experiment], seeds: int, results: Path) ->
         cells += [f"{statistics.mean(p[0][m] - p[1][m] for p in pairs):+.1f}" for m in METRICS]
         for what in ("gradient", "seconds"):
             cells.append(f"{statistics.mean(p[0][what] / p[1][what] for p in pairs):.2f}")
-        lines.append(f"| {' | '.join([row.title, *cells, str(len(pairs))])} |")
-    return "\n".join(lines)
+        lines.append([row.title, *cells, str(len(pairs))])
+    return table([*header, "gradient / base's", "s / base's", "seeds"], lines)
 
 
 def main() -> int:
@@ -198,7 +193,7 @@ def main() -> int:
     failed: list[str] = []
     if not (options.show or options.write):
         until = time.monotonic() + 60 * options.budget if options.budget else None
-        if "mmsi" in options.only and (status := train_starts("emoji", options.root, until)):
+        if "mmsi" in options.only and (status := train_starts("emoji", options.root, until, [SEARCH_START])):
             return status
         chosen = [row for row in rows if row.method in options.only]
         failed = train_missing(
@@ -206,7 +201,7 @@ def main() -> int:
             lambda method, settings, seed: train(method, settings, seed, options.root),
         )  # fmt: skip
     for method in options.only:
-        text = table(method, [row for row in rows if row.method == method], options.seeds, options.results)
+        text = experiments_table(method, [row for row in rows if row.method == method], options.seeds, options.results)
         print(text + "\n")
         if options.write and options.results.joinpath(method).exists():
             page = ROOT / "docs" / "methods" / f"{method}.md"

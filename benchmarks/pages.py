@@ -1,9 +1,9 @@
-"""Sections of README.md and the documentation that are written from kept records."""
+"""Sections and tables of README.md and the documentation that are written from kept records."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -27,3 +27,9 @@ def with_sections(text: str, kind: str, render: Callable[[str], str | None]) -> 
     if not number:
         raise UserError(f"there is no <!-- {kind}: ... --> to write into in: {text[:60]!r}")
     return result
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in lines)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks import compare, compare_pages, compare_results, compare_seeds
 from benchmarks.compare_pages import written
@@ -26,13 +30,12 @@ from pipeline.storage import Folder
 from pipeline.tuning.checks import check_sweep
 from pipeline.tuning.run_configs import run_configs
 from pipeline.tuning.sweep_config import SweepConfig
-from pipeline.tuning.sweep_file import dump_sweep, load_sweep
+from pipeline.tuning.sweep_file import check_same_sweep, dump_sweep, load_sweep
 from pipeline.tuning.sweep_folder import SWEEP, RunProgress, SweepFolder, TrialRecord, sweep_folder
 
 
 def load(tmp_path: Path, name: str) -> SweepConfig:
-    values = [f"name=compare-{name}", f"storage={tmp_path}/root"]
-    return load_sweep(str(compare.sweep_file(name, tmp_path)), values + compare.sweep_values(name))
+    return load_sweep(str(compare.sweep_file(name, tmp_path, {"storage": f"{tmp_path}/root"})))
 
 
 @pytest.fixture
@@ -94,14 +97,28 @@ def test_every_row_trains_on_as_many_images_of_the_same_pixels(tmp_path: Path) -
         assert len(seen) == 1 and min(images) >= 0.985 * max(images), (images, seen)
 
 
+def test_learning_rates_of_a_set_are_multiplied_once(tmp_path: Path) -> None:
+    """Also of rows that share their range and points by YAML anchors."""
+    key, birds, emoji = "method.optimizer.lr", load(tmp_path, "birds"), load(tmp_path, "emoji")
+    for row, entry in birds.methods.items():
+        if row not in compare.SETS["birds"].own_rates:
+            assert [p[key] for p in entry.points] == pytest.approx([0.2 * p[key] for p in emoji.methods[row].points]), (
+                row
+            )
+            ends, expected = (sweep.space_of(row)[key]["log_uniform"] for sweep in (birds, emoji))
+            assert ends == pytest.approx([0.2 * end for end in expected]), row
+
+
 def test_the_table_is_of_the_test_classes_paired_by_seed(results: Results) -> None:
     text = tables(results)
     assert text.startswith("### emoji, equal images seen, 200 steps\n")
-    (osm,) = (line for line in text.splitlines() if line.startswith("| `osm_caa` | 6"))
-    assert "| 62.0 [57.0, 67.0] | 52.0 [47.0, 57.0] | `osm_caa_base` | 60.0 " in osm
+    (osm,) = (line for line in text.splitlines() if line.startswith("| OSM+CAA, `osm_caa` | 6"))
+    assert "| 62.0 [57.0, 67.0] | 52.0 [47.0, 57.0] | contrastive over all pairs, `osm_caa_base` | 60.0 " in osm
     assert osm.endswith("| **+2.0 [+0.8, +3.2]** | **+2.0 [+0.8, +3.2]** |")
-    assert "| `multi_similarity` | 71.0 [68.5, 73.5] | 61.0 [58.5, 63.5] |" in text
-    assert "| `intra_batch` | – | – | `cross_entropy` | – | – | – | – |" in text, "rows without figures stay"
+    assert "| multi-similarity, `multi_similarity` | 71.0 [68.5, 73.5] | 61.0 [58.5, 63.5] |" in text
+    assert (
+        "| Intra-Batch Connections, `intra_batch` | – | – | cross-entropy, `cross_entropy` | – | – | – | – |" in text
+    ), "rows without figures stay"
     assert "| `osm_caa` | 1 | 33.0 | optimizer.lr 0.0005, alpha 1.2 | 3 | 200 |" in text
 
 
@@ -154,9 +171,9 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
     ]
     part = tables(results).split("### emoji, equal wall time: that of multi_similarity")[1]
     assert (
-        "| `osm_caa` | 56.0 [53.5, 58.5] | 45.0 " in part
+        "| OSM+CAA, `osm_caa` | 56.0 [53.5, 58.5] | 45.0 " in part
         and "Steps: `multi_similarity` 300, `osm_caa` 150, `osm_caa_base` 300." in part
-        and "MMSI and its bases start from" in part
+        and "Rows trained again for this table have seeds 0, 1, 2 alone." in part
     )
     kept = results.folder / "equal_time" / "osm_caa-0.json"
     kept.write_text(kept.read_text().replace("0.0005", "0.0003"))
@@ -205,7 +222,7 @@ def test_a_row_whose_times_differ_is_timed_again(
         train_runs([*more_timings(results)], train, None)
     assert len(trained) == 3, "at most three times"
     results.root = str(tmp_path)
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "train_config", train)
     monkeypatch.setattr(compare, "Results", lambda *_: results)
     monkeypatch.setattr("sys.argv", ["compare", "--sets", "emoji", "--time", "osm_caa", "--results", str(tmp_path)])
     assert compare.main() == 0 and [str(c.length) for c in trained[3:]] == ["300 steps"]
@@ -224,12 +241,20 @@ def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: 
         return 0
 
     assert train_runs([*more_seeds(results)], train, until=0.0) == 0 and not trained, "the time is over"
+    assert "Still to come: 4 of these runs." in tables(results)
+    own, other = ([run for run in more_seeds(results) if run.row == row] for row in ("osm_caa", "osm_caa_base"))
+    assert train_runs([*own, other[0]], train, None) == 0
+    figures = results.figures()["map@r"]
+    assert [*figures["osm_caa"]] == [*figures["osm_caa_base"]] == [0, 1, 2, 3], (
+        "means are over the seeds of the differences"
+    )
+    assert "Still to come: 1 of these runs." in tables(results)
     assert train_runs([*more_seeds(results)], train, None) == train_runs([*more_seeds(results)], train, None) == 0
     assert sorted((config.method.osm, config.seed) for config in trained) == [
         (False, 3), (False, 4), (True, 3), (True, 4),
     ]  # fmt: skip
     assert {str(config.length) for config in trained} == {"300 steps"}
-    assert sorted(results.figures()["map@r"]["osm_caa"]) == [0, 1, 2, 3, 4]
+    assert sorted(results.figures()["map@r"]["osm_caa"]) == [0, 1, 2, 3, 4] and "Still to come" not in tables(results)
     assert "| +0.4 [-2.4, +3.2] |" in tables(results) and "| 33.0 | optimizer.lr 0.0005, alpha 1.2 | 5 |" in tables(
         results
     )
@@ -248,6 +273,40 @@ def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: 
     assert train_runs([*more_seeds(results)], train, None) == 0 and not trained, "eighteen points above its base"
     set_figures(80.0, 60.0, 75.0)
     assert len([*more_seeds(results)]) == 4, "twelve points above, by an interval that holds 0"
+
+
+def test_a_loss_by_its_interval_is_italic(results: Results) -> None:
+    for file in (results.folder / "trials").glob("*.json"):
+        record = json.loads(file.read_text())
+        if record["method"] == "osm_caa" and record["stage"] == "final":
+            record["runs"][0]["test"] = {"recall@1": 58.0, "map@r": 40.0 + record["seed"]}
+            file.write_text(json.dumps(record))
+    (row,) = (line for line in tables(results).splitlines() if line.startswith("| OSM+CAA, `osm_caa` | 5"))
+    assert row.endswith("| -2.0 [-6.5, +2.5] | *-9.0 [-11.2, -6.8]* |")
+
+
+def test_runs_of_another_length_or_setting_are_wanted_under_another_name(results: Results) -> None:
+    def train(root: str, config: Config) -> int:
+        summary = {"seconds": 100.0, "final": {"recall@1": 62.0, "map@r": 53.0}}
+        Folder(f"{root}/runs/{config.name}").write_json(SUMMARY, summary)
+        return 0
+
+    def change(part: str, value: object) -> set[str]:
+        for file in (results.folder / "trials").glob("*.json"):
+            record = json.loads(file.read_text())
+            if record["method"] == "osm_caa":
+                (record["runs"][0] if part == "seconds" else record)[part] = value
+                file.write_text(json.dumps(record))
+        return {run.config.name for run in equal_time(results) if not run.is_kept()}
+
+    assert train_runs([*equal_time(results)], train, None) == 0
+    first = {run.config.name for run in equal_time(results)}
+    assert change("seconds", 205.0) == set(), "about the same time"
+    slower = change("seconds", 400.0)
+    assert len(slower) == 3 and not slower & first and timed_runs(results) == []
+    assert train_runs([*equal_time(results)], train, None) == 0 and len(timed_runs(results)) == 9
+    other = change("values", {"method.optimizer.lr": 1e-3, "method.alpha": 1.0})
+    assert len(other) == 3 and not other & (first | slower)
 
 
 def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +336,12 @@ def test_the_pages_are_those_of_the_records() -> None:
         assert written(page, found) == page, f"python -m benchmarks.compare --write: {name}"
 
 
+@pytest.mark.parametrize("name", [*compare.SETS])
+def test_the_kept_sweeps_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    """Otherwise `--resume` would be refused."""
+    check_same_sweep(Results(name, "", compare.RESULTS / name).sweep(), load(tmp_path, name))
+
+
 def test_records_go_on_in_another_storage(results: Results, tmp_path: Path) -> None:
     elsewhere = Results("emoji", f"{tmp_path}/elsewhere", results.folder)
     elsewhere.restore()
@@ -297,30 +362,40 @@ def test_records_go_on_in_another_storage(results: Results, tmp_path: Path) -> N
     assert SweepFolder(elsewhere.sweep_folder).read() == results.records(), "finished and missing ones are taken over"
 
 
-def test_starts_and_trials_look_for_runs_in_the_storage_that_is_given(
+def test_a_comparison_from_its_starts_to_the_second_table(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names in `model.weights` are those of the default storage."""
-    seen = []
+    commands: list[tuple[str, dict[str, Any], str]] = []
 
-    def train(command: list[str], env: dict[str, str]) -> SimpleNamespace:
-        seen.append((command[2:], env["RAYDML_HOME"]))
+    def start(command: list[str], env: dict[str, str], start_new_session: bool) -> SimpleNamespace:
+        commands.append((command[2], yaml.safe_load(Path(command[3]).read_text()), env["RAYDML_HOME"]))
         return SimpleNamespace(poll=lambda: 0, returncode=0)
 
-    monkeypatch.setattr("subprocess.Popen", train)
-    root = f"{tmp_path}/root"
-    monkeypatch.setattr(compare, "train_runs", lambda *_: seen.append((["runs"], root)) or 0)
-    assert compare.compare("emoji", root, results, None) == 0
-    assert {home for _, home in seen} == {root}
-    assert [seen.pop()[0] for _ in range(5)] == [["runs"]] * 5, (
-        "more seeds, timings, and the second table, after the first"
+    kinds: list[list[str]] = []
+    monkeypatch.setattr("subprocess.Popen", start)
+    monkeypatch.setattr(
+        compare, "train_runs", lambda runs, *_: kinds.append([run.file.parent.name for run in runs]) or 0
     )
-    names = [word.removeprefix("name=") for command, _ in seen for word in command if word.startswith("name=")]
+    monkeypatch.setattr(compare_seeds, "CLOSE", 2.1)  # the difference is 2
+    root = f"{tmp_path}/root"
+    assert compare.compare("emoji", root, results, None) == 0
+    assert kinds == [["more_seeds"] * 4, [], [], [], ["equal_time"] * 3], "after the first table; its times agree"
+    assert {home for *_, home in commands} == {root}, "names in model.weights are those of the default storage"
+    assert [program for program, *_ in commands] == ["pipeline.train"] * 4 + ["pipeline.tune"]
+    starts = {values["name"]: values for _, values, _ in commands[:4]}
     weights = {
-        run_configs(results.sweep(), "mmsi_contrastive", {}, 0, stage)[0].model.weights for stage in ("search", "final")
+        run_configs(results.sweep(), f"mmsi_{row}", {}, 0, stage)[0].model.weights: fold
+        for row in compare.STARTS
+        for stage, fold in (("search", 0), ("final", None))
     }
-    assert names[-1] == "compare-emoji" and len(names) == 5 and weights < set(names)
-    assert seen[-1][0][0] == "pipeline.tune"
+    assert {name: values["data"]["validation_fold"] for name, values in starts.items()} == weights
+    for values in starts.values():  # of the set's pixels, and no method of its own
+        assert values["data"]["transforms"] == {"size": 64, "evaluation_scale": 1} and values["storage"] == root
+        assert (
+            values["method"]["meta"] is False and values["length"] == "200 steps" and not values["evaluation"]["test"]
+        )
+        assert values["method"]["loss"] == values["name"].split("-")[3]
+    assert commands[-1][1]["name"] == "compare-emoji"
 
 
 def test_a_row_again_is_the_run_that_was_recorded(results: Results, tmp_path: Path) -> None:
@@ -350,6 +425,11 @@ def test_results_are_not_overwritten_and_a_missing_dataset_is_told_before_anythi
     figures = tmp_path / "figures"
     assert main("--show", "--figures", str(figures)) == 0 and not figures.exists(), "nothing is written"
     assert "### emoji" in capsys.readouterr().out and not (kept / "emoji/leaderboard.csv").exists()
+    drawn: list[str] = []
+    monkeypatch.setattr(compare, "write_pages", lambda found: drawn.extend(found))
+    assert main("--sets", "emoji", "--write", "--figures", str(figures)) == 0 and drawn == [*compare.SETS], (
+        "pages and the figure of all sets are of all sets"
+    )
     compare.write_outputs(results := Results("emoji", "", kept / "emoji"), figures)
     assert (results.folder / "leaderboard.csv").exists() and (figures / "emoji.svg").exists()
 
@@ -376,9 +456,41 @@ def test_the_budget_also_stops_a_comparison_in_the_background_of_a_shell(
     started = tmp_path / "started"
     clock = SimpleNamespace(sleep=time.sleep, monotonic=lambda: float(started.exists()))
     monkeypatch.setattr(compare, "time", clock)
+    monkeypatch.setattr("sys.argv", ["compare", "--show", "--results", str(tmp_path)])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell without job control starts commands with &
     try:
+        assert compare.main() == 0
         command = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
-        assert compare.run(["timeit", "-n1", "-r1", command], "", until=0.5)
+        run = functools.partial(compare.run, ["timeit", "-n1", "-r1", command], "", until=0.5)
+        with ThreadPoolExecutor(1) as pool:  # as runs beside the sweep are trained
+            assert pool.submit(run).result()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_of_the_comparison_alone_ends_its_command_and_keeps_the_records(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "POLL_S", 0.05)
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    name = next(iter(sorted((results.folder / "trials").iterdir()))).name
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+        if started.exists():
+            (results.folder / "trials" / name).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    command = f"""
+import pathlib, time
+try:
+    pathlib.Path({str(started)!r}).touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    pathlib.Path({str(ended)!r}).touch()"""
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(["timeit", "-n1", "-r1", command], "", results=results)
+    assert ended.exists(), "it was told to stop, and waited for"
+    assert (results.folder / "trials" / name).exists(), "what was written last is kept"

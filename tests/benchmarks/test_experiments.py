@@ -76,7 +76,9 @@ def test_pages_have_the_tables_of_the_kept_records() -> None:
     methods = [folder.name for folder in experiments.RESULTS.iterdir()]
     assert methods
     for method in methods:
-        table = experiments.table(method, [row for row in ROWS if row.method == method], 2, experiments.RESULTS)
+        table = experiments.experiments_table(
+            method, [row for row in ROWS if row.method == method], 2, experiments.RESULTS
+        )
         assert table in (experiments.ROOT / "docs" / "methods" / f"{method}.md").read_text(), "write them: --write"
 
 
@@ -107,7 +109,7 @@ def test_records_are_kept_shared_and_shown(tmp_path: Path, capsys: pytest.Captur
     assert len(experiments.train_missing(rows, 2, tmp_path, 1, None, run)) == 1 and len(asked) == 7, (
         "only what is missing"
     )
-    text = experiments.table("osm_caa", rows, 2, tmp_path)
+    text = experiments.experiments_table("osm_caa", rows, 2, tmp_path)
     assert "| the preset | 60.0 | 31.0 | 50.0 | 30.0 | +10.0 | +1.0 | 0.50 | 2.00 | 1 |" in text
     assert "| attention alone | 52.5 | 31.0 | 50.5 | 30.0 | +2.0 | +1.0 | 1.00 | 1.00 | 2 |" in text
     said = capsys.readouterr().err
