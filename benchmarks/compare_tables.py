@@ -27,10 +27,10 @@ def write_leaderboard(results: Results) -> None:
 
 def tables(results: Results) -> str:
     """The tables of a set, in Markdown: at equal images seen, at equal wall time, and what chose the settings and what they cost."""
-    records, sweep, timed = results.records(), results.sweep(), timed_runs(results)
+    records, sweep, timed, figures = results.records(), results.sweep(), timed_runs(results), results.figures()
     seeds = sweep.final.seeds if sweep.final is not None else []
     length = "" if sweep.final is None else f", {sweep.final.length}"
-    parts = [f"### {results.name}, equal images seen{length}", *_both(results.figures(), results.frozen()), STARTS_NOTE]
+    parts = [f"### {results.name}, equal images seen{length}", *_both(figures, results.frozen()), STARTS_NOTE]
     if timed:
         steps = {run.row: run.steps for run in timed}
         parts += [
@@ -52,7 +52,7 @@ def tables(results: Results) -> str:
     ]
     parts += [
         f"### {results.name}, choices and cost",
-        table(cost, (_cost(results, records, row) for row in ROWS)),
+        table(cost, (_cost(results, records, figures, row) for row in ROWS)),
         "\n".join(f"- {note}" for note in notes),
     ]
     return "\n\n".join(parts)
@@ -103,7 +103,7 @@ def _beside_base(figures: Figures, row: str, base: str) -> list[str]:
     return [_title(row), mean(figures, row), _title(base), mean(figures, base), *differences]
 
 
-def _cost(results: Results, records: Sequence[TrialRecord], row: str) -> list[str]:
+def _cost(results: Results, records: Sequence[TrialRecord], figures: Figures, row: str) -> list[str]:
     searched = [r for r in records if r.stage == "search" and r.method == row and r.state == "finished"]
     best = best_trial(records, row)
     setting = (
@@ -112,4 +112,5 @@ def _cost(results: Results, records: Sequence[TrialRecord], row: str) -> list[st
     finals = results.final_runs(row) if results.has(row) else []
     seconds = f"{seconds_per_step(results, row) * finals[0].steps:.0f}" if finals else ""
     score = "" if best is None or best.score is None else f"{best.score:.1f}"
-    return [f"`{row}`", str(len(searched)), score, setting, str(len(finals)), seconds]
+    seeds = str(len(figures[next(iter(METRICS))].get(row, {})))
+    return [f"`{row}`", str(len(searched)), score, setting, seeds, seconds]

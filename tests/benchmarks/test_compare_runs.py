@@ -110,6 +110,7 @@ def test_rows_close_to_their_base_get_more_seeds(results: Results, monkeypatch: 
         "means are over the seeds of the differences"
     )
     assert "Still to come: 1 of these runs." in tables(results)
+    assert tables(results).count("| optimizer.lr 0.0005, alpha 1.2 | 4 |") == 2, "the seeds that the means are of"
     assert train_runs([*more_seeds(results)], train, None) == train_runs([*more_seeds(results)], train, None) == 0
     assert sorted((config.method.osm, config.seed) for config in trained) == [
         (False, 3), (False, 4), (True, 3), (True, 4),
