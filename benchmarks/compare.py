@@ -40,11 +40,11 @@ import yaml
 
 from benchmarks.compare_figures import draw, draw_sets
 from benchmarks.compare_pages import write_pages
-from benchmarks.compare_results import METRICS, ROWS, Results
+from benchmarks.compare_results import METRICS, ROWS, Results, figures_of
 from benchmarks.compare_runs import train_runs
 from benchmarks.compare_seeds import more_seeds
 from benchmarks.compare_tables import tables, write_leaderboard
-from benchmarks.compare_time import REFERENCE, TIMINGS, equal_time, more_timings, time_figures, timed_runs, timing
+from benchmarks.compare_time import REFERENCE, TIMINGS, equal_time, more_timings, timed_runs, timing
 from pipeline.config import Config, to_yaml
 from pipeline.data.find_store import find_store
 from pipeline.errors import UserError, fail
@@ -202,7 +202,7 @@ def write_outputs(results: Results, figures: Path) -> None:
     draw(f"{results.name}, equal images seen", results.figures(), results.frozen(), figures / f"{results.name}.svg")
     if timed := timed_runs(results):
         title = f"{results.name}, equal wall time: that of {REFERENCE}"
-        draw(title, time_figures(timed), results.frozen(), figures / f"{results.name}-time.svg")
+        draw(title, figures_of(timed), results.frozen(), figures / f"{results.name}-time.svg")
 
 
 def repeat(row: str, results: Results) -> int:

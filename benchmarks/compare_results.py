@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchmarks.compare_runs import KeptRun, Wanted, kept_runs
@@ -244,16 +244,23 @@ class Results:
         return kept_runs(self.folder / folder, row, self.finals(row)[0].values)
 
     def figures(self) -> Figures:
-        """Of the finished final runs; rows without one are left out, and so are seeds that a row has and its base has not, or the other way."""
-        runs = {row: {run.seed: run.test for run in self.final_runs(row)} for row in ROWS if self.has(row)}
-        for row, base in BASES.items():
-            if row in runs and base in runs:
-                both = runs[row].keys() & runs[base].keys()
-                runs |= {name: {seed: runs[name][seed] for seed in sorted(both)} for name in (row, base)}
-        return {
-            metric: {row: {seed: test[metric] for seed, test in found.items()} for row, found in runs.items()}
-            for metric in METRICS
-        }
+        """Of the finished final runs; rows without one are left out."""
+        return figures_of(run for row in ROWS if self.has(row) for run in self.final_runs(row))
+
+
+def figures_of(runs: Iterable[KeptRun]) -> Figures:
+    """Percent by metric, row and seed; without the seeds that a row has and its base has not, or the other way."""
+    tests: dict[str, dict[int, dict[str, float]]] = {}
+    for run in runs:
+        tests.setdefault(run.row, {})[run.seed] = run.test
+    for row, base in BASES.items():
+        if row in tests and base in tests:
+            both = tests[row].keys() & tests[base].keys()
+            tests |= {name: {seed: tests[name][seed] for seed in sorted(both)} for name in (row, base)}
+    return {
+        metric: {row: {seed: test[metric] for seed, test in found.items()} for row, found in tests.items()}
+        for metric in METRICS
+    }
 
 
 def steps_of(record: TrialRecord) -> int:

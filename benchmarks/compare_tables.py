@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.compare_results import BASES, METRICS, ROWS, TITLES, Figures, Results
+from benchmarks.compare_results import BASES, METRICS, ROWS, TITLES, Figures, Results, figures_of
 from benchmarks.compare_seeds import CLOSE, SEEDS, more_seeds
-from benchmarks.compare_time import REFERENCE, seconds_per_step, time_figures, timed_runs
+from benchmarks.compare_time import REFERENCE, seconds_per_step, timed_runs
 from benchmarks.pages import table
 from pipeline.tuning.answer import answer
 from pipeline.tuning.leaderboard import leaderboard_csv, short_estimate
@@ -35,9 +35,9 @@ def tables(results: Results) -> str:
         steps = {run.row: run.steps for run in timed}
         parts += [
             f"### {results.name}, equal wall time: that of {REFERENCE}",
-            *_both(time_figures(timed), results.frozen()),
-            f"Steps: {', '.join(f'`{row}` {number}' for row, number in steps.items())}. Rows trained again for this table have seeds "
-            f"{', '.join(map(str, seeds))} alone. The training that MMSI and its bases start from is not counted.",
+            *_both(figures_of(timed), results.frozen()),
+            f"Steps: {', '.join(f'`{row}` {number}' for row, number in steps.items())}. Rows trained again for this table and "
+            f"those they are compared with have seeds {', '.join(map(str, seeds))} alone. The training that MMSI and its bases start from is not counted.",
         ]
     missing = sum(not run.is_kept() for run in more_seeds(results))
     cost = ("row", "search trials", "chosen by validation MAP@R", "setting", "seeds", "s")
@@ -47,7 +47,8 @@ def tables(results: Results) -> str:
         f"Seeds {', '.join(map(str, seeds))}; also {' and '.join(map(str, SEEDS))} for a row and its base that are within {CLOSE:g} points or "
         "whose difference has an interval that holds 0: a second look, which makes a false gain a little more likely than one look does."
         + (f" Still to come: {missing} of these runs." if missing else ""),
-        "s: the second shortest time of a step (mining included, evaluation not) among the final runs, on one core, times the steps.",
+        "s: the second shortest time of a step (mining included, evaluation not) among the final runs and those made again for their time, on "
+        "one core, times the steps.",
         f"Any row again: `python -m benchmarks.compare --sets {results.name} --repeat ROW`.",
     ]
     parts += [

@@ -7,9 +7,9 @@ disturbed is not noticed: `--time ROW` times it once more, and `--resume` then u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from benchmarks.compare_results import METRICS, ROWS, Figures, Results, steps_of
+from benchmarks.compare_results import ROWS, Results, steps_of
 from benchmarks.compare_runs import SAME, KeptRun, Wanted
 
 REFERENCE = "multi_similarity"
@@ -27,15 +27,6 @@ def timed_runs(results: Results) -> list[KeptRun]:
         if results.has(row)
         for run in (results.kept_runs(EQUAL_TIME, row) if _again(results, row) else results.final_runs(row))
     ]
-
-
-def time_figures(runs: Sequence[KeptRun]) -> Figures:
-    """Percent by metric, row and seed."""
-    rows = {run.row for run in runs}
-    return {
-        metric: {row: {run.seed: run.test[metric] for run in runs if run.row == row} for row in ROWS if row in rows}
-        for metric in METRICS
-    }
 
 
 def more_timings(results: Results) -> Iterator[Wanted]:

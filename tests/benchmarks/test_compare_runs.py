@@ -50,7 +50,7 @@ def test_slower_rows_are_trained_again_for_as_long_as_the_reference_takes(result
     assert (
         "| OSM+CAA, `osm_caa` | 56.0 [53.5, 58.5] | 45.0 " in part
         and "Steps: `multi_similarity` 300, `osm_caa` 150, `osm_caa_base` 300." in part
-        and "Rows trained again for this table have seeds 0, 1, 2 alone." in part
+        and "Rows trained again for this table and those they are compared with have seeds 0, 1, 2 alone." in part
     )
     kept = results.folder / "equal_time" / "osm_caa-0.json"
     kept.write_text(kept.read_text().replace("0.0005", "0.0003"))

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks import compare, compare_pages, compare_results
 from benchmarks.compare_pages import written
-from benchmarks.compare_results import Results
+from benchmarks.compare_results import Results, figures_of
+from benchmarks.compare_runs import KeptRun
 from benchmarks.compare_tables import tables
 from benchmarks.pages import ROOT
 from pipeline.runs.run_folder import SUMMARY
@@ -55,6 +56,20 @@ def test_a_loss_by_its_interval_is_italic(results: Results) -> None:
     change_finals(results, "osm_caa", change)
     (row,) = (line for line in tables(results).splitlines() if line.startswith("| OSM+CAA, `osm_caa` | 5"))
     assert row.endswith("| -2.0 [-6.5, +2.5] | *-9.0 [-11.2, -6.8]* |")
+
+
+def test_figures_are_over_the_seeds_that_a_row_and_its_base_have() -> None:
+    def runs(row: str, seeds: range) -> list[KeptRun]:
+        return [KeptRun(row, {}, seed, 200, 90.0, {"recall@1": 60.0 + seed, "map@r": 40.0}) for seed in seeds]
+
+    figures = figures_of(
+        [*runs("osm_caa", range(3)), *runs("osm_caa_base", range(5)), *runs("multi_similarity", range(4))]
+    )
+    assert figures["recall@1"] == {
+        "osm_caa": {0: 60.0, 1: 61.0, 2: 62.0},
+        "osm_caa_base": {0: 60.0, 1: 61.0, 2: 62.0},
+        "multi_similarity": {0: 60.0, 1: 61.0, 2: 62.0, 3: 63.0},
+    }
 
 
 def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
