@@ -96,7 +96,7 @@ def record_of(method: str, settings: Mapping[str, Any], seed: int, results: Path
 
 
 def train(method: str, settings: Mapping[str, Any], seed: int, root: str) -> dict[str, float]:
-    """Trains a run in a process of its own; returns the metrics of its last validation, seconds in training steps, and the mean norm of the gradient."""
+    """Trains a run in a process of its own; returns its figures."""
     with tempfile.TemporaryDirectory(prefix="raydml-experiment-") as folder:
         name = f"experiment-{method}-{record_of(method, settings, seed, Path()).stem}"
         recipe = Path(folder) / "recipe.yaml"
@@ -107,11 +107,15 @@ def train(method: str, settings: Mapping[str, Any], seed: int, root: str) -> dic
     if process.returncode:
         said = process.stderr.strip().splitlines()[-1:] or [f"ended with status {process.returncode}"]
         raise RuntimeError(f"{name}: {said[0]}")
-    run = Path(root) / "runs" / name
+    return figures_of_run(Path(root) / "runs" / name)
+
+
+def figures_of_run(run: Path) -> dict[str, float]:
+    """Of a run's folder: the metrics of its last validation, seconds in training steps, and the mean norm of the gradient."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["kind"] == "validation"][-1]
     seconds = json.loads((run / "summary.json").read_text())["seconds"]
-    norms = [line["gradient/main"] for line in lines if line["kind"] == "train"]
+    norms = [line["gradient/main"] for line in lines if "gradient/main" in line]  # steps that train nothing have none
     return {**{metric: last[metric] for metric in METRICS}, "seconds": seconds, "gradient": statistics.mean(norms)}
 
 

@@ -117,6 +117,20 @@ def test_records_are_kept_shared_and_shown(tmp_path: Path, capsys: pytest.Captur
     assert "osm_caa, its base, the preset, seed 0: 50.0" in said, "a run of several rows has the name of the first"
 
 
+def test_figures_of_a_run_with_steps_that_train_nothing(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "kind": "train"},  # no gradient: MMSI's before its memory is full
+        {"step": 10, "kind": "train", "gradient/main": 2.0},
+        {"step": 20, "kind": "train", "gradient/main": 3.0},
+        {"step": 10, "kind": "validation", "recall@1": 40.0, "map@r": 20.0},
+        {"step": 20, "kind": "validation", "recall@1": 50.0, "map@r": 30.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "summary.json").write_text(json.dumps({"seconds": 12.5}))
+    figures = {"recall@1": 50.0, "map@r": 30.0, "seconds": 12.5, "gradient": 2.5}
+    assert experiments.figures_of_run(tmp_path) == figures
+
+
 def test_weights_exchanged_at_random_are_as_large_and_at_other_pairs() -> None:
     config = ShuffledMmsi.Config(loss="multi_similarity", embedding_dim=6)
     ours, control = Mmsi(MmsiConfig(loss="multi_similarity", embedding_dim=6), 8, 4), ShuffledMmsi(config, 8, 4)
