@@ -21,9 +21,9 @@ def with_sections(text: str, kind: str, render: Callable[[str], str | None]) -> 
     def section(match: re.Match[str]) -> str:
         opening, what, end = match.groups()
         body = render(what)
-        return match[0] if body is None else f"{opening}{body}{end}"
+        return match[0] if body is None else f"{opening}{body}\n{end}"
 
-    result, number = re.subn(rf"(<!-- {kind}: (.+?) -->\n).*?(\n<!-- end -->)", section, text, flags=re.DOTALL)
+    result, number = re.subn(rf"(<!-- {kind}: (.+?) -->\n)(?:.*?\n)??(<!-- end -->)", section, text, flags=re.DOTALL)
     if not number:
         raise UserError(f"there is no <!-- {kind}: ... --> to write into in: {text[:60]!r}")
     return result

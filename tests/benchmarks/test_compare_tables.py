@@ -12,7 +12,8 @@ from benchmarks.compare_pages import written
 from benchmarks.compare_results import Results, figures_of
 from benchmarks.compare_runs import KeptRun
 from benchmarks.compare_tables import tables
-from benchmarks.pages import ROOT
+from benchmarks.pages import ROOT, with_sections
+from pipeline.errors import UserError
 from pipeline.runs.run_folder import SUMMARY
 from pipeline.storage import Folder
 from tests.benchmarks.comparisons import change_finals
@@ -90,6 +91,16 @@ def test_pages_have_the_tables_of_complete_sets(results: Results, monkeypatch: p
     assert row in written(page, {"emoji": results}) and written(page, {}) == page
     page = page.replace("osm_caa", "baseline")
     assert "| emoji | multi-similarity | 71.0 [68.5, 73.5] | 61.0 " in written(page, {"emoji": results})
+
+
+def test_sections_are_written_also_where_they_are_empty() -> None:
+    page = "a\n<!-- rows: one -->\n<!-- end -->\nb\n<!-- rows: two -->\nold\nlines\n<!-- end -->\nc\n"
+    written_once = with_sections(page, "rows", str.upper)
+    assert written_once == "a\n<!-- rows: one -->\nONE\n<!-- end -->\nb\n<!-- rows: two -->\nTWO\n<!-- end -->\nc\n"
+    assert with_sections(written_once, "rows", str.upper) == written_once
+    assert with_sections(page, "rows", lambda what: None) == page
+    with pytest.raises(UserError, match=r"no <!-- columns: \.\.\. --> to write into"):
+        with_sections(page, "columns", str.upper)
 
 
 def test_the_pages_are_those_of_the_records() -> None:
