@@ -3,6 +3,7 @@
 What a row's step takes is measured on its final runs. Other programs make some of them slower and none faster, so it is the second shortest
 time that counts, and a row whose two shortest differ by more than a tenth is timed again, up to three times. A row of which every run was
 disturbed is not noticed: `--time ROW` times it once more, and `--resume` then until two times agree.
+On a machine of another speed than that of the final runs every row has to be timed twice by `--time`, as records do not tell machines apart.
 """
 
 from __future__ import annotations
